@@ -1,0 +1,216 @@
+"""Projected gradient descent, with the paper's choices as defaults and the field's as arguments."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from robust_flatness.functional.checks import check_choice, check_examples, check_number, upcast
+from robust_flatness.functional.modes import Mode, Model, differentiable
+from robust_flatness.functional.noise import Norm, Start, example_starts, per_example_norm
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+Keep = Literal["best", "last"]
+
+
+def example_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of each example, `(N,)`: what an attack ascends by default."""
+    return cross_entropy(logits, labels, reduction="none")
+
+
+class Iterate(NamedTuple):
+    """The iterate that an attack keeps for each example.
+
+    Attributes:
+        images: Adversarial examples `(N, C, H, W)` in [0, 1].
+        losses: The attack's objective there, `(N,)`; `None` where the last iterate is kept, which
+            saves the forward that would tell it.
+        predictions: Predicted classes there, `(N,)`, or `None` likewise.
+    """
+
+    images: Tensor
+    losses: Tensor | None
+    predictions: Tensor | None
+
+
+@dataclass(frozen=True)
+class PGD:
+    """How projected gradient descent is run (Madry et al., 2018; Sec. 3 of the paper).
+
+    Args:
+        eps: Radius of the perturbation, in pixel units of images in [0, 1].
+        steps: Number of gradient steps.
+        step_size: Length of a step; `None` takes eps · 0.007 / (8/255), the paper's 0.007 at 8/255.
+        norm: `linf`, or `l2` with per-example norms.
+        keep: `best` keeps the iterate of highest loss for each example, the start included (the
+            paper), at one more forward; `last` keeps the last one (Rice et al., torchattacks).
+        start: Where the attack starts, see `random_start`.
+        mode: `eval` uses and leaves BatchNorm's running statistics (the paper); `train` crafts on
+            batch statistics and moves the running ones (Rice et al.).
+
+    Raises:
+        ValueError: If a number is negative or a choice unknown.
+
+    Example:
+        >>> round(PGD(eps=8 / 255).length, 6)
+        0.007
+    """
+
+    eps: float
+    steps: int = 7
+    step_size: float | None = None
+    norm: Norm = "linf"
+    keep: Keep = "best"
+    start: Start = "paper"
+    mode: Mode = "eval"
+
+    def __post_init__(self) -> None:
+        check_number("eps", self.eps)
+        check_number("steps", self.steps)
+        if self.step_size is not None:
+            check_number("step_size", self.step_size)
+        check_choice("norm", self.norm, get_args(Norm))
+        check_choice("keep", self.keep, get_args(Keep))
+        check_choice("start", self.start, get_args(Start))
+        check_choice("mode", self.mode, get_args(Mode))
+
+    @property
+    def length(self) -> float:
+        """Length of one step, in pixel units."""
+        return self.eps * 0.007 / (8 / 255) if self.step_size is None else self.step_size
+
+    def attack(
+        self,
+        model: Model,
+        images: Tensor,
+        labels: Tensor,
+        start: Tensor,
+        criterion: Criterion = example_losses,
+    ) -> Iterate:
+        """Runs the attack from given perturbations.
+
+        A batch costs `steps` forwards and `steps` backwards to the input alone, plus one forward
+        where the best iterate is kept.
+
+        Args:
+            model: Maps images `(N, C, H, W)` in [0, 1] to logits `(N, K)`.
+            images: The clean images; never modified.
+            labels: Handed to `criterion`: classes `(N,)`, or any target with N rows.
+            start: Perturbations `(N, C, H, W)`, projected before use; ignored without steps.
+            criterion: Maps logits and labels to the losses `(N,)` to be raised.
+
+        Returns:
+            The kept iterate of each example, without a graph.
+        """
+        with differentiable(model, self.mode):
+            # Tensors made under inference mode cannot be saved for backward, their clones can.
+            images, labels = images.detach().clone(), labels.clone()
+            # Without a step there is no attack, so a random start must not count as one.
+            first = images + start.to(images) if self.steps else images
+            adversarial = self._project(first, images)
+            best: Iterate | None = None
+            for _ in range(self.steps):
+                adversarial.requires_grad_()
+                logits = upcast(model(adversarial))
+                losses = criterion(logits, labels)
+                (gradient,) = torch.autograd.grad(losses.sum(), adversarial)
+                adversarial = adversarial.detach()
+                if self.keep == "best":
+                    best = _better(best, adversarial, losses.detach(), logits.detach())
+                adversarial = self._project(adversarial + self._step(gradient), images)
+            if self.keep == "last":
+                return Iterate(adversarial, None, None)
+            with torch.no_grad():
+                logits = upcast(model(adversarial))
+                return _better(best, adversarial, criterion(logits, labels), logits)
+
+    def _step(self, gradient: Tensor) -> Tensor:
+        if self.norm == "linf":
+            return self.length * gradient.sign()
+        # A zero gradient has no direction: it stays zero instead of turning into NaN.
+        tiny = torch.finfo(gradient.dtype).tiny
+        return self.length * gradient / per_example_norm(gradient, "l2").clamp_min(tiny)
+
+    def _project(self, adversarial: Tensor, images: Tensor) -> Tensor:
+        delta = adversarial - images
+        if self.norm == "linf":
+            delta = delta.clamp(-self.eps, self.eps)
+        else:
+            tiny = torch.finfo(delta.dtype).tiny
+            length = per_example_norm(delta, "l2").clamp_min(tiny)
+            delta = delta * (self.eps / length).clamp_max(1)
+        # Clamping to the box moves each pixel towards the image, so the ball is kept.
+        return (images + delta).clamp(0, 1)
+
+
+def _better(best: Iterate | None, images: Tensor, losses: Tensor, logits: Tensor) -> Iterate:
+    """For each example the iterate of higher loss, the earlier one on ties."""
+    predictions = logits.argmax(1)
+    if best is None or best.losses is None or best.predictions is None:
+        return Iterate(images, losses, predictions)
+    higher = losses > best.losses
+    return Iterate(
+        torch.where(higher.view(-1, *[1] * (images.ndim - 1)), images, best.images),
+        torch.where(higher, losses, best.losses),
+        torch.where(higher, predictions, best.predictions),
+    )
+
+
+def pgd_attack(
+    model: Model,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    eps: float,
+    steps: int = 7,
+    step_size: float | None = None,
+    norm: Norm = "linf",
+    keep: Keep = "best",
+    start: Start = "paper",
+    mode: Mode = "eval",
+    criterion: Criterion = example_losses,
+    seed: int = 0,
+) -> Tensor:
+    """Adversarial examples by projected gradient descent (Madry et al., 2018).
+
+    Modes of the modules, `.grad`, BatchNorm buffers (in `eval` mode) and global random state are
+    left as they were; works under `torch.no_grad` and `torch.inference_mode` too.
+
+    Args:
+        model: Maps images in [0, 1] to logits `(N, K)`.
+        images: `(N, C, H, W)` in [0, 1].
+        labels: `(N,)` true classes.
+        eps: Radius of the perturbation, say 8/255; 0 returns the images.
+        steps: Number of gradient steps; 0 returns the images.
+        step_size: Length of a step; `None` is the paper's 0.007 at 8/255, in proportion elsewhere.
+        norm: `linf` or `l2`.
+        keep: `best` (the paper) or `last` iterate.
+        start: `paper`, `uniform`, `gaussian` or `zero`, see `random_start`.
+        mode: `eval` (the paper) or `train`.
+        criterion: What the attack raises, per example.
+        seed: Of the starts; example i has a generator of its own, whatever the batch.
+
+    Returns:
+        Adversarial examples `(N, C, H, W)` in [0, 1], at most `eps` from the images.
+
+    Raises:
+        ValueError: If pixels, shapes, or an argument are not as above.
+
+    Example:
+        >>> images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+        >>> adversarial = pgd_attack(model, images, torch.arange(4), eps=8 / 255)
+        >>> bool((adversarial - images).abs().max() <= 8 / 255 + 1e-7)
+        True
+    """
+    pgd = PGD(eps, steps, step_size, norm, keep, start, mode)
+    check_examples(images, labels)
+    if eps == 0 or steps == 0:
+        return images.clone()
+    starts = example_starts(
+        images, range(len(images)), eps=eps, norm=norm, start=start, seed=seed, restart=0
+    )
+    return pgd.attack(model, images, labels, starts, criterion).images

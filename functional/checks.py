@@ -1,0 +1,91 @@
+"""What an argument must be, said in one sentence when it is not."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def check_number(name: str, value: float, *, low: float = 0.0, high: float = math.inf) -> None:
+    """Raises if a number is outside `[low, high]` or not finite.
+
+    Args:
+        name: The argument's name, for the message.
+        value: What came.
+        low: Smallest accepted value.
+        high: Largest accepted value.
+
+    Raises:
+        ValueError: If `value` is no finite number in `[low, high]`.
+
+    Example:
+        >>> check_number("eps", -0.1)
+        Traceback (most recent call last):
+        ...
+        ValueError: Expected `eps` to be >= 0 but got -0.1.
+    """
+    if isinstance(value, (int, float)) and math.isfinite(value) and low <= value <= high:
+        return
+    wanted = f">= {low:g}" if math.isinf(high) else f"in [{low:g}, {high:g}]"
+    raise ValueError(f"Expected `{name}` to be {wanted} but got {value}.")
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raises if a value is none of the named choices.
+
+    Raises:
+        ValueError: If `value` is not in `choices`.
+
+    Example:
+        >>> check_choice("norm", "l1", ("linf", "l2"))
+        Traceback (most recent call last):
+        ...
+        ValueError: Expected `norm` to be one of linf, l2 but got l1.
+    """
+    if value not in choices:
+        raise ValueError(f"Expected `{name}` to be one of {', '.join(choices)} but got {value}.")
+
+
+def check_examples(images: Tensor, labels: Tensor, num_classes: int | None = None) -> None:
+    """Raises if images and labels are not what every attack here expects.
+
+    Args:
+        images: `(N, C, H, W)`, floating point, in [0, 1].
+        labels: `(N,)`, integers in `0 ... num_classes - 1`.
+        num_classes: Number of classes; `None` leaves the upper end unchecked.
+
+    Raises:
+        ValueError: If shapes differ, or pixels or labels are out of range.
+    """
+    if images.ndim != 4 or not images.is_floating_point():
+        raise ValueError(
+            "Expected `images` to be floating point of shape (N, C, H, W) but got "
+            f"{images.dtype} of shape {tuple(images.shape)}."
+        )
+    if labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"Expected `labels` to have shape ({len(images)},) as there are {len(images)} images "
+            f"but got {tuple(labels.shape)}."
+        )
+    if len(images) == 0:
+        return
+    low, high = images.min().item(), images.max().item()
+    if not (low >= 0 and high <= 1):
+        raise ValueError(
+            f"Expected `images` to have pixels in [0, 1] but got [{low:.3g}, {high:.3g}]; "
+            "normalisation belongs into the network, or into `normalization=(mean, std)`."
+        )
+    first, last = int(labels.min()), int(labels.max())
+    if first < 0 or (num_classes is not None and last >= num_classes):
+        end = "" if num_classes is None else f" and below the {num_classes} classes"
+        raise ValueError(f"Expected `labels` to be >= 0{end} but got {first} to {last}.")
+
+
+def upcast(logits: Tensor) -> Tensor:
+    """Half-precision logits as float32, so that losses lose nothing to autocast.
+
+    Example:
+        >>> upcast(torch.zeros(2, 3, dtype=torch.bfloat16)).dtype
+        torch.float32
+    """
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits

@@ -1,0 +1,153 @@
+"""Average-case flatness of the robust loss in weight space (Eq. 1)."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from robust_flatness.functional.attack import PGD
+from robust_flatness.functional.checks import check_choice, check_examples, check_number
+from robust_flatness.functional.noise import Norm, Start
+from robust_flatness.functional.robust_loss import worst_losses
+from robust_flatness.functional.weight_perturbation import (
+    perturbed_weights,
+    sample_weight_perturbation,
+)
+
+Protocol = Literal["shared", "paper"]
+PAPER_REFERENCE_RESTARTS = 10
+
+
+@dataclass(frozen=True)
+class FlatnessResult:
+    """Average-case flatness with what it was computed from.
+
+    Attributes:
+        reference_losses: Robust loss of each example at the weights w, `(N,)`.
+        perturbed_losses: Robust loss of each example at w + ν_k, `(K, N)`.
+    """
+
+    reference_losses: Tensor
+    perturbed_losses: Tensor
+
+    @property
+    def value(self) -> float:
+        """Eq. (1): mean perturbed minus reference RLoss, in nats; lower is flatter."""
+        return self._increases().mean().item()
+
+    @property
+    def standard_error(self) -> float:
+        """Standard error of `value` over the K directions, for this set; NaN for one direction."""
+        return _standard_error(self._increases().mean(dim=1))
+
+    @property
+    def standard_error_examples(self) -> float:
+        """Standard error of `value` over the N examples, for these directions."""
+        return _standard_error(self._increases().mean(dim=0))
+
+    @property
+    def reference_loss(self) -> float:
+        """RLoss at w, in nats."""
+        return self.reference_losses.double().mean().item()
+
+    def _increases(self) -> Tensor:
+        return self.perturbed_losses.double() - self.reference_losses.double()
+
+
+def _standard_error(values: Tensor) -> float:
+    return (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else math.nan
+
+
+def average_case_flatness(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    xi: float = 0.5,
+    num_perturbations: int = 10,
+    eps: float = 8 / 255,
+    steps: int = 20,
+    restarts: int = 1,
+    protocol: Protocol = "shared",
+    step_size: float | None = None,
+    norm: Norm = "linf",
+    start: Start = "paper",
+    seed: int = 0,
+    batch_size: int = 128,
+    indices: Sequence[int] | None = None,
+    on_attack: Callable[[], None] | None = None,
+) -> FlatnessResult:
+    """Measures how much RLoss rises when weights move in random directions (Eq. 1).
+
+    Adversarial examples are computed anew at w + ν. The measure is invariant to the scale of
+    layers that a BatchNorm follows. A batch costs `(K + 1) · restarts · (steps + 1)` forwards and
+    `(K + 1) · restarts · steps` backwards to the input.
+
+    Args:
+        model: Maps images in [0, 1] to logits `(N, K)`.
+        images: `(N, C, H, W)` in [0, 1]; 1000 in the paper.
+        labels: `(N,)` true classes.
+        xi: Relative length ξ of ν in each layer.
+        num_perturbations: Number K of directions.
+        eps: Radius of the attack.
+        steps: Steps of the attack.
+        restarts: Restarts of the attack, for reference and perturbed losses alike.
+        protocol: `shared` starts the attacks at w and at w + ν from the same points, so that
+            ξ = 0 gives exactly 0 and noise cancels. `paper` is the published recipe: 10 restarts
+            at w against one at each w + ν, from other points, which biases the value downwards.
+        step_size: As in `pgd_attack`.
+        norm: As in `pgd_attack`.
+        start: As in `pgd_attack`.
+        seed: Of directions and starts.
+        batch_size: Images measured at once.
+        indices: Global index of each image in the whole measured set; `None` numbers them.
+        on_attack: Called after each restart on each batch, for progress.
+
+    Returns:
+        Value, standard error, and the losses behind them.
+
+    Raises:
+        ValueError: If pixels, shapes, or an argument are out of range.
+
+    Example:
+        >>> images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+        >>> average_case_flatness(model, images, torch.arange(4), xi=0.0, steps=2).value
+        0.0
+    """
+    pgd = PGD(eps, steps, step_size, norm, "best", start)
+    check_examples(images, labels)
+    check_number("num_perturbations", num_perturbations, low=1)
+    check_number("restarts", restarts, low=1)
+    check_number("batch_size", batch_size, low=1)
+    check_choice("protocol", protocol, get_args(Protocol))
+    where = range(len(images)) if indices is None else list(indices)
+
+    def losses(attempts: range) -> Tensor:
+        parts = [
+            worst_losses(
+                model,
+                images[begin : begin + batch_size],
+                labels[begin : begin + batch_size],
+                pgd,
+                restarts=attempts,
+                seed=seed,
+                indices=where[begin : begin + batch_size],
+                on_attack=on_attack,
+            )[0]
+            for begin in range(0, len(images), batch_size)
+        ]
+        return torch.cat(parts) if parts else images.new_zeros(0)
+
+    paper = protocol == "paper"
+    reference = losses(range(PAPER_REFERENCE_RESTARTS if paper else restarts))
+    perturbed = []
+    for k in range(num_perturbations):
+        perturbation = sample_weight_perturbation(model, xi=xi, seed=seed, direction=k)
+        fresh = PAPER_REFERENCE_RESTARTS + k
+        with perturbed_weights(model, perturbation):
+            perturbed.append(losses(range(fresh, fresh + 1) if paper else range(restarts)))
+    return FlatnessResult(reference, torch.stack(perturbed))

@@ -1,0 +1,113 @@
+import math
+
+import pytest
+import torch
+from networks_for_tests import PassCounter, images_and_labels, tiny_network
+from torch.nn.functional import cross_entropy
+
+from robust_flatness.functional import PGD, evaluate_robustness, robust_loss
+from robust_flatness.functional.attack import Iterate
+from robust_flatness.functional.robust_loss import worst_losses
+
+
+def test_restarts_keep_the_worst_loss_of_each_example(monkeypatch):
+    images, labels = images_and_labels(3)
+    scripted = iter([[1.0, 5.0, 2.0], [3.0, 4.0, 2.0], [2.0, 1.0, 9.0]])
+    correct = iter([[True, True, True], [False, True, True], [True, True, True]])
+
+    def attack(self, model, inputs, targets, start, criterion):
+        right = torch.tensor(next(correct))
+        return Iterate(inputs, torch.tensor(next(scripted)), torch.where(right, targets, -1))
+
+    monkeypatch.setattr(PGD, "attack", attack)
+    losses, robust = worst_losses(
+        tiny_network(), images, labels, PGD(0.1), restarts=range(3), seed=0, indices=range(3)
+    )
+    assert losses.tolist() == [3.0, 5.0, 9.0]
+    assert robust.tolist() == [False, True, True]
+
+
+def test_robust_loss_is_monotone_in_nested_restarts():
+    images, labels = images_and_labels(32)
+    network = tiny_network()
+    values = [
+        robust_loss(network, images, labels, eps=0.1, steps=2, restarts=r) for r in (1, 2, 5)
+    ]
+    assert (values[1] >= values[0]).all()
+    assert (values[2] >= values[1]).all()
+    assert (values[2] > values[0]).any()
+
+
+def test_large_eps_fools_everything_and_eps_zero_is_the_clean_error():
+    images, labels = images_and_labels(64)
+    network = tiny_network().eval()
+    labels = torch.where(torch.arange(64) < 48, network(images).argmax(1), labels)
+    huge = evaluate_robustness(network, images, labels, eps=1.0, steps=20, restarts=2)
+    assert huge.robust_error == 1.0
+    none = evaluate_robustness(network, images, labels, eps=0.0, steps=5, restarts=2)
+    assert none.robust_error == none.error
+    assert 0 < none.error < 0.3
+    torch.testing.assert_close(
+        none.losses, cross_entropy(network(images), labels, reduction="none").detach()
+    )
+
+
+def test_clean_errors_count_as_robust_errors(monkeypatch):
+    images, labels = images_and_labels(16)
+    network = tiny_network().eval()
+
+    def harmless(self, model, inputs, targets, start, criterion):
+        return Iterate(inputs, torch.zeros(len(targets)), targets)
+
+    monkeypatch.setattr(PGD, "attack", harmless)
+    found = evaluate_robustness(network, images, labels, eps=0.1)
+    assert found.robust_error == found.error > 0
+
+
+def test_splits_the_loss_by_clean_correctness():
+    images, labels = images_and_labels(32)
+    found = evaluate_robustness(tiny_network(), images, labels, eps=0.05, steps=2, restarts=1)
+    right = found.clean_correct.double()
+    share = right.mean().item()
+    mixed = share * found.robust_loss_correct + (1 - share) * found.robust_loss_incorrect
+    assert mixed == pytest.approx(found.robust_loss, abs=1e-9)
+    assert found.robust_loss_incorrect > found.robust_loss_correct
+
+
+def test_chunks_and_indices_do_not_change_the_value():
+    images, labels = images_and_labels(20)
+    images, network = images.double(), tiny_network().double()
+    whole = robust_loss(network, images, labels, eps=0.1, steps=5, restarts=2)
+    small = robust_loss(network, images, labels, eps=0.1, steps=5, restarts=2, batch_size=3)
+    torch.testing.assert_close(whole, small, rtol=0, atol=1e-9)
+    tail = evaluate_robustness(
+        network, images[13:], labels[13:], eps=0.1, steps=5, restarts=2, indices=range(13, 20)
+    )
+    torch.testing.assert_close(whole[13:], tail.losses, rtol=0, atol=1e-9)
+
+
+def test_another_seed_or_index_is_another_start():
+    images, labels = images_and_labels(8)
+    network = tiny_network()
+    settings = {"eps": 0.1, "steps": 1, "restarts": 1}
+    first = evaluate_robustness(network, images, labels, **settings).losses
+    other = evaluate_robustness(network, images, labels, seed=1, **settings).losses
+    moved = evaluate_robustness(network, images, labels, indices=range(8, 16), **settings).losses
+    assert not torch.equal(first, other)
+    assert not torch.equal(first, moved)
+
+
+def test_spends_the_minimum_of_passes():
+    images, labels = images_and_labels(8)
+    network = tiny_network()
+    passes = PassCounter(network)
+    evaluate_robustness(network, images, labels, eps=0.1, steps=4, restarts=3)
+    assert passes.forwards == 8 * (3 * (4 + 1) + 1)
+    assert passes.backwards == 8 * 3 * 4
+
+
+def test_nothing_to_measure_gives_empty_tensors():
+    images, labels = images_and_labels(4)
+    found = evaluate_robustness(tiny_network(), images[:0], labels[:0], eps=0.1)
+    assert found.losses.shape == (0,)
+    assert math.isnan(found.robust_loss)

@@ -1,0 +1,98 @@
+"""CIFAR-10, on which the paper's numbers are, and CIFAR-100."""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torchvision import datasets
+
+from robust_flatness.datamodules.base import RobustDataModule
+from robust_flatness.datamodules.labelled_images import LabelledImages
+from robust_flatness.datamodules.resident import ResidentImages
+
+
+class CIFAR10(RobustDataModule):
+    """50,000 training and 10,000 test images of 32x32 pixels in 10 classes, downloaded once.
+
+    Splits are in torchvision's order, as in the paper: ``test`` is test images 0 to 999, ``val``
+    is test images 9,500 to 9,999 and ``train`` is training images 0 to 999.
+
+    Args:
+        root: folder that has the data set or that it is downloaded to; ``~`` is your home.
+        **kwargs: the arguments of :class:`~robust_flatness.datamodules.RobustDataModule`.
+
+    Raises:
+        ValueError: as in the base class.
+
+    Example:
+        >>> cifar = CIFAR10(root="data", batch_size=256)
+        >>> cifar.num_classes, cifar.in_channels, cifar.mean
+        (10, 3, [0.4914, 0.4822, 0.4465])
+    """
+
+    num_classes = 10
+    in_channels = 3
+    mean = [0.4914, 0.4822, 0.4465]
+    std = [0.2470, 0.2435, 0.2616]
+    dataset: ClassVar[Any] = datasets.CIFAR10
+
+    def __init__(self, root: str = "data", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.root = Path(root).expanduser()
+
+    def prepare_data(self) -> None:
+        """Download the data set unless it is there; called on one process only.
+
+        Raises:
+            PermissionError: if ``root`` cannot be written.
+            ConnectionError: if the download fails.
+        """
+        try:
+            self.dataset(self.root, download=True)
+        except PermissionError as error:
+            raise PermissionError(
+                f"Expected `root` to be a folder that can be written but got {self.root}: {error}."
+            ) from error
+        except (OSError, RuntimeError) as error:
+            raise ConnectionError(
+                f"Expected to download {self.dataset.__name__} to `root` {self.root} but got"
+                f" {error!r}; download it where there is a network and copy its folder"
+                f" {self.dataset.base_folder} into `root`."
+            ) from error
+
+    def sources(self) -> tuple[LabelledImages, LabelledImages]:
+        """Return the training and the test images in torchvision's order.
+
+        Raises:
+            RuntimeError: if there is no complete copy in ``root``.
+        """
+        return self._images_of(train=True), self._images_of(train=False)
+
+    def _images_of(self, *, train: bool) -> ResidentImages:
+        try:
+            data = self.dataset(self.root, train=train)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"Expected all of {self.dataset.__name__} in `root` {self.root} but found less;"
+                " call `prepare_data()` to download it."
+            ) from error
+        pixels = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+        return ResidentImages(pixels, torch.tensor(data.targets))
+
+
+class CIFAR100(CIFAR10):
+    """50,000 training and 10,000 test images of 32x32 pixels in 100 classes, downloaded once.
+
+    Args:
+        root: folder that has the data set or that it is downloaded to; ``~`` is your home.
+        **kwargs: the arguments of :class:`~robust_flatness.datamodules.RobustDataModule`.
+
+    Example:
+        >>> CIFAR100(root="data").num_classes
+        100
+    """
+
+    num_classes = 100
+    mean = [0.5071, 0.4865, 0.4409]
+    std = [0.2673, 0.2564, 0.2762]
+    dataset: ClassVar[Any] = datasets.CIFAR100

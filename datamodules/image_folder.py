@@ -1,0 +1,114 @@
+"""Any images that are sorted into folders, one a class."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchvision.datasets.folder import is_image_file
+
+from robust_flatness.datamodules.computed_statistics import ComputedStatistics
+from robust_flatness.datamodules.image_files import ImageFiles
+from robust_flatness.datamodules.labelled_images import LabelledImages
+from robust_flatness.datamodules.splits import fixed_permutation
+
+
+class ImageFolder(ComputedStatistics):
+    """Images in ``root/train/<class>/`` and ``root/test/<class>/``, read as RGB.
+
+    Classes are numbered in the order of their names. Since files come sorted by class, the splits
+    follow a permutation that never changes; so ``num_train`` takes images of all classes.
+
+    Args:
+        root: the folder with ``train`` and ``test``; ``~`` is your home.
+        mean: mean of each channel; ``None`` to compute it from the training images.
+        std: standard deviation of each channel; ``None`` to compute it likewise.
+        **kwargs: the arguments of :class:`~robust_flatness.datamodules.RobustDataModule`.
+
+    Raises:
+        ValueError: as in the base class; and, when the images are first needed, if folders are
+            missing or empty, the classes of ``train`` and ``test`` differ, or an image is damaged
+            or has another size.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     for i, name in enumerate(["train/cat", "train/dog", "test/cat", "test/dog"]):
+        ...         Path(root, name).mkdir(parents=True)
+        ...         Image.new("RGB", (8, 8), (i, 0, 9 * i)).save(Path(root, name, "0.png"))
+        ...     folder = ImageFolder(root, num_val=1, num_test=1)
+        ...     folder.num_classes, len(folder.split_dataset("train"))
+        (2, 2)
+    """
+
+    in_channels = 3
+
+    def __init__(
+        self,
+        root: str,
+        *,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        for name, given in (("mean", mean), ("std", std)):
+            if given is not None and len(given) != self.in_channels:
+                raise ValueError(f"Expected `{name}` to have 3 values but got {given}.")
+        self.root = Path(root).expanduser()
+        if mean is not None:
+            self.mean = mean
+        if std is not None:
+            self.std = std
+
+    @cached_property
+    def class_names(self) -> list[str]:
+        """Names of the classes, sorted: the folders in ``root/train``."""
+        names = _folders(self.root / "train")
+        others = _folders(self.root / "test")
+        if names != others:
+            missing = sorted(set(names) ^ set(others))
+            raise ValueError(
+                f"Expected the same classes in {self.root}/train and {self.root}/test"
+                f" but got {missing[0]!r} in one of them only."
+            )
+        return names
+
+    @cached_property
+    def num_classes(self) -> int:  # type: ignore[override]
+        """Number of folders in ``root/train``."""
+        return len(self.class_names)
+
+    def sources(self) -> tuple[LabelledImages, LabelledImages]:
+        """Return the files of both folders, sorted by class and name."""
+        train = self._files("train", size=None)
+        return train, self._files("test", size=train.size)
+
+    def orders(self, num_train: int, num_test: int) -> tuple[list[int], list[int]]:
+        """Return permutations that depend on the number of files alone."""
+        return fixed_permutation(num_train), fixed_permutation(num_test)
+
+    def _files(self, part: str, size: tuple[int, int] | None) -> ImageFiles:
+        paths: list[Path] = []
+        labels: list[int] = []
+        for label, name in enumerate(self.class_names):
+            folder = self.root / part / name
+            # Hidden ones are what file managers leave beside images, under the images' names.
+            visible = (path for path in folder.rglob("*") if not path.name.startswith("."))
+            files = [path for path in visible if is_image_file(path.name)]
+            if not files:
+                raise ValueError(f"Expected images in {folder} but got none.")
+            paths += sorted(files, key=str)
+            labels += [label] * len(files)
+        return ImageFiles(paths, torch.tensor(labels), size)
+
+
+def _folders(parent: Path) -> list[str]:
+    """Return the names of the folders in ``parent``, sorted, hidden ones aside."""
+    if not parent.is_dir():
+        raise ValueError(f"Expected a folder {parent} with one folder a class but got none.")
+    names = sorted(p.name for p in parent.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not names:
+        raise ValueError(f"Expected one folder a class in {parent} but got none.")
+    return names

@@ -1,0 +1,68 @@
+"""Normalisation of the input by fixed channel statistics, as the first layer of a network."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class Normalize(nn.Module):
+    """Map images to ``(x - mean) / std`` with one mean and one standard deviation a channel.
+
+    As the network's first layer it lets attacks work on pixels in [0, 1], with ``eps`` in the
+    units of pixels (paper, supplementary material, "whitening"). The statistics are buffers: they
+    are saved with the weights and move with the network, and nothing trains them.
+
+    Args:
+        mean: mean of each channel, for pixels in [0, 1].
+        std: standard deviation of each channel, above 0.
+
+    Shape:
+        Input and output: ``(..., C, H, W)``.
+
+    Raises:
+        ValueError: if the lengths differ, if they are empty, or if a ``std`` is not above 0.
+
+    Example:
+        >>> layer = Normalize(mean=[0.5], std=[0.25])
+        >>> layer(torch.ones(1, 1, 1, 2))
+        tensor([[[[2., 2.]]]])
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        if not mean or len(mean) != len(std):
+            raise ValueError(
+                "Expected `mean` and `std` to have one value a channel each"
+                f" but got {len(mean)} and {len(std)} values."
+            )
+        if not all(value > 0 for value in std):
+            raise ValueError(f"Expected each value of `std` to be > 0 but got {list(std)}.")
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the channels of ``x``.
+
+        Args:
+            x: images ``(..., C, H, W)``.
+
+        Returns:
+            Normalised images of the same shape.
+
+        Raises:
+            ValueError: if ``x`` has another number of channels, which would silently broadcast.
+        """
+        channels = self.mean.shape[0]
+        if x.dim() < 3 or x.shape[-3] != channels:
+            raise ValueError(
+                f"Expected images of shape (..., {channels}, H, W) but got shape {tuple(x.shape)}."
+            )
+        return (x - self.mean) / self.std
+
+    def extra_repr(self) -> str:
+        """Show the statistics in ``print(network)``."""
+        return f"mean={self.mean.flatten().tolist()}, std={self.std.flatten().tolist()}"

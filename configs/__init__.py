@@ -1,0 +1,1 @@
+"""Presets, and how they are put together."""

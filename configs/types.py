@@ -1,0 +1,41 @@
+"""Annotations that the command line gives a meaning of its own."""
+
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse.typing import register_type
+
+if TYPE_CHECKING:
+    Eps = float
+else:
+
+    class Eps(float):
+        """A number that the command line and YAML also take as a fraction such as `8/255`."""
+
+
+def read_number(value: Any) -> float:
+    """A number, or a fraction written as text.
+
+    Args:
+        value: Say `0.1`, `"1e-3"` or `"8/255"`.
+
+    Raises:
+        ValueError: If it is neither.
+
+    Example:
+        >>> read_number("51/255")
+        0.2
+    """
+    try:
+        return float(Fraction(value)) if isinstance(value, str) else float(value)
+    except ZeroDivisionError:
+        raise ValueError(f"Expected a number or a fraction such as 8/255 but got {value}.") from None
+
+
+register_type(
+    Eps,
+    serializer=float,
+    deserializer=read_number,
+    # Values stay plain floats: an Eps object in a checkpoint could not be loaded safely.
+    type_check=lambda value, _: type(value) is float,
+)

@@ -1,0 +1,146 @@
+"""Adversarial weight perturbation for any variant of adversarial training."""
+
+from contextlib import ExitStack
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torchmetrics import MaxMetric, MinMetric
+
+from robust_flatness.functional.awp import adversarial_weight_perturbation
+from robust_flatness.functional.checks import check_choice, check_number
+from robust_flatness.functional.modes import Mode
+from robust_flatness.functional.weight_perturbation import perturbed_weights
+from robust_flatness.lightning_modules.at import AT
+
+Order = Literal["sam", "awp"]
+
+
+class AWPMixin(AT):
+    """Takes the gradient of the variant's objective at adversarially perturbed weights.
+
+    Put it before the variant: `class TRADESAWP(AWPMixin, TRADES)`. In each step, after crafting,
+    weights move to w + ν with ν_l = ξ‖w_l‖ g_l / ‖g_l‖, g the gradient of the variant's objective;
+    the loss is differentiated there, and the weights come back bit for bit before the optimizer
+    moves them. `awp/relative_norm_min` and `_max` log ‖ν_l‖ / ‖w_l‖ over layers and steps. The
+    perturbed forward updates BatchNorm statistics, as in the original code; the paper's code
+    spends one more forward to update them at w.
+
+    Args:
+        xi: Relative length ξ; the paper's AT-AWP takes 0.01.
+        awp_steps: Ascent steps on the weights; the paper takes 1.
+        order: `sam` decays the restored weights (the paper); `awp` decays the perturbed ones, as
+            the original code does by stepping before restoring.
+        warmup_epochs: Epochs of ordinary training first.
+        awp_mode: `eval` ascends on running BatchNorm statistics (the paper's code), `train` on
+            those of the batch (the original's).
+        kwargs: Arguments of the variant.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        xi: float = 0.01,
+        awp_steps: int = 1,
+        order: Order = "sam",
+        warmup_epochs: int = 0,
+        awp_mode: Mode = "eval",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        check_number("xi", xi)
+        check_number("awp_steps", awp_steps, low=1)
+        check_number("warmup_epochs", warmup_epochs)
+        check_choice("order", order, get_args(Order))
+        self.xi, self.awp_steps, self.awp_mode = xi, awp_steps, awp_mode
+        self.order, self.warmup_epochs = order, warmup_epochs
+        self.awp_metrics = nn.ModuleDict({"min": MinMetric(), "max": MaxMetric()})
+        self._perturbed = ExitStack()
+        self._decay_shifts: list[dict[str, Tensor]] = []
+
+    def perturb(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> None:
+        """Moves the weights to w + ν until the backward is done."""
+        if self.current_epoch < self.warmup_epochs:
+            return
+        perturbation = adversarial_weight_perturbation(
+            self,
+            adversarial,
+            labels,
+            xi=self.xi,
+            steps=self.awp_steps,
+            objective=lambda _, inputs, targets: self.objective(images, inputs, targets)[0],
+            mode=self.awp_mode,
+            reduce=self._mean_over_ranks,
+        )
+        self._record_norms(perturbation)
+        if self.order == "awp":
+            self._decay_shifts.append(perturbation)
+        self._perturbed.enter_context(perturbed_weights(self, perturbation))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """The variant's step, with the weights given back if it fails."""
+        try:
+            return super().training_step(batch, batch_idx)
+        except BaseException:
+            self._perturbed.close()
+            raise
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Differentiates at w + ν and gives w back, whatever happens."""
+        try:
+            super().backward(loss, *args, **kwargs)
+        finally:
+            self._perturbed.close()
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """With `order: awp`, turns the decay of w into that of w + ν by adding wd · ν.
+
+        Raises:
+            ValueError: If the optimizer decouples weight decay from the gradient.
+        """
+        shifts, self._decay_shifts = self._decay_shifts, []
+        if not shifts:
+            return
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
+        for group in optimizer.param_groups:
+            decay = group.get("weight_decay", 0.0)
+            if decay and (
+                group.get("decoupled_weight_decay") or isinstance(optimizer, torch.optim.AdamW)
+            ):
+                raise ValueError(
+                    "Expected an optimizer with coupled weight decay for `order` awp but got "
+                    f"{type(optimizer).__name__}."
+                )
+            for parameter in group["params"]:
+                name = names[id(parameter)]
+                for shift in shifts:
+                    if name in shift and parameter.grad is not None:
+                        parameter.grad.add_(shift[name], alpha=decay / len(shifts))
+
+    def on_train_epoch_end(self) -> None:
+        """Logs the variant's metrics, and that the perturbation had its length."""
+        super().on_train_epoch_end()
+        if self.current_epoch >= self.warmup_epochs:
+            for name, metric in self.awp_metrics.items():
+                self.log(f"awp/relative_norm_{name}", metric)
+
+    def _record_norms(self, perturbation: dict[str, Tensor]) -> None:
+        weights = dict(self.named_parameters())
+        ratios = torch.stack(
+            [nu.norm() / weights[name].detach().norm() for name, nu in perturbation.items()]
+        )
+        for metric in self.awp_metrics.values():
+            metric.update(ratios)
+
+    def _mean_over_ranks(self, gradients: list[Tensor]) -> list[Tensor]:
+        """One all-reduce for all gradients, so that every rank climbs in the same direction."""
+        if self.trainer.world_size == 1:
+            return gradients
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        flat = self.trainer.strategy.reduce(flat, reduce_op="sum") / self.trainer.world_size
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        return [part.view_as(gradient) for part, gradient in zip(parts, gradients)]

@@ -1,0 +1,38 @@
+"""Checkpoints back as the class that wrote them."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from robust_flatness.lightning_modules.at import AT, CLASS_KEY
+
+
+def load_checkpoint(path: str | Path, **kwargs: Any) -> AT:
+    """Loads a checkpoint as the variant that wrote it.
+
+    `AT.load_from_checkpoint` loads checkpoints of `AT` and refuses those of other variants; this
+    finds the class by itself.
+
+    Args:
+        path: A checkpoint of a variant of this package.
+        kwargs: For `load_from_checkpoint`, say `network=` where it was built in Python.
+
+    Returns:
+        The module, on the CPU, in eval mode.
+
+    Raises:
+        ValueError: If the file is no checkpoint of a variant of this package.
+    """
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    name = checkpoint.get(CLASS_KEY)
+    classes = importlib.import_module("robust_flatness.lightning_modules")
+    variant = getattr(classes, name, None) if isinstance(name, str) else None
+    if variant is None:
+        raise ValueError(
+            f"Expected `path` to be a checkpoint of {', '.join(classes.__all__)} but {path} "
+            f"was written by {name}."
+        )
+    module: AT = variant.load_from_checkpoint(path, map_location="cpu", **kwargs)
+    return module.eval()

@@ -1,0 +1,81 @@
+"""Crafting adversarial examples inside a training step."""
+
+from typing import cast
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from robust_flatness.functional.attack import PGD, Criterion, example_losses
+from robust_flatness.functional.checks import check_examples
+from robust_flatness.functional.noise import random_start, stream
+
+
+class PGDMixin:
+    """Gives a LightningModule `craft`: PGD on its own `forward`, with noise of the global batch.
+
+    Random starts are drawn for the batch of all processes together, from the run's seed and the
+    number of batches seen, and each process takes its share: so two processes train as one, and a
+    resumed run goes on exactly. The order fits Lightning's `DistributedSampler`, which deals
+    examples out to ranks in turn.
+
+    Attributes:
+        pgd: How the attack is run.
+        num_classes: Number of classes, to which labels are held on the first batch.
+    """
+
+    pgd: PGD
+    num_classes: int
+    _run_seed: int = 0
+
+    def on_fit_start(self) -> None:
+        """Agrees on one seed for the noise of all processes."""
+        module = cast(LightningModule, self)
+        self._run_seed = int(module.trainer.strategy.broadcast(torch.initial_seed()))
+
+    def on_train_batch_start(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Looks at the first batch before anything is trained on it.
+
+        Raises:
+            ValueError: If pixels are outside [0, 1] or labels outside the classes.
+        """
+        # Once only: the check waits for the device.
+        if self.batches_seen == 0:
+            check_examples(batch[0], batch[1], self.num_classes)
+
+    @property
+    def batches_seen(self) -> int:
+        """Training batches before the current one, over all epochs; checkpointed by Lightning."""
+        return cast(LightningModule, self).trainer.fit_loop.epoch_loop.total_batch_idx
+
+    def generator(self, purpose: str, device: torch.device) -> torch.Generator:
+        """Numbers that are the same on every rank, and others for each batch and purpose.
+
+        Args:
+            purpose: What the numbers are for.
+            device: Where they are drawn.
+        """
+        return stream(self._run_seed, purpose, self.batches_seen, device=device)
+
+    def craft(
+        self, images: Tensor, labels: Tensor, criterion: Criterion = example_losses
+    ) -> Tensor:
+        """Adversarial examples for this rank's part of the batch.
+
+        Args:
+            images: `(N, C, H, W)` in [0, 1].
+            labels: `(N,)`, or any target with N rows that `criterion` takes.
+            criterion: Maps logits and labels to the losses `(N,)` to be raised.
+
+        Returns:
+            `(N, C, H, W)` in [0, 1], without a graph.
+        """
+        trainer = cast(LightningModule, self).trainer
+        start = random_start(
+            (trainer.world_size * len(images), *images.shape[1:]),
+            eps=self.pgd.eps,
+            norm=self.pgd.norm,
+            start=self.pgd.start,
+            generator=self.generator("start", images.device),
+        )[trainer.global_rank :: trainer.world_size]
+        return self.pgd.attack(cast(nn.Module, self), images, labels, start, criterion).images

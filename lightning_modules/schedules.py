@@ -1,0 +1,68 @@
+"""Learning-rate schedules whose milestones are shares of training."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from robust_flatness.functional.checks import check_number
+
+
+class MultiStep(LRScheduler):
+    """Multiplies the learning rate by `gamma` at given shares of training.
+
+    The paper drops by 0.1 after epochs 60, 90 and 120 of 150, that is at 40, 60 and 80 % (Sec. 3);
+    shares let the same schedule run for any number of epochs. `AT` tells it the number of epochs
+    through `total`; until then the rate stays as it is.
+
+    Args:
+        optimizer: The optimizer.
+        milestones: Shares of training in [0, 1].
+        gamma: Factor at each milestone.
+
+    Raises:
+        ValueError: If a milestone is outside [0, 1] or `gamma` is negative.
+
+    Example:
+        >>> import torch
+        >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        >>> schedule = MultiStep(optimizer, milestones=[0.5])
+        >>> schedule.total = 4
+        >>> rates = []
+        >>> for _ in range(4):
+        ...     rates.append(optimizer.param_groups[0]["lr"])
+        ...     optimizer.step()
+        ...     schedule.step()
+        >>> rates
+        [1.0, 1.0, 0.1, 0.1]
+    """
+
+    total: int | None = None
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        milestones: Sequence[float] = (0.4, 0.6, 0.8),
+        gamma: float = 0.1,
+    ) -> None:
+        for milestone in milestones:
+            check_number("milestones", milestone, high=1.0)
+        check_number("gamma", gamma)
+        self.milestones = list(milestones)
+        self.gamma = gamma
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float]:
+        """Learning rates of the parameter groups at `last_epoch`."""
+        passed = 0
+        if self.total is not None:
+            # A share such as 0.4 of 60 epochs must not fall behind epoch 24 by rounding.
+            epochs = [math.ceil(round(share * self.total, 6)) for share in self.milestones]
+            passed = sum(self.last_epoch >= epoch for epoch in epochs)
+        return [float(rate) * self.gamma**passed for rate in self.base_lrs]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The schedule's position, without `total`: a resumed run may be made longer."""
+        return {key: value for key, value in super().state_dict().items() if key != "total"}

@@ -1,0 +1,196 @@
+from functools import partial
+
+import pytest
+import torch
+from networks_for_tests import PassCounter, images_and_labels, tiny_body
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+from trainers import PLAIN, loader, quiet_trainer
+
+from robust_flatness.functional import PGD
+from robust_flatness.lightning_modules import AT, ATAWP, MultiStep, load_checkpoint
+from robust_flatness.networks import ResNet18
+
+
+def test_minimises_cross_entropy_on_adversarial_examples_alone():
+    module = AT(tiny_body, **PLAIN)
+    images, labels = images_and_labels()
+    adversarial = images.flip(0)
+    loss, logits = module.objective(images, adversarial, labels)
+    assert torch.equal(logits, module(adversarial))
+    assert torch.equal(loss, cross_entropy(module(adversarial), labels))
+
+
+def test_one_step_spends_the_minimum_of_passes():
+    module = AT(tiny_body, **{**PLAIN, "steps": 7})
+    passes = PassCounter(module.network)
+    quiet_trainer(max_epochs=1).fit(module, loader(8))
+    # Seven gradient steps, one look at the last iterate, and the update's own pass.
+    assert passes.forwards == 8 * (7 + 1 + 1)
+    assert passes.backwards == 8 * (7 + 1)
+
+
+def test_awp_adds_one_forward_and_one_backward():
+    module = ATAWP(network=tiny_body, **{**PLAIN, "steps": 7})
+    passes = PassCounter(module.network)
+    quiet_trainer(max_epochs=1).fit(module, loader(8))
+    assert passes.forwards == 8 * (7 + 1 + 2)
+    assert passes.backwards == 8 * (7 + 2)
+
+
+def test_crafting_leaves_batch_norm_to_the_update():
+    module = AT(tiny_body, **PLAIN)
+    before = module.network[1].num_batches_tracked.item()
+    quiet_trainer(max_epochs=1).fit(module, loader(24))
+    assert module.network[1].num_batches_tracked.item() == before + 3
+
+
+def test_metrics_of_an_epoch_are_means_over_its_examples():
+    module = AT(tiny_body, **PLAIN)
+    seen = []
+
+    class Spy(AT):
+        def _record(self, loss, logits, labels):
+            seen.append((loss, logits, labels))
+            super()._record(loss, logits, labels)
+
+    module = Spy(tiny_body, **PLAIN)
+    trainer = quiet_trainer(max_epochs=1)
+    # Batches of 8, 8 and 5: a mean of batch means would weigh the last too high.
+    trainer.fit(module, loader(21))
+    logits = torch.cat([entry[1] for entry in seen])
+    labels = torch.cat([entry[2] for entry in seen])
+    logged = trainer.callback_metrics
+    expected = cross_entropy(logits, labels)
+    torch.testing.assert_close(logged["train/robust_loss"], expected)
+    torch.testing.assert_close(logged["train/loss"], expected)
+    wrong = (logits.argmax(1) != labels).float().mean()
+    torch.testing.assert_close(logged["train/robust_error"], wrong)
+
+
+def test_starts_differ_between_batches_and_repeat_with_the_seed():
+    def starts(seed):
+        torch.manual_seed(seed)
+        found = []
+
+        class Spy(AT):
+            def craft(self, images, labels, *args):
+                adversarial = super().craft(images, labels, *args)
+                found.append(adversarial - images)
+                return adversarial
+
+        module = Spy(tiny_body, **{**PLAIN, "steps": 1, "step_size": 0.0, "keep": "last"})
+        torch.manual_seed(seed)
+        quiet_trainer(max_epochs=2).fit(module, loader(16))
+        return torch.stack(found)
+
+    first, again, other = starts(0), starts(0), starts(1)
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other)
+    signs = first.sign().flatten(1)
+    for i in range(4):
+        for j in range(i):
+            assert (signs[i] == signs[j]).float().mean() < 0.6
+
+
+def test_defaults_are_the_papers_baseline():
+    module = AT(partial(ResNet18, width=4))
+    assert module.pgd == PGD(eps=8 / 255, steps=7)
+    assert module.pgd.length == pytest.approx(0.007)
+    module.trainer = quiet_trainer(max_epochs=150)
+    configured = module.configure_optimizers()
+    optimizer, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+    group = optimizer.param_groups[0]
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert group["nesterov"]
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.05, 0.9, 5e-4)
+    rates = []
+    for _ in range(150):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    drops = [epoch for epoch in range(1, 150) if rates[epoch] != rates[epoch - 1]]
+    assert drops == [60, 90, 120]
+    assert rates[-1] == pytest.approx(5e-5)
+
+
+def test_milestones_are_shares_and_do_not_lag_by_rounding():
+    for epochs, expected in ((60, [24, 36, 48]), (7, [3, 5, 6]), (1, [1, 1, 1])):
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        scheduler = MultiStep(optimizer)
+        scheduler.total = epochs
+        for epoch in range(epochs + 1):
+            passed = sum(epoch >= milestone for milestone in expected)
+            assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1**passed)
+            optimizer.step()
+            scheduler.step()
+    assert "total" not in scheduler.state_dict()
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
+def test_precision_clipping_and_accumulation_work_together(precision):
+    module = ATAWP(network=tiny_body, xi=0.01, **PLAIN)
+    before = module.network[0].weight.detach().clone()
+    trainer = quiet_trainer(
+        max_epochs=2, precision=precision, gradient_clip_val=1.0, accumulate_grad_batches=2
+    )
+    trainer.fit(module, loader(32))
+    assert not torch.equal(before, module.network[0].weight)
+    assert all(p.isfinite().all() and p.dtype == torch.float32 for p in module.parameters())
+    assert trainer.callback_metrics["train/loss"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("cls", [AT, ATAWP])
+def test_checkpoint_loads_back_as_the_class_that_wrote_it(cls, tmp_path):
+    path = tmp_path / "a.ckpt"
+    module = cls(network=tiny_body, **PLAIN)
+    trainer = quiet_trainer(max_epochs=1)
+    trainer.fit(module, loader(8))
+    trainer.save_checkpoint(path)
+    loaded = load_checkpoint(path, network=tiny_body)
+    assert type(loaded) is cls
+    assert loaded.pgd == module.pgd
+    images, _ = images_and_labels()
+    assert torch.equal(loaded(images), module.eval()(images))
+
+
+def test_checkpoint_of_another_class_is_refused(tmp_path):
+    path = tmp_path / "awp.ckpt"
+    trainer = quiet_trainer(max_epochs=1)
+    trainer.fit(ATAWP(network=tiny_body, **PLAIN), loader(8))
+    trainer.save_checkpoint(path)
+    with pytest.raises(ValueError, match="written by AT but got one of ATAWP"):
+        AT.load_from_checkpoint(path, network=tiny_body)
+    with pytest.raises(ValueError, match="written by AT but got one of ATAWP"):
+        quiet_trainer(max_epochs=2).fit(AT(tiny_body, **PLAIN), loader(8), ckpt_path=path)
+    torch.save({"state_dict": {}}, path)
+    with pytest.raises(ValueError, match="to be a checkpoint of"):
+        load_checkpoint(path)
+
+
+def test_bad_first_batches_stop_before_training():
+    module = AT(tiny_body, **PLAIN)
+    images, labels = images_and_labels()
+    with pytest.raises(ValueError, match=r"pixels in \[0, 1\]"):
+        quiet_trainer().fit(module, DataLoader(TensorDataset(images * 255, labels), 8))
+    labels[1:3] = torch.tensor([12, 0])
+    with pytest.raises(ValueError, match="below the 10 classes but got 0 to 12"):
+        quiet_trainer().fit(module, DataLoader(TensorDataset(images, labels), 8))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"eps": -1.0}, "`eps` to be >= 0 but got -1.0"),
+        ({"steps": -2}, "`steps`"),
+        ({"num_classes": 1}, "`num_classes` to be >= 2 but got 1"),
+    ],
+)
+def test_bad_arguments_are_named(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        AT(tiny_body, **kwargs)
+
+
+def test_shares_of_endless_training_are_refused():
+    with pytest.raises(ValueError, match="`trainer.max_epochs` to be >= 1"):
+        quiet_trainer(max_epochs=-1).fit(AT(tiny_body, **PLAIN), loader(8))

@@ -1,0 +1,178 @@
+import pytest
+import torch
+from lightning.pytorch import Callback
+from networks_for_tests import images_and_labels, tiny_body
+from torch.utils.data import DataLoader, TensorDataset
+from trainers import PLAIN, loader, quiet_trainer
+
+from robust_flatness.functional import adversarial_weight_perturbation, perturbed_weights
+from robust_flatness.lightning_modules import ATAWP
+
+XI = 0.02
+LR, DECAY, MOMENTUM = 0.1, 0.05, 0.9
+
+
+class FixedExamples(ATAWP):
+    """ATAWP on given adversarial examples, BatchNorm in eval mode, so that a step is algebra."""
+
+    def craft(self, images, labels, *args):
+        return images
+
+    def on_train_epoch_start(self):
+        self.network.eval()
+
+
+def module_for(order: str, lr: float = LR) -> FixedExamples:
+    return FixedExamples(
+        network=tiny_body,
+        xi=XI,
+        order=order,
+        optimizer=lambda p: torch.optim.SGD(p, lr=lr, momentum=MOMENTUM, weight_decay=DECAY),
+        **PLAIN,
+    ).double()
+
+
+def expected_after(module: FixedExamples, batches, order: str, steps_per_update: int = 1):
+    """The update written out: w ← w - lr·buf, buf ← m·buf + g(w+ν) + wd·(w or w+ν)."""
+    module.network.eval()
+    buffers = {}
+    for begin in range(0, len(batches), steps_per_update):
+        window = batches[begin : begin + steps_per_update]
+        total = {name: torch.zeros_like(p) for name, p in module.named_parameters()}
+        for images, labels in window:
+            nu = adversarial_weight_perturbation(module, images, labels, xi=XI)
+            with perturbed_weights(module, nu):
+                loss = module.objective(images, images, labels)[0]
+                gradients = torch.autograd.grad(loss, list(module.parameters()))
+            for (name, weight), gradient in zip(module.named_parameters(), gradients):
+                decayed = weight.detach()
+                if order == "awp" and name in nu:
+                    decayed = decayed + nu[name]
+                total[name] += (gradient + DECAY * decayed) / len(window)
+        with torch.no_grad():
+            for name, weight in module.named_parameters():
+                buffers[name] = MOMENTUM * buffers.get(name, 0) + total[name]
+                weight -= LR * buffers[name]
+    return {name: value.detach().clone() for name, value in module.named_parameters()}
+
+
+@pytest.mark.parametrize("order", ["sam", "awp"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_steps_follow_the_update_written_out(order, accumulate):
+    images, labels = images_and_labels(32)
+    batches = list(zip(images.double().split(8), labels.split(8)))
+    expected = expected_after(module_for(order), batches, order, accumulate)
+    module = module_for(order)
+    quiet_trainer(max_epochs=1, accumulate_grad_batches=accumulate).fit(
+        module, DataLoader(TensorDataset(images.double(), labels), 8)
+    )
+    for name, value in module.named_parameters():
+        torch.testing.assert_close(value.detach(), expected[name], rtol=0, atol=1e-12)
+
+
+def test_orders_differ():
+    images, labels = images_and_labels(16)
+    batches = list(zip(images.double().split(8), labels.split(8)))
+    sam = expected_after(module_for("sam"), batches, "sam")
+    awp = expected_after(module_for("awp"), batches, "awp")
+    assert not torch.allclose(sam["network.0.weight"], awp["network.0.weight"], atol=1e-9)
+
+
+def test_awp_order_needs_coupled_decay():
+    module = ATAWP(network=tiny_body, order="awp", optimizer=torch.optim.AdamW, **PLAIN)
+    with pytest.raises(ValueError, match="coupled weight decay for `order` awp but got AdamW"):
+        quiet_trainer().fit(module, loader(8))
+
+
+class Weights(Callback):
+    """Remembers the weights when a batch starts, and after its backward."""
+
+    def __init__(self):
+        self.before, self.after, self.inside = None, [], []
+
+    def on_train_batch_start(self, trainer, module, *args):
+        self.before = module.network[0].weight.detach().clone()
+
+    def on_before_backward(self, trainer, module, loss):
+        self.inside.append(not torch.equal(self.before, module.network[0].weight))
+
+    def on_after_backward(self, trainer, module):
+        self.after.append(torch.equal(self.before, module.network[0].weight))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_weights_are_perturbed_for_the_loss_and_restored_bit_for_bit(precision):
+    watch = Weights()
+    module = ATAWP(network=tiny_body, **PLAIN)
+    trainer = quiet_trainer(callbacks=[watch], accumulate_grad_batches=2, precision=precision)
+    trainer.fit(module, loader(32))
+    assert watch.inside == [True] * 4
+    assert watch.after == [True] * 4
+
+
+def test_bf16_update_feels_the_perturbation():
+    losses = {}
+    for xi in (0.0, 0.5):
+        torch.manual_seed(0)
+        module = ATAWP(network=tiny_body, xi=xi, **PLAIN)
+        trainer = quiet_trainer(precision="bf16-mixed")
+        torch.manual_seed(0)
+        trainer.fit(module, loader(8))
+        losses[xi] = trainer.callback_metrics["train/loss"].item()
+    assert losses[0.5] > losses[0.0] + 0.1
+
+
+@pytest.mark.parametrize("where", ["objective", "backward"])
+def test_weights_come_back_after_an_exception(where):
+    class Failing(ATAWP):
+        def objective(self, images, adversarial, labels):
+            if where == "objective" and self._perturbed._exit_callbacks:
+                raise RuntimeError("half-way")
+            loss, logits = super().objective(images, adversarial, labels)
+            if where == "backward" and self._perturbed._exit_callbacks:
+                loss.register_hook(self.fail)
+            return loss, logits
+
+        def fail(self, gradient):
+            raise RuntimeError("half-way")
+
+    module = Failing(network=tiny_body, **PLAIN)
+    before = [p.detach().clone() for p in module.parameters()]
+    with pytest.raises(RuntimeError, match="half-way"):
+        quiet_trainer().fit(module, loader(8))
+    assert all(torch.equal(a, b) for a, b in zip(before, module.parameters()))
+
+
+def test_weights_come_back_after_a_loss_of_nan():
+    class Broken(ATAWP):
+        def objective(self, images, adversarial, labels):
+            loss, logits = super().objective(images, adversarial, labels)
+            return loss * torch.nan, logits
+
+    module = Broken(network=tiny_body, optimizer=lambda p: torch.optim.SGD(p, lr=0.0), **PLAIN)
+    watch = Weights()
+    quiet_trainer(callbacks=[watch]).fit(module, loader(8))
+    assert watch.after == [True]
+
+
+def test_logged_perturbation_has_length_xi_on_every_step():
+    module = ATAWP(network=tiny_body, xi=XI, **PLAIN)
+    trainer = quiet_trainer(max_epochs=2)
+    trainer.fit(module, loader(32))
+    for bound in ("min", "max"):
+        logged = trainer.callback_metrics[f"awp/relative_norm_{bound}"].item()
+        assert logged == pytest.approx(XI, rel=1e-5)
+
+
+def test_warms_up_as_ordinary_training():
+    watch = Weights()
+    module = ATAWP(network=tiny_body, warmup_epochs=1, **PLAIN)
+    quiet_trainer(max_epochs=2, callbacks=[watch]).fit(module, loader(8))
+    assert watch.inside == [False, True]
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(ValueError, match="`order` to be one of sam, awp but got adam"):
+        ATAWP(network=tiny_body, order="adam")
+    with pytest.raises(ValueError, match="`xi` to be >= 0 but got -0.1"):
+        ATAWP(network=tiny_body, xi=-0.1)

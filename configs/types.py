@@ -29,7 +29,9 @@ def read_number(value: Any) -> float:
     try:
         return float(Fraction(value)) if isinstance(value, str) else float(value)
     except ZeroDivisionError:
-        raise ValueError(f"Expected a number or a fraction such as 8/255 but got {value}.") from None
+        raise ValueError(
+            f"Expected a number or a fraction such as 8/255 but got {value}."
+        ) from None
 
 
 register_type(

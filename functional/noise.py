@@ -11,9 +11,7 @@ Norm = Literal["linf", "l2"]
 Start = Literal["paper", "uniform", "gaussian", "zero"]
 
 
-def stream(
-    seed: int, *key: int | str, device: torch.device | str = "cpu"
-) -> torch.Generator:
+def stream(seed: int, *key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator of its own for each key.
 
     Args:

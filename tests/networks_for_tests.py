@@ -7,7 +7,7 @@ from torch import Tensor, nn
 def tiny_network(
     classes: int = 10, channels: int = 3, *, dropout: bool = False, seed: int = 0
 ) -> nn.Sequential:
-    """Conv-BN-ReLU-Linear on 8x8 images, with BatchNorm statistics that are not the initial ones."""
+    """Two Conv-BN-ReLU and a linear layer on 8x8 images; BatchNorm has seen a batch."""
     torch.manual_seed(seed)
     network = nn.Sequential(
         nn.Conv2d(channels, 6, 3, padding=1),
@@ -62,3 +62,8 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(
         torch.equal(first[name], second[name]) for name in first
     )
+
+
+def tiny_body(classes: int, channels: int) -> nn.Sequential:
+    """`tiny_network` as the `network` argument of a module."""
+    return tiny_network(classes, channels)

@@ -62,7 +62,10 @@ def test_linear_network_agrees_with_the_closed_form():
     )
     assert found.reference_loss == pytest.approx(worst(weight, bias), abs=1e-9)
     torch.testing.assert_close(
-        found.perturbed_losses.mean(1), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-9
+        found.perturbed_losses.mean(1),
+        torch.tensor(expected, dtype=torch.float64),
+        rtol=0,
+        atol=1e-9,
     )
     assert found.value == pytest.approx(sum(expected) / 4 - worst(weight, bias), abs=1e-9)
 

@@ -30,9 +30,7 @@ def test_restarts_keep_the_worst_loss_of_each_example(monkeypatch):
 def test_robust_loss_is_monotone_in_nested_restarts():
     images, labels = images_and_labels(32)
     network = tiny_network()
-    values = [
-        robust_loss(network, images, labels, eps=0.1, steps=2, restarts=r) for r in (1, 2, 5)
-    ]
+    values = [robust_loss(network, images, labels, eps=0.1, steps=2, restarts=r) for r in (1, 2, 5)]
     assert (values[1] >= values[0]).all()
     assert (values[2] >= values[1]).all()
     assert (values[2] > values[0]).any()

@@ -1,0 +1,19 @@
+"""What is watched while a network trains; for any Lightning project."""
+
+from robust_flatness.callbacks.autoattack import AutoAttack
+from robust_flatness.callbacks.final_evaluation import FinalEvaluation
+from robust_flatness.callbacks.flatness import Flatness
+from robust_flatness.callbacks.results import Results
+from robust_flatness.callbacks.robust_early_stopping import RobustEarlyStopping
+from robust_flatness.callbacks.robust_evaluation import RobustEvaluation
+from robust_flatness.callbacks.trajectory import Trajectory
+
+__all__ = [
+    "AutoAttack",
+    "FinalEvaluation",
+    "Flatness",
+    "Results",
+    "RobustEarlyStopping",
+    "RobustEvaluation",
+    "Trajectory",
+]

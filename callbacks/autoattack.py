@@ -1,0 +1,165 @@
+"""Robust error by AutoAttack, the official package."""
+
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from robust_flatness.callbacks.final_measurement import Figures, FinalMeasurement
+from robust_flatness.callbacks.measurement import Measurement
+from robust_flatness.functional.checks import check_choice, check_number
+
+VERSIONS = ("standard", "plus", "rand", "custom")
+# The targeted DLR loss divides by the gap between the first and fourth largest logits.
+FEWEST_CLASSES_OF_TARGETED_DLR = 4
+ATTACKS_FOR_FEW_CLASSES = ["apgd-ce", "fab", "square"]
+
+
+class AutoAttack(FinalMeasurement):
+    """Logs AutoAttack's robust error (Croce & Hein, 2020) of last and early-stopped weights.
+
+    Runs at the end of `fit` and in `test`. Logs `test/autoattack_error` and
+    `test/autoattack_error_early_stopped`. The images are cut into fixed chunks by global index and
+    each chunk is one call of the official `run_standard_evaluation`, so verdicts do not depend on
+    the number of processes. Below four classes the targeted DLR loss is undefined: the attacks
+    that apply are run, and a warning says so.
+
+    Args:
+        split: `test`, `val` or `train`.
+        num_examples: The first so many images are attacked; 1000 in the paper.
+        version: AutoAttack's version, `standard` in the paper; `custom` needs `attacks`.
+        attacks: Names of AutoAttack's attacks, with `version: custom` only.
+        chunk_size: Images of one call.
+        kwargs: `dataset`, `eps`, `seed` and `normalization` of `Measurement`.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> AutoAttack(num_examples=64).state_key
+        'AutoAttack[test]'
+    """
+
+    def __init__(
+        self,
+        *,
+        split: str = "test",
+        num_examples: int = 1000,
+        version: str = "standard",
+        attacks: list[str] | None = None,
+        chunk_size: int = 100,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        check_choice("version", version, VERSIONS)
+        check_number("chunk_size", chunk_size, low=1)
+        if (version == "custom") != (attacks is not None):
+            raise ValueError(
+                f"Expected `attacks` with `version` custom and only there but got {attacks} "
+                f"with {version}."
+            )
+        self.split, self.version, self.attacks = split, version, attacks
+        self._verdicts = _Verdicts(
+            self._attack,
+            split=split,
+            num_examples=num_examples,
+            batch_size=chunk_size,
+            **kwargs,
+        )
+
+    @property
+    def state_key(self) -> str:
+        """Tells two callbacks of this class apart in checkpoints, by their split."""
+        return f"AutoAttack[{self.split}]"
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Reads the images, so that bad ones are refused before anything is trained."""
+        self._verdicts.examples(trainer, pl_module)
+
+    def measure_all(self, trainer: Trainer, pl_module: LightningModule) -> Figures:
+        """Share of images misclassified clean or under attack."""
+        figures = self._verdicts.measure(trainer, pl_module)
+        count = len(self._verdicts.examples(trainer, pl_module))
+        self.final_results["num_examples"] |= dict.fromkeys(figures, count)
+        return figures
+
+    def logged_name(self, name: str, weights: str) -> str:
+        """`test/autoattack_error` and `test/autoattack_error_early_stopped`."""
+        return name if weights == "final" else f"{name}_early_stopped"
+
+    def _attack(self, network: nn.Module, images: Tensor, labels: Tensor, eps: float) -> Tensor:
+        """The official verdict on one chunk: whether each image is robust, bool `(N,)`."""
+        # Imported late: it takes a second, and only this callback needs it.
+        from pyautoattack import AutoAttack as OfficialAutoAttack
+
+        logging.getLogger("auto-attack").setLevel(logging.WARNING)
+        images = images.clone()
+        with torch.no_grad():
+            logits = network(images)
+        if eps == 0:
+            # Nothing to search: some of the attacks divide by the radius.
+            return logits.argmax(1) == labels
+        classes = logits.shape[1]
+        version, attacks = self._attacks_for(classes)
+        official = OfficialAutoAttack(
+            network,
+            eps=eps,
+            norm="Linf",
+            version=version,
+            attacks=attacks,
+            seed=self._verdicts.seed,
+            device=images.device,
+        )
+        targets = min(9, classes - 1)
+        official.apgd_targeted.n_target_classes = official.fab.n_target_classes = targets
+        _, predicted = official.run_standard_evaluation(images, labels, batch_size=len(images))
+        return predicted == labels
+
+    def _attacks_for(self, classes: int) -> tuple[str, list[str] | None]:
+        if classes >= FEWEST_CLASSES_OF_TARGETED_DLR or self.version != "standard":
+            return self.version, self.attacks
+        rank_zero_warn(
+            f"AutoAttack standard needs at least {FEWEST_CLASSES_OF_TARGETED_DLR} classes for its "
+            f"targeted DLR loss and there are {classes}: running "
+            f"{', '.join(ATTACKS_FOR_FEW_CLASSES)} instead."
+        )
+        return "custom", ATTACKS_FOR_FEW_CLASSES
+
+
+class _Verdicts(Measurement):
+    """Shares AutoAttack's images over ranks and counts its verdicts."""
+
+    def __init__(
+        self, attack: Callable[[nn.Module, Tensor, Tensor, float], Tensor], **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self._attack = attack
+
+    def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+        eps = self.radius(trainer)
+        with self.network(trainer, pl_module) as network:
+
+            def verdicts(
+                images: Tensor, labels: Tensor, indices: list[int], on_attack: Callable[[], None]
+            ) -> Tensor:
+                robust = torch.zeros(1, len(labels))
+                for begin in range(0, len(labels), self.batch_size):
+                    part = slice(begin, begin + self.batch_size)
+                    robust[0, part] = self._attack(network, images[part], labels[part], eps).float()
+                    on_attack()
+                return robust
+
+            robust = self.sharded(
+                trainer,
+                pl_module,
+                verdicts,
+                what=f"AutoAttack {self.split}, chunks of {self.batch_size}",
+                attacks_per_batch=1,
+            )
+        error = 1 - robust.mean().item() if robust.numel() else math.nan
+        return {f"{self.split}/autoattack_error": error}

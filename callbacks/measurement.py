@@ -1,0 +1,185 @@
+"""What all measuring callbacks share: when, on which images, and how without a trace."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from robust_flatness.callbacks.examples import (
+    Examples,
+    Normalization,
+    PixelInput,
+    find_dataset,
+    read_examples,
+)
+from robust_flatness.callbacks.isolation import isolated
+from robust_flatness.callbacks.logs import log_equal
+from robust_flatness.callbacks.progress import measuring
+from robust_flatness.callbacks.sharding import measure_sharded
+from robust_flatness.configs.types import Eps
+from robust_flatness.functional.checks import check_choice, check_number
+
+DEFAULT_EPS = 8 / 255
+SPLITS = ("train", "val", "test")
+# What is measured on training images must not be mistaken for what training batches gave.
+PREFIX = {"train": "train_eval", "val": "val", "test": "test"}
+
+
+class Measurement(Callback, ABC):
+    """Measures the network at the end of epochs, on fixed images, without touching training.
+
+    A subclass says what in `measure`; this class says when and on what, and logs it. It serves any
+    LightningModule whose `forward` maps images to logits and whose batches are
+    `(images, labels)`. Measuring is in float32, outside autocast, in eval mode, sharded over ranks
+    by global index.
+
+    Args:
+        split: `train` (without augmentation), `val` or `test`.
+        dataset: Where the images come from; `None` takes the datamodule's `split_dataset(split)` or
+            the dataset of the trainer's loader for that stage.
+        num_examples: The first so many images are measured, or all there are.
+        every_n_epochs: Measured in epochs 0, n, 2n, ... and in the last.
+        eps: Radius of the attack, say 8/255; `None` takes the datamodule's `eps`, else 8/255.
+        steps: Steps of the attack.
+        step_size: Length of a step; `None` is the paper's 0.007 at 8/255, in proportion elsewhere.
+        restarts: Restarts of the attack.
+        batch_size: Images measured at once, and the unit that ranks share out.
+        seed: Of all random numbers; independent of the training seed.
+        normalization: `(mean, std)` where module and dataset deal in normalised images; attacks
+            act on pixels in [0, 1] all the same.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        split: str = "test",
+        dataset: Dataset[Any] | None = None,
+        num_examples: int = 1000,
+        every_n_epochs: int = 1,
+        eps: Eps | None = None,
+        steps: int = 10,
+        step_size: Eps | None = None,
+        restarts: int = 1,
+        batch_size: int = 128,
+        seed: int = 0,
+        normalization: Normalization | None = None,
+    ) -> None:
+        check_choice("split", split, SPLITS)
+        for name, value in {
+            "num_examples": num_examples,
+            "every_n_epochs": every_n_epochs,
+            "restarts": restarts,
+            "batch_size": batch_size,
+        }.items():
+            check_number(name, value, low=1)
+        check_number("steps", steps)
+        check_number("eps", DEFAULT_EPS if eps is None else eps)
+        self.split, self.dataset, self.num_examples = split, dataset, num_examples
+        self.every_n_epochs, self.eps, self.steps = every_n_epochs, eps, steps
+        self.step_size, self.restarts = step_size, restarts
+        self.batch_size, self.seed, self.normalization = batch_size, seed, normalization
+        self._examples: Examples | None = None
+
+    @abstractmethod
+    def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+        """Measures the module as it stands, on all ranks.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The module.
+
+        Returns:
+            Figures by logged name, the same on every rank.
+        """
+
+    @property
+    def state_key(self) -> str:
+        """Tells two callbacks of a class apart in checkpoints, by their split."""
+        return f"{type(self).__name__}[{self.split}]"
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Reads the images, so that bad ones are refused before anything is trained."""
+        self.examples(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measures and logs, if this epoch is one to measure."""
+        if self.is_due(trainer):
+            log_equal(pl_module, self.measure(trainer, pl_module))
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measures and logs in `trainer.test`."""
+        log_equal(pl_module, self.measure(trainer, pl_module))
+
+    def is_due(self, trainer: Trainer) -> bool:
+        """Whether the current epoch is measured: every n-th from the first on, and the last."""
+        epoch, last = trainer.current_epoch, (trainer.max_epochs or 0) - 1
+        return epoch % self.every_n_epochs == 0 or epoch == last
+
+    def examples(self, trainer: Trainer, pl_module: LightningModule) -> Examples:
+        """The measured images, read once."""
+        if self._examples is None:
+            with isolated(trainer, pl_module):
+                dataset = self.dataset
+                if dataset is None:
+                    dataset = find_dataset(trainer, pl_module, self.split)
+                self._examples = read_examples(dataset, self.num_examples, self.normalization)
+        return self._examples
+
+    def radius(self, trainer: Trainer) -> float:
+        """The attack's radius: as given, else the datamodule's, else 8/255."""
+        if self.eps is not None:
+            return self.eps
+        return float(getattr(getattr(trainer, "datamodule", None), "eps", DEFAULT_EPS))
+
+    @contextmanager
+    def network(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[nn.Module]:
+        """The network to measure, as a map from pixels in [0, 1] to logits, in isolation."""
+        with isolated(trainer, pl_module):
+            if self.normalization is None:
+                yield pl_module
+            else:
+                yield PixelInput(pl_module, self.normalization)
+
+    def sharded(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        measure: Callable[[Tensor, Tensor, list[int], Callable[[], None]], Tensor],
+        *,
+        what: str,
+        attacks_per_batch: int,
+    ) -> Tensor:
+        """Measures every example once, on some rank.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The module, for its device.
+            measure: Maps images, labels, global indices and a progress callback to values
+                `(rows, N)`.
+            what: Said beside the progress bar.
+            attacks_per_batch: Attacks that `measure` reports for each batch.
+
+        Returns:
+            `(rows, N)` for all examples, float64, on the CPU of every rank.
+        """
+        examples, device = self.examples(trainer, pl_module), pl_module.device
+
+        def part(indices: list[int]) -> Tensor:
+            total = math.ceil(len(indices) / self.batch_size) * attacks_per_batch
+            with measuring(trainer, what, total) as on_attack:
+                return measure(
+                    examples.images[indices].to(device),
+                    examples.labels[indices].to(device),
+                    indices,
+                    on_attack,
+                )
+
+        return measure_sharded(trainer, len(examples), self.batch_size, part, device)

@@ -1,0 +1,162 @@
+"""Ends a run with one file that holds everything a report needs, and with a table in the terminal.
+
+Example:
+    After callbacks that measure, as it asks them for their `final_results`::
+
+        Trainer(callbacks=[Flatness(), Trajectory(), Results()])
+"""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from rich.console import Console
+from typing_extensions import override
+
+from robust_flatness.callbacks.trajectory import (
+    Trajectory,
+    datamodule_of,
+    early_stopped_epoch,
+    run_folder,
+)
+from robust_flatness.loggers.epoch_csv import EpochCSVLogger
+from robust_flatness.reporting.environment import hardware, versions
+from robust_flatness.reporting.json_file import write_json
+from robust_flatness.reporting.summary import summary_table
+
+_MEASURED = ("train/", "train_eval/", "val/", "test/", "flatness/", "hessian/")
+
+
+class Results(Callback):
+    """Writes `results.json` after `fit` and `results_test.json` after `test`, and prints a table.
+
+    Figures come from the callbacks that have an attribute `final_results`, a dictionary with
+    `final` and `early_stopped` (figures by name) and `num_examples` (images by the same names).
+    What they do not give is taken from the trajectory, as the last row holds figures of the final
+    weights, and the row of the early-stopped epoch those of the early-stopped ones.
+
+    Loggers are given the figures of the callbacks as `final/<name>` and `early_stopped/<name>`, W&B
+    in its summary. Wall time is that of all parts of a run that was resumed.
+
+    Args:
+        settings: The settings of the run, by default the module's hyperparameters.
+    """
+
+    def __init__(self, settings: dict[str, Any] | None = None) -> None:
+        self.settings = settings
+        self._folder: Path | None = None
+        self._started = time.monotonic()
+        self._seconds_before = 0.0
+        self._fitting = False
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Here and not when it is needed, where the processes may no longer talk.
+        self._folder = run_folder(trainer)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._started, self._fitting = time.monotonic(), True
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._seconds_before, self._fitting = self._fit_seconds(), False
+        if trainer.is_global_zero:
+            self._finish(trainer, pl_module, "results.json", self._seconds_before)
+
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._started = time.monotonic()
+
+    @override
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            seconds = time.monotonic() - self._started
+            self._finish(trainer, pl_module, "results_test.json", seconds)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"wall_time_seconds": self._fit_seconds()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._seconds_before = float(state_dict["wall_time_seconds"])
+
+    def _fit_seconds(self) -> float:
+        now = time.monotonic() - self._started if self._fitting else 0.0
+        return self._seconds_before + now
+
+    def _finish(
+        self, trainer: Trainer, pl_module: LightningModule, name: str, seconds: float
+    ) -> None:
+        measured = _gather(trainer)
+        results = self._describe(trainer, pl_module)
+        results |= {"wall_time_seconds": round(seconds, 1), **measured}
+        results |= {
+            "early_stopped_epoch": early_stopped_epoch(trainer),
+            "trajectory": _rows(trainer),
+        }
+        if trainer.state.fn == "fit":
+            results["epochs"] = trainer.current_epoch
+            _fill_in(results)
+        if self._folder is not None:
+            write_json(self._folder / name, results)
+        _send(trainer, measured)
+        Console().print(summary_table(results, folder=self._folder))
+
+    def _describe(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        data, seed = datamodule_of(trainer), os.environ.get("PL_GLOBAL_SEED")
+        return {
+            "method": type(pl_module).__name__,
+            "data": None if data is None else type(data).__name__,
+            "seed": None if seed is None else int(seed),
+            "settings": dict(pl_module.hparams) if self.settings is None else self.settings,
+            "versions": versions(),
+            "hardware": hardware(trainer.world_size),
+            "split_indices": data.split_indices() if hasattr(data, "split_indices") else None,
+        }
+
+
+def _gather(trainer: Trainer) -> dict[str, dict[str, Any]]:
+    measured: dict[str, dict[str, Any]] = {"final": {}, "early_stopped": {}, "num_examples": {}}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        found = getattr(callback, "final_results", None) or {}
+        for part in measured:
+            measured[part] |= found.get(part) or {}
+    return measured
+
+
+def _rows(trainer: Trainer) -> list[dict[str, float]]:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Trajectory):
+            return callback.rows
+    tables = (logger for logger in trainer.loggers if isinstance(logger, EpochCSVLogger))
+    return next((table.rows for table in tables), [])
+
+
+def _fill_in(results: dict[str, Any]) -> None:
+    epochs = {"final": results["epochs"] - 1, "early_stopped": results["early_stopped_epoch"]}
+    rows = {row["epoch"]: row for row in results["trajectory"]}
+    for part, epoch in epochs.items():
+        row = rows.get(epoch, {})
+        figures = {name: value for name, value in row.items() if name.startswith(_MEASURED)}
+        results[part] = figures | results[part]
+
+
+def _send(trainer: Trainer, measured: dict[str, dict[str, Any]]) -> None:
+    figures = {
+        f"{weights}/{name}": float(value)
+        for weights in ("final", "early_stopped")
+        for name, value in measured[weights].items()
+    }
+    for logger in trainer.loggers if figures else []:
+        if isinstance(logger, WandbLogger):
+            # They belong to the run and not to a step, and would be a chart of one point each.
+            logger.experiment.summary.update(figures)
+        else:
+            # The table of the epochs takes nothing in that has no epoch.
+            logger.log_metrics(figures, step=trainer.global_step)
+            logger.save()

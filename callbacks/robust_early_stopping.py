@@ -1,0 +1,116 @@
+"""Early stopping on robust error."""
+
+import math
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from robust_flatness.callbacks.logs import log_equal
+from robust_flatness.callbacks.robust_evaluation import RobustEvaluation
+from robust_flatness.functional.checks import check_number
+
+
+class RobustEarlyStopping(RobustEvaluation):
+    """Keeps the weights of lowest robust error on held-out images (Rice et al., 2020).
+
+    Logs `val/error`, `val/robust_loss` and `val/robust_error`. The earliest epoch wins ties. By
+    default training goes on and only the weights are kept, as in the paper, whose early stopping
+    selects on the last 500 test images: figures of early-stopped weights are optimistic by that.
+    A stock `ModelCheckpoint(monitor="val/robust_error", mode="min")` keeps the same weights on
+    disk; here they stay in memory and in the callback's state.
+
+    Args:
+        split: The images to select on.
+        steps: Steps of the attack.
+        patience: Stops training after so many measurements without a lower robust error; `None`
+            never stops.
+        kwargs: Further arguments of `Measurement`; the paper takes `restarts=5` and
+            `every_n_epochs=5`.
+
+    Attributes:
+        best_epoch: Epoch of the kept weights, -1 before the first measurement.
+        best_error: Robust error there, in [0, 1].
+        best_weights: State dict of the module there, on the CPU.
+        trajectory: Robust error by measured epoch.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> RobustEarlyStopping(patience=3).best_epoch
+        -1
+    """
+
+    def __init__(
+        self,
+        *,
+        split: str = "val",
+        steps: int = 7,
+        patience: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(split=split, steps=steps, **kwargs)
+        if patience is not None:
+            check_number("patience", patience, low=1)
+        self.patience = patience
+        self.best_epoch, self.best_error = -1, math.inf
+        self.best_weights: dict[str, Tensor] = {}
+        self.trajectory: dict[int, float] = {}
+        self._since_best = 0
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measures, keeps the weights if they are the best so far, and may end training."""
+        if not self.is_due(trainer):
+            return
+        figures = self.measure(trainer, pl_module)
+        log_equal(pl_module, figures)
+        error = next(value for name, value in figures.items() if name.endswith("/robust_error"))
+        self.trajectory[trainer.current_epoch] = error
+        self._since_best += 1
+        if error < self.best_error:
+            self.best_epoch, self.best_error, self._since_best = trainer.current_epoch, error, 0
+            self.best_weights = _on_cpu(pl_module)
+        if self.patience is not None and self._since_best >= self.patience:
+            # Figures are equal on all ranks, so all ranks decide alike.
+            trainer.should_stop = True
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Nothing: there is nothing to select in a test."""
+
+    def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+        """Error, RLoss and RErr of the selection images."""
+        figures = super().measure(trainer, pl_module)
+        return {name: value for name, value in figures.items() if "correct" not in name}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs to decide as the uninterrupted one would."""
+        return {
+            "best_epoch": self.best_epoch,
+            "best_error": self.best_error,
+            "best_weights": self.best_weights,
+            "trajectory": self.trajectory,
+            "since_best": self._since_best,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what `state_dict` gave."""
+        self.best_epoch = state_dict["best_epoch"]
+        self.best_error = state_dict["best_error"]
+        self.best_weights = state_dict["best_weights"]
+        self.trajectory = dict(state_dict["trajectory"])
+        self._since_best = state_dict["since_best"]
+
+
+@torch.no_grad()
+def _on_cpu(module: LightningModule) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
+
+
+def early_stopping_of(trainer: Trainer) -> RobustEarlyStopping | None:
+    """The trainer's early stopping that has kept weights, if there is one."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, RobustEarlyStopping) and callback.best_weights:
+            return callback
+    return None

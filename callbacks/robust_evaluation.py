@@ -1,0 +1,68 @@
+"""Robust loss and error of a split, epoch by epoch."""
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+from robust_flatness.callbacks.measurement import PREFIX, Measurement
+from robust_flatness.functional.robust_loss import RobustEvaluation as Result
+from robust_flatness.functional.robust_loss import evaluate_robustness
+
+
+class RobustEvaluation(Measurement):
+    """Logs error, RLoss and RErr of a split, and RLoss of its correct and incorrect examples.
+
+    The paper's Fig. 2 over epochs. Names are `test/error`, `test/robust_loss`,
+    `test/robust_error`, `test/robust_loss_correct`, `test/robust_loss_incorrect`; for the training
+    images `train_eval/…`.
+
+    Args are those of `Measurement`.
+
+    Example:
+        >>> RobustEvaluation(split="train", steps=20, restarts=10).state_key
+        'RobustEvaluation[train]'
+    """
+
+    def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+        """RLoss, RErr and clean error of the split."""
+        found = self.evaluate(trainer, pl_module)
+        figures = {
+            "error": found.error,
+            "robust_loss": found.robust_loss,
+            "robust_error": found.robust_error,
+            "robust_loss_correct": found.robust_loss_correct,
+            "robust_loss_incorrect": found.robust_loss_incorrect,
+        }
+        return {f"{PREFIX[self.split]}/{name}": value for name, value in figures.items()}
+
+    def evaluate(self, trainer: Trainer, pl_module: LightningModule) -> Result:
+        """What PGD finds about each example, on every rank."""
+        eps = self.radius(trainer)
+        with self.network(trainer, pl_module) as network:
+            values = self.sharded(
+                trainer,
+                pl_module,
+                lambda images, labels, indices, on_attack: _rows(
+                    evaluate_robustness(
+                        network,
+                        images,
+                        labels,
+                        eps=eps,
+                        steps=self.steps,
+                        restarts=self.restarts,
+                        step_size=self.step_size,
+                        seed=self.seed,
+                        batch_size=self.batch_size,
+                        indices=indices,
+                        on_attack=on_attack,
+                    )
+                ),
+                what=f"RLoss {self.split}: PGD-{self.steps} × {self.restarts} restarts",
+                attacks_per_batch=self.restarts,
+            )
+        clean, clean_correct, losses, correct = values
+        return Result(clean, clean_correct.bool(), losses, correct.bool())
+
+
+def _rows(found: Result) -> torch.Tensor:
+    columns = (found.clean_losses, found.clean_correct, found.losses, found.robust_correct)
+    return torch.stack([column.double() for column in columns])

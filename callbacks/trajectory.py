@@ -1,0 +1,205 @@
+"""Draws where a run is heading while it trains: into sharp minima, and into robust overfitting.
+
+The figures of all callbacks and of the module meet in the rows of an `EpochCSVLogger`, one an
+epoch. Of these, `Trajectory` draws robust loss against flatness (Fig. 5 of the paper) and the
+curves of robust overfitting (Fig. 2), and it keeps the rows whole when a run is killed and resumed.
+
+Example:
+    In any Lightning project, beside callbacks that log `flatness/average/test` and
+    `test/robust_loss`::
+
+        Trainer(callbacks=[Flatness(), Trajectory(every_n_epochs=5)])
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from matplotlib.figure import Figure
+from typing_extensions import override
+
+from robust_flatness.loggers.epoch_csv import EpochCSVLogger
+from robust_flatness.loggers.wandb import log_trajectory
+from robust_flatness.reporting.figures import overfitting_figure, trajectory_figure
+
+
+class Trajectory(Callback):
+    """Writes `figures/trajectory.png` and `figures/overfitting.png`, and sends both to W&B.
+
+    Rows come from the first `EpochCSVLogger` of the trainer, since a logger is given only what was
+    logged in that epoch, while `trainer.callback_metrics` keeps old values of what is measured
+    every few epochs. Where there is none, one that keeps its rows in memory is put behind the other
+    loggers.
+
+    An epoch is drawn when the next one starts or training ends, because loggers are given its
+    figures after all hooks of the epoch's end. `ModelCheckpoint` writes before that, so the state
+    of this callback holds the figures that are still on their way. When a run goes on, rows of
+    epochs that it is going to repeat are dropped, and rows that the file lacks are filled in.
+
+    Args:
+        every_n_epochs: How often figures are drawn during training; they always are at its end.
+        figures: Whether to draw at all. Without, rows are still kept whole, and W&B still gets its
+            table and chart.
+
+    Raises:
+        ValueError: If `every_n_epochs` is below 1.
+    """
+
+    def __init__(self, every_n_epochs: int = 5, figures: bool = True) -> None:
+        if every_n_epochs < 1:
+            raise ValueError(f"Expected `every_n_epochs` to be >= 1 but got {every_n_epochs}.")
+        self.every_n_epochs = every_n_epochs
+        self.figures = figures
+        self._trainer: Trainer | None = None
+        self._table: EpochCSVLogger | None = None
+        self._folder: Path | None = None
+        self._from_checkpoint: list[dict[str, float]] = []
+        self._logged_before: dict[str, Any] = {}
+        self._ended_epoch: int | None = None
+
+    @property
+    def rows(self) -> list[dict[str, float]]:
+        """The rows so far, in the order of their epochs; on other ranks than 0 none."""
+        rows = {int(row["epoch"]): row for row in self._from_checkpoint}
+        for row in self._table.rows if self._table else []:
+            rows[int(row["epoch"])] = rows.get(int(row["epoch"]), {}) | row
+        return [rows[epoch] for epoch in sorted(rows)]
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._folder = run_folder(trainer)
+        self._trainer = trainer
+        tables = [logger for logger in trainer.loggers if isinstance(logger, EpochCSVLogger)]
+        for table in tables:
+            table.recording = stage == "fit"
+        if stage == "fit" and not tables:
+            # The folder keeps `trainer.log_dir` what it was if this is the only logger.
+            tables = [EpochCSVLogger(trainer.default_root_dir, write=False)]
+            trainer.loggers = [*trainer.loggers, *tables]
+        self._table = tables[0] if tables else None
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Only now does `current_epoch` tell which epoch comes next, also after a resume.
+        if self._table is not None:
+            self._table.truncate(trainer.current_epoch)
+        self._restore()
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._ended_epoch = None
+        self._logged_before = dict(trainer.logged_metrics)
+        if trainer.current_epoch % self.every_n_epochs == 0:
+            self._draw(trainer, pl_module)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._ended_epoch = trainer.current_epoch
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._ended_epoch = None
+        self._draw(trainer, pl_module)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A finished run that is resumed skips training and all of its hooks.
+        self._restore()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        rows = {int(row["epoch"]): row for row in self.rows}
+        if self._ended_epoch is not None:
+            epoch = self._ended_epoch
+            rows[epoch] = {"epoch": epoch} | self._on_their_way() | rows.get(epoch, {})
+        return {"rows": [rows[epoch] for epoch in sorted(rows)]}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._from_checkpoint = list(state_dict["rows"])
+
+    def _restore(self) -> None:
+        if self._table is not None:
+            self._table.refill(self._from_checkpoint)
+            self._from_checkpoint = []
+
+    def _on_their_way(self) -> dict[str, float]:
+        """Returns what this epoch logged, part of which has not reached the loggers."""
+        # Lightning makes a new tensor for each value it logs, so one that is the same object as
+        # when the epoch began is the value of an earlier epoch. `…_step` belongs to a batch.
+        logged = self._trainer.logged_metrics if self._trainer else {}
+        return {
+            name: float(value)
+            for name, value in logged.items()
+            if value is not self._logged_before.get(name) and not name.endswith("_step")
+        }
+
+    def _draw(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        rows = self.rows
+        if not trainer.is_global_zero or not rows:
+            return
+        images = self._save_figures(trainer, pl_module) if self.figures and self._folder else {}
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                log_trajectory(logger, rows, images)
+
+    def _save_figures(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Path]:
+        rows, title = self.rows, type(pl_module).__name__
+        if (data := datamodule_of(trainer)) is not None:
+            title += f" on {type(data).__name__}"
+        figures = {
+            "trajectory": trajectory_figure(rows, title=title),
+            "overfitting": overfitting_figure(
+                rows,
+                title=title,
+                num_classes=_num_classes(trainer, pl_module),
+                best_epoch=early_stopped_epoch(trainer),
+            ),
+        }
+        folder = (self._folder or Path()) / "figures"
+        return {
+            name: _save(figure, folder / f"{name}.png")
+            for name, figure in figures.items()
+            if figure
+        }
+
+
+def early_stopped_epoch(trainer: Trainer) -> int | None:
+    """Returns the `best_epoch` of the first callback that has one, counted from 0."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        epoch = getattr(callback, "best_epoch", None)
+        if epoch is not None and epoch >= 0:
+            return int(epoch)
+    return None
+
+
+def datamodule_of(trainer: Trainer) -> Any:
+    """Returns the trainer's datamodule, or None where it was given loaders."""
+    return getattr(trainer, "datamodule", None)
+
+
+def run_folder(trainer: Trainer) -> Path | None:
+    """Returns where a run's files belong, or None for `fast_dev_run`, which leaves none.
+
+    To be called on every rank, as Lightning broadcasts the folder from rank 0.
+    """
+    folder = Path(trainer.log_dir or trainer.default_root_dir)
+    return None if getattr(trainer, "fast_dev_run", False) else folder
+
+
+def _num_classes(trainer: Trainer, pl_module: LightningModule) -> int | None:
+    for owner in (datamodule_of(trainer), pl_module):
+        number = getattr(owner, "num_classes", None)
+        if isinstance(number, int) and number > 1:
+            return number
+    return None
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".png.tmp")
+    figure.savefig(beside, format="png")
+    os.replace(beside, path)
+    return path

@@ -1,0 +1,205 @@
+"""The command line: `python cli.py fit --model ATAWP`, or `robust-flatness fit --model ATAWP`."""
+
+import inspect
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+import robust_flatness.callbacks as callbacks
+import robust_flatness.datamodules as datamodules
+import robust_flatness.lightning_modules as lightning_modules
+from robust_flatness.configs.compose import DEFAULTS, compose, run_folder_of
+from robust_flatness.lightning_modules.at import CLASS_KEY
+from robust_flatness.loggers import EpochCSVLogger, make_wandb_logger
+
+# Callbacks that every run has, each with its arguments under this name on the command line.
+WATCHED: dict[str, type[Callback]] = {
+    "evaluation": callbacks.RobustEvaluation,
+    "train_evaluation": callbacks.RobustEvaluation,
+    "flatness": callbacks.Flatness,
+    "train_flatness": callbacks.Flatness,
+    "early_stopping": callbacks.RobustEarlyStopping,
+    "trajectory": callbacks.Trajectory,
+    "final": callbacks.FinalEvaluation,
+    "autoattack": callbacks.AutoAttack,
+}
+IN_TEST = ("early_stopping", "final", "autoattack")
+Without = Literal[
+    "evaluation",
+    "train_evaluation",
+    "flatness",
+    "train_flatness",
+    "early_stopping",
+    "trajectory",
+    "final",
+    "autoattack",
+    "wandb",
+]
+
+
+def known_classes() -> dict[str, dict[str, str]]:
+    """Class paths of models and data by short name, of this package and of what was imported."""
+    bases = {"model": LightningModule, "data": LightningDataModule}
+    known: dict[str, dict[str, str]] = {}
+    for key, package in {"model": lightning_modules, "data": datamodules}.items():
+        members = [getattr(package, name) for name in package.__all__]
+        known[key] = {
+            member.__name__: f"{package.__name__}.{member.__name__}"
+            for member in members
+            if inspect.isclass(member)
+            and issubclass(member, bases[key])
+            and not inspect.isabstract(member)
+        }
+    return known
+
+
+class CLI(LightningCLI):
+    """LightningCLI with run folders, default measures, and arguments in any order."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """`fit` and `test`; nothing is validated or predicted outside callbacks."""
+        both = LightningCLI.subcommands()
+        return {name: both[name] for name in ("fit", "test")}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the default callbacks and links what the data knows into the model."""
+        for name in ("num_classes", "in_channels", "mean", "std"):
+            parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
+        for name, callback in WATCHED.items():
+            skip = {"dataset", "normalization"}
+            parser.add_class_arguments(callback, name, skip=skip, fail_untyped=False)
+        parser.add_argument(
+            "--without",
+            type=list[Without],
+            default=[],
+            help="Default callbacks, or wandb, to leave out: --without=[autoattack,wandb].",
+        )
+        parser.add_argument("--project", type=str, default="robust-flatness", help="W&B project.")
+        parser.add_argument("--group", type=str | None, default=None, help="W&B group.")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Puts presets, files and options into one order first."""
+        arguments = list(sys.argv[1:] if args is None else args)
+        if arguments and arguments[0] in self.subcommands():
+            try:
+                arguments = compose(arguments, known_classes())
+            except ValueError as error:
+                parser.error(str(error))
+        self.config = parser.parse_args(arguments)
+
+    def before_instantiate_classes(self) -> None:
+        """Refuses the checkpoint of another class; `test` leaves the run's config.yaml alone."""
+        if self.subcommand == "test":
+            self.save_config_callback = None
+
+    def _parse_ckpt_path(self) -> None:
+        """Checks the checkpoint's class; its settings come from its run's config.yaml."""
+        path = self.config[self.config.subcommand].get("ckpt_path")
+        if not path or path in ("last", "best", "hpc", "registry"):
+            return
+        if not Path(path).is_file():
+            self.parser.error(f"Expected `--ckpt_path` to be a checkpoint file but got {path}.")
+        written = torch.load(path, map_location="cpu", weights_only=True).get(CLASS_KEY)
+        asked = self.config[self.config.subcommand].model.class_path.rsplit(".", 1)[-1]
+        if written is not None and written != asked:
+            self.parser.error(
+                f"Expected `--ckpt_path` to be a checkpoint of {asked} but {path} is one of "
+                f"{written}."
+            )
+        if run_folder_of(path) is None:
+            super()._parse_ckpt_path()
+
+    def instantiate_classes(self) -> None:
+        """Builds everything; bad arguments end in one sentence."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, OSError) as error:
+            self.parser.error(str(error))
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Gives the trainer its run folder, loggers and the default callbacks."""
+        config = self.config[self.subcommand]
+        trainer = self.config_init[self.subcommand].trainer
+        folder = self.run_folder()
+        loggers: list[Logger] = [EpochCSVLogger(folder)]
+        if trainer.logger not in (None, True, False):
+            given = trainer.logger
+            loggers += given if isinstance(given, list) else [given]
+        elif trainer.logger is not False and "wandb" not in config.without:
+            settings = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
+            loggers.append(
+                make_wandb_logger(
+                    folder,
+                    project=config.project,
+                    name=folder.name,
+                    group=config.group or type(self.model).__name__,
+                    config=settings,
+                )
+            )
+        names = IN_TEST if self.subcommand == "test" else tuple(WATCHED)
+        watched = [
+            self.config_init[self.subcommand][name] for name in names if name not in config.without
+        ]
+        watched.append(callbacks.Results(settings=self._settings()))
+        trainer.callbacks = [*(trainer.callbacks or []), *watched]
+        return super().instantiate_trainer(logger=loggers, **kwargs)
+
+    def run_folder(self) -> Path:
+        """The checkpoint's run folder, else a new `runs/<model>-<data>-s<seed>`.
+
+        Rank 0 alone decides: other ranks learn it through `trainer.log_dir`.
+        """
+        config = self.config[self.subcommand]
+        resumed = run_folder_of(config.get("ckpt_path"))
+        if resumed is not None:
+            return resumed
+        names = (type(self.model).__name__, type(self.datamodule).__name__)
+        stem = f"{names[0]}-{names[1]}-s{config.seed_everything}"
+        root = Path(config.trainer.default_root_dir or "runs")
+        folder, number = root / stem, 1
+        while folder.exists() and rank_zero_only.rank == 0:
+            number += 1
+            folder = root / f"{stem}-{number}"
+        return folder
+
+    def _settings(self) -> dict[str, Any]:
+        parser = self._parser(self.subcommand)
+        settings: dict[str, Any] = yaml.safe_load(
+            parser.dump(self.config[self.subcommand], skip_none=False, skip_link_targets=False)
+        )
+        return settings
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command line.
+
+    Args:
+        args: Arguments; `None` takes those of the process.
+    """
+    CLI(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        save_config_callback=SaveConfigCallback,
+        save_config_kwargs={"overwrite": True},
+        seed_everything_default=0,
+        parser_kwargs={
+            name: {"default_config_files": [str(DEFAULTS)]} for name in CLI.subcommands()
+        },
+        args=None if args is None else list(args),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""Weights & Biases without questions: offline without a key, `epoch` as the axis of every chart.
+
+Example:
+    A run that is recorded in `runs/at-digits-s0/wandb`, and goes on there when it is resumed::
+
+        folder = "runs/at-digits-s0"
+        logger = make_wandb_logger(folder, project="robust-flatness", name="at-digits-s0")
+        Trainer(logger=[EpochCSVLogger(folder), logger], callbacks=[Trajectory()])
+"""
+
+import inspect
+import math
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+from typing_extensions import override
+
+# What a run logs once an epoch; everything else keeps Lightning's axis, the global step.
+EPOCH_PREFIXES = (
+    "train/",
+    "train_eval/",
+    "val/",
+    "test/",
+    "flatness/",
+    "hessian/",
+    "awp/",
+    "final/",
+    "early_stopped/",
+    "figures/",
+)
+# What stands at the end of a run only has one value, which needs no minimum beside it.
+_FINAL = ("final/", "early_stopped/", "figures/", "test/autoattack", "train/autoattack")
+
+
+class EpochWandbLogger(WandbLogger):
+    """Lightning's logger with `epoch` as the x-axis of what is logged once an epoch.
+
+    The summary of such a figure holds its minimum and its last value, as `val/robust_error.min` and
+    `val/robust_error.last`; figures of the end of a run stand in the summary as they are.
+
+    Each name is defined in full when it is first logged. Patterns such as `test/*` would not do:
+    Lightning defines `*`, and where two patterns fit, W&B takes either of them by chance (with
+    wandb 0.31, 17 of 40 names got the more specific one).
+
+    Args:
+        *args: As for `WandbLogger`.
+        **kwargs: As for `WandbLogger`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Lightning passes it on also where nobody asked for it, and W&B warns of it in every run.
+        if self._wandb_init.get("anonymous") is None:
+            self._wandb_init.pop("anonymous", None)
+        self._defined: set[str] = set()
+
+    @override
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Logs figures, after their axis and summary have been defined.
+
+        Args:
+            metrics: Names and values, `epoch` among them where they belong to one.
+            step: The global step.
+        """
+        for name in metrics.keys() - self._defined:
+            # Lightning's `…_step` is the value of a batch.
+            if name.startswith(EPOCH_PREFIXES) and not name.endswith("_step"):
+                summary = None if name.startswith(_FINAL) else "min,last"
+                self.experiment.define_metric(name, step_metric="epoch", summary=summary)
+            self._defined.add(name)
+        super().log_metrics(metrics, step)
+
+
+def make_wandb_logger(
+    folder: str | Path,
+    *,
+    project: str,
+    name: str,
+    group: str | None = None,
+    tags: Sequence[str] = (),
+    entity: str | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> WandbLogger:
+    """Builds a logger that writes to `<folder>/wandb` and never asks a question.
+
+    Rank 0 decides whether the run is offline: where `WANDB_MODE` says so, where there is no API
+    key, and where the key cannot be checked. The id of the W&B run is kept in
+    `<folder>/wandb/run_id`, so that a resumed run goes on in the same one. Other ranks neither
+    touch the network nor create a folder.
+
+    Args:
+        folder: The run folder.
+        project: The W&B project.
+        name: The name of the run.
+        group: What the run is grouped under, such as the method.
+        tags: Tags of the run.
+        entity: The W&B user or team, by default that of the key.
+        config: All settings of the run.
+
+    Returns:
+        The logger. Its W&B run starts when it is first used, before training.
+    """
+    settings: dict[str, Any] = {
+        "group": group,
+        "tags": list(tags),
+        "entity": entity,
+        "resume": "allow",
+    }
+    if getattr(rank_zero_only, "rank", 0) == 0:
+        settings |= {"id": _run_id(Path(folder)), "config": dict(config or {})}
+        # `WandbLogger(offline=True)` would set `WANDB_MODE` for the whole process, and thereby for
+        # all runs that follow in it.
+        if reason := _why_offline():
+            settings["mode"] = "offline"
+            print(
+                f"Weights & Biases {reason}, so the run is recorded offline. To upload it: "
+                f"wandb sync {folder}/wandb/offline-run-*"
+            )
+    return EpochWandbLogger(name=name, save_dir=folder, project=project, **settings)
+
+
+def log_trajectory(
+    logger: WandbLogger, rows: Sequence[Mapping[str, float]], images: Mapping[str, Path]
+) -> None:
+    """Sends the path of a run through flatness and robust loss (Fig. 5 of the paper) to W&B.
+
+    The table `trajectory_table` has the columns `epoch`, `flatness` and `robust_loss`; the chart
+    `trajectory` draws it in the dashboard without anyone setting it up.
+
+    Args:
+        logger: Any W&B logger of Lightning.
+        rows: Rows of `EpochCSVLogger`. Those without both figures are left out of the table.
+        images: Image files, logged as `figures/<name>`.
+    """
+    import wandb
+
+    names = ("epoch", "flatness/average/test", "test/robust_loss")
+    points = [[row.get(name, math.nan) for name in names] for row in rows]
+    points = [point for point in points if all(map(math.isfinite, point))]
+    content: dict[str, Any] = {
+        f"figures/{name}": wandb.Image(str(path)) for name, path in images.items()
+    }
+    if points:
+        table = wandb.Table(columns=["epoch", "flatness", "robust_loss"], data=points)
+        title = "Average-case flatness (x) and robust test loss (y)"
+        content["trajectory"] = wandb.plot.scatter(table, "flatness", "robust_loss", title=title)
+    if content:
+        logger.log_metrics({**content, "epoch": rows[-1]["epoch"]})
+
+
+def _run_id(folder: Path) -> str:
+    path = folder / "wandb" / "run_id"
+    if path.exists():
+        return path.read_text(encoding="utf-8").strip()
+    # From the system's randomness: the generators that training is seeded with stay where they are.
+    run_id = secrets.token_hex(4)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(run_id + "\n", encoding="utf-8")
+    return run_id
+
+
+def _why_offline() -> str:
+    """Returns what stands in the way of an online run, or nothing. Asks the user nothing."""
+    import wandb
+
+    if os.environ.get("WANDB_MODE", "online") != "online":
+        return ""  # W&B reads the variable itself, and knows modes that are not offline either
+    if "prompt" in inspect.signature(wandb.login).parameters:
+        quietly: dict[str, Any] = {"prompt": False}
+    elif wandb.api.api_key:  # older versions ask in the terminal where there is none
+        quietly = {}
+    else:
+        return "found no API key"
+    try:
+        return "" if wandb.login(verify=True, **quietly) else "found no API key"
+    except wandb.errors.Error as error:
+        return f"could not check the API key ({error})"

@@ -1,0 +1,73 @@
+"""What a run was made with: the versions and the machine that its figures may depend on."""
+
+import os
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = (
+    "robust-flatness",
+    "torch",
+    "torchvision",
+    "lightning",
+    "torchmetrics",
+    "pyautoattack",
+    "numpy",
+    "scikit-learn",
+    "wandb",
+)
+
+
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str | None]:
+    """Returns the version of Python and of installed packages.
+
+    Args:
+        packages: Names of distributions.
+
+    Returns:
+        Versions by name, None for a package that is not installed.
+
+    Example:
+        >>> sorted(versions(["torch"]))
+        ['python', 'torch']
+    """
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def hardware(num_processes: int = 1) -> dict[str, Any]:
+    """Returns what the figures were computed on.
+
+    Args:
+        num_processes: Number of processes that trained together.
+
+    Returns:
+        The platform, the CPU's name and cores, the names of the GPUs that are visible, and the
+        number of processes.
+    """
+    return {
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpu_cores": os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "num_processes": num_processes,
+    }
+
+
+def _cpu_name() -> str:
+    # `platform.processor()` is empty on most Linux systems.
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

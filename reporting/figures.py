@@ -1,0 +1,214 @@
+"""The two figures of one run: its path to sharp minima, and its robust overfitting.
+
+Both read the rows of `metrics.csv` or `results.json`, a dictionary an epoch, and use what is there:
+rows without a figure, and figures that are NaN, are left out.
+
+Example:
+    >>> names = ("epoch", "flatness/average/test", "test/robust_loss")
+    >>> rows = [dict(zip(names, (e, 0.2 + 0.1 * e, 1.5 + 0.2 * e))) for e in range(8)]
+    >>> trajectory_figure(rows, title="AT").axes[0].get_ylabel()
+    'test RLoss'
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Colormap, ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+Rows = Sequence[Mapping[str, float]]
+
+# Okabe and Ito's colours, which stay apart for colour-blind readers and in grey.
+_BLUE, _ORANGE, _GREEN, _PURPLE, _GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
+_FONT = 9  # points, at the printed width
+
+
+def trajectory_figure(rows: Rows, *, title: str | None = None) -> Figure | None:
+    """Draws robust loss against flatness, a point for each measured epoch (Fig. 5 of the paper).
+
+    Args:
+        rows: Rows with `epoch`, `flatness/average/test` and `test/robust_loss`; where they hold
+            `flatness/average/test_sem`, it is drawn as a faint bar of one standard error.
+        title: A line above the figure.
+
+    Returns:
+        A figure of 5.2 x 3.6 inches, or None where no row holds both figures.
+    """
+    points = _points(rows)
+    if not points:
+        return None
+    epochs, flatness, losses, errors = zip(*points)
+    figure, (axes,) = _canvas(5.2, 3.6, 1)
+    grey: dict[str, Any] = {"fmt": "none", "ecolor": _GREY, "elinewidth": 0.8, "alpha": 0.45}
+    axes.errorbar(flatness, losses, xerr=errors, zorder=1, **grey)
+    axes.plot(flatness, losses, color=_GREY, linewidth=0.8, alpha=0.7, zorder=2)
+    dot: dict[str, Any] = {"s": 34, "edgecolors": "white", "linewidths": 0.6}
+    dots = axes.scatter(flatness, losses, c=epochs, cmap=_colours(), zorder=3, **dot)
+    _mark_ends(axes, points)
+    axes.margins(0.1, 0.12)
+    axes.set_xlabel("average-case flatness in RLoss (lower is flatter)")
+    axes.set_ylabel("test RLoss")
+    bar = figure.colorbar(dots, ax=axes, pad=0.02, ticks=MaxNLocator(6, integer=True))
+    bar.set_label("epoch", fontsize=_FONT)
+    bar.ax.tick_params(labelsize=_FONT - 1)
+    bar.outline.set_visible(False)
+    _set_title(figure, title)
+    return figure
+
+
+def overfitting_figure(
+    rows: Rows,
+    *,
+    title: str | None = None,
+    num_classes: int | None = None,
+    best_epoch: int | None = None,
+) -> Figure | None:
+    """Draws robust loss and robust error throughout training (Fig. 2 of the paper).
+
+    Left, RLoss on training and test images, and on test images that are correct or incorrect when
+    clean; right, RErr.
+
+    Args:
+        rows: Rows with `epoch` and any of `train/robust_loss`, `train_eval/robust_loss`,
+            `test/robust_loss`, `test/robust_loss_correct`, `test/robust_loss_incorrect`,
+            `train/robust_error`, `train_eval/robust_error`, `test/robust_error`,
+            `val/robust_error`.
+        title: A line above the figure.
+        num_classes: Number K of classes, for a line at ln K, the loss of guessing.
+        best_epoch: The epoch that early stopping takes, for a line in both panels.
+
+    Returns:
+        A figure of 6.8 x 3.3 inches, or None where there is nothing to draw.
+    """
+    figure, (left, right) = _canvas(6.8, 3.3, 2)
+    drawn = [_draw_losses(left, rows), _draw_errors(right, rows)]
+    if not any(drawn):
+        return None
+    if num_classes is not None:
+        label = f"guessing (ln {num_classes})"
+        left.axhline(math.log(num_classes), color=_GREY, linestyle=":", linewidth=1.1, label=label)
+    if best_epoch is not None:
+        _draw_early_stopping(left, right, rows, best_epoch)
+    left.set_ylabel("RLoss")
+    right.set_ylabel("RErr")
+    right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+    for axes in (left, right):
+        axes.set_xlabel("epoch")
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    _add_legend(figure)
+    _set_title(figure, title)
+    return figure
+
+
+def _draw_losses(axes: Axes, rows: Rows) -> bool:
+    return _draw_lines(
+        axes,
+        rows,
+        {
+            "test/robust_loss_incorrect": ("test, incorrect", _PURPLE, "-", 1.1),
+            "test/robust_loss": ("test", _ORANGE, "-", 1.8),
+            "test/robust_loss_correct": ("test, correct", _GREEN, "-", 1.1),
+            "train/robust_loss": ("train", _BLUE, "-", 1.8),
+            "train_eval/robust_loss": ("train, weights fixed", _BLUE, "--", 1.1),
+        },
+    )
+
+
+def _draw_errors(axes: Axes, rows: Rows) -> bool:
+    return _draw_lines(
+        axes,
+        rows,
+        {
+            "val/robust_error": ("early-stopping images", "#BBBBBB", "-", 1.0),
+            "test/robust_error": ("test", _ORANGE, "-", 1.8),
+            "train/robust_error": ("train", _BLUE, "-", 1.8),
+            "train_eval/robust_error": ("train, weights fixed", _BLUE, "--", 1.1),
+        },
+    )
+
+
+def _draw_lines(axes: Axes, rows: Rows, lines: Mapping[str, tuple[str, str, str, float]]) -> bool:
+    for name, (label, colour, style, width) in lines.items():
+        points = _series(rows, name)
+        if points:
+            # A single epoch is no line, and a few are easier to read with their points.
+            marker: dict[str, Any] = {"marker": "o", "markersize": 2.5} if len(points) <= 20 else {}
+            axes.plot(
+                *zip(*points), color=colour, linestyle=style, linewidth=width, label=label, **marker
+            )
+    return bool(axes.lines)
+
+
+def _draw_early_stopping(left: Axes, right: Axes, rows: Rows, best_epoch: int) -> None:
+    line: dict[str, Any] = {"color": "black", "linestyle": "-.", "linewidth": 0.8}
+    for axes in (left, right):
+        axes.axvline(best_epoch, label="early stopping", **line)
+    error = dict(_series(rows, "test/robust_error")).get(best_epoch)
+    if error is not None:
+        right.axhline(error, **line)
+
+
+def _mark_ends(axes: Axes, points: Sequence[tuple[float, ...]]) -> None:
+    for epoch, x, y, _ in (points[0], points[-1])[: len(points)]:
+        axes.plot(x, y, "o", markersize=10, fillstyle="none", color="black", zorder=4)
+        where: dict[str, Any] = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center"}
+        axes.annotate(f"epoch {epoch:g}", (x, y), fontsize=_FONT - 1, **where)
+
+
+def _series(rows: Rows, name: str) -> list[tuple[float, float]]:
+    pairs = ((row["epoch"], row.get(name)) for row in rows)
+    return sorted((e, value) for e, value in pairs if value is not None and math.isfinite(value))
+
+
+def _points(rows: Rows) -> list[tuple[float, float, float, float]]:
+    losses = dict(_series(rows, "test/robust_loss"))
+    errors = dict(_series(rows, "flatness/average/test_sem"))
+    flatness = _series(rows, "flatness/average/test")
+    return [(e, x, losses[e], errors.get(e, 0.0)) for e, x in flatness if e in losses]
+
+
+def _colours() -> Colormap:
+    # Without its last tenth, which is too pale on paper.
+    return ListedColormap(mpl.colormaps["viridis"].resampled(256)([i / 284 for i in range(256)]))
+
+
+def _canvas(width: float, height: float, panels: int) -> tuple[Figure, list[Axes]]:
+    # No pyplot: it keeps every figure alive, and may want a display.
+    figure = Figure(figsize=(width, height), dpi=200, layout="constrained")
+    FigureCanvasAgg(figure)
+    all_axes = [figure.add_subplot(1, panels, i + 1) for i in range(panels)]
+    for axes in all_axes:
+        axes.tick_params(labelsize=_FONT - 1, width=0.6)
+        axes.xaxis.label.set_fontsize(_FONT)
+        axes.yaxis.label.set_fontsize(_FONT)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_linewidth(0.6)
+        axes.grid(color="#E6E6E6", linewidth=0.6)
+        axes.set_axisbelow(True)
+    return figure, all_axes
+
+
+def _add_legend(figure: Figure) -> None:
+    # One for both panels and below them, where it covers no line.
+    entries: dict[str, Any] = {}
+    for axes in figure.axes:
+        handles, labels = axes.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles))
+    look: dict[str, Any] = {
+        "ncols": 4,
+        "fontsize": _FONT - 1,
+        "frameon": False,
+        "handlelength": 2.2,
+    }
+    figure.legend(entries.values(), entries, loc="outside lower center", **look)
+
+
+def _set_title(figure: Figure, title: str | None) -> None:
+    if title:
+        figure.suptitle(title, fontsize=_FONT + 1)

@@ -1,0 +1,89 @@
+"""Promises 2 and 4: two gloo processes measure and train as one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from distributed.two_processes import (
+    CHUNK,
+    EvalBatchNorm,
+    EvalBatchNormAWP,
+    measuring_callbacks,
+    module,
+    trained_weights,
+)
+from networks_for_tests import same
+from trainers import ToyData, quiet_trainer
+
+from robust_flatness.callbacks.sharding import indices_of_rank
+from robust_flatness.lightning_modules import ATAWP
+
+SCRIPT = Path(__file__).parent / "two_processes.py"
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What each of two processes left."""
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [sys.executable, str(SCRIPT), str(folder)],
+        env=environment,
+        check=True,
+        timeout=240,
+        cwd=folder,
+        capture_output=True,
+    )
+    return [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
+
+
+@pytest.mark.parametrize(("name", "cls"), [("at", EvalBatchNorm), ("awp", EvalBatchNormAWP)])
+def test_two_processes_train_as_one(ranks, name, cls):
+    single = trained_weights(cls, 1)
+    assert same(ranks[0][name], ranks[1][name])
+    for parameter, value in single.items():
+        torch.testing.assert_close(ranks[0][name][parameter], value, rtol=0, atol=1e-10)
+
+
+def test_ranks_share_one_measure_though_their_statistics_differ(ranks):
+    first, second = (rank["measured"] for rank in ranks)
+    drift = first["before"]["network.1.running_mean"] - second["before"]["network.1.running_mean"]
+    assert drift.abs().max() > 1e-4
+    assert first["logged"] == second["logged"]
+    assert first["autoattack"] == second["autoattack"]
+    # Each rank has its own statistics back.
+    for found in (first, second):
+        assert same(found["before"], found["after"])
+
+
+def test_two_processes_measure_what_one_does_bit_for_bit(ranks):
+    found = ranks[0]["measured"]
+    network, trainer = module(ATAWP), quiet_trainer()
+    network.load_state_dict(found["before"])
+    data = ToyData()
+    for name, callback in measuring_callbacks().items():
+        if name == "autoattack":
+            callback._verdicts.dataset, callback._verdicts.eps = data.measured, data.eps
+            assert callback.measure_all(trainer, network) == found["autoattack"]
+            continue
+        callback.dataset, callback.eps = data.measured, data.eps
+        for figure, value in callback.measure(trainer, network).items():
+            assert found["logged"][figure] == torch.tensor(value).item(), figure
+
+
+def test_early_stopping_is_decided_once_for_all_ranks(ranks):
+    first, second = (rank["measured"] for rank in ranks)
+    assert first["epochs"] == second["epochs"]
+    assert first["best_epoch"] == second["best_epoch"]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+def test_every_example_belongs_to_one_rank_in_whole_chunks(world):
+    shares = [indices_of_rank(21, CHUNK, rank, world) for rank in range(world)]
+    assert sorted(sum(shares, [])) == list(range(21))
+    for share in shares:
+        chunks = {index // CHUNK for index in share}
+        assert len(share) == sum(len(range(c * CHUNK, min(c * CHUNK + CHUNK, 21))) for c in chunks)

@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,10 @@ import robust_flatness.lightning_modules as lightning_modules
 from robust_flatness.configs.compose import DEFAULTS, compose, run_folder_of
 from robust_flatness.lightning_modules.at import CLASS_KEY
 from robust_flatness.loggers import EpochCSVLogger, make_wandb_logger
+
+for message in (".*LeafSpec.*", ".*does not have many workers.*"):
+    # Said by Lightning about itself, and about data that is in memory already.
+    warnings.filterwarnings("ignore", message=message)
 
 # Callbacks that every run has, each with its arguments under this name on the command line.
 WATCHED: dict[str, type[Callback]] = {

@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from robust_flatness.callbacks.isolation import swapped_weights
-from robust_flatness.callbacks.logs import log_equal
+from robust_flatness.callbacks.logs import log_equal, log_final
 from robust_flatness.callbacks.robust_early_stopping import early_stopping_of
 
 Figures = dict[str, float]
@@ -43,12 +43,9 @@ class FinalMeasurement(Callback, ABC):
             weights: `final` or `early_stopped`.
         """
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measures and hands the figures to the loggers."""
-        figures = dict(self._run(trainer, pl_module))
-        if trainer.is_global_zero:
-            for logger in trainer.loggers:
-                logger.log_metrics(figures, step=trainer.global_step)
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measures and hands the figures to the loggers; also if a finished run is resumed."""
+        log_final(trainer, dict(self._run(trainer, pl_module)))
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures and logs, so that `trainer.test` returns the figures."""

@@ -1,10 +1,11 @@
-"""Logging what is already equal on all ranks."""
+"""Logging figures of the epochs, and of the end."""
 
 import math
 import warnings
 from collections.abc import Mapping
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
 
 
 def log_equal(pl_module: LightningModule, figures: Mapping[str, float]) -> None:
@@ -20,3 +21,19 @@ def log_equal(pl_module: LightningModule, figures: Mapping[str, float]) -> None:
         for name, value in figures.items():
             if not math.isnan(value):
                 pl_module.log(name, value)
+
+
+def log_final(trainer: Trainer, figures: Mapping[str, float]) -> None:
+    """Hands the loggers figures that belong to the run, not to an epoch.
+
+    Args:
+        trainer: The trainer.
+        figures: Values by logged name.
+    """
+    for logger in trainer.loggers if trainer.is_global_zero else []:
+        if isinstance(logger, WandbLogger):
+            # In the history they would be charts of one point each.
+            logger.experiment.summary.update(dict(figures))
+        else:
+            logger.log_metrics(dict(figures), step=trainer.global_step)
+            logger.save()

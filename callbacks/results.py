@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
 from rich.console import Console
+from rich.table import Table
 from typing_extensions import override
 
 from robust_flatness.callbacks.trajectory import (
@@ -38,8 +38,7 @@ class Results(Callback):
     What they do not give is taken from the trajectory, as the last row holds figures of the final
     weights, and the row of the early-stopped epoch those of the early-stopped ones.
 
-    Loggers are given the figures of the callbacks as `final/<name>` and `early_stopped/<name>`, W&B
-    in its summary. Wall time is that of all parts of a run that was resumed.
+    Wall time is that of all parts of a run that was resumed.
 
     Args:
         settings: The settings of the run, by default the module's hyperparameters.
@@ -51,6 +50,7 @@ class Results(Callback):
         self._started = time.monotonic()
         self._seconds_before = 0.0
         self._fitting = False
+        self._table: Table | None = None
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -76,6 +76,13 @@ class Results(Callback):
         if trainer.is_global_zero:
             seconds = time.monotonic() - self._started
             self._finish(trainer, pl_module, "results_test.json", seconds)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Only now has the progress bar left the terminal.
+        if self._table is not None:
+            Console().print(self._table)
+            self._table = None
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -104,8 +111,7 @@ class Results(Callback):
             _fill_in(results)
         if self._folder is not None:
             write_json(self._folder / name, results)
-        _send(trainer, measured)
-        Console().print(summary_table(results, folder=self._folder))
+        self._table = summary_table(results, folder=self._folder)
 
     def _describe(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         data, seed = datamodule_of(trainer), os.environ.get("PL_GLOBAL_SEED")
@@ -144,19 +150,3 @@ def _fill_in(results: dict[str, Any]) -> None:
         row = rows.get(epoch, {})
         figures = {name: value for name, value in row.items() if name.startswith(_MEASURED)}
         results[part] = figures | results[part]
-
-
-def _send(trainer: Trainer, measured: dict[str, dict[str, Any]]) -> None:
-    figures = {
-        f"{weights}/{name}": float(value)
-        for weights in ("final", "early_stopped")
-        for name, value in measured[weights].items()
-    }
-    for logger in trainer.loggers if figures else []:
-        if isinstance(logger, WandbLogger):
-            # They belong to the run and not to a step, and would be a chart of one point each.
-            logger.experiment.summary.update(figures)
-        else:
-            # The table of the epochs takes nothing in that has no epoch.
-            logger.log_metrics(figures, step=trainer.global_step)
-            logger.save()

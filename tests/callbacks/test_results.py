@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import wandb
 from lightning.pytorch import (
     Callback,
     LightningDataModule,
@@ -17,13 +16,11 @@ from lightning.pytorch import (
     seed_everything,
 )
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, TensorDataset
-from wandb_reader import read_runs
 
 from robust_flatness.callbacks.results import Results
 from robust_flatness.callbacks.trajectory import Trajectory
-from robust_flatness.loggers import EpochCSVLogger, make_wandb_logger
+from robust_flatness.loggers import EpochCSVLogger
 
 
 class Toy(LightningModule):
@@ -170,23 +167,6 @@ def test_wall_time_adds_up_over_a_resume(tmp_path: Path, monkeypatch: pytest.Mon
         trainer.fit(Toy(), datamodule=Points(), ckpt_path=last if epochs == 3 else None)
         assert read(tmp_path / "results.json")["wall_time_seconds"] == expected
         clock.append(clock[-1] + 5000.0)
-
-
-def test_loggers_are_given_the_final_figures(tmp_path: Path) -> None:
-    stock = CSVLogger(tmp_path, name="stock", version="")
-    loggers = [
-        EpochCSVLogger(tmp_path),
-        make_wandb_logger(tmp_path, project="p", name="n"),
-        stock,
-    ]
-    make_trainer(tmp_path, Measure(), Results(), logger=loggers).fit(Toy(), datamodule=Points())
-    wandb.finish()
-    (run,) = read_runs(tmp_path)
-    assert run.summary["final/test/robust_error"] == 0.6
-    assert run.summary["early_stopped/test/robust_error"] == 0.5
-    assert not any("final/test/robust_error" in step for step in run.history)
-    assert "early_stopped/test/robust_error" in (tmp_path / "stock" / "metrics.csv").read_text()
-    assert "final" not in (tmp_path / "metrics.csv").read_text()
 
 
 def test_fast_dev_run_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

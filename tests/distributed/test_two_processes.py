@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -83,7 +84,7 @@ def test_early_stopping_is_decided_once_for_all_ranks(ranks):
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
 def test_every_example_belongs_to_one_rank_in_whole_chunks(world):
     shares = [indices_of_rank(21, CHUNK, rank, world) for rank in range(world)]
-    assert sorted(sum(shares, [])) == list(range(21))
+    assert sorted(chain.from_iterable(shares)) == list(range(21))
     for share in shares:
         chunks = {index // CHUNK for index in share}
         assert len(share) == sum(len(range(c * CHUNK, min(c * CHUNK + CHUNK, 21))) for c in chunks)

@@ -1,0 +1,96 @@
+import json
+
+import torch
+import wandb
+from lightning.pytorch.loggers import CSVLogger
+from networks_for_tests import tiny_body
+from trainers import PLAIN, ToyData, quiet_trainer
+from wandb_reader import read_runs
+
+from robust_flatness.callbacks import FinalEvaluation, Results, RobustEarlyStopping
+from robust_flatness.callbacks.final_measurement import FinalMeasurement
+from robust_flatness.lightning_modules import AT
+from robust_flatness.loggers import EpochCSVLogger, make_wandb_logger
+
+
+class Weight(FinalMeasurement):
+    """Measures a weight, so that a test can tell which weights were measured."""
+
+    def measure_all(self, trainer, pl_module):
+        self.final_results["num_examples"] |= {"test/weight": 7}
+        undefined = {"test/undefined": float("nan")}
+        return {"test/weight": pl_module.network[0].weight[0, 0, 0, 0].item(), **undefined}
+
+    def logged_name(self, name, weights):
+        return f"{weights}/{name}"
+
+
+class Scripted(RobustEarlyStopping):
+    def measure(self, trainer, module):
+        return {"val/robust_error": 0.1 + 0.1 * trainer.current_epoch}
+
+
+def test_measures_last_and_early_stopped_weights_and_gives_the_last_back():
+    weight, stopping = Weight(), Scripted()
+    module = AT(tiny_body, **PLAIN)
+    quiet_trainer(max_epochs=3, callbacks=[weight, stopping]).fit(module, ToyData())
+    last = module.network[0].weight[0, 0, 0, 0].item()
+    best = stopping.best_weights["network.0.weight"][0, 0, 0, 0].item()
+    assert weight.final_results["final"] == {"test/weight": last}
+    assert weight.final_results["early_stopped"] == {"test/weight": best}
+    assert last != best
+
+
+def test_loggers_get_the_figures_beside_those_of_the_epochs(tmp_path):
+    loggers = [
+        EpochCSVLogger(tmp_path),
+        make_wandb_logger(tmp_path, project="p", name="n"),
+        CSVLogger(tmp_path, name="stock", version=""),
+    ]
+    weight = Weight()
+    trainer = quiet_trainer(max_epochs=2, callbacks=[weight, Scripted()], logger=loggers)
+    trainer.fit(AT(tiny_body, **PLAIN), ToyData())
+    wandb.finish()
+    (run,) = read_runs(tmp_path)
+    for weights in ("final", "early_stopped"):
+        figure = weight.final_results[weights]["test/weight"]
+        assert run.summary[f"{weights}/test/weight"] == figure
+        # A chart of one point would say nothing.
+        assert not any(f"{weights}/test/weight" in step for step in run.history)
+    assert "early_stopped/test/weight" in (tmp_path / "stock" / "metrics.csv").read_text()
+    assert "final" not in (tmp_path / "metrics.csv").read_text()
+
+
+def test_resuming_a_finished_run_measures_again(tmp_path):
+    path, seen = tmp_path / "last.ckpt", []
+    for _ in range(2):
+        weight = Weight()
+        trainer = quiet_trainer(
+            max_epochs=2,
+            default_root_dir=tmp_path,
+            callbacks=[weight, Scripted(), Results()],
+        )
+        resume = path if path.exists() else None
+        trainer.fit(AT(tiny_body, **PLAIN), ToyData(), ckpt_path=resume)
+        trainer.save_checkpoint(path)
+        seen.append(weight.final_results)
+    assert seen[0] == seen[1]
+    assert json.loads((tmp_path / "results.json").read_text())["final"]["test/weight"]
+
+
+def test_protocol_figures_carry_their_counts():
+    final = FinalEvaluation(num_examples=6, steps=1, restarts=2, num_perturbations=2)
+    quiet_trainer(callbacks=[final]).fit(AT(tiny_body, **PLAIN), ToyData())
+    figures = final.final_results["final"]
+    for split in ("test", "train_eval"):
+        assert 0 <= figures[f"{split}/robust_error"] <= 1
+    assert {"flatness/average/test", "flatness/average/train_sem"} <= set(figures)
+    assert final.final_results["num_examples"]["test/robust_error"] == 6
+    assert final.final_results["early_stopped"] == {}
+
+
+def test_flatness_can_be_left_out():
+    final = FinalEvaluation(splits=["test"], num_examples=4, steps=1, num_perturbations=0)
+    torch.manual_seed(0)
+    quiet_trainer(callbacks=[final]).fit(AT(tiny_body, **PLAIN), ToyData())
+    assert not any(name.startswith("flatness") for name in final.final_results["final"])

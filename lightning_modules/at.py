@@ -88,7 +88,8 @@ class AT(PGDMixin, LightningModule):
         self.num_classes = num_classes
         self.pgd = PGD(eps, steps, step_size, norm, keep, start, craft_mode)
         self.normalize = Normalize(mean, std)
-        self.network = network(num_classes, in_channels)
+        # Convolutions are faster on CPU and GPU alike with channels innermost in memory.
+        self.network = network(num_classes, in_channels).to(memory_format=torch.channels_last)
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self.train_metrics = nn.ModuleDict(
             {name: MeanMetric() for name in ("loss", "robust_loss", "robust_error")}

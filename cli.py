@@ -5,11 +5,11 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
@@ -26,7 +26,7 @@ for message in (".*LeafSpec.*", ".*does not have many workers.*"):
     warnings.filterwarnings("ignore", message=message)
 
 # Callbacks that every run has, each with its arguments under this name on the command line.
-WATCHED: dict[str, type[Callback]] = {
+DEFAULT_CALLBACKS: dict[str, type[Callback]] = {
     "evaluation": callbacks.RobustEvaluation,
     "train_evaluation": callbacks.RobustEvaluation,
     "flatness": callbacks.Flatness,
@@ -35,19 +35,12 @@ WATCHED: dict[str, type[Callback]] = {
     "trajectory": callbacks.Trajectory,
     "final": callbacks.FinalEvaluation,
     "autoattack": callbacks.AutoAttack,
+    "best_checkpoint": ModelCheckpoint,
+    "last_checkpoint": ModelCheckpoint,
 }
-IN_TEST = ("early_stopping", "final", "autoattack")
-Without = Literal[
-    "evaluation",
-    "train_evaluation",
-    "flatness",
-    "train_flatness",
-    "early_stopping",
-    "trajectory",
-    "final",
-    "autoattack",
-    "wandb",
-]
+# Light measures of the epochs, which `test` replaces by the full protocol.
+ONLY_IN_FIT = ("evaluation", "train_evaluation", "flatness", "train_flatness")
+LEAVABLE = (*DEFAULT_CALLBACKS, "wandb")
 
 
 def known_classes() -> dict[str, dict[str, str]]:
@@ -79,14 +72,14 @@ class CLI(LightningCLI):
         """Adds the default callbacks and links what the data knows into the model."""
         for name in ("num_classes", "in_channels", "mean", "std"):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
-        for name, callback in WATCHED.items():
+        for name, callback in DEFAULT_CALLBACKS.items():
             skip = {"dataset", "normalization"}
             parser.add_class_arguments(callback, name, skip=skip, fail_untyped=False)
         parser.add_argument(
             "--without",
-            type=list[Without],
+            type=list[str],
             default=[],
-            help="Default callbacks, or wandb, to leave out: --without=[autoattack,wandb].",
+            help=f"What to leave out of {', '.join(LEAVABLE)}: --without=[autoattack,wandb].",
         )
         parser.add_argument("--project", type=str, default="robust-flatness", help="W&B project.")
         parser.add_argument("--group", type=str | None, default=None, help="W&B group.")
@@ -102,7 +95,13 @@ class CLI(LightningCLI):
         self.config = parser.parse_args(arguments)
 
     def before_instantiate_classes(self) -> None:
-        """Refuses the checkpoint of another class; `test` leaves the run's config.yaml alone."""
+        """Lets `test` leave the run's config.yaml alone."""
+        unknown = set(self.config[self.subcommand].without) - set(LEAVABLE)
+        if unknown:
+            self.parser.error(
+                f"Expected `--without` to name some of {', '.join(LEAVABLE)} but got "
+                f"{', '.join(sorted(unknown))}."
+            )
         if self.subcommand == "test":
             self.save_config_callback = None
 
@@ -132,31 +131,46 @@ class CLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Gives the trainer its run folder, loggers and the default callbacks."""
-        config = self.config[self.subcommand]
         trainer = self.config_init[self.subcommand].trainer
-        folder = self.run_folder()
-        loggers: list[Logger] = [EpochCSVLogger(folder)]
-        if trainer.logger not in (None, True, False):
-            given = trainer.logger
-            loggers += given if isinstance(given, list) else [given]
-        elif trainer.logger is not False and "wandb" not in config.without:
-            settings = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
-            loggers.append(
-                make_wandb_logger(
-                    folder,
-                    project=config.project,
-                    name=folder.name,
-                    group=config.group or type(self.model).__name__,
-                    config=settings,
-                )
-            )
-        names = IN_TEST if self.subcommand == "test" else tuple(WATCHED)
-        watched = [
-            self.config_init[self.subcommand][name] for name in names if name not in config.without
-        ]
-        watched.append(callbacks.Results(settings=self._settings()))
-        trainer.callbacks = [*(trainer.callbacks or []), *watched]
-        return super().instantiate_trainer(logger=loggers, **kwargs)
+        own = trainer.callbacks or []
+        own = own if isinstance(own, list) else [own]
+        bars = any(isinstance(callback, ProgressBar) for callback in own)
+        if trainer.enable_progress_bar is not False and not bars:
+            own = [RichProgressBar(), *own]
+        trainer.callbacks = [*own, *self._default_callbacks()]
+        return super().instantiate_trainer(logger=self._loggers(), **kwargs)
+
+    def _default_callbacks(self) -> list[Callback]:
+        config = self.config_init[self.subcommand]
+        left_out = set(config.without)
+        if "early_stopping" in left_out:
+            left_out.add("best_checkpoint")
+        if config.trainer.enable_checkpointing is False:
+            left_out |= {"best_checkpoint", "last_checkpoint"}
+        if self.subcommand == "test":
+            left_out |= set(ONLY_IN_FIT)
+        chosen = [config[name] for name in DEFAULT_CALLBACKS if name not in left_out]
+        return [*chosen, callbacks.Results(settings=self.config_dump)]
+
+    def _loggers(self) -> list[Logger]:
+        """The run's own table, and W&B unless the user named other loggers."""
+        config = self.config_init[self.subcommand]
+        folder, given = self.run_folder(), config.trainer.logger
+        table = EpochCSVLogger(folder)
+        if isinstance(given, Logger):
+            return [table, given]
+        if isinstance(given, list):
+            return [table, *given]
+        if given is False or "wandb" in config.without:
+            return [table]
+        wandb_logger = make_wandb_logger(
+            folder,
+            project=config.project,
+            name=folder.name,
+            group=config.group or type(self.model).__name__,
+            config=self.config_dump,
+        )
+        return [table, wandb_logger]
 
     def run_folder(self) -> Path:
         """The checkpoint's run folder, else a new `runs/<model>-<data>-s<seed>`.
@@ -169,19 +183,13 @@ class CLI(LightningCLI):
             return resumed
         names = (type(self.model).__name__, type(self.datamodule).__name__)
         stem = f"{names[0]}-{names[1]}-s{config.seed_everything}"
-        root = Path(config.trainer.default_root_dir or "runs")
+        # Absolute, as ModelCheckpoint forgets its best score where its folder's name changes.
+        root = Path(config.trainer.default_root_dir or "runs").expanduser().resolve()
         folder, number = root / stem, 1
         while folder.exists() and rank_zero_only.rank == 0:
             number += 1
             folder = root / f"{stem}-{number}"
         return folder
-
-    def _settings(self) -> dict[str, Any]:
-        parser = self._parser(self.subcommand)
-        settings: dict[str, Any] = yaml.safe_load(
-            parser.dump(self.config[self.subcommand], skip_none=False, skip_link_targets=False)
-        )
-        return settings
 
 
 def main(args: Sequence[str] | None = None) -> None:

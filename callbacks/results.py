@@ -111,7 +111,7 @@ class Results(Callback):
             _fill_in(results)
         if self._folder is not None:
             write_json(self._folder / name, results)
-        self._table = summary_table(results, folder=self._folder)
+        self._table = summary_table(results, folder=_short(self._folder))
 
     def _describe(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         data, seed = datamodule_of(trainer), os.environ.get("PL_GLOBAL_SEED")
@@ -150,3 +150,9 @@ def _fill_in(results: dict[str, Any]) -> None:
         row = rows.get(epoch, {})
         figures = {name: value for name, value in row.items() if name.startswith(_MEASURED)}
         results[part] = figures | results[part]
+
+
+def _short(folder: Path | None) -> Path | None:
+    """The folder as a person in the current directory would write it."""
+    inside = folder is not None and folder.is_absolute() and folder.is_relative_to(Path.cwd())
+    return folder.relative_to(Path.cwd()) if folder is not None and inside else folder

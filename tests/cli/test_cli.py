@@ -1,0 +1,357 @@
+"""The command line, driven in-process, and promises 10, 12 and 13 on it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Callback, Trainer
+
+from robust_flatness import cli
+from robust_flatness.cli import CLI, main
+from robust_flatness.lightning_modules import AT, ATAWP, load_checkpoint
+
+# A whole run in two seconds: few images, few steps, no W&B.
+TINY = [
+    "--trainer.max_epochs=2",
+    "--data.num_train=64",
+    "--model.network.width=4",
+    "--model.steps=2",
+    "--trainer.enable_progress_bar=false",
+    "--evaluation.num_examples=8",
+    "--train_evaluation.num_examples=8",
+    "--flatness.num_examples=8",
+    "--train_flatness.num_examples=8",
+    "--early_stopping.num_examples=8",
+    "--final.num_examples=8",
+    "--final.steps=2",
+    "--final.restarts=2",
+    "--final.num_perturbations=2",
+    "--autoattack.num_examples=4",
+    "--autoattack.version=custom",
+    "--autoattack.attacks=[apgd-ce]",
+]
+QUIET = "--without=[wandb]"
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def trainers(monkeypatch):
+    """The trainers that the command line makes."""
+    made = []
+    build = CLI.instantiate_trainer
+
+    def remember(self, **kwargs):
+        made.append(build(self, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(CLI, "instantiate_trainer", remember)
+    return made
+
+
+def parsed(*arguments: str, capsys) -> dict:
+    """The configuration that a command would run with."""
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments, "--print_config"])
+    assert stopped.value.code == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def refused(*arguments: str, capsys) -> str:
+    """What a command says that is refused, before anything is written."""
+    with pytest.raises(SystemExit) as stopped:
+        main(list(arguments))
+    assert stopped.value.code == 2
+    assert not list(Path().glob("runs/*/checkpoints/*"))
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_fit_leaves_a_run_folder_as_the_design_says(trainers, capsys):
+    main(["fit", "--model", "ATAWP", *TINY, QUIET])
+    folder = Path("runs/ATAWP-Digits-s0")
+    for name in ("config.yaml", "metrics.csv", "results.json"):
+        assert (folder / name).is_file()
+    assert {p.name for p in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert {p.name for p in (folder / "figures").iterdir()} == {"trajectory.png", "overfitting.png"}
+    assert len((folder / "metrics.csv").read_text().splitlines()) == 3
+    results = json.loads((folder / "results.json").read_text())
+    assert (results["method"], results["data"], results["seed"]) == ("ATAWP", "Digits", 0)
+    for part in ("final", "early_stopped"):
+        assert {
+            "test/robust_error",
+            "test/robust_loss",
+            "test/autoattack_error",
+            "flatness/average/test",
+            "flatness/average/train_sem",
+        } <= set(results[part])
+    assert results["num_examples"]["test/autoattack_error"] == 4
+    assert [row["epoch"] for row in results["trajectory"]] == [0, 1]
+    assert results["settings"]["model"]["init_args"]["xi"] == 0.01
+    assert len(results["split_indices"]["val"]) == 500
+    assert not any("dummy" in str(logger).lower() for logger in trainers[0].loggers)
+    printed = capsys.readouterr().out
+    assert "RErr AutoAttack, test (n=4)" in printed
+    assert "runs/ATAWP-Digits-s0" in printed
+    assert type(load_checkpoint(folder / "checkpoints" / "best.ckpt")) is ATAWP
+
+
+def test_a_taken_name_gets_a_number(trainers):
+    Path("runs/AT-Digits-s0").mkdir(parents=True)
+    main(["fit", *TINY, QUIET])
+    assert Path("runs/AT-Digits-s0-2/results.json").is_file()
+    assert list(Path("runs/AT-Digits-s0").iterdir()) == []
+
+
+def test_test_measures_a_checkpoint_with_the_settings_of_its_run(trainers):
+    main(["fit", "--model", "ATAWP", "--model.eps=0.1", *TINY, QUIET])
+    folder = Path("runs/ATAWP-Digits-s0")
+    before = {
+        name: (folder / name).read_bytes()
+        for name in ("config.yaml", "metrics.csv", "results.json")
+    }
+    checkpoint = str(folder / "checkpoints" / "last.ckpt")
+    main(["test", "--model", "ATAWP", "--ckpt_path", checkpoint, "--trainer.logger=false"])
+    tested = json.loads((folder / "results_test.json").read_text())
+    fitted = json.loads((folder / "results.json").read_text())
+    assert tested["settings"]["model"]["init_args"]["eps"] == 0.1
+    assert tested["settings"]["model"]["init_args"]["network"]["init_args"]["width"] == 4
+    for part in ("final", "early_stopped"):
+        for name, value in tested[part].items():
+            assert fitted[part][name] == pytest.approx(value, abs=1e-6), name
+    for name, content in before.items():
+        assert (folder / name).read_bytes() == content
+    assert [p.name for p in Path("runs").iterdir()] == ["ATAWP-Digits-s0"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--model", "ATAWP", "--model.xi", "0.02"],
+        ["--model.xi", "0.02", "--model", "ATAWP"],
+        ["--model.xi=0.02", "--trainer.max_epochs=7", "--model=ATAWP"],
+    ],
+)
+def test_order_of_arguments_does_not_matter(arguments, capsys):
+    config = parsed("fit", *arguments, capsys=capsys)
+    assert config["model"]["class_path"].endswith(".ATAWP")
+    assert config["model"]["init_args"]["xi"] == 0.02
+
+
+def test_fractions_are_numbers_wherever_an_epsilon_is(capsys, tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("flatness: {eps: 4/255, step_size: 1/255}\n")
+    config = parsed(
+        "fit", "--model.eps", "8/255", "--data.eps=1/5", "--config", str(mine), capsys=capsys
+    )
+    assert config["model"]["init_args"]["eps"] == pytest.approx(8 / 255)
+    assert config["data"]["init_args"]["eps"] == 0.2
+    assert config["flatness"]["eps"] == pytest.approx(4 / 255)
+    assert config["flatness"]["step_size"] == pytest.approx(1 / 255)
+    assert "8/0" in refused("fit", "--model.eps=8/0", capsys=capsys)
+
+
+def test_digits_and_cifar_bring_their_own_settings(capsys):
+    digits = parsed("fit", capsys=capsys)
+    assert digits["model"]["init_args"]["eps"] == 0.2
+    assert digits["model"]["init_args"]["network"]["class_path"].endswith(".SmallResNet")
+    cifar = parsed("fit", "--data", "CIFAR10", capsys=capsys)
+    assert cifar["model"]["init_args"]["eps"] == pytest.approx(8 / 255)
+    assert cifar["model"]["init_args"]["network"]["class_path"].endswith(".ResNet18")
+    assert cifar["trainer"]["max_epochs"] == 150
+    assert cifar["data"]["init_args"]["batch_size"] == 128
+
+
+def test_the_papers_set_up_holds_what_its_name_says(capsys):
+    path = str(Path(cli.__file__).parent / "configs" / "cifar10.yaml")
+    config = parsed("fit", "--config", path, "--model", "ATAWP", capsys=capsys)
+    model, optimizer = config["model"]["init_args"], config["model"]["init_args"]["optimizer"]
+    assert config["model"]["class_path"].endswith(".ATAWP")
+    assert config["data"]["class_path"].endswith(".CIFAR10")
+    assert (model["xi"], model["awp_steps"], model["steps"]) == (0.01, 1, 7)
+    assert model["eps"] == pytest.approx(8 / 255)
+    assert model["lr_scheduler"]["init_args"] == {"milestones": [0.4, 0.6, 0.8], "gamma": 0.1}
+    assert optimizer["init_args"]["lr"] == 0.05
+    assert optimizer["init_args"]["nesterov"]
+    assert optimizer["init_args"]["weight_decay"] == 5e-4
+    stopping = config["early_stopping"]
+    assert (stopping["steps"], stopping["restarts"], stopping["every_n_epochs"]) == (7, 5, 5)
+    assert stopping["num_examples"] == 500
+    final = config["final"]
+    assert (final["num_examples"], final["steps"], final["restarts"]) == (1000, 20, 10)
+    assert (final["num_perturbations"], final["xi"]) == (10, 0.5)
+    flatness = config["flatness"]
+    assert (flatness["num_examples"], flatness["steps"]) == (1000, 20)
+    assert config["autoattack"]["version"] == "standard"
+
+
+def test_short_names_choose_networks_optimizers_and_callbacks(trainers):
+    main(
+        [
+            "fit",
+            *[argument for argument in TINY if "network" not in argument],
+            "--without=[wandb,final,autoattack,trajectory,flatness]",
+            "--model.network=WideResNet",
+            "--model.network.depth=10",
+            "--model.network.widen_factor=1",
+            "--model.network.activation=silu",
+            "--model.optimizer=Adam",
+            "--model.optimizer.lr=0.01",
+            "--model.lr_scheduler=CosineAnnealingLR",
+            "--model.lr_scheduler.T_max=2",
+            "--trainer.callbacks+=LearningRateMonitor",
+        ]
+    )
+    (trainer,) = trainers
+    names = [type(callback).__name__ for callback in trainer.callbacks]
+    assert "LearningRateMonitor" in names
+    assert "RobustEarlyStopping" in names
+    assert not {"Flatness[test]", "AutoAttack", "FinalEvaluation"} & set(names)
+    assert isinstance(trainer.optimizers[0], torch.optim.Adam)
+    assert type(trainer.lightning_module.network).__name__ == "WideResNet"
+
+
+def test_default_callbacks_are_adjusted_by_name(trainers):
+    main(["fit", *TINY, QUIET, "--flatness.every_n_epochs=5", "--train_flatness.xi=0.25"])
+    flatness = [c for c in trainers[0].callbacks if type(c).__name__ == "Flatness"]
+    assert [(c.split, c.every_n_epochs, c.xi) for c in flatness] == [
+        ("test", 5, 0.5),
+        ("train", 20, 0.25),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "ATAPW"], "`--model` to be one of AT, ATAWP, or a class path"),
+        (["--data", "Digit"], "`--data` to be one of CIFAR10, CIFAR100, Digits, ImageFolder"),
+        (["--without=[autoatack]"], "`--without` to name some of evaluation"),
+        (["--config", "nowhere.yaml"], "`--config` to be a YAML file but got nowhere.yaml"),
+        (["--model.eps=-0.1"], "`eps` to be >= 0 but got -0.1"),
+        (["--flatness.num_perturbations=0"], "`num_perturbations` to be >= 1 but got 0"),
+        (["--data.num_test=2000"], "num_test"),
+        (["--ckpt_path=nowhere.ckpt"], "`--ckpt_path` to be a checkpoint file but got nowhere"),
+        (["--data", "ImageFolder", "--data.root=nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_sentence_before_training(arguments, message, capsys):
+    said = refused("fit", *TINY[:1], QUIET, *arguments, capsys=capsys)
+    assert message in said
+    assert "Traceback" not in said
+
+
+def test_a_checkpoint_of_another_class_is_refused(trainers, capsys):
+    main(["fit", "--model", "AT", *TINY, "--without=[wandb,final,autoattack]"])
+    checkpoint = "runs/AT-Digits-s0/checkpoints/last.ckpt"
+    with pytest.raises(SystemExit):
+        main(["test", "--model", "ATAWP", "--ckpt_path", checkpoint])
+    said = " ".join(capsys.readouterr().err.split())
+    assert "to be a checkpoint of ATAWP but" in said
+    assert "is one of AT." in said
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_no_permission_to_write_is_named(tmp_path, capsys):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    said = refused("fit", *TINY, "--trainer.default_root_dir=locked", capsys=capsys)
+    assert "locked" in said
+
+
+def test_runs_cannot_be_written_where_a_file_stands(tmp_path, capsys):
+    Path("taken").write_text("a file")
+    said = refused("fit", *TINY, QUIET, "--trainer.default_root_dir=taken", capsys=capsys)
+    assert "taken" in said
+
+
+class Kill(Callback):
+    """Ends the process as a power cut would, when an epoch starts."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: AT) -> None:
+        if trainer.current_epoch == self.epoch:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+RESUME = [
+    "fit",
+    "--model=ATAWP",
+    *[argument for argument in TINY if "max_epochs" not in argument],
+    "--trainer.max_epochs=4",
+    "--without=[wandb,final,autoattack]",
+]
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_run_equals_the_uninterrupted_one(tmp_path):
+    script = tmp_path / "killed.py"
+    script.write_text(
+        f"import sys; sys.path[:0] = {[str(Path(__file__).parents[1]), str(Path(__file__).parent)]}\n"
+        "import torch; torch.set_num_threads(1)\n"
+        "from test_cli import RESUME, Kill, CLI, main\n"
+        "build = CLI.instantiate_trainer\n"
+        "def instantiate(self, **kwargs):\n"
+        "    trainer = build(self, **kwargs)\n"
+        "    trainer.callbacks.append(Kill(2))\n"
+        "    return trainer\n"
+        "CLI.instantiate_trainer = instantiate\n"
+        "sys.argv = ['cli.py']\n"
+        "main([*RESUME, '--trainer.default_root_dir=killed'])\n"
+    )
+    ended = subprocess.run([sys.executable, str(script)], capture_output=True, timeout=120)
+    assert ended.returncode == -signal.SIGKILL
+    killed, whole = Path("killed/ATAWP-Digits-s0"), Path("whole/ATAWP-Digits-s0")
+    assert len((killed / "metrics.csv").read_text().splitlines()) == 3
+    main([*RESUME, "--trainer.default_root_dir=killed", f"--ckpt_path={killed}/checkpoints/last.ckpt"])
+    main([*RESUME, "--trainer.default_root_dir=whole"])
+    assert (killed / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
+    saved = [
+        torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+        for folder in (killed, whole)
+    ]
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step"):
+        assert str(saved[0][key]) == str(saved[1][key]), key
+    for name, value in saved[0]["state_dict"].items():
+        assert torch.equal(value, saved[1]["state_dict"][name]), name
+    best = [
+        torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)["epoch"]
+        for folder in (killed, whole)
+    ]
+    assert best[0] == best[1]
+    stopping = [checkpoint["callbacks"]["RobustEarlyStopping[val]"] for checkpoint in saved]
+    assert stopping[0]["trajectory"] == stopping[1]["trajectory"]
+    assert stopping[0]["best_epoch"] == stopping[1]["best_epoch"]
+    assert [p.name for p in Path("killed").iterdir()] == ["ATAWP-Digits-s0"]
+
+
+@pytest.mark.slow
+def test_offline_wandb_run_holds_curves_trajectory_and_settings():
+    import wandb
+    from wandb_reader import read_runs
+
+    main(["fit", "--model", "ATAWP", *TINY])
+    wandb.finish()
+    (run,) = read_runs(Path("runs/ATAWP-Digits-s0"))
+    logged = {name for step in run.history for name in step}
+    assert {
+        "train/robust_loss",
+        "test/robust_loss",
+        "test/robust_loss_correct",
+        "train_eval/robust_error",
+        "val/robust_error",
+        "flatness/average/test",
+        "awp/relative_norm_max",
+    } <= logged
+    assert run.config["model"]["init_args"]["xi"] == 0.01
+    assert run.summary["final/test/robust_error"] >= 0
+    epochs = [step["epoch"] for step in run.history if "test/robust_loss" in step]
+    assert epochs == [0, 1]

@@ -186,7 +186,7 @@ class CLI(LightningCLI):
         # Absolute, as ModelCheckpoint forgets its best score where its folder's name changes.
         root = Path(config.trainer.default_root_dir or "runs").expanduser().resolve()
         folder, number = root / stem, 1
-        while folder.exists() and rank_zero_only.rank == 0:
+        while folder.exists() and getattr(rank_zero_only, "rank", 0) == 0:
             number += 1
             folder = root / f"{stem}-{number}"
         return folder

@@ -97,7 +97,7 @@ def find_dataset(trainer: Trainer, module: LightningModule, split: str) -> Datas
     Raises:
         ValueError: If there is none.
     """
-    datamodule = getattr(trainer, "datamodule", None)
+    datamodule: Any = getattr(trainer, "datamodule", None)
     if hasattr(datamodule, "split_dataset"):
         found: Dataset[Any] = datamodule.split_dataset(split)
         return found

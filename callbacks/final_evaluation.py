@@ -1,6 +1,7 @@
 """The paper's protocol, once, at the end."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
@@ -53,7 +54,7 @@ class FinalEvaluation(FinalMeasurement):
     ) -> None:
         super().__init__()
         self.splits = list(splits)
-        common = {
+        common: dict[str, Any] = {
             "num_examples": num_examples,
             "eps": eps,
             "steps": steps,
@@ -69,7 +70,7 @@ class FinalEvaluation(FinalMeasurement):
                 num_perturbations=num_perturbations,
                 xi=xi,
                 protocol=protocol,
-                **common,  # type: ignore[arg-type]
+                **common,
             )
             for split in (self.splits if num_perturbations else [])
         ]

@@ -32,10 +32,9 @@ def measuring(trainer: Trainer, what: str, total: int) -> Iterator[Callable[[], 
     if not isinstance(bar, RichProgressBar) or not bar.is_enabled or total == 0:
         yield lambda: None
         return
-    live = bar.progress
     # Only one live display may be on a terminal, so a running one of Lightning's is used.
-    borrowed = live is not None and live.live.is_started
-    progress = live if borrowed else Progress(*_columns(), transient=True)
+    borrowed = bar.progress if bar.progress and bar.progress.live.is_started else None
+    progress: Progress = borrowed or Progress(*_columns(), transient=True)
     if not borrowed:
         progress.start()
     task = progress.add_task(what, total=total)

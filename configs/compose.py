@@ -121,11 +121,11 @@ def _chosen(
     known: Mapping[str, str],
 ) -> str:
     """The class path of model or data: typed, else from the last file that names one."""
-    names = [_value(option) for option in options if _name(option) == key]
+    names = [_value(option) for option in options if _name(option) == key][::-1]
     for content in files:
         choice = content.get(key) or {}
-        names.append(choice if isinstance(choice, str) else choice.get("class_path"))
-    name = next((name for name in [*names[:1], *names[1:]] if name), DEFAULT_CLASSES[key])
+        names.append(choice if isinstance(choice, str) else choice.get("class_path") or "")
+    name = next(filter(None, names), DEFAULT_CLASSES[key])
     if "." not in name and name not in known:
         raise ValueError(
             f"Expected `--{key}` to be one of {', '.join(sorted(known))}, or a class path such as "
@@ -144,14 +144,16 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
-        # Another class has arguments of its own, so those of the class it replaces are dropped.
-        replaced = isinstance(old, Mapping) and isinstance(value, Mapping)
-        replaced = replaced and key not in DEFAULT_CLASSES and _other_class(old, value)
-        both = isinstance(old, Mapping) and isinstance(value, Mapping) and not replaced
-        merged[key] = _merge(old, value) if both else value
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            # A network or optimizer has arguments of its own, so those of the one that it replaces
+            # are dropped; variants of a model share theirs.
+            replaced = key not in DEFAULT_CLASSES and _other_class(old, value)
+            merged[key] = dict(value) if replaced else _merge(old, value)
+        else:
+            merged[key] = value
     return merged
 
 
-def _other_class(old: Any, new: Any) -> bool:
-    names = [mapping.get("class_path") for mapping in (old, new)]
-    return None not in names and names[0].rsplit(".")[-1] != names[1].rsplit(".")[-1]
+def _other_class(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    names = [str(mapping.get("class_path", "")).rsplit(".", 1)[-1] for mapping in (old, new)]
+    return "" not in names and names[0] != names[1]

@@ -91,9 +91,9 @@ class AT(PGDMixin, LightningModule):
         # Convolutions are faster on CPU and GPU alike with channels innermost in memory.
         self.network = network(num_classes, in_channels).to(memory_format=torch.channels_last)
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
-        self.train_metrics = nn.ModuleDict(
-            {name: MeanMetric() for name in ("loss", "robust_loss", "robust_error")}
-        )
+        self.train_loss = MeanMetric()
+        self.train_robust_loss = MeanMetric()
+        self.train_robust_error = MeanMetric()
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits `(N, num_classes)` of images `(N, C, H, W)` in [0, 1]."""
@@ -129,15 +129,15 @@ class AT(PGDMixin, LightningModule):
         return cross_entropy(logits, labels), logits
 
     def _record(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        metrics = self.train_metrics
-        metrics["loss"].update(loss, weight=len(labels))
-        metrics["robust_loss"].update(cross_entropy(logits, labels, reduction="none"))
-        metrics["robust_error"].update((logits.argmax(1) != labels).float())
+        self.train_loss.update(loss, weight=len(labels))
+        self.train_robust_loss.update(cross_entropy(logits, labels, reduction="none"))
+        self.train_robust_error.update((logits.argmax(1) != labels).float())
 
     def on_train_epoch_end(self) -> None:
         """Logs what the training batches gave; once an epoch, as each `log` call costs time."""
-        for name, metric in self.train_metrics.items():
-            self.log(f"train/{name}", metric, prog_bar=name == "robust_loss")
+        self.log("train/loss", self.train_loss)
+        self.log("train/robust_loss", self.train_robust_loss, prog_bar=True)
+        self.log("train/robust_error", self.train_robust_error)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Does nothing: `trainer.test` is measured by callbacks, on fixed sets of images."""

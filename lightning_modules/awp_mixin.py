@@ -4,7 +4,7 @@ from contextlib import ExitStack
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics import MaxMetric, MinMetric
 
@@ -58,7 +58,7 @@ class AWPMixin(AT):
         check_choice("order", order, get_args(Order))
         self.xi, self.awp_steps, self.awp_mode = xi, awp_steps, awp_mode
         self.order, self.warmup_epochs = order, warmup_epochs
-        self.awp_metrics = nn.ModuleDict({"min": MinMetric(), "max": MaxMetric()})
+        self.relative_norm_min, self.relative_norm_max = MinMetric(), MaxMetric()
         self._perturbed = ExitStack()
         self._decay_shifts: list[dict[str, Tensor]] = []
 
@@ -125,16 +125,16 @@ class AWPMixin(AT):
         """Logs the variant's metrics, and that the perturbation had its length."""
         super().on_train_epoch_end()
         if self.current_epoch >= self.warmup_epochs:
-            for name, metric in self.awp_metrics.items():
-                self.log(f"awp/relative_norm_{name}", metric)
+            self.log("awp/relative_norm_min", self.relative_norm_min)
+            self.log("awp/relative_norm_max", self.relative_norm_max)
 
     def _record_norms(self, perturbation: dict[str, Tensor]) -> None:
         weights = dict(self.named_parameters())
         ratios = torch.stack(
             [nu.norm() / weights[name].detach().norm() for name, nu in perturbation.items()]
         )
-        for metric in self.awp_metrics.values():
-            metric.update(ratios)
+        self.relative_norm_min.update(ratios)
+        self.relative_norm_max.update(ratios)
 
     def _mean_over_ranks(self, gradients: list[Tensor]) -> list[Tensor]:
         """One all-reduce for all gradients, so that every rank climbs in the same direction."""

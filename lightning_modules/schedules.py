@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -54,7 +55,7 @@ class MultiStep(LRScheduler):
         self.gamma = gamma
         super().__init__(optimizer)
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | Tensor]:
         """Learning rates of the parameter groups at `last_epoch`."""
         passed = 0
         if self.total is not None:

@@ -1,7 +1,6 @@
 """Logging figures of the epochs, and of the end."""
 
 import math
-import warnings
 from collections.abc import Mapping
 
 from lightning.pytorch import LightningModule, Trainer
@@ -15,12 +14,10 @@ def log_equal(pl_module: LightningModule, figures: Mapping[str, float]) -> None:
         pl_module: The module to log through, so that stock callbacks can monitor the figures.
         figures: Values by logged name.
     """
-    with warnings.catch_warnings():
-        # Lightning would have us average over ranks what is already the same on each.
-        warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
-        for name, value in figures.items():
-            if not math.isnan(value):
-                pl_module.log(name, value)
+    for name, value in figures.items():
+        if not math.isnan(value):
+            # The largest of equal values is exact on any number of ranks, as their mean is not.
+            pl_module.log(name, value, sync_dist=True, reduce_fx="max")
 
 
 def log_final(trainer: Trainer, figures: Mapping[str, float]) -> None:

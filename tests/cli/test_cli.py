@@ -294,8 +294,9 @@ RESUME = [
 @pytest.mark.slow
 def test_killed_and_resumed_run_equals_the_uninterrupted_one(tmp_path):
     script = tmp_path / "killed.py"
+    folders = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
     script.write_text(
-        f"import sys; sys.path[:0] = {[str(Path(__file__).parents[1]), str(Path(__file__).parent)]}\n"
+        f"import sys; sys.path[:0] = {folders}\n"
         "import torch; torch.set_num_threads(1)\n"
         "from test_cli import RESUME, Kill, CLI, main\n"
         "build = CLI.instantiate_trainer\n"
@@ -311,7 +312,13 @@ def test_killed_and_resumed_run_equals_the_uninterrupted_one(tmp_path):
     assert ended.returncode == -signal.SIGKILL
     killed, whole = Path("killed/ATAWP-Digits-s0"), Path("whole/ATAWP-Digits-s0")
     assert len((killed / "metrics.csv").read_text().splitlines()) == 3
-    main([*RESUME, "--trainer.default_root_dir=killed", f"--ckpt_path={killed}/checkpoints/last.ckpt"])
+    main(
+        [
+            *RESUME,
+            "--trainer.default_root_dir=killed",
+            f"--ckpt_path={killed}/checkpoints/last.ckpt",
+        ]
+    )
     main([*RESUME, "--trainer.default_root_dir=whole"])
     assert (killed / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
     saved = [

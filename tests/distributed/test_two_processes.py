@@ -30,6 +30,8 @@ def ranks(tmp_path_factory):
     """What each of two processes left."""
     folder = tmp_path_factory.mktemp("ranks")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # Another test's seed_everything would make Lightning seed the processes anew.
+    environment.pop("PL_GLOBAL_SEED", None)
     subprocess.run(
         [sys.executable, str(SCRIPT), str(folder)],
         env=environment,

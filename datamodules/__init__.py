@@ -1,7 +1,7 @@
 """What is trained on and measured on: images in [0, 1], their splits, and their normalisation.
 
-A datamodule of one's own derives from :class:`RobustDataModule`, sets ``num_classes``,
-``in_channels``, ``mean`` and ``std``, and returns :class:`ResidentImages` from ``sources``.
+A datamodule of one's own derives from `RobustDataModule`, sets `num_classes`,
+`in_channels`, `mean` and `std`, and returns `ResidentImages` from `sources`.
 """
 
 from robust_flatness.datamodules.augment import random_flip_and_crop

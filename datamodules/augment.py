@@ -8,15 +8,15 @@ from torch.nn import functional as F
 def random_flip_and_crop(images: Tensor, noise: Tensor, padding: int = 4) -> Tensor:
     """Flip each image with probability 1/2, pad it with zeros, and cut out its size again.
 
-    Where and whether is decided by ``noise`` alone, so that the caller owns the randomness: drawn
+    Where and whether is decided by `noise` alone, so that the caller owns the randomness: drawn
     for a global batch and cut into shares, it gives each process what a single one would have.
 
     The paper's code pads or crops each side by up to 4 pixels and resizes; this is the usual
     pad-and-crop in its place (paper, supplementary material, "crop by up to 4 pixels per side").
 
     Args:
-        images: batch ``(N, C, H, W)`` of any type, not modified.
-        noise: ``(N, 3)`` uniform in [0, 1): one column for flips, one for the vertical, and one
+        images: batch `(N, C, H, W)` of any type, not modified.
+        noise: `(N, 3)` uniform in [0, 1): one column for flips, one for the vertical, and one
             for the horizontal position of the crop.
         padding: pixels of zeros on each side, >= 0.
 
@@ -24,7 +24,7 @@ def random_flip_and_crop(images: Tensor, noise: Tensor, padding: int = 4) -> Ten
         A batch of the same shape, type and device.
 
     Raises:
-        ValueError: if a shape or ``padding`` does not fit.
+        ValueError: if a shape or `padding` does not fit.
 
     Example:
         >>> images = torch.arange(4).view(1, 1, 2, 2)

@@ -20,31 +20,31 @@ from robust_flatness.datamodules.splits import Splits, SplitSizes, ValFrom, make
 class RobustDataModule(LightningDataModule, ABC):
     """Images for adversarial training, and fixed images to measure robustness and flatness on.
 
-    Batches are ``(images, labels)`` with float images ``(N, C, H, W)`` in [0, 1], not normalised.
-    A subclass sets ``num_classes``, ``in_channels``, ``mean`` and ``std`` and says in
-    :meth:`sources` where the images are; :meth:`orders` may say in which order they count.
+    Batches are `(images, labels)` with float images `(N, C, H, W)` in [0, 1], not normalised.
+    A subclass sets `num_classes`, `in_channels`, `mean` and `std` and says in
+    `sources` where the images are; `orders` may say in which order they count.
 
     Training images lie in memory as 8 bits a pixel, on the device that trains, and are augmented
     there a whole batch at a time. Shuffling and augmentation depend on seed, epoch and batch alone
     and are drawn for the global batch: any number of processes sees the same images, and so does a
     run that resumes at the end of an epoch.
 
-    The splits are ``train``, the first 1000 training images without augmentation, ``val``, the
-    last 500 test images, and ``test``, the first 1000 test images. So the paper's early stopping
-    selects on **test** images; ``val_from="train"`` avoids it.
+    The splits are `train`, the first 1000 training images without augmentation, `val`, the
+    last 500 test images, and `test`, the first 1000 test images. So the paper's early stopping
+    selects on **test** images; `val_from="train"` avoids it.
 
     Args:
         eps: radius of the L-infinity ball that measures use on these images, in pixels of [0, 1].
         batch_size: images in a global batch, shared among the processes.
         augment: whether training images are flipped, and cropped after padding by 4 pixels.
-        num_train: number of images to train on, the first ones; ``None`` for all.
-        num_train_eval: number of images of ``train``, or all there are if fewer.
-        num_val: number of images of ``val``.
-        num_test: number of images of ``test``.
-        val_from: ``"test"``, or ``"train"`` to take ``val`` from the end of the training images.
+        num_train: number of images to train on, the first ones; `None` for all.
+        num_train_eval: number of images of `train`, or all there are if fewer.
+        num_val: number of images of `val`.
+        num_test: number of images of `test`.
+        val_from: `"test"`, or `"train"` to take `val` from the end of the training images.
         in_memory: whether images are held on the device; if not, they are read when needed.
-        num_workers: processes that read images when ``in_memory`` is false, else unused.
-        seed: seed of shuffling and augmentation; ``None`` for PyTorch's global seed.
+        num_workers: processes that read images when `in_memory` is false, else unused.
+        seed: seed of shuffling and augmentation; `None` for PyTorch's global seed.
 
     Attributes:
         num_classes: number of classes.
@@ -53,7 +53,7 @@ class RobustDataModule(LightningDataModule, ABC):
         std: standard deviation of each channel over the training images.
 
     Raises:
-        ValueError: if a number is out of range or ``val_from`` is unknown.
+        ValueError: if a number is out of range or `val_from` is unknown.
 
     Example:
         >>> class Noise(RobustDataModule):
@@ -112,7 +112,7 @@ class RobustDataModule(LightningDataModule, ABC):
         """Return all training and all test images, in the order of the data set itself."""
 
     def orders(self, num_train: int, num_test: int) -> tuple[list[int], list[int]]:
-        """Return the order in which ``num_train`` training and ``num_test`` test images count.
+        """Return the order in which `num_train` training and `num_test` test images count.
 
         Splits are the first and the last images of these lists. By default it is the order of the
         sources. It must depend neither on the run nor on its seed.
@@ -123,7 +123,7 @@ class RobustDataModule(LightningDataModule, ABC):
         """Read and check the images once, and bring those to train on to the device.
 
         Args:
-            stage: ``"fit"`` where a trainer is about to train; anything else only reads.
+            stage: `"fit"` where a trainer is about to train; anything else only reads.
 
         Raises:
             ValueError: if the images do not fit the splits, the classes, the channels, or the
@@ -145,10 +145,10 @@ class RobustDataModule(LightningDataModule, ABC):
         """Return the images of a split, always in the same order; no trainer is needed.
 
         Args:
-            split: ``"train"``, ``"val"`` or ``"test"``.
+            split: `"train"`, `"val"` or `"test"`.
 
         Returns:
-            A dataset of pairs of an image ``(C, H, W)``, float32 in [0, 1], and its label.
+            A dataset of pairs of an image `(C, H, W)`, float32 in [0, 1], and its label.
 
         Raises:
             ValueError: if there is no such split.
@@ -162,8 +162,8 @@ class RobustDataModule(LightningDataModule, ABC):
     def split_indices(self) -> dict[str, list[int]]:
         """Return the positions of each split's images in the data set's own order.
 
-        ``train`` counts in the training set and ``test`` in the test set; ``val`` counts in the
-        one that ``val_from`` names.
+        `train` counts in the training set and `test` in the test set; `val` counts in the
+        one that `val_from` names.
         """
         if not self._images:
             self.setup()
@@ -192,14 +192,14 @@ class RobustDataModule(LightningDataModule, ABC):
         )
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """Return the ``test`` split in order, as float images."""
+        """Return the `test` split in order, as float images."""
         return DataLoader(self.split_dataset("test"), self.batch_size)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Turn 8 bits into floats in [0, 1], and augment while training.
 
         Args:
-            batch: images ``(N, C, H, W)`` and labels ``(N,)``, on the device. What does not begin
+            batch: images `(N, C, H, W)` and labels `(N,)`, on the device. What does not begin
                 with images of 8 bits comes from another loader and is returned as it is.
             dataloader_idx: not used.
 

@@ -8,7 +8,7 @@ from robust_flatness.datamodules.labelled_images import LabelledImages
 def channel_statistics(images: LabelledImages, chunk: int = 500) -> tuple[list[float], list[float]]:
     """Compute mean and standard deviation of each channel over all pixels of all images.
 
-    Pixels are counted by value, so the result is exact and the same for every ``chunk``.
+    Pixels are counted by value, so the result is exact and the same for every `chunk`.
 
     Args:
         images: images of 8 bits, at least one.

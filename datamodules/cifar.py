@@ -14,12 +14,12 @@ from robust_flatness.datamodules.resident import ResidentImages
 class CIFAR10(RobustDataModule):
     """50,000 training and 10,000 test images of 32x32 pixels in 10 classes, downloaded once.
 
-    Splits are in torchvision's order, as in the paper: ``test`` is test images 0 to 999, ``val``
-    is test images 9,500 to 9,999 and ``train`` is training images 0 to 999.
+    Splits are in torchvision's order, as in the paper: `test` is test images 0 to 999, `val`
+    is test images 9,500 to 9,999 and `train` is training images 0 to 999.
 
     Args:
-        root: folder that has the data set or that it is downloaded to; ``~`` is your home.
-        **kwargs: the arguments of :class:`~robust_flatness.datamodules.RobustDataModule`.
+        root: folder that has the data set or that it is downloaded to; `~` is your home.
+        **kwargs: the arguments of `~robust_flatness.datamodules.RobustDataModule`.
 
     Raises:
         ValueError: as in the base class.
@@ -44,7 +44,7 @@ class CIFAR10(RobustDataModule):
         """Download the data set unless it is there; called on one process only.
 
         Raises:
-            PermissionError: if ``root`` cannot be written.
+            PermissionError: if `root` cannot be written.
             ConnectionError: if the download fails.
         """
         try:
@@ -64,7 +64,7 @@ class CIFAR10(RobustDataModule):
         """Return the training and the test images in torchvision's order.
 
         Raises:
-            RuntimeError: if there is no complete copy in ``root``.
+            RuntimeError: if there is no complete copy in `root`.
         """
         return self._images_of(train=True), self._images_of(train=False)
 
@@ -84,8 +84,8 @@ class CIFAR100(CIFAR10):
     """50,000 training and 10,000 test images of 32x32 pixels in 100 classes, downloaded once.
 
     Args:
-        root: folder that has the data set or that it is downloaded to; ``~`` is your home.
-        **kwargs: the arguments of :class:`~robust_flatness.datamodules.RobustDataModule`.
+        root: folder that has the data set or that it is downloaded to; `~` is your home.
+        **kwargs: the arguments of `~robust_flatness.datamodules.RobustDataModule`.
 
     Example:
         >>> CIFAR100(root="data").num_classes

@@ -7,7 +7,7 @@ from robust_flatness.datamodules.channel_statistics import channel_statistics
 
 
 class ComputedStatistics(RobustDataModule):
-    """A datamodule that computes ``mean`` and ``std`` from its training images.
+    """A datamodule that computes `mean` and `std` from its training images.
 
     It reads them when either is first asked for, and keeps the result. A subclass that knows one
     assigns it.

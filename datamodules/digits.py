@@ -17,8 +17,8 @@ class Digits(ComputedStatistics):
     """1797 grey digits of 8x8 pixels in 10 classes, small enough to overfit within a minute.
 
     They have no test set of their own, so a permutation that never changes is cut in four: 300
-    training images, a pool of 397 for methods that use unlabelled images, 600 images of ``test``
-    and 500 of ``val``. All of :meth:`split_indices` count in scikit-learn's order.
+    training images, a pool of 397 for methods that use unlabelled images, 600 images of `test`
+    and 500 of `val`. All of `split_indices` count in scikit-learn's order.
 
     Args:
         eps: radius of the L-infinity ball that measures use on these images, in pixels of [0, 1].
@@ -26,9 +26,9 @@ class Digits(ComputedStatistics):
         augment: whether to flip and crop; mirrored digits are no digits, so not by default.
         num_train: number of training images, the first ones of the permutation.
         num_pool: number of images in the pool, those after the training images.
-        num_test: number of images of ``test``, those before ``val``.
-        num_val: number of images of ``val``, the last ones.
-        **kwargs: the other arguments of :class:`~robust_flatness.datamodules.RobustDataModule`.
+        num_test: number of images of `test`, those before `val`.
+        num_val: number of images of `val`, the last ones.
+        **kwargs: the other arguments of `~robust_flatness.datamodules.RobustDataModule`.
 
     Raises:
         ValueError: if the splits need more images than there are, or as in the base class.

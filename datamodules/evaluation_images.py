@@ -7,7 +7,7 @@ from robust_flatness.datamodules.labelled_images import LabelledImages, to_unit_
 
 
 class EvaluationImages(Dataset[tuple[Tensor, int]]):
-    """Item ``i`` is the ``i``-th image as float32 ``(C, H, W)`` in [0, 1], and its label.
+    """Item `i` is the `i`-th image as float32 `(C, H, W)` in [0, 1], and its label.
 
     Args:
         images: the images of 8 bits behind it.

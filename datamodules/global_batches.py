@@ -65,7 +65,7 @@ class GlobalBatches:
             )
 
     def sampler(self, images: Sized, epoch: int) -> DistributedSampler[Any]:
-        """Build the sampler of this process's positions in ``images``, at ``epoch``.
+        """Build the sampler of this process's positions in `images`, at `epoch`.
 
         It is the stock one, also on a single process, where it shuffles as those of several
         processes do together.
@@ -89,7 +89,7 @@ class GlobalBatches:
             batch: number of the batch within the epoch, from 0.
 
         Returns:
-            This process's rows ``(n, 3)`` of the global noise, uniform in [0, 1), on the CPU, so
+            This process's rows `(n, 3)` of the global noise, uniform in [0, 1), on the CPU, so
             that all devices draw the same.
         """
         seed = mix_seed(mix_seed(self.seed) + epoch) + batch

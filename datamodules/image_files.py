@@ -16,8 +16,8 @@ class ImageFiles(LabelledImages):
 
     Args:
         paths: the files, at least one.
-        labels: label of each file, integers ``(N,)``.
-        size: width and height in pixels; ``None`` for those of the first file.
+        labels: label of each file, integers `(N,)`.
+        size: width and height in pixels; `None` for those of the first file.
 
     Raises:
         ValueError: if there is no file, if the number of labels is another, or if the first file
@@ -45,7 +45,7 @@ class ImageFiles(LabelledImages):
         self.size = _open(self.paths[0]).size if size is None else size
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """Read the images at ``indices``.
+        """Read the images at `indices`.
 
         Raises:
             ValueError: if a file is no image, is damaged, or has another size.
@@ -54,7 +54,7 @@ class ImageFiles(LabelledImages):
         return images, self.labels[torch.as_tensor(indices)]
 
     def subset(self, indices: Sequence[int]) -> "ImageFiles":
-        """Return the files at ``indices``; none of them is read."""
+        """Return the files at `indices`; none of them is read."""
         chosen = torch.as_tensor(indices)
         return ImageFiles([self.paths[index] for index in indices], self.labels[chosen], self.size)
 

@@ -14,20 +14,20 @@ from robust_flatness.datamodules.splits import fixed_permutation
 
 
 class ImageFolder(ComputedStatistics):
-    """Images in ``root/train/<class>/`` and ``root/test/<class>/``, read as RGB.
+    """Images in `root/train/<class>/` and `root/test/<class>/`, read as RGB.
 
     Classes are numbered in the order of their names. Since files come sorted by class, the splits
-    follow a permutation that never changes; so ``num_train`` takes images of all classes.
+    follow a permutation that never changes; so `num_train` takes images of all classes.
 
     Args:
-        root: the folder with ``train`` and ``test``; ``~`` is your home.
-        mean: mean of each channel; ``None`` to compute it from the training images.
-        std: standard deviation of each channel; ``None`` to compute it likewise.
-        **kwargs: the arguments of :class:`~robust_flatness.datamodules.RobustDataModule`.
+        root: the folder with `train` and `test`; `~` is your home.
+        mean: mean of each channel; `None` to compute it from the training images.
+        std: standard deviation of each channel; `None` to compute it likewise.
+        **kwargs: the arguments of `~robust_flatness.datamodules.RobustDataModule`.
 
     Raises:
         ValueError: as in the base class; and, when the images are first needed, if folders are
-            missing or empty, the classes of ``train`` and ``test`` differ, or an image is damaged
+            missing or empty, the classes of `train` and `test` differ, or an image is damaged
             or has another size.
 
     Example:
@@ -64,7 +64,7 @@ class ImageFolder(ComputedStatistics):
 
     @cached_property
     def class_names(self) -> list[str]:
-        """Names of the classes, sorted: the folders in ``root/train``."""
+        """Names of the classes, sorted: the folders in `root/train`."""
         names = _folders(self.root / "train")
         others = _folders(self.root / "test")
         if names != others:
@@ -77,7 +77,7 @@ class ImageFolder(ComputedStatistics):
 
     @cached_property
     def num_classes(self) -> int:  # type: ignore[override]
-        """Number of folders in ``root/train``."""
+        """Number of folders in `root/train`."""
         return len(self.class_names)
 
     def sources(self) -> tuple[LabelledImages, LabelledImages]:
@@ -105,7 +105,7 @@ class ImageFolder(ComputedStatistics):
 
 
 def _folders(parent: Path) -> list[str]:
-    """Return the names of the folders in ``parent``, sorted, hidden ones aside."""
+    """Return the names of the folders in `parent`, sorted, hidden ones aside."""
     if not parent.is_dir():
         raise ValueError(f"Expected a folder {parent} with one folder a class but got none.")
     names = sorted(p.name for p in parent.iterdir() if p.is_dir() and not p.name.startswith("."))

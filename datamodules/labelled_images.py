@@ -8,17 +8,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 Batch: TypeAlias = tuple[Tensor, Tensor]
-"""Images ``(N, C, H, W)`` and their labels ``(N,)``, int64."""
+"""Images `(N, C, H, W)` and their labels `(N,)`, int64."""
 
 
 class LabelledImages(Dataset[tuple[Tensor, int]], ABC):
-    """Images of 8 bits with labels, known by their position, 0 to ``len(images) - 1``.
+    """Images of 8 bits with labels, known by their position, 0 to `len(images) - 1`.
 
-    A :class:`torch.utils.data.DataLoader` asks ``__getitems__`` for a whole batch; together with
-    :func:`keep_batch` as ``collate_fn`` no image is ever handled on its own.
+    A `torch.utils.data.DataLoader` asks `__getitems__` for a whole batch; together with
+    `keep_batch` as `collate_fn` no image is ever handled on its own.
 
     Attributes:
-        labels: the labels of all images ``(N,)``, int64.
+        labels: the labels of all images `(N,)`, int64.
     """
 
     labels: Tensor
@@ -28,21 +28,21 @@ class LabelledImages(Dataset[tuple[Tensor, int]], ABC):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Return one image ``(C, H, W)``, uint8, and its label."""
+        """Return one image `(C, H, W)`, uint8, and its label."""
         images, labels = self.__getitems__([index])
         return images[0], int(labels[0])
 
     @abstractmethod
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """Return the images ``(N, C, H, W)``, uint8, at ``indices``, and their labels ``(N,)``."""
+        """Return the images `(N, C, H, W)`, uint8, at `indices`, and their labels `(N,)`."""
 
     @abstractmethod
     def subset(self, indices: Sequence[int]) -> "LabelledImages":
-        """Return the images at ``indices``, in their order, as a set of its own."""
+        """Return the images at `indices`, in their order, as a set of its own."""
 
 
 def keep_batch(batch: Any) -> Any:
-    """Return ``batch`` as it is: a ``collate_fn`` for datasets that answer with whole batches."""
+    """Return `batch` as it is: a `collate_fn` for datasets that answer with whole batches."""
     return batch
 
 
@@ -53,7 +53,7 @@ def to_unit_range(images: Tensor) -> Tensor:
         images: uint8 of any shape.
 
     Returns:
-        ``images / 255``.
+        `images / 255`.
 
     Example:
         >>> import torch

@@ -19,11 +19,11 @@ def read_splits(
         train: all training images.
         test: all test images.
         splits: positions of the images of each split.
-        val_from: the set that ``splits.val`` counts in, ``"train"`` or ``"test"``.
+        val_from: the set that `splits.val` counts in, `"train"` or `"test"`.
         in_memory: whether to read them now, instead of whenever they are asked for.
 
     Returns:
-        The images of ``"training"``, ``"train"``, ``"val"`` and ``"test"``, on the CPU.
+        The images of `"training"`, `"train"`, `"val"` and `"test"`, on the CPU.
     """
     take = ResidentImages.load if in_memory else lambda images: images
     training = take(train.subset(splits.training))
@@ -40,7 +40,7 @@ def check_images(images: LabelledImages, *, name: str, num_classes: int, in_chan
 
     Args:
         images: images to check, of which the first is read.
-        name: what the error calls them, such as ``"training"``.
+        name: what the error calls them, such as `"training"`.
         num_classes: number K of classes; labels must lie in 0 to K - 1.
         in_channels: number of channels.
 

@@ -18,8 +18,8 @@ class ResidentImages(LabelledImages):
     that nothing is decoded, collated, or copied from the host while training.
 
     Args:
-        images: ``(N, C, H, W)``, uint8.
-        labels: ``(N,)``, integers.
+        images: `(N, C, H, W)`, uint8.
+        labels: `(N,)`, integers.
 
     Raises:
         ValueError: if the types or shapes are others.
@@ -50,11 +50,11 @@ class ResidentImages(LabelledImages):
         """Round pixels in [0, 1] to 8 bits.
 
         Args:
-            images: ``(N, C, H, W)``, floats in [0, 1].
-            labels: ``(N,)``, integers.
+            images: `(N, C, H, W)`, floats in [0, 1].
+            labels: `(N,)`, integers.
 
         Returns:
-            The images with pixels ``round(255 * pixel)``.
+            The images with pixels `round(255 * pixel)`.
 
         Raises:
             ValueError: if a pixel lies outside [0, 1].
@@ -66,7 +66,7 @@ class ResidentImages(LabelledImages):
 
     @classmethod
     def load(cls, source: LabelledImages, chunk: int = 500) -> "ResidentImages":
-        """Read all of ``source`` into memory, with a progress bar on a terminal.
+        """Read all of `source` into memory, with a progress bar on a terminal.
 
         Args:
             source: images to read; those that are in memory are returned as they are.
@@ -86,15 +86,15 @@ class ResidentImages(LabelledImages):
         return cls(torch.cat(batches), source.labels)
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """Return the images and labels at ``indices``, on the device where they lie."""
+        """Return the images and labels at `indices`, on the device where they lie."""
         # Non-blocking: a copy that waits would stall the device once a batch.
         chosen = torch.as_tensor(indices).to(self.images.device, non_blocking=True)
         return self.images[chosen], self.labels[chosen]
 
     def subset(self, indices: Sequence[int]) -> "ResidentImages":
-        """Return a copy of the images at ``indices``."""
+        """Return a copy of the images at `indices`."""
         return ResidentImages(*self.__getitems__(indices))
 
     def to(self, device: torch.device | str) -> "ResidentImages":
-        """Return the images on ``device``; nothing is copied where they lie there already."""
+        """Return the images on `device`; nothing is copied where they lie there already."""
         return ResidentImages(self.images.to(device), self.labels.to(device))

@@ -17,15 +17,15 @@ class SplitSizes:
     """How many images each split has.
 
     Args:
-        num_train: number of images to train on, the first ones; ``None`` for all there are.
+        num_train: number of images to train on, the first ones; `None` for all there are.
         num_train_eval: number of training images to measure on, fewer where there are fewer.
         num_val: number of images for early stopping, the last ones of the set they come from.
         num_test: number of test images to measure on, the first ones.
-        val_from: ``"test"`` as in the paper, whose early stopping selects on test images, or
-            ``"train"`` to take ``val`` out of the training set.
+        val_from: `"test"` as in the paper, whose early stopping selects on test images, or
+            `"train"` to take `val` out of the training set.
 
     Raises:
-        ValueError: if a number is below 1 or ``val_from`` is neither of the two.
+        ValueError: if a number is below 1 or `val_from` is neither of the two.
     """
 
     num_train: int | None
@@ -51,8 +51,8 @@ class Splits:
 
     Attributes:
         training: what the weights are trained on.
-        train: the first images of ``training``, measured without augmentation.
-        val: what early stopping selects on, in the test set unless ``val_from="train"``.
+        train: the first images of `training`, measured without augmentation.
+        val: what early stopping selects on, in the test set unless `val_from="train"`.
         test: what is reported, in the test set.
     """
 
@@ -63,7 +63,7 @@ class Splits:
 
 
 def make_splits(train_order: Sequence[int], test_order: Sequence[int], sizes: SplitSizes) -> Splits:
-    """Cut the ordered training and test images into splits, of which ``val`` overlaps none.
+    """Cut the ordered training and test images into splits, of which `val` overlaps none.
 
     Args:
         train_order: positions of the training images, in the order that counts.
@@ -74,7 +74,7 @@ def make_splits(train_order: Sequence[int], test_order: Sequence[int], sizes: Sp
         The positions of each split.
 
     Raises:
-        ValueError: if there are fewer images than ``sizes`` asks for.
+        ValueError: if there are fewer images than `sizes` asks for.
 
     Example:
         >>> sizes = SplitSizes(None, num_train_eval=2, num_val=2, num_test=3, val_from="test")
@@ -104,7 +104,7 @@ def make_splits(train_order: Sequence[int], test_order: Sequence[int], sizes: Sp
 
 
 def fixed_permutation(length: int) -> list[int]:
-    """Shuffle the positions 0 to ``length - 1`` in a way that no run or seed changes.
+    """Shuffle the positions 0 to `length - 1` in a way that no run or seed changes.
 
     For images that come sorted by class, or without a test set of their own.
 
@@ -117,7 +117,7 @@ def fixed_permutation(length: int) -> list[int]:
 
 
 def _check_test_images(available: int, sizes: SplitSizes) -> None:
-    """Make sure that ``test`` and ``val`` do not overlap."""
+    """Make sure that `test` and `val` do not overlap."""
     num_val = sizes.num_val if sizes.val_from == "test" else 0
     if available < sizes.num_test + num_val:
         raise ValueError(

@@ -1,8 +1,8 @@
 """Architectures that map images in [0, 1] to logits, and the layers that the paper gives them.
 
-Every network begins ``(num_classes, in_channels, *, ...)`` and has ``features(images)``, the pooled
-activations, and ``forward(images)``, the linear classifier on them. Normalisation of the input is
-a layer of its own, :class:`Normalize`, put before any of them.
+Every network begins `(num_classes, in_channels, *, ...)` and has `features(images)`, the pooled
+activations, and `forward(images)`, the linear classifier on them. Normalisation of the input is
+a layer of its own, `Normalize`, put before any of them.
 """
 
 from robust_flatness.networks.activations import Activation, make_activation

@@ -6,7 +6,7 @@ from typing import Literal, TypeAlias
 from torch import nn
 
 Activation: TypeAlias = Literal["relu", "silu", "gelu", "mish"]
-"""Names that :func:`make_activation` knows. The paper compares all four."""
+"""Names that `make_activation` knows. The paper compares all four."""
 
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     # Out of place: a hook on the layer before keeps the values that it saw.
@@ -19,10 +19,10 @@ _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 def make_activation(name: Activation) -> nn.Module:
-    """Build the activation called ``name``.
+    """Build the activation called `name`.
 
     Args:
-        name: one of ``"relu"``, ``"silu"``, ``"gelu"`` and ``"mish"``.
+        name: one of `"relu"`, `"silu"`, `"gelu"` and `"mish"`.
 
     Returns:
         A module without parameters that works element by element.

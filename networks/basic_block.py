@@ -9,7 +9,7 @@ from robust_flatness.networks.norms import Norm, make_norm
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut.
 
-    The output is ``act(norm2(conv2(act(norm1(conv1(x))))) + shortcut(x))``.
+    The output is `act(norm2(conv2(act(norm1(conv1(x))))) + shortcut(x))`.
 
     The shortcut is the identity, or a 1x1 convolution and a normalisation where the shape changes.
     As in the paper's code the 1x1 convolution has a bias and the 3x3 convolutions have none.
@@ -18,12 +18,12 @@ class BasicBlock(nn.Module):
         in_channels: channels of the input.
         out_channels: channels of the output.
         stride: stride of the first convolution and of the shortcut.
-        activation: name of the activation, see :func:`~robust_flatness.networks.make_activation`.
-        norm: name of the normalisation, see :func:`~robust_flatness.networks.make_norm`.
+        activation: name of the activation, see `~robust_flatness.networks.make_activation`.
+        norm: name of the normalisation, see `~robust_flatness.networks.make_norm`.
 
     Shape:
-        Input ``(N, in_channels, H, W)``, output ``(N, out_channels, ceil(H / stride),
-        ceil(W / stride))``.
+        Input `(N, in_channels, H, W)`, output `(N, out_channels, ceil(H / stride),
+        ceil(W / stride))`.
 
     Example:
         >>> import torch
@@ -53,7 +53,7 @@ class BasicBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the block to activations ``(N, in_channels, H, W)``."""
+        """Apply the block to activations `(N, in_channels, H, W)`."""
         out = self.activation(self.norm1(self.conv1(x)))
         out = self.norm2(self.conv2(out))
         return self.activation(out + self.shortcut(x))

@@ -4,10 +4,10 @@ from torch import nn
 
 
 def initialize(network: nn.Module) -> None:
-    """Draw all convolution and linear weights of ``network`` anew, and set their biases to 0.
+    """Draw all convolution and linear weights of `network` anew, and set their biases to 0.
 
     Weights are normal with He's variance for ReLU, for every activation as in the paper:
-    ``2 / fan_out`` for convolutions, ``2 / fan_in`` for linear layers. Normalisation layers keep
+    `2 / fan_out` for convolutions, `2 / fan_in` for linear layers. Normalisation layers keep
     what they begin with. The draws come from PyTorch's global generator.
 
     Args:

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 
 class Normalize(nn.Module):
-    """Map images to ``(x - mean) / std`` with one mean and one standard deviation a channel.
+    """Map images to `(x - mean) / std` with one mean and one standard deviation a channel.
 
-    As the network's first layer it lets attacks work on pixels in [0, 1], with ``eps`` in the
+    As the network's first layer it lets attacks work on pixels in [0, 1], with `eps` in the
     units of pixels (paper, supplementary material, "whitening"). The statistics are buffers: they
     are saved with the weights and move with the network, and nothing trains them.
 
@@ -18,10 +18,10 @@ class Normalize(nn.Module):
         std: standard deviation of each channel, above 0.
 
     Shape:
-        Input and output: ``(..., C, H, W)``.
+        Input and output: `(..., C, H, W)`.
 
     Raises:
-        ValueError: if the lengths differ, if they are empty, or if a ``std`` is not above 0.
+        ValueError: if the lengths differ, if they are empty, or if a `std` is not above 0.
 
     Example:
         >>> layer = Normalize(mean=[0.5], std=[0.25])
@@ -45,16 +45,16 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise the channels of ``x``.
+        """Normalise the channels of `x`.
 
         Args:
-            x: images ``(..., C, H, W)``.
+            x: images `(..., C, H, W)`.
 
         Returns:
             Normalised images of the same shape.
 
         Raises:
-            ValueError: if ``x`` has another number of channels, which would silently broadcast.
+            ValueError: if `x` has another number of channels, which would silently broadcast.
         """
         channels = self.mean.shape[0]
         if x.dim() < 3 or x.shape[-3] != channels:
@@ -64,5 +64,5 @@ class Normalize(nn.Module):
         return (x - self.mean) / self.std
 
     def extra_repr(self) -> str:
-        """Show the statistics in ``print(network)``."""
+        """Show the statistics in `print(network)`."""
         return f"mean={self.mean.flatten().tolist()}, std={self.std.flatten().tolist()}"

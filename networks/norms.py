@@ -8,7 +8,7 @@ from torch import nn
 from robust_flatness.networks.reparameterized_batch_norm import ReparameterizedBatchNorm2d
 
 Norm: TypeAlias = Literal["reparameterized", "batch"]
-"""Names that :func:`make_norm` knows: the paper's normalisation, and the usual one."""
+"""Names that `make_norm` knows: the paper's normalisation, and the usual one."""
 
 _NORMS: dict[str, Callable[[int], nn.Module]] = {
     "reparameterized": ReparameterizedBatchNorm2d,
@@ -17,14 +17,14 @@ _NORMS: dict[str, Callable[[int], nn.Module]] = {
 
 
 def make_norm(name: Norm, num_features: int) -> nn.Module:
-    """Build the normalisation called ``name`` for ``num_features`` channels.
+    """Build the normalisation called `name` for `num_features` channels.
 
     Args:
-        name: ``"reparameterized"`` (scale ``1 + weight``) or ``"batch"`` (scale ``weight``).
+        name: `"reparameterized"` (scale `1 + weight`) or `"batch"` (scale `weight`).
         num_features: number of channels.
 
     Returns:
-        A module on activations ``(N, num_features, H, W)``.
+        A module on activations `(N, num_features, H, W)`.
 
     Raises:
         ValueError: if there is no normalisation of that name.

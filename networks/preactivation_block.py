@@ -16,12 +16,12 @@ class PreactivationBlock(nn.Module):
         in_channels: channels of the input.
         out_channels: channels of the output.
         stride: stride of the first convolution and of the shortcut.
-        activation: name of the activation, see :func:`~robust_flatness.networks.make_activation`.
-        norm: name of the normalisation, see :func:`~robust_flatness.networks.make_norm`.
+        activation: name of the activation, see `~robust_flatness.networks.make_activation`.
+        norm: name of the normalisation, see `~robust_flatness.networks.make_norm`.
 
     Shape:
-        Input ``(N, in_channels, H, W)``, output ``(N, out_channels, ceil(H / stride),
-        ceil(W / stride))``.
+        Input `(N, in_channels, H, W)`, output `(N, out_channels, ceil(H / stride),
+        ceil(W / stride))`.
 
     Raises:
         ValueError: if the shape changes by the stride alone, which the shortcut cannot follow.
@@ -56,7 +56,7 @@ class PreactivationBlock(nn.Module):
             self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the block to activations ``(N, in_channels, H, W)``."""
+        """Apply the block to activations `(N, in_channels, H, W)`."""
         activated = self.activation(self.norm1(x))
         out: Tensor = self.conv2(self.activation(self.norm2(self.conv1(activated))))
         return out + (x if self.shortcut is None else self.shortcut(activated))

@@ -1,4 +1,4 @@
-"""Batch normalisation whose scale is ``1 + weight``, the normalisation of the paper's networks."""
+"""Batch normalisation whose scale is `1 + weight`, the normalisation of the paper's networks."""
 
 import torch
 from torch import Tensor, nn
@@ -6,15 +6,15 @@ from torch.nn import functional as F
 
 
 class ReparameterizedBatchNorm2d(nn.Module):
-    """Batch normalisation ``(x - mean) / sqrt(var + eps) * (1 + weight) + bias``.
+    """Batch normalisation `(x - mean) / sqrt(var + eps) * (1 + weight) + bias`.
 
-    With ``weight`` and ``bias`` both starting at 0 it begins as :class:`torch.nn.BatchNorm2d`
+    With `weight` and `bias` both starting at 0 it begins as `torch.nn.BatchNorm2d`
     does. What differs is what pulls on it: weight decay draws the
     scale to 1 instead of 0, and clipping all parameters to a small range leaves the network
     working. The rows "weight decay 0.05" and "weight clipping" of the paper's table rely on both.
 
-    The statistics live in an inner ``BatchNorm2d``, so that
-    :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm`, :func:`torch.optim.swa_utils.update_bn`
+    The statistics live in an inner `BatchNorm2d`, so that
+    `torch.nn.SyncBatchNorm.convert_sync_batchnorm`, `torch.optim.swa_utils.update_bn`
     and everything else that looks for batch normalisation finds it. Whether batch or running
     statistics are used is decided by the mode of that inner module.
 
@@ -24,7 +24,7 @@ class ReparameterizedBatchNorm2d(nn.Module):
         momentum: share of the batch statistics in each update of the running ones.
 
     Shape:
-        Input and output: ``(N, C, H, W)``.
+        Input and output: `(N, C, H, W)`.
 
     Example:
         >>> norm = ReparameterizedBatchNorm2d(3)
@@ -41,16 +41,16 @@ class ReparameterizedBatchNorm2d(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_features))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise, scale and shift the channels of ``x``.
+        """Normalise, scale and shift the channels of `x`.
 
         Args:
-            x: activations ``(N, C, H, W)``.
+            x: activations `(N, C, H, W)`.
 
         Returns:
             Activations of the same shape.
 
         Raises:
-            ValueError: if ``x`` does not have four dimensions.
+            ValueError: if `x` does not have four dimensions.
         """
         if x.dim() != 4:
             raise ValueError(f"Expected `x` to have 4 dimensions but got shape {tuple(x.shape)}.")
@@ -77,5 +77,5 @@ class ReparameterizedBatchNorm2d(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """Show the number of channels in ``print(network)``."""
+        """Show the number of channels in `print(network)`."""
         return str(self.weight.numel())

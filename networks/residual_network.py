@@ -8,20 +8,20 @@ from robust_flatness.networks.initialization import initialize
 class ResidualNetwork(nn.Module):
     """A convolutional body, global average pooling, and a linear classifier.
 
-    :meth:`features` is there for heads that share the body, such as the one that predicts
-    rotations in self-supervision; :meth:`forward` is the classifier on it.
+    `features` is there for heads that share the body, such as the one that predicts
+    rotations in self-supervision; `forward` is the classifier on it.
 
     Args:
-        body: maps images ``(N, in_channels, H, W)`` to activations ``(N, num_features, H', W')``.
+        body: maps images `(N, in_channels, H, W)` to activations `(N, num_features, H', W')`.
         num_classes: number of logits.
         in_channels: channels of the images.
-        num_features: channels of what ``body`` returns.
+        num_features: channels of what `body` returns.
 
     Shape:
-        Images ``(N, in_channels, H, W)``, logits ``(N, num_classes)``.
+        Images `(N, in_channels, H, W)`, logits `(N, num_classes)`.
 
     Raises:
-        ValueError: if ``num_classes`` or ``in_channels`` is below 1.
+        ValueError: if `num_classes` or `in_channels` is below 1.
 
     Example:
         >>> import torch
@@ -46,13 +46,13 @@ class ResidualNetwork(nn.Module):
         """Compute the pooled features that the classifier sees.
 
         Args:
-            x: images ``(N, in_channels, H, W)``.
+            x: images `(N, in_channels, H, W)`.
 
         Returns:
-            Features ``(N, num_features)``.
+            Features `(N, num_features)`.
 
         Raises:
-            ValueError: if ``x`` has another number of dimensions or of channels.
+            ValueError: if `x` has another number of dimensions or of channels.
         """
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(
@@ -63,13 +63,13 @@ class ResidualNetwork(nn.Module):
         return features
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute logits ``(N, num_classes)`` for images ``(N, in_channels, H, W)``."""
+        """Compute logits `(N, num_classes)` for images `(N, in_channels, H, W)`."""
         logits: Tensor = self.classifier(self.features(x))
         return logits
 
 
 def check_positive(**sizes: int) -> None:
-    """Raise a ``ValueError`` that names the first of ``sizes`` that is below 1.
+    """Raise a `ValueError` that names the first of `sizes` that is below 1.
 
     Example:
         >>> check_positive(width=0)

@@ -11,7 +11,7 @@ from robust_flatness.networks.residual_network import ResidualNetwork, check_pos
 class ResNet18(ResidualNetwork):
     """ResNet-18 with a stem for small images: a 3x3 convolution of stride 1 and no max-pooling.
 
-    Four stages of two blocks, of ``width`` times 1, 2, 4 and 8 channels, the last three with
+    Four stages of two blocks, of `width` times 1, 2, 4 and 8 channels, the last three with
     stride 2. As in the paper's code the stem, the 1x1 convolutions and the linear layer have
     biases and the 3x3 convolutions of the blocks have none: 11,174,922 parameters for 10 classes.
 
@@ -19,12 +19,12 @@ class ResNet18(ResidualNetwork):
         num_classes: number of logits.
         in_channels: channels of the images.
         width: channels of the first stage.
-        activation: ``"relu"``, ``"silu"``, ``"gelu"`` or ``"mish"``, used everywhere.
-        norm: ``"reparameterized"`` (the paper's, scale ``1 + weight``) or ``"batch"``.
+        activation: `"relu"`, `"silu"`, `"gelu"` or `"mish"`, used everywhere.
+        norm: `"reparameterized"` (the paper's, scale `1 + weight`) or `"batch"`.
 
     Shape:
-        Images ``(N, in_channels, H, W)``, features ``(N, 8 * width)``, logits
-        ``(N, num_classes)``.
+        Images `(N, in_channels, H, W)`, features `(N, 8 * width)`, logits
+        `(N, num_classes)`.
 
     Raises:
         ValueError: if a size is below 1, or a name is unknown.

@@ -18,12 +18,12 @@ class SmallResNet(ResidualNetwork):
         num_classes: number of logits.
         in_channels: channels of the images.
         width: channels of the stem and the first block; the others have 2 and 4 times as many.
-        activation: ``"relu"``, ``"silu"``, ``"gelu"`` or ``"mish"``, used everywhere.
-        norm: ``"reparameterized"`` (the paper's, scale ``1 + weight``) or ``"batch"``.
+        activation: `"relu"`, `"silu"`, `"gelu"` or `"mish"`, used everywhere.
+        norm: `"reparameterized"` (the paper's, scale `1 + weight`) or `"batch"`.
 
     Shape:
-        Images ``(N, in_channels, H, W)``, features ``(N, 4 * width)``, logits
-        ``(N, num_classes)``.
+        Images `(N, in_channels, H, W)`, features `(N, 4 * width)`, logits
+        `(N, num_classes)`.
 
     Raises:
         ValueError: if a size is below 1, or a name is unknown.

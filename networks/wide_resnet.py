@@ -13,8 +13,8 @@ from robust_flatness.networks.residual_network import ResidualNetwork, check_pos
 class WideResNet(ResidualNetwork):
     """Pre-activation WideResNet (Zagoruyko and Komodakis, 2016) for images of 32x32 pixels.
 
-    A 3x3 stem of 16 channels and three stages of ``(depth - 4) / 6`` blocks, of 16, 32 and 64
-    channels times ``widen_factor``, the last two with stride 2. For 10 classes WideResNet-28-10
+    A 3x3 stem of 16 channels and three stages of `(depth - 4) / 6` blocks, of 16, 32 and 64
+    channels times `widen_factor`, the last two with stride 2. For 10 classes WideResNet-28-10
     has 36,479,194 parameters and WideResNet-34-10, the one of TRADES, 46,160,474.
 
     Args:
@@ -22,15 +22,15 @@ class WideResNet(ResidualNetwork):
         in_channels: channels of the images.
         depth: number of layers, 4 more than a multiple of 6.
         widen_factor: factor on the channels of the stages.
-        activation: ``"relu"``, ``"silu"``, ``"gelu"`` or ``"mish"``, used everywhere.
-        norm: ``"reparameterized"`` (the paper's, scale ``1 + weight``) or ``"batch"``.
+        activation: `"relu"`, `"silu"`, `"gelu"` or `"mish"`, used everywhere.
+        norm: `"reparameterized"` (the paper's, scale `1 + weight`) or `"batch"`.
 
     Shape:
-        Images ``(N, in_channels, H, W)``, features ``(N, 64 * widen_factor)``, logits
-        ``(N, num_classes)``.
+        Images `(N, in_channels, H, W)`, features `(N, 64 * widen_factor)`, logits
+        `(N, num_classes)`.
 
     Raises:
-        ValueError: if a size is below 1, ``depth`` is no such number, or a name is unknown.
+        ValueError: if a size is below 1, `depth` is no such number, or a name is unknown.
 
     Example:
         >>> import torch
@@ -70,13 +70,13 @@ class WideResNet(ResidualNetwork):
 
 
 class WideResNet28x10(WideResNet):
-    """WideResNet of 28 layers and widen factor 10, see :class:`WideResNet`.
+    """WideResNet of 28 layers and widen factor 10, see `WideResNet`.
 
     Args:
         num_classes: number of logits.
         in_channels: channels of the images.
-        activation: ``"relu"``, ``"silu"``, ``"gelu"`` or ``"mish"``, used everywhere.
-        norm: ``"reparameterized"`` (the paper's, scale ``1 + weight``) or ``"batch"``.
+        activation: `"relu"`, `"silu"`, `"gelu"` or `"mish"`, used everywhere.
+        norm: `"reparameterized"` (the paper's, scale `1 + weight`) or `"batch"`.
 
     Example:
         >>> import torch
@@ -98,13 +98,13 @@ class WideResNet28x10(WideResNet):
 
 
 class WideResNet34x10(WideResNet):
-    """WideResNet of 34 layers and widen factor 10, see :class:`WideResNet`.
+    """WideResNet of 34 layers and widen factor 10, see `WideResNet`.
 
     Args:
         num_classes: number of logits.
         in_channels: channels of the images.
-        activation: ``"relu"``, ``"silu"``, ``"gelu"`` or ``"mish"``, used everywhere.
-        norm: ``"reparameterized"`` (the paper's, scale ``1 + weight``) or ``"batch"``.
+        activation: `"relu"`, `"silu"`, `"gelu"` or `"mish"`, used everywhere.
+        norm: `"reparameterized"` (the paper's, scale `1 + weight`) or `"batch"`.
 
     Example:
         >>> import torch

@@ -2,17 +2,22 @@
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
-from robust_flatness.callbacks.final_measurement import Figures, FinalMeasurement
+from robust_flatness.callbacks.examples import Normalization
+from robust_flatness.callbacks.final_measurement import FinalMeasurement
 from robust_flatness.callbacks.measurement import Measurement
-from robust_flatness.functional.checks import check_choice, check_number
+from robust_flatness.configs.types import Eps
+from robust_flatness.functional.checks import check_choice, check_count
+from robust_flatness.functional.noise import Norm
 
 VERSIONS = ("standard", "plus", "rand", "custom")
 # The targeted DLR loss divides by the gap between the first and fourth largest logits.
@@ -35,7 +40,11 @@ class AutoAttack(FinalMeasurement):
         version: AutoAttack's version, `standard` in the paper; `custom` needs `attacks`.
         attacks: Names of AutoAttack's attacks, with `version: custom` only.
         chunk_size: Images of one call.
-        kwargs: `dataset`, `eps`, `seed` and `normalization` of `Measurement`.
+        dataset: Where the images come from; `None` finds the split.
+        eps: Radius of the attack; `None` takes the datamodule's `eps`, else 8/255.
+        norm: `linf` or `l2`.
+        seed: Of AutoAttack.
+        normalization: `(mean, std)` where module and dataset deal in normalised images.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -53,11 +62,15 @@ class AutoAttack(FinalMeasurement):
         version: str = "standard",
         attacks: list[str] | None = None,
         chunk_size: int = 100,
-        **kwargs: Any,
+        dataset: Dataset[Any] | None = None,
+        eps: Eps | None = None,
+        norm: Norm = "linf",
+        seed: int = 0,
+        normalization: Normalization | None = None,
     ) -> None:
         super().__init__()
         check_choice("version", version, VERSIONS)
-        check_number("chunk_size", chunk_size, low=1)
+        check_count("chunk_size", chunk_size, low=1)
         if (version == "custom") != (attacks is not None):
             raise ValueError(
                 f"Expected `attacks` with `version` custom and only there but got {attacks} "
@@ -67,9 +80,13 @@ class AutoAttack(FinalMeasurement):
         self._verdicts = _Verdicts(
             self._attack,
             split=split,
+            dataset=dataset,
             num_examples=num_examples,
+            eps=eps,
+            norm=norm,
             batch_size=chunk_size,
-            **kwargs,
+            seed=seed,
+            normalization=normalization,
         )
 
     @property
@@ -77,16 +94,10 @@ class AutoAttack(FinalMeasurement):
         """Tells two callbacks of this class apart in checkpoints, by their split."""
         return f"AutoAttack[{self.split}]"
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Reads the images, so that bad ones are refused before anything is trained."""
-        self._verdicts.examples(trainer, pl_module)
-
-    def measure_all(self, trainer: Trainer, pl_module: LightningModule) -> Figures:
-        """Share of images misclassified clean or under attack."""
-        figures = self._verdicts.measure(trainer, pl_module)
-        count = len(self._verdicts.examples(trainer, pl_module))
-        self.final_results["num_examples"] |= dict.fromkeys(figures, count)
-        return figures
+    @property
+    def measurements(self) -> Sequence[Measurement]:
+        """The one measurement of verdicts."""
+        return [self._verdicts]
 
     def logged_name(self, name: str, weights: str) -> str:
         """`test/autoattack_error` and `test/autoattack_error_early_stopped`."""
@@ -109,7 +120,7 @@ class AutoAttack(FinalMeasurement):
         official = OfficialAutoAttack(
             network,
             eps=eps,
-            norm="Linf",
+            norm={"linf": "Linf", "l2": "L2"}[self._verdicts.norm],
             version=version,
             attacks=attacks,
             seed=self._verdicts.seed,
@@ -117,7 +128,8 @@ class AutoAttack(FinalMeasurement):
         )
         targets = min(9, classes - 1)
         official.apgd_targeted.n_target_classes = official.fab.n_target_classes = targets
-        _, predicted = official.run_standard_evaluation(images, labels, batch_size=len(images))
+        with _frozen(network):
+            _, predicted = official.run_standard_evaluation(images, labels, batch_size=len(images))
         return predicted == labels
 
     def _attacks_for(self, classes: int) -> tuple[str, list[str] | None]:
@@ -129,6 +141,19 @@ class AutoAttack(FinalMeasurement):
             f"{', '.join(ATTACKS_FOR_FEW_CLASSES)} instead."
         )
         return "custom", ATTACKS_FOR_FEW_CLASSES
+
+
+@contextmanager
+def _frozen(network: nn.Module) -> Iterator[None]:
+    """Keeps FAB, which calls `backward`, from filling the gradients of the parameters."""
+    trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
 
 
 class _Verdicts(Measurement):

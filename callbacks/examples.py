@@ -1,14 +1,24 @@
 """The fixed images that a measure looks at."""
 
-from collections.abc import Sequence
+import random
+from collections.abc import Sequence, Sized
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+)
 
 from robust_flatness.functional.checks import check_examples
 
@@ -68,12 +78,15 @@ def read_examples(
     Raises:
         ValueError: If the dataset is empty or the pixels are not in [0, 1].
     """
-    size = min(count, len(dataset))  # type: ignore[arg-type]
+    size = min(count, len(dataset)) if isinstance(dataset, Sized) else count
     if size == 0:
         raise ValueError("Expected `dataset` to have images but got an empty one.")
-    items = [dataset[i] for i in range(size)]
-    images = torch.stack([torch.as_tensor(item[0]) for item in items]).cpu()
-    labels = torch.as_tensor([int(item[1]) for item in items])
+    with isolate_rng():
+        # Random transforms give the same images in every run, and take no numbers from training.
+        random.seed(0)
+        np.random.seed(0)
+        torch.manual_seed(0)
+        images, labels = _read(dataset, size)
     if normalization is not None:
         mean, std = _channels(normalization, images)
         images = images * std + mean
@@ -81,6 +94,18 @@ def read_examples(
             images = images.clamp(0, 1)
     check_examples(images, labels)
     return Examples(images, labels)
+
+
+def _read(dataset: Dataset[Any], size: int) -> tuple[Tensor, Tensor]:
+    try:
+        items = [dataset[i] for i in range(size)]
+        images = torch.stack([item[0] for item in items]).cpu()
+        return images, torch.as_tensor([int(item[1]) for item in items])
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            "Expected `dataset` to have items that begin with an image tensor, all of one shape, "
+            f"and a label, but got {type(dataset).__name__} ({error})."
+        ) from error
 
 
 def find_dataset(trainer: Trainer, module: LightningModule, split: str) -> Dataset[Any]:
@@ -118,4 +143,17 @@ def find_dataset(trainer: Trainer, module: LightningModule, split: str) -> Datas
             f"Expected a DataLoader for `split` {split} but got {type(loader).__name__}; "
             f"pass `dataset=`, or another `split`."
         )
-    return loader.dataset
+    return _as_loaded(loader, split)
+
+
+def _as_loaded(loader: DataLoader[Any], split: str) -> Dataset[Any]:
+    """The loader's dataset, or the part of it that its sampler draws from."""
+    indices = getattr(loader.sampler, "indices", None)
+    if indices is not None:
+        return Subset(loader.dataset, list(indices))
+    if isinstance(loader.sampler, (SequentialSampler, RandomSampler, DistributedSampler)):
+        return loader.dataset
+    raise ValueError(
+        f"Expected the loader of `split` {split} to go through its dataset but got a "
+        f"{type(loader.sampler).__name__}, which may leave images out; pass `dataset=`."
+    )

@@ -1,15 +1,18 @@
 """The paper's protocol, once, at the end."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from torch.utils.data import Dataset
 
-from robust_flatness.callbacks.final_measurement import Figures, FinalMeasurement
+from robust_flatness.callbacks.examples import Normalization
+from robust_flatness.callbacks.final_measurement import FinalMeasurement
 from robust_flatness.callbacks.flatness import Flatness
+from robust_flatness.callbacks.measurement import Measurement
 from robust_flatness.callbacks.robust_evaluation import RobustEvaluation
 from robust_flatness.configs.types import Eps
 from robust_flatness.functional.flatness import Protocol
+from robust_flatness.functional.noise import Norm
 
 
 class FinalEvaluation(FinalMeasurement):
@@ -20,6 +23,7 @@ class FinalEvaluation(FinalMeasurement):
 
     Args:
         splits: What is measured.
+        datasets: Where the images of a split come from; those not named are found.
         num_examples: Images of each split.
         eps: Radius of the attack; `None` takes the datamodule's `eps`, else 8/255.
         steps: Steps of the attack.
@@ -27,8 +31,10 @@ class FinalEvaluation(FinalMeasurement):
         num_perturbations: Directions of the flatness; 0 leaves it out.
         xi: Relative length ξ of a perturbation in each layer.
         protocol: Of the flatness, `shared` or `paper`.
+        norm: `linf` or `l2`.
         batch_size: Images measured at once.
         seed: Of all random numbers.
+        normalization: `(mean, std)` where module and datasets deal in normalised images.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -42,6 +48,7 @@ class FinalEvaluation(FinalMeasurement):
         self,
         *,
         splits: Sequence[str] = ("test", "train"),
+        datasets: Mapping[str, Dataset[Any]] | None = None,
         num_examples: int = 1000,
         eps: Eps | None = None,
         steps: int = 20,
@@ -49,8 +56,10 @@ class FinalEvaluation(FinalMeasurement):
         num_perturbations: int = 10,
         xi: float = 0.5,
         protocol: Protocol = "shared",
+        norm: Norm = "linf",
         batch_size: int = 128,
         seed: int = 0,
+        normalization: Normalization | None = None,
     ) -> None:
         super().__init__()
         self.splits = list(splits)
@@ -58,32 +67,23 @@ class FinalEvaluation(FinalMeasurement):
             "num_examples": num_examples,
             "eps": eps,
             "steps": steps,
+            "norm": norm,
             "batch_size": batch_size,
+            "normalization": normalization,
             "seed": seed,
         }
-        self._evaluations = [
-            RobustEvaluation(split=split, restarts=restarts, **common) for split in self.splits
-        ]
-        self._flatness = [
-            Flatness(
-                split=split,
-                num_perturbations=num_perturbations,
-                xi=xi,
-                protocol=protocol,
-                **common,
-            )
-            for split in (self.splits if num_perturbations else [])
-        ]
+        self._measurements: list[Measurement] = []
+        for split in self.splits:
+            given = {"split": split, "dataset": (datasets or {}).get(split), **common}
+            self._measurements.append(RobustEvaluation(restarts=restarts, **given))
+            if num_perturbations:
+                directions = {"num_perturbations": num_perturbations, "xi": xi}
+                self._measurements.append(Flatness(protocol=protocol, **directions, **given))
 
-    def measure_all(self, trainer: Trainer, pl_module: LightningModule) -> Figures:
-        """All figures of the protocol."""
-        figures: Figures = {}
-        for measurement in (*self._evaluations, *self._flatness):
-            found = measurement.measure(trainer, pl_module)
-            figures |= found
-            count = len(measurement.examples(trainer, pl_module))
-            self.final_results["num_examples"] |= dict.fromkeys(found, count)
-        return figures
+    @property
+    def measurements(self) -> Sequence[Measurement]:
+        """RLoss and flatness of each split."""
+        return self._measurements
 
     def logged_name(self, name: str, weights: str) -> str:
         """`final/…` or `early_stopped/…`, beside the epochs' lighter measures."""

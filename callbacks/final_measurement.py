@@ -1,13 +1,16 @@
 """What is measured once, on the weights that training ends with and on the early-stopped ones."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from robust_flatness.callbacks.isolation import swapped_weights
 from robust_flatness.callbacks.logs import log_equal, log_final
+from robust_flatness.callbacks.measurement import Measurement
 from robust_flatness.callbacks.robust_early_stopping import early_stopping_of
 
 Figures = dict[str, float]
@@ -31,10 +34,6 @@ class FinalMeasurement(Callback, ABC):
         }
 
     @abstractmethod
-    def measure_all(self, trainer: Trainer, pl_module: LightningModule) -> Figures:
-        """Figures of the module as it stands, by name."""
-
-    @abstractmethod
     def logged_name(self, name: str, weights: str) -> str:
         """The name under which a figure is logged after training.
 
@@ -43,26 +42,59 @@ class FinalMeasurement(Callback, ABC):
             weights: `final` or `early_stopped`.
         """
 
+    @property
+    @abstractmethod
+    def measurements(self) -> Sequence[Measurement]:
+        """What is measured, for the images that it needs."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forgets what an earlier run found."""
+        for part in self.final_results.values():
+            part.clear()
+        for measurement in self.measurements:
+            measurement.setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Reads the images, so that bad ones are refused before anything is trained."""
+        for measurement in self.measurements:
+            measurement.on_train_start(trainer, pl_module)
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures and hands the figures to the loggers; also if a finished run is resumed."""
-        log_final(trainer, dict(self._run(trainer, pl_module)))
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            log_final(trainer, self._run(trainer, pl_module))
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures and logs, so that `trainer.test` returns the figures."""
-        figures = dict(self._run(trainer, pl_module))
+        figures = self._run(trainer, pl_module)
         log_equal(pl_module, {k.removeprefix("final/"): v for k, v in figures.items()})
 
-    def _run(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[tuple[str, float]]:
-        self._measure_into("final", trainer, pl_module)
+    def _run(self, trainer: Trainer, pl_module: LightningModule) -> Figures:
+        results = self.final_results
+        results["final"] = self._measure(trainer, pl_module)
         stopped = early_stopping_of(trainer)
-        if stopped is not None:
+        if stopped is not None and _has_weights(pl_module, stopped.best_weights):
+            results["early_stopped"] = dict(results["final"])
+        elif stopped is not None:
             with swapped_weights(pl_module, stopped.best_weights):
-                self._measure_into("early_stopped", trainer, pl_module)
-        for weights in ("final", "early_stopped"):
-            for name, value in self.final_results[weights].items():
-                yield self.logged_name(name, weights), value
+                results["early_stopped"] = self._measure(trainer, pl_module)
+        return {
+            self.logged_name(name, weights): value
+            for weights in ("final", "early_stopped")
+            for name, value in results[weights].items()
+        }
 
-    def _measure_into(self, weights: str, trainer: Trainer, pl_module: LightningModule) -> None:
-        figures = self.measure_all(trainer, pl_module)
-        # NaN marks a mean over nothing, say of no incorrect examples: there is no such figure.
-        self.final_results[weights] = {k: v for k, v in figures.items() if v == v}
+    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> Figures:
+        figures: Figures = {}
+        for measurement in self.measurements:
+            found = measurement.measure(trainer, pl_module)
+            # NaN marks a mean over nothing, say of no incorrect examples: there is no such figure.
+            figures |= {name: value for name, value in found.items() if value == value}
+            count = len(measurement.examples(trainer, pl_module))
+            self.final_results["num_examples"] |= dict.fromkeys(found, count)
+        return figures
+
+
+def _has_weights(module: LightningModule, weights: Mapping[str, Tensor]) -> bool:
+    own = module.state_dict()
+    return all(torch.equal(own[name].cpu(), value.cpu()) for name, value in weights.items())

@@ -9,8 +9,14 @@ from torch.utils.data import Dataset
 from robust_flatness.callbacks.examples import Normalization
 from robust_flatness.callbacks.measurement import Measurement
 from robust_flatness.configs.types import Eps
-from robust_flatness.functional.checks import check_number
-from robust_flatness.functional.flatness import FlatnessResult, Protocol, average_case_flatness
+from robust_flatness.functional.checks import check_count, check_number
+from robust_flatness.functional.flatness import (
+    PAPER_REFERENCE_RESTARTS,
+    FlatnessResult,
+    Protocol,
+    average_case_flatness,
+)
+from robust_flatness.functional.noise import Norm
 
 
 class Flatness(Measurement):
@@ -31,6 +37,7 @@ class Flatness(Measurement):
         eps: Radius of the attack, say 8/255; `None` takes the datamodule's `eps`, else 8/255.
         steps: Steps of the attack.
         step_size: Length of a step; `None` is the paper's 0.007 at 8/255, in proportion elsewhere.
+        norm: `linf` or `l2`.
         restarts: Restarts of the attack, for reference and perturbed losses alike.
         batch_size: Images measured at once, and the unit that ranks share out.
         seed: Of directions and starts.
@@ -57,6 +64,7 @@ class Flatness(Measurement):
         eps: Eps | None = None,
         steps: int = 20,
         step_size: Eps | None = None,
+        norm: Norm = "linf",
         restarts: int = 1,
         batch_size: int = 128,
         seed: int = 0,
@@ -70,12 +78,13 @@ class Flatness(Measurement):
             eps=eps,
             steps=steps,
             step_size=step_size,
+            norm=norm,
             restarts=restarts,
             batch_size=batch_size,
             seed=seed,
             normalization=normalization,
         )
-        check_number("num_perturbations", num_perturbations, low=1)
+        check_count("num_perturbations", num_perturbations, low=1)
         check_number("xi", xi)
         self.num_perturbations, self.xi, self.protocol = num_perturbations, xi, protocol
 
@@ -88,7 +97,7 @@ class Flatness(Measurement):
     def evaluate(self, trainer: Trainer, pl_module: LightningModule) -> FlatnessResult:
         """Reference and perturbed losses of each example, on every rank."""
         eps = self.radius(trainer)
-        reference = 10 if self.protocol == "paper" else self.restarts
+        reference = PAPER_REFERENCE_RESTARTS if self.protocol == "paper" else self.restarts
         perturbed = self.num_perturbations * (1 if self.protocol == "paper" else self.restarts)
         with self.network(trainer, pl_module) as network:
             values = self.sharded(
@@ -106,6 +115,7 @@ class Flatness(Measurement):
                         restarts=self.restarts,
                         protocol=self.protocol,
                         step_size=self.step_size,
+                        norm=self.norm,
                         seed=self.seed,
                         batch_size=self.batch_size,
                         indices=indices,

@@ -4,8 +4,9 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, get_args
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -22,7 +23,13 @@ from robust_flatness.callbacks.logs import log_equal
 from robust_flatness.callbacks.progress import measuring
 from robust_flatness.callbacks.sharding import measure_sharded
 from robust_flatness.configs.types import Eps
-from robust_flatness.functional.checks import check_choice, check_number
+from robust_flatness.functional.checks import (
+    check_choice,
+    check_count,
+    check_examples,
+    check_number,
+)
+from robust_flatness.functional.noise import Norm
 
 DEFAULT_EPS = 8 / 255
 SPLITS = ("train", "val", "test")
@@ -47,6 +54,7 @@ class Measurement(Callback, ABC):
         eps: Radius of the attack, say 8/255; `None` takes the datamodule's `eps`, else 8/255.
         steps: Steps of the attack.
         step_size: Length of a step; `None` is the paper's 0.007 at 8/255, in proportion elsewhere.
+        norm: `linf` or `l2`.
         restarts: Restarts of the attack.
         batch_size: Images measured at once, and the unit that ranks share out.
         seed: Of all random numbers; independent of the training seed.
@@ -67,24 +75,26 @@ class Measurement(Callback, ABC):
         eps: Eps | None = None,
         steps: int = 10,
         step_size: Eps | None = None,
+        norm: Norm = "linf",
         restarts: int = 1,
         batch_size: int = 128,
         seed: int = 0,
         normalization: Normalization | None = None,
     ) -> None:
         check_choice("split", split, SPLITS)
+        check_choice("norm", norm, get_args(Norm))
         for name, value in {
             "num_examples": num_examples,
             "every_n_epochs": every_n_epochs,
             "restarts": restarts,
             "batch_size": batch_size,
         }.items():
-            check_number(name, value, low=1)
-        check_number("steps", steps)
+            check_count(name, value, low=1)
+        check_count("steps", steps)
         check_number("eps", DEFAULT_EPS if eps is None else eps)
         self.split, self.dataset, self.num_examples = split, dataset, num_examples
         self.every_n_epochs, self.eps, self.steps = every_n_epochs, eps, steps
-        self.step_size, self.restarts = step_size, restarts
+        self.step_size, self.norm, self.restarts = step_size, norm, restarts
         self.batch_size, self.seed, self.normalization = batch_size, seed, normalization
         self._examples: Examples | None = None
 
@@ -105,9 +115,20 @@ class Measurement(Callback, ABC):
         """Tells two callbacks of a class apart in checkpoints, by their split."""
         return f"{type(self).__name__}[{self.split}]"
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forgets the images of an earlier run."""
+        self._examples = None
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Reads the images, so that bad ones are refused before anything is trained."""
-        self.examples(trainer, pl_module)
+        """Reads the images, so that bad ones are refused before anything is trained.
+
+        Raises:
+            ValueError: If there are no images, or they do not fit the network.
+        """
+        examples = self.examples(trainer, pl_module)
+        with self.network(trainer, pl_module) as network, torch.no_grad():
+            classes = network(examples.images[:1].to(pl_module.device)).shape[1]
+        check_examples(examples.images, examples.labels, classes)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures and logs, if this epoch is one to measure."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from robust_flatness.callbacks.logs import log_equal
 from robust_flatness.callbacks.robust_evaluation import RobustEvaluation
-from robust_flatness.functional.checks import check_number
+from robust_flatness.functional.checks import check_count
 
 
 class RobustEarlyStopping(RobustEvaluation):
@@ -53,8 +53,17 @@ class RobustEarlyStopping(RobustEvaluation):
     ) -> None:
         super().__init__(split=split, steps=steps, **kwargs)
         if patience is not None:
-            check_number("patience", patience, low=1)
+            check_count("patience", patience, low=1)
         self.patience = patience
+        self._forget()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Begins a fit without the weights of an earlier one; a checkpoint's come afterwards."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self._forget()
+
+    def _forget(self) -> None:
         self.best_epoch, self.best_error = -1, math.inf
         self.best_weights: dict[str, Tensor] = {}
         self.trajectory: dict[int, float] = {}

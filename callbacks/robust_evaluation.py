@@ -4,8 +4,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from robust_flatness.callbacks.measurement import PREFIX, Measurement
-from robust_flatness.functional.robust_loss import RobustEvaluation as Result
-from robust_flatness.functional.robust_loss import evaluate_robustness
+from robust_flatness.functional.robust_loss import RobustnessResult, evaluate_robustness
 
 
 class RobustEvaluation(Measurement):
@@ -34,7 +33,7 @@ class RobustEvaluation(Measurement):
         }
         return {f"{PREFIX[self.split]}/{name}": value for name, value in figures.items()}
 
-    def evaluate(self, trainer: Trainer, pl_module: LightningModule) -> Result:
+    def evaluate(self, trainer: Trainer, pl_module: LightningModule) -> RobustnessResult:
         """What PGD finds about each example, on every rank."""
         eps = self.radius(trainer)
         with self.network(trainer, pl_module) as network:
@@ -50,6 +49,7 @@ class RobustEvaluation(Measurement):
                         steps=self.steps,
                         restarts=self.restarts,
                         step_size=self.step_size,
+                        norm=self.norm,
                         seed=self.seed,
                         batch_size=self.batch_size,
                         indices=indices,
@@ -60,9 +60,9 @@ class RobustEvaluation(Measurement):
                 attacks_per_batch=self.restarts,
             )
         clean, clean_correct, losses, correct = values
-        return Result(clean, clean_correct.bool(), losses, correct.bool())
+        return RobustnessResult(clean, clean_correct.bool(), losses, correct.bool())
 
 
-def _rows(found: Result) -> torch.Tensor:
+def _rows(found: RobustnessResult) -> torch.Tensor:
     columns = (found.clean_losses, found.clean_correct, found.losses, found.robust_correct)
     return torch.stack([column.double() for column in columns])

@@ -27,7 +27,7 @@ def read_number(value: Any) -> float:
         0.2
     """
     try:
-        return float(Fraction(value)) if isinstance(value, str) else float(value)
+        return float(Fraction(value.replace(" ", "")) if isinstance(value, str) else value)
     except ZeroDivisionError:
         raise ValueError(
             f"Expected a number or a fraction such as 8/255 but got {value}."

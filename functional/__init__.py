@@ -4,7 +4,7 @@ from robust_flatness.functional.attack import PGD, pgd_attack
 from robust_flatness.functional.awp import adversarial_weight_perturbation
 from robust_flatness.functional.flatness import FlatnessResult, average_case_flatness
 from robust_flatness.functional.robust_loss import (
-    RobustEvaluation,
+    RobustnessResult,
     evaluate_robustness,
     robust_loss,
 )
@@ -16,7 +16,7 @@ from robust_flatness.functional.weight_perturbation import (
 __all__ = [
     "PGD",
     "FlatnessResult",
-    "RobustEvaluation",
+    "RobustnessResult",
     "adversarial_weight_perturbation",
     "average_case_flatness",
     "evaluate_robustness",

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from robust_flatness.functional.checks import check_choice, check_examples, check_number, upcast
+from robust_flatness.functional.checks import (
+    check_choice,
+    check_count,
+    check_examples,
+    check_number,
+    upcast,
+)
 from robust_flatness.functional.modes import Mode, Model, differentiable
 from robust_flatness.functional.noise import Norm, Start, example_starts, per_example_norm
 
@@ -69,7 +75,7 @@ class PGD:
 
     def __post_init__(self) -> None:
         check_number("eps", self.eps)
-        check_number("steps", self.steps)
+        check_count("steps", self.steps)
         if self.step_size is not None:
             check_number("step_size", self.step_size)
         check_choice("norm", self.norm, get_args(Norm))

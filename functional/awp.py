@@ -1,14 +1,14 @@
 """Adversarial weight perturbation (Wu et al., 2020)."""
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from robust_flatness.functional.checks import check_choice, check_number, upcast
+from robust_flatness.functional.checks import check_choice, check_count, check_number, upcast
 from robust_flatness.functional.modes import Mode, differentiable
 from robust_flatness.functional.weight_perturbation import (
     perturbed_parameters,
@@ -66,32 +66,42 @@ def adversarial_weight_perturbation(
         True
     """
     check_number("xi", xi)
-    check_number("steps", steps, low=1)
+    check_count("steps", steps, low=1)
     check_choice("mode", mode, get_args(Mode))
     weights = {
         name: weight
         for name, weight in perturbed_parameters(model, biases=False).items()
         if weight.requires_grad
     }
-    norms = {name: weight.detach().clone() for name, weight in weights.items()}
-    perturbation = {name: torch.zeros_like(weight) for name, weight in norms.items()}
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    perturbation = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     for step in range(steps):
         moved_weights = perturbed_weights(model, perturbation) if step else nullcontext()
-        with differentiable(model, mode), moved_weights:
+        with differentiable(model, mode), _kept_buffers(model, mode), moved_weights:
             loss = objective(model, images, labels)
             gradients = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
         directions = list(gradients) if reduce is None else reduce(list(gradients))
-        for (name, weight), direction in zip(norms.items(), directions):
+        for (name, weight), direction in zip(weights.items(), directions):
             moved = perturbation[name] + scale_to(direction, weight, xi)
-            perturbation[name] = _onto_ball(moved, weight, xi) if steps > 1 else moved
-    with torch.no_grad():
-        for buffer, before in buffers:
-            buffer.copy_(before)
+            perturbation[name] = _onto_ball(moved, weight, xi) if step else moved
     return perturbation
 
 
+@torch.no_grad()
 def _onto_ball(perturbation: Tensor, weight: Tensor, xi: float) -> Tensor:
     """Shortens a perturbation to ξ‖w‖ where it is longer."""
-    length, limit = perturbation.norm(), xi * weight.norm()
-    return scale_to(perturbation, weight, xi) if length > limit else perturbation
+    tiny = torch.finfo(perturbation.dtype).tiny
+    ratio = xi * weight.norm() / perturbation.norm().clamp_min(tiny)
+    return perturbation * ratio.clamp_max(1)
+
+
+@contextmanager
+def _kept_buffers(model: nn.Module, mode: Mode) -> Iterator[None]:
+    """Gives BatchNorm its statistics back, which forwards in train mode move."""
+    buffers = list(model.buffers()) if mode == "train" else []
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, before):
+                buffer.copy_(value)

@@ -1,6 +1,7 @@
 """What an argument must be, said in one sentence when it is not."""
 
 import math
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -24,10 +25,27 @@ def check_number(name: str, value: float, *, low: float = 0.0, high: float = mat
         ...
         ValueError: Expected `eps` to be >= 0 but got -0.1.
     """
-    if isinstance(value, (int, float)) and math.isfinite(value) and low <= value <= high:
+    if isinstance(value, Real) and math.isfinite(value) and low <= value <= high:
         return
     wanted = f">= {low:g}" if math.isinf(high) else f"in [{low:g}, {high:g}]"
     raise ValueError(f"Expected `{name}` to be {wanted} but got {value}.")
+
+
+def check_count(name: str, value: int, *, low: int = 0) -> None:
+    """Raises if a number is no integer, or below `low`.
+
+    Raises:
+        ValueError: If `value` is no integer of at least `low`.
+
+    Example:
+        >>> check_count("steps", 2.5)
+        Traceback (most recent call last):
+        ...
+        ValueError: Expected `steps` to be an integer but got 2.5.
+    """
+    check_number(name, value, low=low)
+    if not isinstance(value, Integral):
+        raise ValueError(f"Expected `{name}` to be an integer but got {value}.")
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

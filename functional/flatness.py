@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from robust_flatness.functional.attack import PGD
-from robust_flatness.functional.checks import check_choice, check_examples, check_number
+from robust_flatness.functional.checks import check_choice, check_count, check_examples
 from robust_flatness.functional.noise import Norm, Start
 from robust_flatness.functional.robust_loss import worst_losses
 from robust_flatness.functional.weight_perturbation import (
@@ -120,9 +120,9 @@ def average_case_flatness(
     """
     pgd = PGD(eps, steps, step_size, norm, "best", start)
     check_examples(images, labels)
-    check_number("num_perturbations", num_perturbations, low=1)
-    check_number("restarts", restarts, low=1)
-    check_number("batch_size", batch_size, low=1)
+    check_count("num_perturbations", num_perturbations, low=1)
+    check_count("restarts", restarts, low=1)
+    check_count("batch_size", batch_size, low=1)
     check_choice("protocol", protocol, get_args(Protocol))
     where = range(len(images)) if indices is None else list(indices)
 

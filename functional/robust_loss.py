@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from robust_flatness.functional.attack import PGD, Criterion, example_losses
-from robust_flatness.functional.checks import check_examples, check_number, upcast
+from robust_flatness.functional.checks import check_count, check_examples, upcast
 from robust_flatness.functional.modes import Model, differentiable
 from robust_flatness.functional.noise import Norm, Start, example_starts
 
 
 @dataclass(frozen=True)
-class RobustEvaluation:
+class RobustnessResult:
     """What PGD found about each example of a set.
 
     Attributes:
@@ -125,7 +125,7 @@ def evaluate_robustness(
     batch_size: int = 128,
     indices: Sequence[int] | None = None,
     on_attack: Callable[[], None] | None = None,
-) -> RobustEvaluation:
+) -> RobustnessResult:
     """RLoss and RErr as the paper estimates them: PGD-20 with 10 restarts (Sec. 3).
 
     The loss of an example is that of its worst restart. A batch costs `restarts · (steps + 1) + 1`
@@ -161,8 +161,8 @@ def evaluate_robustness(
     """
     pgd = PGD(eps, steps, step_size, norm, "best", start)
     check_examples(images, labels)
-    check_number("restarts", restarts, low=1)
-    check_number("batch_size", batch_size, low=1)
+    check_count("restarts", restarts, low=1)
+    check_count("batch_size", batch_size, low=1)
     where = range(len(images)) if indices is None else list(indices)
     columns: list[tuple[Tensor, ...]] = []
     for begin in range(0, len(images), batch_size):
@@ -184,8 +184,8 @@ def evaluate_robustness(
         columns.append((clean, clean_correct, losses, clean_correct & correct))
     if not columns:
         none, flags = images.new_zeros(0), torch.zeros(0, dtype=torch.bool, device=images.device)
-        return RobustEvaluation(none, flags, none, flags)
-    return RobustEvaluation(*(torch.cat(column) for column in zip(*columns)))
+        return RobustnessResult(none, flags, none, flags)
+    return RobustnessResult(*(torch.cat(column) for column in zip(*columns)))
 
 
 def robust_loss(

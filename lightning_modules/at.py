@@ -12,7 +12,7 @@ from torchmetrics import MeanMetric
 
 from robust_flatness.configs.types import Eps
 from robust_flatness.functional.attack import PGD, Keep
-from robust_flatness.functional.checks import check_number, upcast
+from robust_flatness.functional.checks import check_count, upcast
 from robust_flatness.functional.modes import Mode
 from robust_flatness.functional.noise import Norm, Start
 from robust_flatness.lightning_modules.pgd_mixin import PGDMixin
@@ -20,7 +20,7 @@ from robust_flatness.lightning_modules.schedules import MultiStep
 from robust_flatness.networks import Normalize, ResNet18
 
 NetworkCallable = Callable[[int, int], nn.Module]
-CLASS_KEY = "robust_flatness_class"
+CLASS_KEY, SEED_KEY = "robust_flatness_class", "robust_flatness_seed"
 
 
 class AT(PGDMixin, LightningModule):
@@ -84,16 +84,17 @@ class AT(PGDMixin, LightningModule):
             # The command line records how to build these; a Python callable cannot be stored.
             if callable(self.hparams.get(name)):
                 self.hparams.pop(name)
-        check_number("num_classes", num_classes, low=2)
+        check_count("num_classes", num_classes, low=2)
         self.num_classes = num_classes
         self.pgd = PGD(eps, steps, step_size, norm, keep, start, craft_mode)
         self.normalize = Normalize(mean, std)
         # Convolutions are faster on CPU and GPU alike with channels innermost in memory.
         self.network = network(num_classes, in_channels).to(memory_format=torch.channels_last)
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
-        self.train_loss = MeanMetric()
-        self.train_robust_loss = MeanMetric()
-        self.train_robust_error = MeanMetric()
+        # By default these would hide batches whose loss is NaN, and wait for the device to do so.
+        self.train_loss = MeanMetric(nan_strategy="disable")
+        self.train_robust_loss = MeanMetric(nan_strategy="disable")
+        self.train_robust_error = MeanMetric(nan_strategy="disable")
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits `(N, num_classes)` of images `(N, C, H, W)` in [0, 1]."""
@@ -129,7 +130,8 @@ class AT(PGDMixin, LightningModule):
         return cross_entropy(logits, labels), logits
 
     def _record(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        self.train_loss.update(loss, weight=len(labels))
+        # Once for each example, so that every example weighs the same in the epoch's mean.
+        self.train_loss.update(loss.expand(len(labels)))
         self.train_robust_loss.update(cross_entropy(logits, labels, reduction="none"))
         self.train_robust_error.update((logits.argmax(1) != labels).float())
 
@@ -165,8 +167,9 @@ class AT(PGDMixin, LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Writes down which class made the checkpoint."""
+        """Writes down which class made the checkpoint, and the seed of its noise."""
         checkpoint[CLASS_KEY] = type(self).__name__
+        checkpoint[SEED_KEY] = self._run_seed
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses the checkpoint of another variant.
@@ -179,3 +182,4 @@ class AT(PGDMixin, LightningModule):
             raise ValueError(
                 f"Expected a checkpoint written by {type(self).__name__} but got one of {written}."
             )
+        self._run_seed = checkpoint.get(SEED_KEY)

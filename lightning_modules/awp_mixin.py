@@ -1,20 +1,30 @@
 """Adversarial weight perturbation for any variant of adversarial training."""
 
 from contextlib import ExitStack
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics import MaxMetric, MinMetric
 
 from robust_flatness.functional.awp import adversarial_weight_perturbation
-from robust_flatness.functional.checks import check_choice, check_number
+from robust_flatness.functional.checks import check_choice, check_count, check_number
 from robust_flatness.functional.modes import Mode
 from robust_flatness.functional.weight_perturbation import perturbed_weights
 from robust_flatness.lightning_modules.at import AT
 
 Order = Literal["sam", "awp"]
+
+
+class _GiveWeightsBack(Callback):
+    """Ends the perturbation before anybody saves the weights of a training that failed."""
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        cast(AWPMixin, pl_module).restore_weights()
 
 
 class AWPMixin(AT):
@@ -53,12 +63,13 @@ class AWPMixin(AT):
     ) -> None:
         super().__init__(**kwargs)
         check_number("xi", xi)
-        check_number("awp_steps", awp_steps, low=1)
-        check_number("warmup_epochs", warmup_epochs)
+        check_count("awp_steps", awp_steps, low=1)
+        check_count("warmup_epochs", warmup_epochs)
         check_choice("order", order, get_args(Order))
         self.xi, self.awp_steps, self.awp_mode = xi, awp_steps, awp_mode
         self.order, self.warmup_epochs = order, warmup_epochs
-        self.relative_norm_min, self.relative_norm_max = MinMetric(), MaxMetric()
+        self.relative_norm_min = MinMetric(nan_strategy="disable")
+        self.relative_norm_max = MaxMetric(nan_strategy="disable")
         self._perturbed = ExitStack()
         self._decay_shifts: list[dict[str, Tensor]] = []
 
@@ -81,20 +92,20 @@ class AWPMixin(AT):
             self._decay_shifts.append(perturbation)
         self._perturbed.enter_context(perturbed_weights(self, perturbation))
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """The variant's step, with the weights given back if it fails."""
-        try:
-            return super().training_step(batch, batch_idx)
-        except BaseException:
-            self._perturbed.close()
-            raise
+    def configure_callbacks(self) -> list[Callback]:
+        """A callback that gives the weights back where training ends with an exception."""
+        return [_GiveWeightsBack()]
+
+    def restore_weights(self) -> None:
+        """Ends the perturbation, bit for bit; nothing where there is none."""
+        self._perturbed.close()
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Differentiates at w + ν and gives w back, whatever happens."""
         try:
             super().backward(loss, *args, **kwargs)
         finally:
-            self._perturbed.close()
+            self.restore_weights()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """With `order: awp`, turns the decay of w into that of w + ν by adding wd · ν.
@@ -131,7 +142,10 @@ class AWPMixin(AT):
     def _record_norms(self, perturbation: dict[str, Tensor]) -> None:
         weights = dict(self.named_parameters())
         ratios = torch.stack(
-            [nu.norm() / weights[name].detach().norm() for name, nu in perturbation.items()]
+            [
+                nu.norm() / weights[name].detach().norm().clamp_min(torch.finfo(nu.dtype).tiny)
+                for name, nu in perturbation.items()
+            ]
         )
         self.relative_norm_min.update(ratios)
         self.relative_norm_max.update(ratios)

@@ -26,12 +26,13 @@ class PGDMixin:
 
     pgd: PGD
     num_classes: int
-    _run_seed: int = 0
+    _run_seed: int | None = None
 
     def on_fit_start(self) -> None:
-        """Agrees on one seed for the noise of all processes."""
-        module = cast(LightningModule, self)
-        self._run_seed = int(module.trainer.strategy.broadcast(torch.initial_seed()))
+        """Agrees on one seed for the noise of all processes, or keeps that of the checkpoint."""
+        strategy = cast(LightningModule, self).trainer.strategy
+        own = torch.initial_seed() if self._run_seed is None else self._run_seed
+        self._run_seed = int(strategy.broadcast(own))
 
     def on_train_batch_start(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Looks at the first batch before anything is trained on it.
@@ -55,7 +56,7 @@ class PGDMixin:
             purpose: What the numbers are for.
             device: Where they are drawn.
         """
-        return stream(self._run_seed, purpose, self.batches_seen, device=device)
+        return stream(self._run_seed or 0, purpose, self.batches_seen, device=device)
 
     def craft(
         self, images: Tensor, labels: Tensor, criterion: Criterion = example_losses

@@ -9,6 +9,7 @@ from robust_flatness.functional import evaluate_robustness
 from robust_flatness.lightning_modules import AT
 
 FAST = {"version": "custom", "attacks": ["apgd-ce"]}
+WITH_FAB = {"version": "custom", "attacks": ["apgd-ce", "fab-t"]}
 
 
 def trained(epochs: int = 15) -> AT:
@@ -20,7 +21,8 @@ def trained(epochs: int = 15) -> AT:
 
 
 def measure(callback: AutoAttack, module: AT) -> float:
-    return callback.measure_all(quiet_trainer(), module)["test/autoattack_error"]
+    (verdicts,) = callback.measurements
+    return verdicts.measure(quiet_trainer(), module)["test/autoattack_error"]
 
 
 def test_error_is_between_clean_error_and_one_and_not_below_pgd():
@@ -50,8 +52,9 @@ def test_repeats_bit_for_bit_and_leaves_no_trace():
     module, data = trained(), dataset(16)
     before, state = snapshot(module), torch.get_rng_state()
     grads = [(parameter, parameter.grad.clone()) for parameter in module.parameters()]
-    first = measure(AutoAttack(dataset=data, eps=0.02, **FAST), module)
-    assert first == measure(AutoAttack(dataset=data, eps=0.02, **FAST), module)
+    first = measure(AutoAttack(dataset=data, eps=0.02, **WITH_FAB), module)
+    assert first == measure(AutoAttack(dataset=data, eps=0.02, **WITH_FAB), module)
+    assert all(parameter.requires_grad for parameter in module.parameters())
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(before[k], v) for k, v in snapshot(module).items())
     assert all(torch.equal(parameter.grad, grad) for parameter, grad in grads)
@@ -119,9 +122,6 @@ def test_last_and_early_stopped_weights_are_measured_at_the_end():
     final = FinalEvaluation(
         splits=["test"], num_examples=8, eps=0.02, steps=2, restarts=2, num_perturbations=2
     )
-
-    class Data(torch.nn.Module):
-        pass
 
     module = AT(tiny_body, **{**PLAIN, "eps": 0.02})
     module.test_dataloader = lambda: torch.utils.data.DataLoader(data, 8)

@@ -1,25 +1,39 @@
 import json
 
+import pytest
 import torch
 import wandb
 from lightning.pytorch.loggers import CSVLogger
 from networks_for_tests import tiny_body
-from trainers import PLAIN, ToyData, quiet_trainer
+from trainers import PLAIN, ToyData, dataset, quiet_trainer
 from wandb_reader import read_runs
 
 from robust_flatness.callbacks import FinalEvaluation, Results, RobustEarlyStopping
 from robust_flatness.callbacks.final_measurement import FinalMeasurement
+from robust_flatness.callbacks.measurement import Measurement
 from robust_flatness.lightning_modules import AT
 from robust_flatness.loggers import EpochCSVLogger, make_wandb_logger
 
 
-class Weight(FinalMeasurement):
+class OneWeight(Measurement):
     """Measures a weight, so that a test can tell which weights were measured."""
 
-    def measure_all(self, trainer, pl_module):
-        self.final_results["num_examples"] |= {"test/weight": 7}
+    calls = 0
+
+    def measure(self, trainer, pl_module):
+        self.calls += 1
         undefined = {"test/undefined": float("nan")}
         return {"test/weight": pl_module.network[0].weight[0, 0, 0, 0].item(), **undefined}
+
+
+class Weight(FinalMeasurement):
+    def __init__(self):
+        super().__init__()
+        self.one = OneWeight(num_examples=7)
+
+    @property
+    def measurements(self):
+        return [self.one]
 
     def logged_name(self, name, weights):
         return f"{weights}/{name}"
@@ -39,6 +53,29 @@ def test_measures_last_and_early_stopped_weights_and_gives_the_last_back():
     assert weight.final_results["final"] == {"test/weight": last}
     assert weight.final_results["early_stopped"] == {"test/weight": best}
     assert last != best
+    assert weight.final_results["num_examples"]["test/weight"] == 7
+
+
+def test_equal_weights_are_measured_once():
+    weight, stopping = Weight(), Scripted()
+    quiet_trainer(max_epochs=1, callbacks=[weight, stopping]).fit(AT(tiny_body, **PLAIN), ToyData())
+    assert weight.one.calls == 1
+    assert weight.final_results["early_stopped"] == weight.final_results["final"]
+
+
+def test_bad_images_are_refused_before_training():
+    final = FinalEvaluation(datasets={"test": dataset(0)}, steps=1, restarts=1)
+    module = AT(tiny_body, **PLAIN)
+    before = module.network[0].weight.detach().clone()
+    with pytest.raises(ValueError, match="`dataset` to have images"):
+        quiet_trainer(callbacks=[final]).fit(module, ToyData())
+    assert torch.equal(before, module.network[0].weight)
+
+
+def test_fast_dev_run_leaves_the_protocol_out():
+    weight = Weight()
+    quiet_trainer(callbacks=[weight], fast_dev_run=True).fit(AT(tiny_body, **PLAIN), ToyData())
+    assert weight.one.calls == 0
 
 
 def test_loggers_get_the_figures_beside_those_of_the_epochs(tmp_path):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from networks_for_tests import images_and_labels, tiny_body
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset, WeightedRandomSampler
 from trainers import PLAIN, ToyData, dataset, loader, quiet_trainer
 
 from robust_flatness.callbacks import Flatness, RobustEvaluation
@@ -168,3 +168,49 @@ def test_bad_arguments_are_named(kwargs, message):
 def test_an_empty_dataset_is_refused():
     with pytest.raises(ValueError, match="`dataset` to have images but got an empty one"):
         Flatness(dataset=dataset(0)).measure(quiet_trainer(), AT(tiny_body, **PLAIN))
+
+
+def test_a_sampler_that_makes_the_split_is_followed():
+    data = dataset(16)
+    callback = Flatness(split="train", num_perturbations=1, **SETTINGS)
+    sampler = SubsetRandomSampler([3, 5, 7, 9])
+    quiet_trainer(callbacks=[callback]).fit(
+        AT(tiny_body, **PLAIN), DataLoader(data, 2, sampler=sampler)
+    )
+    assert torch.equal(callback._examples.images, data.tensors[0][[3, 5, 7, 9]])
+
+
+def test_a_sampler_that_may_leave_images_out_is_refused():
+    sampler = WeightedRandomSampler(torch.ones(16), 8)
+    with pytest.raises(ValueError, match="but got a WeightedRandomSampler"):
+        quiet_trainer(callbacks=[Flatness(split="train")]).fit(
+            AT(tiny_body, **PLAIN), DataLoader(dataset(16), 2, sampler=sampler)
+        )
+
+
+@pytest.mark.parametrize(
+    "items", [[{"image": 1}], [("a picture", 1)], [(torch.rand(3, 8, 8), "cat")]]
+)
+def test_items_of_another_form_are_named(items):
+    with pytest.raises(ValueError, match="begin with an image tensor, all of one shape"):
+        Flatness(dataset=items).measure(quiet_trainer(), AT(tiny_body, **PLAIN))
+
+
+def test_labels_beyond_the_network_are_named_before_training():
+    images, labels = images_and_labels(8)
+    labels[0] = 12
+    with pytest.raises(ValueError, match="below the 10 classes but got"):
+        quiet_trainer(callbacks=[Flatness(dataset=TensorDataset(images, labels))]).fit(
+            AT(tiny_body, **PLAIN), loader()
+        )
+
+
+def test_measures_in_l2_too():
+    data, module = dataset(8), AT(tiny_body, **PLAIN)
+    light = {"dataset": data, "eps": 0.5, "steps": 2}
+    values = [
+        RobustEvaluation(norm=norm, **light).measure(quiet_trainer(), module)["test/robust_loss"]
+        for norm in ("linf", "l2")
+    ]
+    # The L2 ball lies within the Linf ball of the same radius.
+    assert values[1] < values[0]

@@ -1,7 +1,9 @@
 """Promise 1: watching changes nothing. Promise 3: it works in real inference mode too."""
 
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
@@ -164,3 +166,40 @@ def test_values_agree_between_fit_and_test():
         module, verbose=False
     )
     assert tested["flatness/average/test"] == fitted.callback_metrics["flatness/average/test"]
+
+
+class Augmented(torch.utils.data.Dataset):
+    """A stranger's dataset, whose transforms draw from all the global generators."""
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, index):
+        shift = random.random() + np.random.rand() + torch.rand(1).item()
+        image, label = dataset(16)[index]
+        return (image + 0.1 * shift).clamp(0, 1), label
+
+
+def test_reading_images_takes_no_numbers_from_training():
+    module, measure = Foreign(), RobustEvaluation(dataset=Augmented(), **LIGHT)
+    states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    first = measure.measure(quiet_trainer(), module)
+    assert random.getstate() == states[0]
+    assert (np.random.get_state()[1] == states[1]).all()
+    assert torch.equal(torch.get_rng_state(), states[2])
+    torch.rand(3), random.random()
+    again = RobustEvaluation(dataset=Augmented(), **LIGHT).measure(quiet_trainer(), Foreign())
+    assert first == again
+
+
+def test_a_second_fit_begins_anew():
+    first, second = dataset(12, seed=2), dataset(12, seed=3)
+    flat, stopping = Flatness(num_perturbations=1, **LIGHT), RobustEarlyStopping(**LIGHT)
+    for data in (first, second):
+        flat.dataset = stopping.dataset = data
+        module = Foreign()
+        quiet_trainer(callbacks=[flat, stopping]).fit(module)
+        assert torch.equal(flat._examples.images, data.tensors[0])
+        assert set(stopping.trajectory) == {0}
+        kept = stopping.best_weights["net.0.weight"]
+        assert torch.equal(kept, module.net[0].weight)

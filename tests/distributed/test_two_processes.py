@@ -69,8 +69,9 @@ def test_two_processes_measure_what_one_does_bit_for_bit(ranks):
     data = ToyData()
     for name, callback in measuring_callbacks().items():
         if name == "autoattack":
-            callback._verdicts.dataset, callback._verdicts.eps = data.measured, data.eps
-            assert callback.measure_all(trainer, network) == found["autoattack"]
+            (callback,) = callback.measurements
+            callback.dataset, callback.eps = data.measured, data.eps
+            assert callback.measure(trainer, network) == found["autoattack"]
             continue
         callback.dataset, callback.eps = data.measured, data.eps
         for figure, value in callback.measure(trainer, network).items():

@@ -125,6 +125,10 @@ def test_milestones_are_shares_and_do_not_lag_by_rounding():
             optimizer.step()
             scheduler.step()
     assert "total" not in scheduler.state_dict()
+    # 0.07 · 100 is 7.000000000000001 in floating point.
+    scheduler = MultiStep(torch.optim.SGD([torch.zeros(1)], lr=1.0), milestones=[0.07])
+    scheduler.total, scheduler.last_epoch = 100, 7
+    assert scheduler.get_lr() == [0.1]
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
@@ -194,3 +198,27 @@ def test_bad_arguments_are_named(kwargs, message):
 def test_shares_of_endless_training_are_refused():
     with pytest.raises(ValueError, match="`trainer.max_epochs` to be >= 1"):
         quiet_trainer(max_epochs=-1).fit(AT(tiny_body, **PLAIN), loader(8))
+
+
+def test_batches_whose_loss_is_nan_are_not_hidden():
+    class Broken(AT):
+        def objective(self, images, adversarial, labels):
+            loss, logits = super().objective(images, adversarial, labels)
+            return loss * torch.nan, logits
+
+    module = Broken(tiny_body, optimizer=lambda p: torch.optim.SGD(p, lr=0.0), **PLAIN)
+    trainer = quiet_trainer()
+    trainer.fit(module, loader(8))
+    assert trainer.callback_metrics["train/loss"].isnan()
+
+
+def test_a_resumed_run_keeps_its_noise_under_another_global_seed(tmp_path):
+    path = tmp_path / "a.ckpt"
+    module, trainer = AT(tiny_body, **PLAIN), quiet_trainer(max_epochs=1)
+    torch.manual_seed(5)
+    trainer.fit(module, loader(8))
+    trainer.save_checkpoint(path)
+    module = AT(tiny_body, **PLAIN)
+    torch.manual_seed(6)
+    quiet_trainer(max_epochs=2).fit(module, loader(8), ckpt_path=path)
+    assert module._run_seed == 5

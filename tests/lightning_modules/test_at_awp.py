@@ -122,7 +122,14 @@ def test_bf16_update_feels_the_perturbation():
     assert losses[0.5] > losses[0.0] + 0.1
 
 
-@pytest.mark.parametrize("where", ["objective", "backward"])
+class FailBetween(Callback):
+    """Fails between the loss and its backward."""
+
+    def on_before_backward(self, trainer, module, loss):
+        raise RuntimeError("half-way")
+
+
+@pytest.mark.parametrize("where", ["objective", "between", "backward"])
 def test_weights_come_back_after_an_exception(where):
     class Failing(ATAWP):
         def objective(self, images, adversarial, labels):
@@ -139,7 +146,8 @@ def test_weights_come_back_after_an_exception(where):
     module = Failing(network=tiny_body, **PLAIN)
     before = [p.detach().clone() for p in module.parameters()]
     with pytest.raises(RuntimeError, match="half-way"):
-        quiet_trainer().fit(module, loader(8))
+        between = [FailBetween()] if where == "between" else []
+        quiet_trainer(callbacks=between).fit(module, loader(8))
     assert all(torch.equal(a, b) for a, b in zip(before, module.parameters()))
 
 

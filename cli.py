@@ -1,12 +1,15 @@
 """The command line: `python cli.py fit --model ATAWP`, or `robust-flatness fit --model ATAWP`."""
 
 import inspect
+import shutil
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, NoReturn
 
+import lightning.pytorch.callbacks
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar
@@ -17,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 import robust_flatness.callbacks as callbacks
 import robust_flatness.datamodules as datamodules
 import robust_flatness.lightning_modules as lightning_modules
+import robust_flatness.networks as networks
 from robust_flatness.configs.compose import DEFAULTS, compose, run_folder_of
 from robust_flatness.lightning_modules.at import CLASS_KEY
 from robust_flatness.loggers import EpochCSVLogger, make_wandb_logger
@@ -44,19 +48,37 @@ LEAVABLE = (*DEFAULT_CALLBACKS, "wandb")
 
 
 def known_classes() -> dict[str, dict[str, str]]:
-    """Class paths of models and data by short name, of this package and of what was imported."""
-    bases = {"model": LightningModule, "data": LightningDataModule}
-    known: dict[str, dict[str, str]] = {}
-    for key, package in {"model": lightning_modules, "data": datamodules}.items():
-        members = [getattr(package, name) for name in package.__all__]
-        known[key] = {
-            member.__name__: f"{package.__name__}.{member.__name__}"
-            for member in members
-            if inspect.isclass(member)
-            and issubclass(member, bases[key])
-            and not inspect.isabstract(member)
-        }
-    return known
+    """Class paths by short name, for the options that choose a class."""
+    return {
+        "model": _members(lightning_modules, LightningModule),
+        "data": _members(datamodules, LightningDataModule),
+        "model.network": _members(networks, torch.nn.Module),
+        "model.optimizer": _members(torch.optim, torch.optim.Optimizer),
+        "model.lr_scheduler": _members(
+            torch.optim.lr_scheduler, torch.optim.lr_scheduler.LRScheduler
+        )
+        | _members(lightning_modules, torch.optim.lr_scheduler.LRScheduler),
+        "trainer.callbacks": _members(callbacks, Callback)
+        | _members(lightning.pytorch.callbacks, Callback),
+    }
+
+
+def _members(package: ModuleType, base: type) -> dict[str, str]:
+    members = {name: getattr(package, name) for name in package.__all__}
+    return {
+        name: f"{package.__name__}.{name}"
+        for name, member in members.items()
+        if inspect.isclass(member) and issubclass(member, base) and not inspect.isabstract(member)
+    }
+
+
+class Parser(LightningArgumentParser):
+    """Says what is wrong without a hundred lines of usage before it."""
+
+    def print_usage(self, file: Any = None) -> None:
+        """Prints the usage where it was asked for, and not in front of an error."""
+        if file is not sys.stderr:
+            super().print_usage(file)
 
 
 class CLI(LightningCLI):
@@ -73,11 +95,11 @@ class CLI(LightningCLI):
         for name in ("num_classes", "in_channels", "mean", "std"):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
         for name, callback in DEFAULT_CALLBACKS.items():
-            skip = {"dataset", "normalization"}
+            skip = {"dataset", "datasets", "normalization"}
             parser.add_class_arguments(callback, name, skip=skip, fail_untyped=False)
         parser.add_argument(
             "--without",
-            type=list[str],
+            type=list[str] | str,
             default=[],
             help=f"What to leave out of {', '.join(LEAVABLE)}: --without=[autoattack,wandb].",
         )
@@ -87,16 +109,22 @@ class CLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Puts presets, files and options into one order first."""
         arguments = list(sys.argv[1:] if args is None else args)
-        if arguments and arguments[0] in self.subcommands():
-            try:
+        commands = set(self.subcommands())
+        try:
+            if arguments and arguments[0] in commands:
                 arguments = compose(arguments, known_classes())
-            except ValueError as error:
-                parser.error(str(error))
+            elif commands & set(arguments):
+                raise ValueError(
+                    f"Expected the subcommand ({', '.join(sorted(commands))}) to come first but "
+                    f"got {arguments[0]}."
+                )
+        except ValueError as error:
+            parser.error(str(error))
         self.config = parser.parse_args(arguments)
 
     def before_instantiate_classes(self) -> None:
         """Lets `test` leave the run's config.yaml alone."""
-        unknown = set(self.config[self.subcommand].without) - set(LEAVABLE)
+        unknown = self._left_out() - set(LEAVABLE)
         if unknown:
             self.parser.error(
                 f"Expected `--without` to name some of {', '.join(LEAVABLE)} but got "
@@ -108,6 +136,8 @@ class CLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Checks the checkpoint's class; its settings come from its run's config.yaml."""
         path = self.config[self.config.subcommand].get("ckpt_path")
+        if not path and self.config.subcommand == "test":
+            self.parser.error("Expected `--ckpt_path` to name a checkpoint to test but got none.")
         if not path or path in ("last", "best", "hpc", "registry"):
             return
         if not Path(path).is_file():
@@ -124,10 +154,26 @@ class CLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Builds everything; bad arguments end in one sentence."""
+        self._folder: Path | None = None
         try:
             super().instantiate_classes()
         except (ValueError, OSError) as error:
-            self.parser.error(str(error))
+            self._refuse(error)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Runs it; what is found to be wrong before anything is trained ends in one sentence."""
+        try:
+            super()._run_subcommand(subcommand)
+        except (ValueError, OSError) as error:
+            if self.trainer.global_step > 0:
+                raise
+            self._refuse(error)
+
+    def _refuse(self, error: Exception) -> NoReturn:
+        if self._folder is not None:
+            # Nothing was trained: an empty folder would only push the next run to another name.
+            shutil.rmtree(self._folder, ignore_errors=True)
+        self.parser.error(str(error))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Gives the trainer its run folder, loggers and the default callbacks."""
@@ -142,7 +188,7 @@ class CLI(LightningCLI):
 
     def _default_callbacks(self) -> list[Callback]:
         config = self.config_init[self.subcommand]
-        left_out = set(config.without)
+        left_out = self._left_out()
         if "early_stopping" in left_out:
             left_out.add("best_checkpoint")
         if config.trainer.enable_checkpointing is False:
@@ -152,16 +198,27 @@ class CLI(LightningCLI):
         chosen = [config[name] for name in DEFAULT_CALLBACKS if name not in left_out]
         return [*chosen, callbacks.Results(settings=self.config_dump)]
 
-    def _loggers(self) -> list[Logger]:
-        """The run's own table, and W&B unless the user named other loggers."""
+    def _left_out(self) -> set[str]:
+        without = self.config[self.subcommand].without
+        return {without} if isinstance(without, str) else set(without)
+
+    def _loggers(self) -> list[Logger] | bool:
+        """The run's own table, and W&B unless the user named other loggers.
+
+        `test` measures the end of a run once more: in W&B that would be another epoch of its curves.
+        """
         config = self.config_init[self.subcommand]
+        if config.trainer.fast_dev_run:
+            return False
         folder, given = self.run_folder(), config.trainer.logger
+        self._folder = None if folder.exists() else folder
         table = EpochCSVLogger(folder)
+        table.recording = self.subcommand == "fit"
         if isinstance(given, Logger):
             return [table, given]
         if isinstance(given, list):
             return [table, *given]
-        if given is False or "wandb" in config.without:
+        if given is False or self.subcommand == "test" or "wandb" in self._left_out():
             return [table]
         wandb_logger = make_wandb_logger(
             folder,
@@ -207,6 +264,7 @@ def main(args: Sequence[str] | None = None) -> None:
         save_config_callback=SaveConfigCallback,
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
+        parser_class=Parser,
         parser_kwargs={
             name: {"default_config_files": [str(DEFAULTS)]} for name in CLI.subcommands()
         },

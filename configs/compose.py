@@ -23,14 +23,15 @@ def compose(arguments: Sequence[str], known: Mapping[str, Mapping[str, str]]) ->
 
     Args:
         arguments: As typed, beginning with the subcommand.
-        known: Full class path by short name, for `model` and for `data`.
+        known: Full class path by short name, for `model` and `data`, and for other options that
+            take a class.
 
     Returns:
         Arguments with one `--config` that holds everything but the typed options, and these after
         it, outer ones before inner ones.
 
     Raises:
-        ValueError: If a class name or a file is unknown.
+        ValueError: If a class name or a file is unknown, or the checkpoint of another model.
 
     Example:
         >>> known = {"model": {"AT": "pkg.AT"}, "data": {"Digits": "pkg.Digits"}}
@@ -38,20 +39,29 @@ def compose(arguments: Sequence[str], known: Mapping[str, Mapping[str, str]]) ->
         ['--model.eps=0.1', '--model.network.width=8']
     """
     subcommand, options = arguments[0], _pairs(arguments[1:])
+    for option in options:
+        _check_name(option, known)
     files = [_read(_value(option)) for option in options if _name(option) in ("config", "c")]
     run = _run_config(options)
-    classes = {key: _chosen(key, options, [*files[::-1], run], known[key]) for key in known}
+    classes = {
+        key: _chosen(key, options, [*files[::-1], run], known[key]) for key in DEFAULT_CLASSES
+    }
+    if run and classes["model"] != run["model"]["class_path"]:
+        raise ValueError(
+            f"Expected `--model` to be {_short(run['model']['class_path'])}, which wrote the "
+            f"checkpoint, but got {_short(classes['model'])}."
+        )
     preset = CONFIGS / "data" / f"{_snake(classes['data'])}.yaml"
     layers = [_read(str(preset)) if preset.is_file() else {}, run, *files]
     merged: dict[str, Any] = {}
     for layer in layers:
-        for key in known:
+        for key in DEFAULT_CLASSES:
             if isinstance(layer.get(key), str):
                 layer[key] = {"class_path": layer[key]}
         merged = _merge(merged, layer)
     for key, name in classes.items():
         merged[key] = {**merged.get(key, {}), "class_path": name}
-    kept = [option for option in options if _name(option) not in ("config", "c", *known)]
+    kept = [option for option in options if _name(option) not in ("config", "c", *DEFAULT_CLASSES)]
     typed = [argument for option in sorted(kept, key=_depth) for argument in option]
     return [subcommand, "--config", yaml.safe_dump(merged), *typed]
 
@@ -126,17 +136,29 @@ def _chosen(
         choice = content.get(key) or {}
         names.append(choice if isinstance(choice, str) else choice.get("class_path") or "")
     name = next(filter(None, names), DEFAULT_CLASSES[key])
-    if "." not in name and name not in known:
-        raise ValueError(
-            f"Expected `--{key}` to be one of {', '.join(sorted(known))}, or a class path such as "
-            f"package.Class, but got {name}."
-        )
+    _check_name([f"--{key}={name}"], {key: known})
     return known.get(name, name)
 
 
+def _check_name(option: Sequence[str], known: Mapping[str, Mapping[str, str]]) -> None:
+    names = known.get(_name(option).rstrip("+"))
+    if names is None or (len(option) == 1 and "=" not in option[0]):
+        return
+    name = _value(option)
+    # Anything but a bare word is a class path, or YAML that the parser reads.
+    if name.isidentifier() and name not in names and name != "null":
+        raise ValueError(
+            f"Expected `--{_name(option)}` to be one of {', '.join(sorted(names))}, or a class "
+            f"path such as package.Class, but got {name}."
+        )
+
+
+def _short(class_path: str) -> str:
+    return class_path.rsplit(".", 1)[-1]
+
+
 def _snake(class_path: str) -> str:
-    name = class_path.rsplit(".", 1)[-1]
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", _short(class_path)).lower()
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,5 +177,5 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _other_class(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    names = [str(mapping.get("class_path", "")).rsplit(".", 1)[-1] for mapping in (old, new)]
+    names = [_short(str(mapping.get("class_path", ""))) for mapping in (old, new)]
     return "" not in names and names[0] != names[1]

@@ -214,7 +214,8 @@ def test_short_names_choose_networks_optimizers_and_callbacks(trainers):
     names = [type(callback).__name__ for callback in trainer.callbacks]
     assert "LearningRateMonitor" in names
     assert "RobustEarlyStopping" in names
-    assert not {"Flatness[test]", "AutoAttack", "FinalEvaluation"} & set(names)
+    assert not {"Trajectory", "AutoAttack", "FinalEvaluation"} & set(names)
+    assert names.count("Flatness") == 1
     assert isinstance(trainer.optimizers[0], torch.optim.Adam)
     assert type(trainer.lightning_module.network).__name__ == "WideResNet"
 
@@ -232,6 +233,10 @@ def test_default_callbacks_are_adjusted_by_name(trainers):
     ("arguments", "message"),
     [
         (["--model", "ATAPW"], "`--model` to be one of AT, ATAWP, or a class path"),
+        (["--model.network=SmallResNt"], "`--model.network` to be one of ResNet18"),
+        (["--model.optimizer=SDG"], "`--model.optimizer` to be one of ASGD"),
+        (["--trainer.callbacks+=Flatnes"], "`--trainer.callbacks+` to be one of"),
+        (["--model.norm=l1"], "l1"),
         (["--data", "Digit"], "`--data` to be one of CIFAR10, CIFAR100, Digits, ImageFolder"),
         (["--without=[autoatack]"], "`--without` to name some of evaluation"),
         (["--config", "nowhere.yaml"], "`--config` to be a YAML file but got nowhere.yaml"),
@@ -246,6 +251,8 @@ def test_bad_input_is_one_sentence_before_training(arguments, message, capsys):
     said = refused("fit", *TINY[:1], QUIET, *arguments, capsys=capsys)
     assert message in said
     assert "Traceback" not in said
+    assert "usage:" not in said
+    assert not list(Path().glob("runs/*"))
 
 
 def test_a_checkpoint_of_another_class_is_refused(trainers, capsys):
@@ -254,8 +261,38 @@ def test_a_checkpoint_of_another_class_is_refused(trainers, capsys):
     with pytest.raises(SystemExit):
         main(["test", "--model", "ATAWP", "--ckpt_path", checkpoint])
     said = " ".join(capsys.readouterr().err.split())
-    assert "to be a checkpoint of ATAWP but" in said
-    assert "is one of AT." in said
+    assert "`--model` to be AT, which wrote the checkpoint, but got ATAWP" in said
+    Path("moved.ckpt").write_bytes(Path(checkpoint).read_bytes())
+    with pytest.raises(SystemExit):
+        main(["test", "--model", "ATAWP", "--ckpt_path", "moved.ckpt"])
+    said = " ".join(capsys.readouterr().err.split())
+    assert "to be a checkpoint of ATAWP but moved.ckpt is one of AT." in said
+
+
+def test_a_checkpoint_outside_a_run_folder_brings_its_own_network(trainers):
+    main(["fit", "--model", "ATAWP", *TINY, "--without=[wandb,final,autoattack]"])
+    saved = Path("runs/ATAWP-Digits-s0/checkpoints/last.ckpt")
+    Path("moved.ckpt").write_bytes(saved.read_bytes())
+    # Everything but the network's width, which the checkpoint knows.
+    rest = [a for a in TINY if "width" not in a and "max_epochs" not in a]
+    main(["test", "--model", "ATAWP", "--ckpt_path", "moved.ckpt", *rest, "--without=autoattack"])
+    tested = json.loads(Path("runs/ATAWP-Digits-s0-2/results_test.json").read_text())
+    assert 0 <= tested["final"]["test/robust_error"] <= 1
+
+
+def test_the_subcommand_comes_first_and_test_needs_a_checkpoint(capsys):
+    assert "to come first" in refused("--seed_everything=1", "fit", capsys=capsys)
+    assert "name a checkpoint to test but got none" in refused("test", capsys=capsys)
+
+
+def test_bad_images_found_in_fit_are_one_sentence_and_leave_no_folder(capsys, monkeypatch):
+    def offline(self):
+        raise ConnectionError("Expected the network to download but got none.")
+
+    monkeypatch.setattr("robust_flatness.datamodules.Digits.prepare_data", offline)
+    said = refused("fit", *TINY, QUIET, capsys=capsys)
+    assert "download" in said
+    assert not list(Path().glob("runs/*"))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

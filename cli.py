@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgre
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
+from torch.optim.lr_scheduler import LRScheduler
 
 import robust_flatness.callbacks as callbacks
 import robust_flatness.datamodules as datamodules
@@ -52,12 +53,10 @@ def known_classes() -> dict[str, dict[str, str]]:
     return {
         "model": _members(lightning_modules, LightningModule),
         "data": _members(datamodules, LightningDataModule),
-        "model.network": _members(networks, torch.nn.Module),
+        "model.network": _members(networks, networks.ResidualNetwork),
         "model.optimizer": _members(torch.optim, torch.optim.Optimizer),
-        "model.lr_scheduler": _members(
-            torch.optim.lr_scheduler, torch.optim.lr_scheduler.LRScheduler
-        )
-        | _members(lightning_modules, torch.optim.lr_scheduler.LRScheduler),
+        "model.lr_scheduler": _members(torch.optim.lr_scheduler, LRScheduler)
+        | _members(lightning_modules, LRScheduler),
         "trainer.callbacks": _members(callbacks, Callback)
         | _members(lightning.pytorch.callbacks, Callback),
     }
@@ -205,7 +204,7 @@ class CLI(LightningCLI):
     def _loggers(self) -> list[Logger] | bool:
         """The run's own table, and W&B unless the user named other loggers.
 
-        `test` measures the end of a run once more: in W&B that would be another epoch of its curves.
+        `test` measures the end of a run once more: in W&B that would be one more epoch.
         """
         config = self.config_init[self.subcommand]
         if config.trainer.fast_dev_run:

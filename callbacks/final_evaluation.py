@@ -74,11 +74,17 @@ class FinalEvaluation(FinalMeasurement):
         }
         self._measurements: list[Measurement] = []
         for split in self.splits:
-            given = {"split": split, "dataset": (datasets or {}).get(split), **common}
+            given: dict[str, Any] = {
+                "split": split,
+                "dataset": (datasets or {}).get(split),
+                **common,
+            }
             self._measurements.append(RobustEvaluation(restarts=restarts, **given))
             if num_perturbations:
-                directions = {"num_perturbations": num_perturbations, "xi": xi}
-                self._measurements.append(Flatness(protocol=protocol, **directions, **given))
+                flatness = Flatness(
+                    num_perturbations=num_perturbations, xi=xi, protocol=protocol, **given
+                )
+                self._measurements.append(flatness)
 
     @property
     def measurements(self) -> Sequence[Measurement]:

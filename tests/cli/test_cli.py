@@ -233,7 +233,7 @@ def test_default_callbacks_are_adjusted_by_name(trainers):
     ("arguments", "message"),
     [
         (["--model", "ATAPW"], "`--model` to be one of AT, ATAWP, or a class path"),
-        (["--model.network=SmallResNt"], "`--model.network` to be one of ResNet18"),
+        (["--model.network=SmallResNt"], "`--model.network` to be one of Res"),
         (["--model.optimizer=SDG"], "`--model.optimizer` to be one of ASGD"),
         (["--trainer.callbacks+=Flatnes"], "`--trainer.callbacks+` to be one of"),
         (["--model.norm=l1"], "l1"),

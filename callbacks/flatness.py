@@ -96,7 +96,7 @@ class Flatness(Measurement):
 
     def evaluate(self, trainer: Trainer, pl_module: LightningModule) -> FlatnessResult:
         """Reference and perturbed losses of each example, on every rank."""
-        eps = self.radius(trainer)
+        settings = self.attack_settings(trainer)
         reference = PAPER_REFERENCE_RESTARTS if self.protocol == "paper" else self.restarts
         perturbed = self.num_perturbations * (1 if self.protocol == "paper" else self.restarts)
         with self.network(trainer, pl_module) as network:
@@ -110,16 +110,10 @@ class Flatness(Measurement):
                         labels,
                         xi=self.xi,
                         num_perturbations=self.num_perturbations,
-                        eps=eps,
-                        steps=self.steps,
-                        restarts=self.restarts,
                         protocol=self.protocol,
-                        step_size=self.step_size,
-                        norm=self.norm,
-                        seed=self.seed,
-                        batch_size=self.batch_size,
                         indices=indices,
                         on_attack=on_attack,
+                        **settings,
                     )
                 ),
                 what=f"flatness {self.split}: {self.num_perturbations} directions × "

@@ -160,6 +160,18 @@ class Measurement(Callback, ABC):
             return self.eps
         return float(getattr(getattr(trainer, "datamodule", None), "eps", DEFAULT_EPS))
 
+    def attack_settings(self, trainer: Trainer) -> dict[str, Any]:
+        """What the functions of `functional` that attack a set are given alike."""
+        return {
+            "eps": self.radius(trainer),
+            "steps": self.steps,
+            "restarts": self.restarts,
+            "step_size": self.step_size,
+            "norm": self.norm,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+        }
+
     @contextmanager
     def network(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[nn.Module]:
         """The network to measure, as a map from pixels in [0, 1] to logits, in isolation."""

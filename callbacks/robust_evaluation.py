@@ -35,7 +35,7 @@ class RobustEvaluation(Measurement):
 
     def evaluate(self, trainer: Trainer, pl_module: LightningModule) -> RobustnessResult:
         """What PGD finds about each example, on every rank."""
-        eps = self.radius(trainer)
+        settings = self.attack_settings(trainer)
         with self.network(trainer, pl_module) as network:
             values = self.sharded(
                 trainer,
@@ -45,15 +45,9 @@ class RobustEvaluation(Measurement):
                         network,
                         images,
                         labels,
-                        eps=eps,
-                        steps=self.steps,
-                        restarts=self.restarts,
-                        step_size=self.step_size,
-                        norm=self.norm,
-                        seed=self.seed,
-                        batch_size=self.batch_size,
                         indices=indices,
                         on_attack=on_attack,
+                        **settings,
                     )
                 ),
                 what=f"RLoss {self.split}: PGD-{self.steps} × {self.restarts} restarts",

@@ -107,25 +107,29 @@ class AWPMixin(AT):
         finally:
             self.restore_weights()
 
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """With `order: awp`, turns the decay of w into that of w + ν by adding wd · ν.
+    def configure_optimizers(self) -> Any:
+        """The variant's optimizer and schedule.
 
         Raises:
-            ValueError: If the optimizer decouples weight decay from the gradient.
+            ValueError: If `order` is awp and the optimizer decouples weight decay from gradients.
         """
+        configured = super().configure_optimizers()
+        optimizer = configured["optimizer"]
+        if self.order == "awp" and any(map(_decouples_decay, optimizer.param_groups)):
+            raise ValueError(
+                "Expected an optimizer with coupled weight decay for `order` awp but got "
+                f"{type(optimizer).__name__}."
+            )
+        return configured
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """With `order: awp`, turns the decay of w into that of w + ν by adding wd · ν."""
         shifts, self._decay_shifts = self._decay_shifts, []
         if not shifts:
             return
         names = {id(parameter): name for name, parameter in self.named_parameters()}
         for group in optimizer.param_groups:
             decay = group.get("weight_decay", 0.0)
-            if decay and (
-                group.get("decoupled_weight_decay") or isinstance(optimizer, torch.optim.AdamW)
-            ):
-                raise ValueError(
-                    "Expected an optimizer with coupled weight decay for `order` awp but got "
-                    f"{type(optimizer).__name__}."
-                )
             for parameter in group["params"]:
                 name = names[id(parameter)]
                 for shift in shifts:
@@ -158,3 +162,7 @@ class AWPMixin(AT):
         flat = self.trainer.strategy.reduce(flat, reduce_op="sum") / self.trainer.world_size
         parts = flat.split([gradient.numel() for gradient in gradients])
         return [part.view_as(gradient) for part, gradient in zip(parts, gradients)]
+
+
+def _decouples_decay(group: dict[str, Any]) -> bool:
+    return bool(group.get("weight_decay") and group.get("decoupled_weight_decay"))

@@ -5,6 +5,7 @@ A datamodule of one's own derives from `RobustDataModule`, sets `num_classes`,
 """
 
 from robust_flatness.datamodules.augment import random_flip_and_crop
+from robust_flatness.datamodules.autoaugment import autoaugment, cutout
 from robust_flatness.datamodules.base import RobustDataModule
 from robust_flatness.datamodules.cifar import CIFAR10, CIFAR100
 from robust_flatness.datamodules.digits import Digits
@@ -20,5 +21,7 @@ __all__ = [
     "LabelledImages",
     "ResidentImages",
     "RobustDataModule",
+    "autoaugment",
+    "cutout",
     "random_flip_and_crop",
 ]

@@ -1,26 +1,31 @@
 """What the datamodules share: splits, data on the device, augmentation, and one order for all."""
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, cast, get_args
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
 from robust_flatness.configs.types import Eps
-from robust_flatness.datamodules.augment import random_flip_and_crop
+from robust_flatness.datamodules.augmentation import Augment, Augmentation
 from robust_flatness.datamodules.evaluation_images import EvaluationImages
-from robust_flatness.datamodules.global_batches import GlobalBatches
-from robust_flatness.datamodules.labelled_images import LabelledImages, keep_batch, to_unit_range
+from robust_flatness.datamodules.global_batches import GlobalBatches, epochs_trained
+from robust_flatness.datamodules.labelled_images import LabelledImages, to_unit_range
+from robust_flatness.datamodules.mixed_batches import check_share
 from robust_flatness.datamodules.reading import check_images, read_splits
 from robust_flatness.datamodules.resident import ResidentImages
 from robust_flatness.datamodules.splits import Splits, SplitSizes, ValFrom, make_splits
+from robust_flatness.datamodules.training_loader import training_loader
+from robust_flatness.datamodules.unlabeled_files import read_unlabeled
+from robust_flatness.functional.checks import check_choice, check_count, check_number
 
 
 class RobustDataModule(LightningDataModule, ABC):
     """Images for adversarial training, and fixed images to measure robustness and flatness on.
 
-    Batches are `(images, labels)` with float images `(N, C, H, W)` in [0, 1], not normalised.
+    Batches are `(images, labels)` with float images `(N, C, H, W)` in [0, 1], not normalised, or
+    `(images, labels, unlabeled)` where `unlabeled_share` mixes in pseudo-labelled images.
     A subclass sets `num_classes`, `in_channels`, `mean` and `std` and says in
     `sources` where the images are; `orders` may say in which order they count.
 
@@ -36,7 +41,14 @@ class RobustDataModule(LightningDataModule, ABC):
     Args:
         eps: radius of the L-infinity ball that measures use on these images, in pixels of [0, 1].
         batch_size: images in a global batch, shared among the processes.
-        augment: whether training images are flipped, and cropped after padding by 4 pixels.
+        augment: `"none"`; `"flip_crop"`, which pads by an eighth of the side (4 pixels at 32);
+            `"autoaugment"`, which adds AutoAugment and Cutout; `"autoaugment_batch"`, with one
+            sub-policy for a global batch, which is faster. See `Augmentation`.
+        flip: whether augmentation flips images.
+        unlabeled: pseudo-labelled images, as `read_unlabeled` takes them: the pickle of Carmon et
+            al., an `.npz`, or a folder; read only where `unlabeled_share` is above 0.
+        unlabeled_share: share of them in each global batch. Above 0, batches have a third part,
+            `unlabeled` `(N,)`, True where a label is a pseudo-label. See `MixedSampler`.
         num_train: number of images to train on, the first ones; `None` for all.
         num_train_eval: number of images of `train`, or all there are if fewer.
         num_val: number of images of `val`.
@@ -53,7 +65,7 @@ class RobustDataModule(LightningDataModule, ABC):
         std: standard deviation of each channel over the training images.
 
     Raises:
-        ValueError: if a number is out of range or `val_from` is unknown.
+        ValueError: if a number is out of range, or `augment` or `val_from` is unknown.
 
     Example:
         >>> class Noise(RobustDataModule):
@@ -77,7 +89,10 @@ class RobustDataModule(LightningDataModule, ABC):
         *,
         eps: Eps = 8 / 255,
         batch_size: int = 128,
-        augment: bool = True,
+        augment: Augment = "flip_crop",
+        flip: bool = True,
+        unlabeled: str | None = None,
+        unlabeled_share: float = 0.0,
         num_train: int | None = None,
         num_train_eval: int = 1000,
         num_val: int = 500,
@@ -88,22 +103,23 @@ class RobustDataModule(LightningDataModule, ABC):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("eps", eps, 0),
-            ("batch_size", batch_size, 1),
-            ("num_workers", num_workers, 0),
-        ):
-            # Turned round, so that NaN is refused as well.
-            if not value >= least:
-                raise ValueError(f"Expected `{name}` to be >= {least} but got {value}.")
+        check_number("eps", eps)
+        check_count("batch_size", batch_size, low=1)
+        check_count("num_workers", num_workers)
+        check_choice("augment", augment, get_args(Augment))
+        check_share(unlabeled_share, batch_size)
         self.eps = float(eps)
         self.batch_size = batch_size
         self.augment = augment
+        self.flip = flip
+        self.unlabeled = unlabeled
+        self.unlabeled_share = unlabeled_share
         self.sizes = SplitSizes(num_train, num_train_eval, num_val, num_test, val_from)
         self.in_memory = in_memory
         self.num_workers = num_workers
         self.seed = seed
         self._run_seed: int | None = None
+        self._augmentation = Augmentation("none")
         self._splits = Splits([], [], [], [])
         self._images: dict[str, LabelledImages] = {}
 
@@ -119,6 +135,15 @@ class RobustDataModule(LightningDataModule, ABC):
         """
         return list(range(num_train)), list(range(num_test))
 
+    def unlabeled_source(self) -> LabelledImages:
+        """Return the pseudo-labelled images, where `unlabeled_share` is above 0.
+
+        Raises:
+            ValueError: if `unlabeled` is `None`, or no file or folder that can be read.
+        """
+        names = getattr(self, "class_names", None)
+        return read_unlabeled(self.unlabeled, num_classes=self.num_classes, class_names=names)
+
     def setup(self, stage: str | None = None) -> None:
         """Read and check the images once, and bring those to train on to the device.
 
@@ -126,8 +151,8 @@ class RobustDataModule(LightningDataModule, ABC):
             stage: `"fit"` where a trainer is about to train; anything else only reads.
 
         Raises:
-            ValueError: if the images do not fit the splits, the classes, the channels, or the
-                batch size.
+            ValueError: if the images do not fit the splits, the classes, the channels, the batch
+                size, the augmentation, or each other.
         """
         if not self._images:
             self._read()
@@ -136,10 +161,14 @@ class RobustDataModule(LightningDataModule, ABC):
         strategy = self.trainer.strategy
         seed = torch.initial_seed() if self.seed is None else self.seed
         self._run_seed = int(strategy.broadcast(seed))
-        training = self._images["training"]
-        self._global_batches().check(len(training))
-        if self.in_memory and isinstance(training, ResidentImages):
-            self._images["training"] = training.to(strategy.root_device)
+        self._global_batches().check(len(self._images["training"]))
+        mean = self.mean if Augmentation.needs_mean(self.augment) else ()
+        self._augmentation = Augmentation(self.augment, self.flip, mean)
+        if self.unlabeled_share and "unlabeled" not in self._images:
+            self._read_unlabeled()
+        for name, images in self._images.items():
+            if name in ("training", "unlabeled") and self.in_memory:
+                self._images[name] = cast(ResidentImages, images).to(strategy.root_device)
 
     def split_dataset(self, split: str) -> EvaluationImages:
         """Return the images of a split, always in the same order; no trainer is needed.
@@ -176,18 +205,13 @@ class RobustDataModule(LightningDataModule, ABC):
             RuntimeError: if there is no trainer to share batches among the processes of.
         """
         trainer = self._attached_trainer()
-        dataset, batches = self._images["training"], self._global_batches()
-        workers = 0 if self.in_memory else self.num_workers
-        return DataLoader(
-            dataset,
-            batches.local_size,
-            # Workers fetch as soon as there is an iterator, which on resume is before the trainer
-            # tells the sampler its epoch.
-            sampler=batches.sampler(dataset, _epoch(trainer)),
-            collate_fn=keep_batch,
-            drop_last=True,
-            num_workers=workers,
-            persistent_workers=workers > 0,
+        return training_loader(
+            self._images["training"],
+            self._images.get("unlabeled"),
+            self.unlabeled_share,
+            batches=self._global_batches(),
+            epoch=epochs_trained(trainer),
+            num_workers=0 if self.in_memory else self.num_workers,
             pin_memory=not self.in_memory and trainer.strategy.root_device.type == "cuda",
         )
 
@@ -199,22 +223,23 @@ class RobustDataModule(LightningDataModule, ABC):
         """Turn 8 bits into floats in [0, 1], and augment while training.
 
         Args:
-            batch: images `(N, C, H, W)` and labels `(N,)`, on the device. What does not begin
-                with images of 8 bits comes from another loader and is returned as it is.
+            batch: images `(N, C, H, W)`, labels `(N,)` and what may follow, on the device. What
+                does not begin with images of 8 bits comes from another loader and is returned as
+                it is.
             dataloader_idx: not used.
 
         Returns:
-            Images, float32 or what the trainer's precision asks for, and labels.
+            Images, float32 or what the trainer's precision asks for, and the rest as it is.
         """
         images = batch[0] if isinstance(batch, (list, tuple)) and batch else None
         if not isinstance(images, torch.Tensor) or images.dtype != torch.uint8:
             return batch
         trainer = self._attached_trainer()
-        if self.augment and trainer.training:
+        if trainer.training:
             # The trainer counts a batch only after its transfer.
-            index = trainer.fit_loop.batch_idx + 1
-            noise = self._global_batches().noise(len(images), _epoch(trainer), index)
-            images = random_flip_and_crop(images, noise.to(images.device, non_blocking=True))
+            stands = (epochs_trained(trainer), trainer.fit_loop.batch_idx + 1)
+            noise = self._augmentation.noise(self._global_batches(), len(images), *stands)
+            images = self._augmentation(images, noise)
         # The trainer converts floats to its precision before this hook: these are made in it.
         return trainer.precision_plugin.convert_input(to_unit_range(images)), *batch[1:]
 
@@ -230,15 +255,23 @@ class RobustDataModule(LightningDataModule, ABC):
     def _read(self) -> None:
         """Read the splits into memory, or remember where their images are."""
         train, test = self.sources()
-        for name, images in (("training", train), ("test", test)):
-            check_images(
-                images, name=name, num_classes=self.num_classes, in_channels=self.in_channels
-            )
+        self._check(train, name="training")
+        self._check(test, name="test")
         splits = make_splits(*self.orders(len(train), len(test)), self.sizes)
         self._images = read_splits(
             train, test, splits, val_from=self.sizes.val_from, in_memory=self.in_memory
         )
         self._splits = splits
+
+    def _read_unlabeled(self) -> None:
+        """Read the pseudo-labelled images as the others, or remember where they are."""
+        images = self.unlabeled_source()
+        self._check(images, name="unlabeled", like=self._images["training"])
+        self._images["unlabeled"] = ResidentImages.load(images) if self.in_memory else images
+
+    def _check(self, images: LabelledImages, name: str, like: LabelledImages | None = None) -> None:
+        classes, channels = self.num_classes, self.in_channels
+        check_images(images, name=name, num_classes=classes, in_channels=channels, like=like)
 
     def _attached_trainer(self) -> Trainer:
         if self.trainer is None:
@@ -253,8 +286,3 @@ class RobustDataModule(LightningDataModule, ABC):
         return GlobalBatches(
             self.batch_size, trainer.world_size, trainer.global_rank, self._run_seed
         )
-
-
-def _epoch(trainer: Trainer) -> int:
-    """Return the number of epochs trained, also where a resumed trainer has not yet counted on."""
-    return int(trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]

@@ -1,12 +1,14 @@
 """Handwritten digits that come with scikit-learn: the data set that needs no download."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from robust_flatness.configs.types import Eps
+from robust_flatness.datamodules.augmentation import Augment
 from robust_flatness.datamodules.computed_statistics import ComputedStatistics
-from robust_flatness.datamodules.labelled_images import LabelledImages
+from robust_flatness.datamodules.labelled_images import LabelledImages, to_unit_range
 from robust_flatness.datamodules.resident import ResidentImages
 from robust_flatness.datamodules.splits import fixed_permutation
 
@@ -20,10 +22,14 @@ class Digits(ComputedStatistics):
     training images, a pool of 397 for methods that use unlabelled images, 600 images of `test`
     and 500 of `val`. All of `split_indices` count in scikit-learn's order.
 
+    With `unlabeled_share` above 0 and no `unlabeled`, the pool is what batches mix in, labelled by
+    a teacher that has seen the training images alone.
+
     Args:
         eps: radius of the L-infinity ball that measures use on these images, in pixels of [0, 1].
         batch_size: images in a global batch.
-        augment: whether to flip and crop; mirrored digits are no digits, so not by default.
+        augment: as in the base class, but nothing is done by default.
+        flip: whether augmentation flips images; mirrored digits are no digits.
         num_train: number of training images, the first ones of the permutation.
         num_pool: number of images in the pool, those after the training images.
         num_test: number of images of `test`, those before `val`.
@@ -50,7 +56,8 @@ class Digits(ComputedStatistics):
         *,
         eps: Eps = 0.2,
         batch_size: int = 64,
-        augment: bool = False,
+        augment: Augment = "none",
+        flip: bool = False,
         num_train: int = 300,
         num_pool: int = 397,
         num_test: int = 600,
@@ -61,6 +68,7 @@ class Digits(ComputedStatistics):
             eps=eps,
             batch_size=batch_size,
             augment=augment,
+            flip=flip,
             num_test=num_test,
             num_val=num_val,
             **kwargs,
@@ -98,6 +106,44 @@ class Digits(ComputedStatistics):
         # Counted from the end: the measured images stay where fewer or more are trained on.
         first_test = _NUM_IMAGES - self.sizes.num_test - self.sizes.num_val
         return permutation[: self.num_train], permutation[first_test:]
+
+    def unlabeled_source(self) -> LabelledImages:
+        """Return the pool with the teacher's labels, or the images that `unlabeled` names.
+
+        Raises:
+            ValueError: if the pool is empty, or as in the base class.
+        """
+        if self.unlabeled is not None:
+            return super().unlabeled_source()
+        if not self.num_pool:
+            raise ValueError(
+                "Expected `num_pool` to be >= 1 or `unlabeled` to be given where `unlabeled_share`"
+                " is above 0 but got 0 and None."
+            )
+        pool = self._pool()
+        return ResidentImages(pool.images, self._pseudo_labels(pool.images))
+
+    @property
+    def teacher_accuracy(self) -> float:
+        """Share of the pool that the teacher labels rightly; for reports, not for training."""
+        pool = self._pool()
+        return (self._pseudo_labels(pool.images) == pool.labels).double().mean().item()
+
+    def _pool(self) -> ResidentImages:
+        return cast(ResidentImages, self.sources()[0].subset(self.pool_indices))
+
+    def _pseudo_labels(self, images: Tensor) -> Tensor:
+        """Label images by a support vector machine that is trained on the training images."""
+        from sklearn.svm import SVC
+
+        if not self._images:
+            self.setup()
+        training = cast(ResidentImages, self._images["training"])
+        known, unknown = (
+            to_unit_range(pixels.cpu()).flatten(1).numpy() for pixels in (training.images, images)
+        )
+        teacher = SVC().fit(known, training.labels.cpu().numpy())
+        return torch.from_numpy(teacher.predict(unknown))
 
     def split_indices(self) -> dict[str, list[int]]:
         """Return the positions of each split's images and of the pool, in scikit-learn's order."""

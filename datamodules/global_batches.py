@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
@@ -80,22 +81,34 @@ class GlobalBatches:
         sampler.set_epoch(epoch)
         return sampler
 
-    def noise(self, local_size: int, epoch: int, batch: int) -> Tensor:
+    def noise(
+        self, local_size: int, epoch: int, batch: int, *, columns: int = 3, shared: int = 0
+    ) -> Tensor:
         """Draw the noise that augments a batch.
 
         Args:
             local_size: number n of images in this process's share.
             epoch: number of the epoch, from 0.
             batch: number of the batch within the epoch, from 0.
+            columns: numbers per image, >= 3. The first three are the same whatever it is.
+            shared: how many columns, the last ones, have one value for the whole global batch.
 
         Returns:
-            This process's rows `(n, 3)` of the global noise, uniform in [0, 1), on the CPU, so
-            that all devices draw the same.
+            This process's rows `(n, columns)` of the global noise, uniform in [0, 1), on the CPU,
+            so that all devices draw the same.
         """
         seed = mix_seed(mix_seed(self.seed) + epoch) + batch
         generator = torch.Generator().manual_seed(seed)
-        noise = torch.rand(local_size * self.world_size, 3, generator=generator)
+        size = local_size * self.world_size
+        parts = [torch.rand(size, n, generator=generator) for n in (3, columns - 3)]
+        noise = torch.cat(parts, 1)
+        noise[:, columns - shared :] = noise[:1, columns - shared :].clone()
         return noise[self.rank :: self.world_size]
+
+
+def epochs_trained(trainer: Trainer) -> int:
+    """Return the number of epochs trained, also where a resumed trainer has not yet counted on."""
+    return int(trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
 
 
 def mix_seed(seed: int) -> int:

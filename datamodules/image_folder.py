@@ -4,9 +4,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from torchvision.datasets.folder import is_image_file
-
+from robust_flatness.datamodules.class_folders import (
+    class_folders,
+    files_by_class,
+    labels_by_name,
+)
 from robust_flatness.datamodules.computed_statistics import ComputedStatistics
 from robust_flatness.datamodules.image_files import ImageFiles
 from robust_flatness.datamodules.labelled_images import LabelledImages
@@ -65,8 +67,8 @@ class ImageFolder(ComputedStatistics):
     @cached_property
     def class_names(self) -> list[str]:
         """Names of the classes, sorted: the folders in `root/train`."""
-        names = _folders(self.root / "train")
-        others = _folders(self.root / "test")
+        names = class_folders(self.root / "train")
+        others = class_folders(self.root / "test")
         if names != others:
             missing = sorted(set(names) ^ set(others))
             raise ValueError(
@@ -90,25 +92,4 @@ class ImageFolder(ComputedStatistics):
         return fixed_permutation(num_train), fixed_permutation(num_test)
 
     def _files(self, part: str, size: tuple[int, int] | None) -> ImageFiles:
-        paths: list[Path] = []
-        labels: list[int] = []
-        for label, name in enumerate(self.class_names):
-            folder = self.root / part / name
-            # Hidden ones are what file managers leave beside images, under the images' names.
-            visible = (path for path in folder.rglob("*") if not path.name.startswith("."))
-            files = [path for path in visible if is_image_file(path.name)]
-            if not files:
-                raise ValueError(f"Expected images in {folder} but got none.")
-            paths += sorted(files, key=str)
-            labels += [label] * len(files)
-        return ImageFiles(paths, torch.tensor(labels), size)
-
-
-def _folders(parent: Path) -> list[str]:
-    """Return the names of the folders in `parent`, sorted, hidden ones aside."""
-    if not parent.is_dir():
-        raise ValueError(f"Expected a folder {parent} with one folder a class but got none.")
-    names = sorted(p.name for p in parent.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if not names:
-        raise ValueError(f"Expected one folder a class in {parent} but got none.")
-    return names
+        return files_by_class(self.root / part, labels_by_name(self.class_names), size)

@@ -35,7 +35,14 @@ def read_splits(
     }
 
 
-def check_images(images: LabelledImages, *, name: str, num_classes: int, in_channels: int) -> None:
+def check_images(
+    images: LabelledImages,
+    *,
+    name: str,
+    num_classes: int,
+    in_channels: int,
+    like: LabelledImages | None = None,
+) -> None:
     """Make sure that there are images, with the classes and channels that the network will have.
 
     Args:
@@ -43,6 +50,7 @@ def check_images(images: LabelledImages, *, name: str, num_classes: int, in_chan
         name: what the error calls them, such as `"training"`.
         num_classes: number K of classes; labels must lie in 0 to K - 1.
         in_channels: number of channels.
+        like: images that these must have the size of; `None` for any size.
 
     Raises:
         ValueError: if one of them does not fit.
@@ -62,8 +70,19 @@ def check_images(images: LabelledImages, *, name: str, num_classes: int, in_chan
             f"Expected labels of {name} images in 0 to {num_classes - 1}"
             f" but got labels in {low} to {high}."
         )
-    channels = images[0][0].shape[0]
+    channels, *size = _shape(images)
     if channels != in_channels:
         raise ValueError(
             f"Expected {name} images of {in_channels} channels but got {channels} channels."
         )
+    if like is not None and size != _shape(like)[1:]:
+        _, height, width = _shape(like)
+        raise ValueError(
+            f"Expected {name} images of {width}x{height} pixels, as the labelled ones have,"
+            f" but got {size[1]}x{size[0]}."
+        )
+
+
+def _shape(images: LabelledImages) -> list[int]:
+    """Return channels, height and width of the first image."""
+    return list(images.__getitems__([0])[0].shape[1:])

@@ -58,6 +58,22 @@ def test_half_are_flipped_and_all_positions_are_used():
     assert counts.min() > 150
 
 
+def test_padding_has_the_colour_asked_for_and_flips_can_be_off():
+    images = torch.full((2, 3, 4, 4), 9, dtype=torch.uint8)
+    images[..., 0] = 8
+    before = images.clone()
+    corner = torch.tensor([[0.1, 0.0, 0.0], [0.1, 0.5, 0.5]])
+    out = random_flip_and_crop(images, corner, 2, flip=False, fill=[1, 2, 3])
+    assert out.dtype is torch.uint8
+    assert out[0, :, 0, 0].tolist() == [1, 2, 3]
+    assert out[0, 1].tolist() == [[2] * 4, [2] * 4, [2, 2, 8, 9], [2, 2, 8, 9]]
+    assert torch.equal(out[1], images[1])
+    assert torch.equal(images, before)
+    noise = torch.rand(2, 3)
+    zeros = random_flip_and_crop(images, noise, 3, fill=[0, 0, 0])
+    assert torch.equal(zeros, random_flip_and_crop(images, noise, 3))
+
+
 @pytest.mark.parametrize(
     ("shape", "noise", "padding", "message"),
     [
@@ -69,3 +85,8 @@ def test_half_are_flipped_and_all_positions_are_used():
 def test_what_does_not_fit_is_refused(shape, noise, padding, message):
     with pytest.raises(ValueError, match=message):
         random_flip_and_crop(torch.zeros(shape), torch.zeros(noise), padding)
+
+
+def test_a_colour_of_other_channels_is_refused():
+    with pytest.raises(ValueError, match="`fill` to have a value for each of 3 channels but got 1"):
+        random_flip_and_crop(torch.zeros(1, 3, 4, 4), torch.zeros(1, 3), fill=[0.5])

@@ -15,10 +15,11 @@ def assert_same(ours, theirs):
         assert torch.equal(images, others)
 
 
-def test_two_processes_see_what_one_sees():
+@pytest.mark.parametrize("augment", ["flip_crop", "autoaugment", "autoaugment_batch"])
+def test_two_processes_see_what_one_sees(augment):
     for epoch in (0, 3):
-        whole = epoch_of(Toy(seed=1), 0, 1, epoch)
-        halves = [epoch_of(Toy(seed=1), rank, 2, epoch) for rank in range(2)]
+        whole = epoch_of(Toy(seed=1, augment=augment), 0, 1, epoch)
+        halves = [epoch_of(Toy(seed=1, augment=augment), rank, 2, epoch) for rank in range(2)]
         assert len(whole) == len(halves[0]) == len(halves[1]) == 3
         for index, (images, labels) in enumerate(whole):
             for rank in range(2):
@@ -35,7 +36,8 @@ def test_a_trainer_shuffles_and_augments_by_seed_epoch_and_batch():
         order = torch.tensor(list(batches.sampler(originals, epoch)))
         for index, chosen in enumerate(order.split(8)):
             noise = batches.noise(8, epoch, index)
-            expected.append((random_flip_and_crop(originals[chosen], noise), chosen))
+            # An eighth of 8 pixels on each side.
+            expected.append((random_flip_and_crop(originals[chosen], noise, padding=1), chosen))
     assert_same(seen, expected)
     simulated = [batch for epoch in (0, 1) for batch in epoch_of(Toy(seed=1), 0, 1, epoch)]
     assert_same(seen, simulated)
@@ -54,8 +56,9 @@ def _corners():
     return [(seed, epoch, batch) for seed in (0, 1) for epoch in (0, 1) for batch in (0, 1)]
 
 
-def test_training_images_are_augmented_and_measured_ones_are_not():
-    datamodule = Toy(seed=0)
+@pytest.mark.parametrize("augment", ["flip_crop", "autoaugment", "autoaugment_batch"])
+def test_training_images_are_augmented_and_measured_ones_are_not(augment):
+    datamodule = Toy(seed=0, augment=augment)
     originals = {label: image for image, label in datamodule.split_dataset("train")}
     changed = [
         not torch.equal(image, originals[int(label)])
@@ -63,8 +66,13 @@ def test_training_images_are_augmented_and_measured_ones_are_not():
         for image, label in zip(images, labels, strict=True)
     ]
     assert sum(changed) > 20
-    plain = record(Toy(seed=0, augment=False), max_epochs=1)
-    for images, labels in plain:
+    again = {label: image for image, label in datamodule.split_dataset("train")}
+    assert all(torch.equal(again[label], image) for label, image in originals.items())
+
+
+def test_without_augmentation_images_are_what_they_were():
+    originals = {label: image for image, label in Toy().split_dataset("train")}
+    for images, labels in record(Toy(seed=0, augment="none"), max_epochs=1):
         for image, label in zip(images, labels, strict=True):
             assert torch.equal(image, originals[int(label)])
 
@@ -166,6 +174,11 @@ def test_batches_of_other_loaders_are_left_alone():
         ({"eps": float("nan")}, "Expected `eps` to be >= 0 but got nan"),
         ({"batch_size": 0}, "Expected `batch_size` to be >= 1 but got 0"),
         ({"num_workers": -1}, "Expected `num_workers` to be >= 0 but got -1"),
+        ({"unlabeled_share": 1.1}, r"Expected `unlabeled_share` to be in \[0, 1\] but got 1.1"),
+        ({"unlabeled_share": float("nan")}, r"`unlabeled_share` to be in \[0, 1\] but got nan"),
+        ({"unlabeled_share": 0.05}, "each batch of 8 images of both kinds but got 0.05"),
+        ({"unlabeled_share": 0.95}, "each batch of 8 images of both kinds but got 0.95"),
+        ({"unlabeled_share": 0.5}, "`ti_500K_pseudo_labeled.pickle` .* is above 0 but got None"),
         ({"num_test": 0}, "Expected `num_test` to be >= 1 but got 0"),
         ({"num_classes": 20}, "labels of training images in 0 to 19 but got labels in 0 to 23"),
         ({"first_label": -1}, "labels of training images in 0 to 23 but got labels in -1 to 22"),
@@ -177,6 +190,15 @@ def test_batches_of_other_loaders_are_left_alone():
 def test_bad_input_stops_before_training(kwargs, message):
     with pytest.raises(ValueError, match=message):
         record(Toy(**kwargs), max_epochs=1)
+
+
+@pytest.mark.parametrize("wrong", [True, False, "crop"])
+def test_an_augmentation_that_is_none_is_refused_at_once(wrong):
+    kinds = "none, flip_crop, autoaugment, autoaugment_batch"
+    with pytest.raises(
+        ValueError, match=f"Expected `augment` to be one of {kinds} but got {wrong}"
+    ):
+        Toy(augment=wrong)
 
 
 def test_batches_that_cannot_be_shared_are_refused():

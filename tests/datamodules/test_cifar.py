@@ -52,7 +52,7 @@ def test_what_is_known_at_once():
         assert (datamodule.num_classes, datamodule.in_channels) == (classes, 3)
         assert len(datamodule.mean) == len(datamodule.std) == 3
         assert datamodule.eps == 8 / 255
-        assert datamodule.augment
+        assert (datamodule.augment, datamodule.flip) == ("flip_crop", True)
         assert "~" not in str(datamodule.root)
     assert CIFAR10.dataset is not CIFAR100.dataset
 

@@ -22,7 +22,7 @@ def test_all_digits_are_in_one_split():
 def test_what_is_known_at_once():
     digits = Digits()
     assert (digits.num_classes, digits.in_channels, digits.eps) == (10, 1, 0.2)
-    assert (digits.batch_size, digits.augment) == (64, False)
+    assert (digits.batch_size, digits.augment, digits.flip) == (64, "none", False)
     pixels = torch.stack([image for image, _ in digits.split_dataset("train")]).double()
     assert digits.mean == [pytest.approx(pixels.mean().item(), abs=1e-6)]
     assert digits.std == [pytest.approx(pixels.std(correction=0).item(), abs=1e-6)]

@@ -33,6 +33,19 @@ class Toy(RobustDataModule):
         )
 
 
+class ToyWithPool(Toy):
+    """Toy with pseudo-labelled images, by default 10, whose pixels are 0 and labels positions."""
+
+    def __init__(self, *, pool=10, **kwargs):
+        super().__init__(**{"unlabeled_share": 0.25, "seed": 0, "augment": "none", **kwargs})
+        self.pool = pool
+
+    def unlabeled_source(self):
+        return ResidentImages(
+            torch.zeros(self.pool, 1, 8, 8, dtype=torch.uint8), torch.arange(self.pool)
+        )
+
+
 class Recorder(LightningModule):
     """A model of one weight that keeps every batch it is trained on."""
 
@@ -42,9 +55,8 @@ class Recorder(LightningModule):
         self.seen = []
 
     def training_step(self, batch, batch_idx):
-        images, labels = batch
-        self.seen.append((images.clone(), labels.clone()))
-        return self.weight * images.mean()
+        self.seen.append(tuple(part.clone() for part in batch))
+        return self.weight * batch[0].mean()
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)

@@ -1,0 +1,168 @@
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from robust_flatness.datamodules import ImageFolder
+from robust_flatness.datamodules.unlabeled_files import read_unlabeled
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (6, 4, 5, 3), dtype=np.uint8)
+LABELS = np.array([0, 1, 2, 0, 1, 2])
+CARMON = {"data": IMAGES, "extrapolated_targets": LABELS, "prediction_model": "wrn"}
+
+
+def save_pickle(content, path, protocol=4):
+    path.write_bytes(pickle.dumps(content, protocol=protocol))
+    return path
+
+
+def save_folder(parent, names=("cat", "dog", "emu")):
+    for label, name in enumerate(names):
+        (parent / name).mkdir(parents=True)
+        for i in (1, 0):
+            colour = (100 * label, i, 0)
+            Image.new("RGB", (5, 4), colour).save(parent / name / f"{i}.png")
+    return parent
+
+
+def assert_read(images):
+    pixels, labels = images.__getitems__(range(6))
+    assert torch.equal(pixels, torch.from_numpy(IMAGES).permute(0, 3, 1, 2))
+    assert labels.tolist() == LABELS.tolist()
+    assert labels.dtype is torch.int64
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_pickles_of_any_protocol_are_read(tmp_path, protocol):
+    others = {"number": np.int64(1), "fortran": np.asfortranarray(IMAGES), "list": [0.5, None]}
+    content = {**CARMON, **others}
+    path = save_pickle(content, tmp_path / "ti_500K_pseudo_labeled.pickle", protocol)
+    assert_read(read_unlabeled(str(path), num_classes=3))
+
+
+@pytest.mark.parametrize("core", ["numpy.core", "numpy._core"])
+def test_pickles_of_numpy_1_and_2_are_read(tmp_path, core):
+    # Protocol 3 names modules in plain text.
+    content = pickle.dumps(CARMON, protocol=3)
+    for name in (b"numpy._core.", b"numpy.core."):
+        content = content.replace(name, core.encode() + b".")
+    assert core.encode() in content
+    (tmp_path / "x.pickle").write_bytes(content)
+    assert_read(read_unlabeled(tmp_path / "x.pickle", num_classes=3))
+
+
+def test_labels_may_be_a_list_and_of_any_integers(tmp_path):
+    for labels in (LABELS.tolist(), LABELS.astype(np.int32), LABELS.astype(np.uint8)):
+        content = {**CARMON, "extrapolated_targets": labels}
+        assert_read(read_unlabeled(save_pickle(content, tmp_path / "x.pickle"), num_classes=3))
+
+
+def test_npz_files_are_read(tmp_path):
+    np.savez(tmp_path / "ddpm.npz", image=IMAGES, label=LABELS)
+    assert_read(read_unlabeled(tmp_path / "ddpm.npz", num_classes=3))
+
+
+def test_home_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    np.savez(tmp_path / "ddpm.npz", image=IMAGES, label=LABELS)
+    assert_read(read_unlabeled("~/ddpm.npz", num_classes=3))
+
+
+def test_folders_are_numbered_by_name_or_as_the_labelled_ones(tmp_path):
+    images = read_unlabeled(save_folder(tmp_path / "all"), num_classes=3)
+    assert images.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert [images[i][0][:2, 0, 0].tolist() for i in (0, 3)] == [[0, 0], [100, 1]]
+    names = ["ant", "cat", "dog", "emu"]
+    part = save_folder(tmp_path / "part", ("cat", "emu"))
+    images = read_unlabeled(part, num_classes=4, class_names=names)
+    assert images.labels.tolist() == [1, 1, 3, 3]
+    with pytest.raises(ValueError, match="Expected 3 folders, one a class, in .*part but got 2"):
+        read_unlabeled(part, num_classes=3)
+    with pytest.raises(ValueError, match="named as the 2 classes of the labelled .* but got 'cat'"):
+        read_unlabeled(part, num_classes=2, class_names=["dog", "emu"])
+
+
+class Evil:
+    """Runs a command where it is unpickled."""
+
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_a_malicious_pickle_is_refused_and_not_run(tmp_path, protocol):
+    trace = tmp_path / "trace"
+    content = {**CARMON, "data": Evil(f"touch {trace}")}
+    path = save_pickle(content, tmp_path / "x.pickle", protocol)
+    pattern = r"asks for posix.system, .* can run any code, only NumPy arrays and plain containers"
+    with pytest.raises(ValueError, match=pattern):
+        read_unlabeled(path, num_classes=3)
+    assert not trace.exists()
+    pickle.loads(path.read_bytes())
+    assert trace.exists()
+
+
+@pytest.mark.parametrize("name", ["builtins eval", "numpy load", "numpy.ctypeslib load_library"])
+def test_only_what_arrays_need_is_looked_up(tmp_path, name):
+    module, function = name.split()
+    (tmp_path / "x.pickle").write_bytes(f"c{module}\n{function}\n.".encode())
+    with pytest.raises(ValueError, match=f"it asks for {module}.{function}"):
+        read_unlabeled(tmp_path / "x.pickle", num_classes=3)
+
+
+def test_objects_in_an_npz_are_not_unpickled(tmp_path):
+    trace = tmp_path / "trace"
+    objects = np.array([Evil(f"touch {trace}")], dtype=object)
+    np.savez(tmp_path / "x.npz", image=objects, label=LABELS)
+    with pytest.raises(ValueError, match="cannot be read: Object arrays cannot be loaded"):
+        read_unlabeled(tmp_path / "x.npz", num_classes=3)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1, 2], r"to be the pickle .* but it cannot be read"),
+        ({"data": IMAGES}, "in .*x.pickle but it has no `extrapolated_targets`"),
+        ({**CARMON, "data": IMAGES / 255}, r"type uint8 but got \(6, 4, 5, 3\) and float64"),
+        ({**CARMON, "data": IMAGES[0]}, r"shape \(N, H, W, C\) .* but got \(4, 5, 3\)"),
+        ({**CARMON, "extrapolated_targets": LABELS[:5]}, r"6 integers but got shape \(5,\)"),
+        ({**CARMON, "extrapolated_targets": LABELS / 2}, "6 integers but got .* float64"),
+    ],
+)
+def test_other_contents_are_one_sentence(tmp_path, content, message):
+    path = save_pickle(content, tmp_path / "x.pickle")
+    with pytest.raises(ValueError, match=message):
+        read_unlabeled(path, num_classes=3)
+
+
+@pytest.mark.parametrize("name", ["x.pickle", "x.npz"])
+@pytest.mark.parametrize("content", [b"", b"no pickle", b"\x80\x04"])
+def test_damaged_files_are_one_sentence(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name} to be the pickle .* but it cannot be read"):
+        read_unlabeled(tmp_path / name, num_classes=3)
+
+
+def test_nothing_there_is_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match="`unlabeled` to be the pickle .* but there is no .*none"):
+        read_unlabeled(tmp_path / "none", num_classes=3)
+    with pytest.raises(ValueError, match="where `unlabeled_share` is above 0 but got None"):
+        read_unlabeled(None, num_classes=3)
+
+
+def test_a_folder_of_images_takes_a_folder_of_unlabelled_ones(tmp_path):
+    for part in ("train", "test"):
+        save_folder(tmp_path / "labelled" / part)
+    extra: Path = save_folder(tmp_path / "extra", ("emu",))
+    data = ImageFolder(str(tmp_path / "labelled"), num_val=1, num_test=1, unlabeled=str(extra))
+    source = data.unlabeled_source()
+    assert source.labels.tolist() == [2, 2]
+    assert len(source) == 2

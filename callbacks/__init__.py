@@ -7,6 +7,8 @@ from robust_flatness.callbacks.results import Results
 from robust_flatness.callbacks.robust_early_stopping import RobustEarlyStopping
 from robust_flatness.callbacks.robust_evaluation import RobustEvaluation
 from robust_flatness.callbacks.trajectory import Trajectory
+from robust_flatness.callbacks.weight_averaging import WeightAveraging
+from robust_flatness.callbacks.weight_clipping import WeightClipping
 
 __all__ = [
     "AutoAttack",
@@ -16,4 +18,6 @@ __all__ = [
     "RobustEarlyStopping",
     "RobustEvaluation",
     "Trajectory",
+    "WeightAveraging",
+    "WeightClipping",
 ]

@@ -1,14 +1,15 @@
 """What is measured once, on the weights that training ends with and on the early-stopped ones."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from robust_flatness.callbacks.isolation import swapped_weights
+from robust_flatness.callbacks.isolation import averaged_weights, swapped_weights
 from robust_flatness.callbacks.logs import log_equal, log_final
 from robust_flatness.callbacks.measurement import Measurement
 from robust_flatness.callbacks.robust_early_stopping import early_stopping_of
@@ -61,7 +62,9 @@ class FinalMeasurement(Callback, ABC):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures and hands the figures to the loggers; also if a finished run is resumed."""
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        with _on_its_device(trainer, pl_module):
             log_final(trainer, self._run(trainer, pl_module))
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -70,10 +73,12 @@ class FinalMeasurement(Callback, ABC):
         log_equal(pl_module, {k.removeprefix("final/"): v for k, v in figures.items()})
 
     def _run(self, trainer: Trainer, pl_module: LightningModule) -> Figures:
-        results = self.final_results
-        results["final"] = self._measure(trainer, pl_module)
-        stopped = early_stopping_of(trainer)
-        if stopped is not None and _has_weights(pl_module, stopped.best_weights):
+        results, stopped = self.final_results, early_stopping_of(trainer)
+        # A finished run that is resumed holds the weights of training, not their averages.
+        with averaged_weights(trainer, pl_module):
+            results["final"] = self._measure(trainer, pl_module)
+            equal = stopped is not None and _has_weights(pl_module, stopped.best_weights)
+        if equal:
             results["early_stopped"] = dict(results["final"])
         elif stopped is not None:
             with swapped_weights(pl_module, stopped.best_weights):
@@ -93,6 +98,17 @@ class FinalMeasurement(Callback, ABC):
             count = len(measurement.examples(trainer, pl_module))
             self.final_results["num_examples"] |= dict.fromkeys(found, count)
         return figures
+
+
+@contextmanager
+def _on_its_device(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """Back to where it was trained: Lightning moves it to the CPU before `on_fit_end`."""
+    before = module.device
+    module.to(trainer.strategy.root_device)
+    try:
+        yield
+    finally:
+        module.to(before)
 
 
 def _has_weights(module: LightningModule, weights: Mapping[str, Tensor]) -> bool:

@@ -18,7 +18,7 @@ from robust_flatness.callbacks.examples import (
     find_dataset,
     read_examples,
 )
-from robust_flatness.callbacks.isolation import isolated
+from robust_flatness.callbacks.isolation import averaged_weights, isolated
 from robust_flatness.callbacks.logs import log_equal
 from robust_flatness.callbacks.progress import measuring
 from robust_flatness.callbacks.sharding import measure_sharded
@@ -43,7 +43,7 @@ class Measurement(Callback, ABC):
     A subclass says what in `measure`; this class says when and on what, and logs it. It serves any
     LightningModule whose `forward` maps images to logits and whose batches are
     `(images, labels)`. Measuring is in float32, outside autocast, in eval mode, sharded over ranks
-    by global index.
+    by global index; where training averages weights, what is measured are the averaged ones.
 
     Args:
         split: `train` (without augmentation), `val` or `test`.
@@ -133,7 +133,9 @@ class Measurement(Callback, ABC):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures and logs, if this epoch is one to measure."""
         if self.is_due(trainer):
-            log_equal(pl_module, self.measure(trainer, pl_module))
+            with averaged_weights(trainer, pl_module):
+                figures = self.measure(trainer, pl_module)
+            log_equal(pl_module, figures)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures and logs in `trainer.test`."""

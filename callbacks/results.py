@@ -42,10 +42,11 @@ class Results(Callback):
 
     Args:
         settings: The settings of the run, by default the module's hyperparameters.
+        method: Name of what is trained, by default the module's class.
     """
 
-    def __init__(self, settings: dict[str, Any] | None = None) -> None:
-        self.settings = settings
+    def __init__(self, settings: dict[str, Any] | None = None, method: str | None = None) -> None:
+        self.settings, self.method = settings, method
         self._folder: Path | None = None
         self._started = time.monotonic()
         self._seconds_before = 0.0
@@ -116,7 +117,8 @@ class Results(Callback):
     def _describe(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         data, seed = datamodule_of(trainer), os.environ.get("PL_GLOBAL_SEED")
         return {
-            "method": type(pl_module).__name__,
+            "method": self.method or type(pl_module).__name__,
+            "model": type(pl_module).__name__,
             "data": None if data is None else type(data).__name__,
             "seed": None if seed is None else int(seed),
             "settings": dict(pl_module.hparams) if self.settings is None else self.settings,

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from robust_flatness.callbacks.isolation import averaged_weights
 from robust_flatness.callbacks.logs import log_equal
 from robust_flatness.callbacks.robust_evaluation import RobustEvaluation
 from robust_flatness.functional.checks import check_count
@@ -32,7 +33,7 @@ class RobustEarlyStopping(RobustEvaluation):
     Attributes:
         best_epoch: Epoch of the kept weights, -1 before the first measurement.
         best_error: Robust error there, in [0, 1].
-        best_weights: State dict of the module there, on the CPU.
+        best_weights: State dict of the module as it was measured there, on the CPU.
         trajectory: Robust error by measured epoch.
 
     Raises:
@@ -73,17 +74,21 @@ class RobustEarlyStopping(RobustEvaluation):
         """Measures, keeps the weights if they are the best so far, and may end training."""
         if not self.is_due(trainer):
             return
-        figures = self.measure(trainer, pl_module)
+        with averaged_weights(trainer, pl_module):
+            figures = self.measure(trainer, pl_module)
+            error = next(v for name, v in figures.items() if name.endswith("/robust_error"))
+            self._compare(trainer.current_epoch, error, pl_module)
         log_equal(pl_module, figures)
-        error = next(value for name, value in figures.items() if name.endswith("/robust_error"))
-        self.trajectory[trainer.current_epoch] = error
-        self._since_best += 1
-        if error < self.best_error:
-            self.best_epoch, self.best_error, self._since_best = trainer.current_epoch, error, 0
-            self.best_weights = _on_cpu(pl_module)
         if self.patience is not None and self._since_best >= self.patience:
             # Figures are equal on all ranks, so all ranks decide alike.
             trainer.should_stop = True
+
+    def _compare(self, epoch: int, error: float, pl_module: LightningModule) -> None:
+        self.trajectory[epoch] = error
+        self._since_best += 1
+        if error < self.best_error:
+            self.best_epoch, self.best_error, self._since_best = epoch, error, 0
+            self.best_weights = _on_cpu(pl_module)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Nothing: there is nothing to select in a test."""

@@ -43,9 +43,14 @@ class Trajectory(Callback):
         figures: Whether to draw at all. Without, rows are still kept whole, and W&B still gets its
             table and chart.
 
+    Attributes:
+        method: Name of what is trained, for titles; `None` for the module's class.
+
     Raises:
         ValueError: If `every_n_epochs` is below 1.
     """
+
+    method: str | None = None
 
     def __init__(self, every_n_epochs: int = 5, figures: bool = True) -> None:
         if every_n_epochs < 1:
@@ -146,7 +151,7 @@ class Trajectory(Callback):
                 log_trajectory(logger, rows, images)
 
     def _save_figures(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Path]:
-        rows, title = self.rows, type(pl_module).__name__
+        rows, title = self.rows, self.method or type(pl_module).__name__
         if (data := datamodule_of(trainer)) is not None:
             title += f" on {type(data).__name__}"
         figures = {

@@ -131,3 +131,27 @@ def test_flatness_can_be_left_out():
     torch.manual_seed(0)
     quiet_trainer(callbacks=[final]).fit(AT(tiny_body, **PLAIN), ToyData())
     assert not any(name.startswith("flatness") for name in final.final_results["final"])
+
+
+def test_measures_where_the_module_was_trained():
+    # Lightning moves the module to the CPU before `on_fit_end`: on a GPU machine the full protocol
+    # would run there. What is called is looked at, as the tests have no other device.
+    calls = []
+
+    class Moved(AT):
+        def to(self, *args, **kwargs):
+            calls.append(args)
+            return super().to(*args, **kwargs)
+
+    class Device(OneWeight):
+        def measure(self, trainer, module):
+            calls.append("measured")
+            return super().measure(trainer, module)
+
+    weight = Weight()
+    weight.one = Device(num_examples=7)
+    trainer = quiet_trainer(callbacks=[weight])
+    trainer.fit(Moved(tiny_body, **PLAIN), ToyData())
+    place = calls.index("measured")
+    assert calls[place - 1] == (trainer.strategy.root_device,)
+    assert calls[place + 1] == (torch.device("cpu"),)

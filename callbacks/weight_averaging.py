@@ -1,0 +1,257 @@
+"""Exponential moving averages of the weights, whose horizon is a share of training."""
+
+from contextlib import ExitStack
+from itertools import chain
+from typing import Any, Literal, get_args
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging as LightningWeightAveraging
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.data import Dataset
+from typing_extensions import override
+
+from robust_flatness.callbacks.averages import (
+    reestimate_batch_norm,
+    relative_distance,
+    scaled_decay,
+)
+from robust_flatness.callbacks.examples import (
+    Normalization,
+    PixelInput,
+    find_dataset,
+    read_examples,
+)
+from robust_flatness.callbacks.isolation import averaged_weights, copy_weights, own_weights
+from robust_flatness.callbacks.logs import log_equal
+from robust_flatness.callbacks.measurement import SPLITS
+from robust_flatness.functional.checks import check_choice, check_count, check_number
+
+BatchNormChoice = Literal["average", "reestimate"]
+PAPER_STEPS = 58_650
+
+
+class WeightAveraging(LightningWeightAveraging):
+    """Averages the weights after each optimizer step, w̄ ← τ w̄ + (1 - τ) w, beginning with w̄ = w.
+
+    The paper's row "weight averaging" (Table 1; Izmailov et al., 2018) takes τ = 0.9975 from the
+    start of 58,650 steps. All measures of this package, Lightning's validation and the checkpoints
+    of `ModelCheckpoint` have the averaged weights, whatever the order of the callbacks; training
+    goes on with its own, which checkpoints hold as `current_model_state`. After `fit` the module
+    holds the averaged weights. Logs `weight_averaging/relative_distance`, ‖w̄ - w‖ / ‖w‖ over all
+    parameters, once an epoch.
+
+    The paper's code copies the BatchNorm statistics of training, and estimates them anew from
+    clean images after it. Here they are averaged like the weights, or estimated anew whenever the
+    averaged weights are measured or saved: by one pass in train mode over equal batches. Integer
+    buffers are copied.
+
+    Args:
+        decay: τ in [0, 1).
+        reference_steps: Optimizer steps of the training that `decay` is meant for: a training of
+            T steps takes 1 - (1 - τ) · reference_steps / T, so that the horizon is the same share
+            of training. `None` takes `decay` as it is.
+        batch_norm: `average` or `reestimate`.
+        num_examples: The first so many images are what statistics are estimated from.
+        batch_size: Images in a batch there, at most.
+        dataset: Where those images come from; `None` finds the split, see `Measurement`.
+        split: `train`, `val` or `test`.
+        normalization: `(mean, std)` where module and dataset deal in normalised images.
+
+    Attributes:
+        effective_decay: The decay of this training, `None` before it starts.
+
+    Raises:
+        ValueError: If an argument is out of range; before training, if its steps are unlimited, or
+            if a `ModelCheckpoint` saves weights only, which callbacks have no part in.
+
+    Example:
+        >>> WeightAveraging(0.99, reference_steps=None, batch_norm="reestimate").decay
+        0.99
+    """
+
+    def __init__(
+        self,
+        decay: float = 0.9975,
+        *,
+        reference_steps: int | None = PAPER_STEPS,
+        batch_norm: BatchNormChoice = "average",
+        num_examples: int = 1000,
+        batch_size: int = 128,
+        dataset: Dataset[Any] | None = None,
+        split: str = "train",
+        normalization: Normalization | None = None,
+    ) -> None:
+        super().__init__(use_buffers=True, multi_avg_fn=self._move)
+        check_number("decay", decay, high=1)
+        if decay == 1:
+            raise ValueError("Expected `decay` to be below 1, as nothing moves at 1, but got 1.")
+        counts = {"num_examples": num_examples, "batch_size": batch_size}
+        if reference_steps is not None:
+            counts["reference_steps"] = reference_steps
+        for name, value in counts.items():
+            check_count(name, value, low=1)
+        check_choice("batch_norm", batch_norm, get_args(BatchNormChoice))
+        check_choice("split", split, SPLITS)
+        self.decay, self.reference_steps, self.batch_norm = decay, reference_steps, batch_norm
+        self.num_examples, self.batch_size, self.dataset = num_examples, batch_size, dataset
+        self.split, self.normalization = split, normalization
+        self._validation = ExitStack()
+        self._forget()
+
+    def _forget(self) -> None:
+        self.effective_decay: float | None = None
+        self._average_model = None
+        self._images: Tensor | None = None
+        self._reestimated_at: int | None = None
+        self._own: dict[str, Tensor] | None = None
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # An average belongs to one fit: left over in a test, it would replace what is tested.
+        self._validation.close()
+        self._forget()
+        if stage != "fit":
+            return
+        if any(getattr(c, "save_weights_only", False) for c in trainer.checkpoint_callbacks):
+            raise ValueError(
+                "Expected `ModelCheckpoint` to save all beside `WeightAveraging` but got "
+                "`save_weights_only=True`, which leaves the averaged weights out."
+            )
+        super().setup(trainer, pl_module, stage)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        average = self._average_model
+        assert average is not None
+        networks = (average.module, pl_module)
+        for ours, theirs in zip(*(chain(n.parameters(), n.buffers()) for n in networks)):
+            # Only now has the trainer's precision chosen a type.
+            ours.data = ours.data.to(theirs)
+        # It is asked for in each step, which must not wait for a device.
+        average.n_averaged = average.n_averaged.cpu()
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.effective_decay = self.decay
+        if self.reference_steps is not None:
+            steps = trainer.estimated_stepping_batches
+            self.effective_decay = scaled_decay(self.decay, self.reference_steps, steps)
+        # A batch that ends before the first step has nothing to average.
+        self._latest_update_step = trainer.global_step
+        if self.batch_norm == "reestimate":
+            self._read_images(trainer, pl_module)
+
+    def _move(self, averages: list[Tensor], weights: list[Tensor], _: Any) -> None:
+        """One step of the average, for tensors of one type."""
+        if averages[0].is_floating_point() or averages[0].is_complex():
+            assert self.effective_decay is not None
+            get_ema_multi_avg_fn(self.effective_decay)(averages, weights, _)
+            return
+        for average, weight in zip(averages, weights):
+            average.copy_(weight)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        if self._updates > 0:
+            assert self._average_model is not None
+            distance = relative_distance(self._average_model.module, pl_module)
+            log_equal(pl_module, {"weight_averaging/relative_distance": distance})
+
+    @override
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validation.enter_context(averaged_weights(trainer, pl_module))
+
+    @override
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validation.close()
+
+    @override
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._validation.close()
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._updates > 0 and self._own is None:
+            assert self._average_model is not None
+            self.refresh_average(trainer, pl_module)
+            # Checkpoints still to come must let training go on from here.
+            named = [*pl_module.named_parameters(), *pl_module.named_buffers()]
+            self._own = {name: tensor.detach().cpu().clone() for name, tensor in named}
+            copy_weights(self._average_model.module, pl_module)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A finished run that is resumed skips training and the hooks at its end.
+        self.on_train_end(trainer, pl_module)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._images = None
+        if self._average_model is not None:
+            self._average_model.cpu()
+
+    @property
+    def _updates(self) -> int:
+        return 0 if self._average_model is None else int(self._average_model.n_averaged)
+
+    def refresh_average(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Estimates the average's BatchNorm statistics, if that is asked for and not yet done.
+
+        All ranks have the same averaged weights and read the same images, so they need not talk.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The module in training, which is not touched.
+        """
+        if self.batch_norm == "average" or self._updates in (0, self._reestimated_at):
+            return
+        assert self._average_model is not None
+        network: nn.Module = self._average_model.module
+        if self.normalization is not None:
+            network = PixelInput(network, self.normalization)
+        reestimate_batch_norm(network, self._read_images(trainer, pl_module), self.batch_size)
+        self._reestimated_at = self._updates
+
+    def _read_images(self, trainer: Trainer, pl_module: LightningModule) -> Tensor:
+        if self._images is None:
+            with isolate_rng():
+                dataset = self.dataset
+                if dataset is None:
+                    dataset = find_dataset(trainer, pl_module, self.split)
+                found = read_examples(dataset, self.num_examples, self.normalization)
+            self._images = found.images
+        return self._images
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "effective_decay": self.effective_decay}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.effective_decay = state_dict.get("effective_decay")
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._average_model is not None:
+            self.refresh_average(trainer, pl_module)
+            own = self._own or own_weights(pl_module) or {}
+            checkpoint["state_dict"] = {
+                name: own.get(name, value) for name, value in checkpoint["state_dict"].items()
+            }
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # In a test there is nothing to load: the module gets the averaged weights as its own.
+        if self._average_model is not None:
+            super().on_load_checkpoint(trainer, pl_module, checkpoint)

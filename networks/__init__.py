@@ -11,6 +11,7 @@ from robust_flatness.networks.norms import Norm, make_norm
 from robust_flatness.networks.reparameterized_batch_norm import ReparameterizedBatchNorm2d
 from robust_flatness.networks.residual_network import ResidualNetwork
 from robust_flatness.networks.resnet import ResNet18
+from robust_flatness.networks.rotation_head import RotationHead
 from robust_flatness.networks.small_resnet import SmallResNet
 from robust_flatness.networks.wide_resnet import WideResNet, WideResNet28x10, WideResNet34x10
 
@@ -21,6 +22,7 @@ __all__ = [
     "ReparameterizedBatchNorm2d",
     "ResNet18",
     "ResidualNetwork",
+    "RotationHead",
     "SmallResNet",
     "WideResNet",
     "WideResNet28x10",

@@ -20,6 +20,7 @@ class BasicBlock(nn.Module):
         stride: stride of the first convolution and of the shortcut.
         activation: name of the activation, see `~robust_flatness.networks.make_activation`.
         norm: name of the normalisation, see `~robust_flatness.networks.make_norm`.
+        dropout: probability of dropout after the second convolution, where the paper's code has it.
 
     Shape:
         Input `(N, in_channels, H, W)`, output `(N, out_channels, ceil(H / stride),
@@ -39,11 +40,13 @@ class BasicBlock(nn.Module):
         stride: int = 1,
         activation: Activation = "relu",
         norm: Norm = "reparameterized",
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
         self.norm1 = make_norm(norm, out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.dropout = nn.Dropout(dropout)
         self.norm2 = make_norm(norm, out_channels)
         self.activation = make_activation(activation)
         self.shortcut: nn.Module = nn.Identity()
@@ -55,5 +58,5 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block to activations `(N, in_channels, H, W)`."""
         out = self.activation(self.norm1(self.conv1(x)))
-        out = self.norm2(self.conv2(out))
+        out = self.norm2(self.dropout(self.conv2(out)))
         return self.activation(out + self.shortcut(x))

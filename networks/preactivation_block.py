@@ -18,6 +18,7 @@ class PreactivationBlock(nn.Module):
         stride: stride of the first convolution and of the shortcut.
         activation: name of the activation, see `~robust_flatness.networks.make_activation`.
         norm: name of the normalisation, see `~robust_flatness.networks.make_norm`.
+        dropout: probability of dropout before the second convolution (Zagoruyko and Komodakis).
 
     Shape:
         Input `(N, in_channels, H, W)`, output `(N, out_channels, ceil(H / stride),
@@ -40,6 +41,7 @@ class PreactivationBlock(nn.Module):
         stride: int = 1,
         activation: Activation = "relu",
         norm: Norm = "reparameterized",
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if stride != 1 and in_channels == out_channels:
@@ -51,6 +53,7 @@ class PreactivationBlock(nn.Module):
         self.norm2 = make_norm(norm, out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.activation = make_activation(activation)
+        self.dropout = nn.Dropout(dropout)
         self.shortcut: nn.Module | None = None
         if in_channels != out_channels:
             self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
@@ -58,5 +61,6 @@ class PreactivationBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block to activations `(N, in_channels, H, W)`."""
         activated = self.activation(self.norm1(x))
-        out: Tensor = self.conv2(self.activation(self.norm2(self.conv1(activated))))
+        hidden = self.activation(self.norm2(self.conv1(activated)))
+        out: Tensor = self.conv2(self.dropout(hidden))
         return out + (x if self.shortcut is None else self.shortcut(activated))

@@ -21,6 +21,7 @@ class ResNet18(ResidualNetwork):
         width: channels of the first stage.
         activation: `"relu"`, `"silu"`, `"gelu"` or `"mish"`, used everywhere.
         norm: `"reparameterized"` (the paper's, scale `1 + weight`) or `"batch"`.
+        dropout: probability of dropout in each block, 0.1 in the paper's row.
 
     Shape:
         Images `(N, in_channels, H, W)`, features `(N, 8 * width)`, logits
@@ -46,6 +47,7 @@ class ResNet18(ResidualNetwork):
         width: int = 64,
         activation: Activation = "relu",
         norm: Norm = "reparameterized",
+        dropout: float = 0.0,
     ) -> None:
         check_positive(num_classes=num_classes, in_channels=in_channels, width=width)
         layers: list[nn.Module] = [
@@ -59,7 +61,14 @@ class ResNet18(ResidualNetwork):
                 stride = 2 if stage > 0 and block == 0 else 1
                 out = width * 2**stage
                 layers.append(
-                    BasicBlock(channels, out, stride=stride, activation=activation, norm=norm)
+                    BasicBlock(
+                        channels,
+                        out,
+                        stride=stride,
+                        activation=activation,
+                        norm=norm,
+                        dropout=dropout,
+                    )
                 )
                 channels = out
         super().__init__(nn.Sequential(*layers), num_classes, in_channels, channels)

@@ -20,6 +20,7 @@ class SmallResNet(ResidualNetwork):
         width: channels of the stem and the first block; the others have 2 and 4 times as many.
         activation: `"relu"`, `"silu"`, `"gelu"` or `"mish"`, used everywhere.
         norm: `"reparameterized"` (the paper's, scale `1 + weight`) or `"batch"`.
+        dropout: probability of dropout in each block, 0.1 in the paper's row.
 
     Shape:
         Images `(N, in_channels, H, W)`, features `(N, 4 * width)`, logits
@@ -42,14 +43,19 @@ class SmallResNet(ResidualNetwork):
         width: int = 16,
         activation: Activation = "relu",
         norm: Norm = "reparameterized",
+        dropout: float = 0.0,
     ) -> None:
         check_positive(num_classes=num_classes, in_channels=in_channels, width=width)
         body = nn.Sequential(
             nn.Conv2d(in_channels, width, 3, padding=1),
             make_norm(norm, width),
             make_activation(activation),
-            BasicBlock(width, width, activation=activation, norm=norm),
-            BasicBlock(width, 2 * width, stride=2, activation=activation, norm=norm),
-            BasicBlock(2 * width, 4 * width, stride=2, activation=activation, norm=norm),
+            BasicBlock(width, width, activation=activation, norm=norm, dropout=dropout),
+            BasicBlock(
+                width, 2 * width, stride=2, activation=activation, norm=norm, dropout=dropout
+            ),
+            BasicBlock(
+                2 * width, 4 * width, stride=2, activation=activation, norm=norm, dropout=dropout
+            ),
         )
         super().__init__(body, num_classes, in_channels, 4 * width)

@@ -24,6 +24,7 @@ class WideResNet(ResidualNetwork):
         widen_factor: factor on the channels of the stages.
         activation: `"relu"`, `"silu"`, `"gelu"` or `"mish"`, used everywhere.
         norm: `"reparameterized"` (the paper's, scale `1 + weight`) or `"batch"`.
+        dropout: probability of dropout in each block, 0.1 in the paper's row.
 
     Shape:
         Images `(N, in_channels, H, W)`, features `(N, 64 * widen_factor)`, logits
@@ -48,6 +49,7 @@ class WideResNet(ResidualNetwork):
         widen_factor: int = 10,
         activation: Activation = "relu",
         norm: Norm = "reparameterized",
+        dropout: float = 0.0,
     ) -> None:
         check_positive(num_classes=num_classes, in_channels=in_channels, widen_factor=widen_factor)
         if depth < 10 or (depth - 4) % 6:
@@ -63,6 +65,7 @@ class WideResNet(ResidualNetwork):
                         stride=2 if stage > 0 and block == 0 else 1,
                         activation=activation,
                         norm=norm,
+                        dropout=dropout,
                     )
                 )
         layers += [make_norm(norm, widths[-1]), make_activation(activation)]
@@ -77,6 +80,7 @@ class WideResNet28x10(WideResNet):
         in_channels: channels of the images.
         activation: `"relu"`, `"silu"`, `"gelu"` or `"mish"`, used everywhere.
         norm: `"reparameterized"` (the paper's, scale `1 + weight`) or `"batch"`.
+        dropout: probability of dropout in each block, 0.1 in the paper's row.
 
     Example:
         >>> import torch
@@ -93,8 +97,11 @@ class WideResNet28x10(WideResNet):
         *,
         activation: Activation = "relu",
         norm: Norm = "reparameterized",
+        dropout: float = 0.0,
     ) -> None:
-        super().__init__(num_classes, in_channels, activation=activation, norm=norm)
+        super().__init__(
+            num_classes, in_channels, activation=activation, norm=norm, dropout=dropout
+        )
 
 
 class WideResNet34x10(WideResNet):
@@ -105,6 +112,7 @@ class WideResNet34x10(WideResNet):
         in_channels: channels of the images.
         activation: `"relu"`, `"silu"`, `"gelu"` or `"mish"`, used everywhere.
         norm: `"reparameterized"` (the paper's, scale `1 + weight`) or `"batch"`.
+        dropout: probability of dropout in each block, 0.1 in the paper's row.
 
     Example:
         >>> import torch
@@ -121,5 +129,8 @@ class WideResNet34x10(WideResNet):
         *,
         activation: Activation = "relu",
         norm: Norm = "reparameterized",
+        dropout: float = 0.0,
     ) -> None:
-        super().__init__(num_classes, in_channels, depth=34, activation=activation, norm=norm)
+        super().__init__(
+            num_classes, in_channels, depth=34, activation=activation, norm=norm, dropout=dropout
+        )

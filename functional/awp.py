@@ -1,6 +1,6 @@
 """Adversarial weight perturbation (Wu et al., 2020)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import get_args
 
@@ -34,6 +34,7 @@ def adversarial_weight_perturbation(
     objective: Objective = mean_cross_entropy,
     mode: Mode = "eval",
     reduce: Callable[[list[Tensor]], list[Tensor]] | None = None,
+    weights: Mapping[str, nn.Parameter] | None = None,
 ) -> dict[str, Tensor]:
     """The weight perturbation that raises the loss most, to first order, layer by layer.
 
@@ -51,6 +52,7 @@ def adversarial_weight_perturbation(
         mode: `eval` ascends on BatchNorm's running statistics (the paper's code), `train` on those
             of the batch (the original's).
         reduce: Averages the gradients over processes, so that all ranks take one direction.
+        weights: What is perturbed, by the model's names; `None` takes all that are to be.
 
     Returns:
         Perturbation by parameter name; zero where the weight or its gradient is zero.
@@ -68,11 +70,8 @@ def adversarial_weight_perturbation(
     check_number("xi", xi)
     check_count("steps", steps, low=1)
     check_choice("mode", mode, get_args(Mode))
-    weights = {
-        name: weight
-        for name, weight in perturbed_parameters(model, biases=False).items()
-        if weight.requires_grad
-    }
+    chosen = perturbed_parameters(model, biases=False) if weights is None else weights
+    weights = {name: weight for name, weight in chosen.items() if weight.requires_grad}
     perturbation = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     for step in range(steps):
         moved_weights = perturbed_weights(model, perturbation) if step else nullcontext()
@@ -84,6 +83,32 @@ def adversarial_weight_perturbation(
             moved = perturbation[name] + scale_to(direction, weight, xi)
             perturbation[name] = _onto_ball(moved, weight, xi) if step else moved
     return perturbation
+
+
+def random_perturbation(
+    weights: Mapping[str, Tensor], xi: float, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """A random direction of length ξ‖w_l‖ for each weight: AT at random weight perturbations.
+
+    Args:
+        weights: By name.
+        xi: Relative length ξ.
+        generator: Where the numbers come from, on the weights' device.
+
+    Returns:
+        Perturbation by name.
+
+    Example:
+        >>> weights = {"a": torch.tensor([3.0, 4.0])}
+        >>> random_perturbation(weights, 0.1, torch.Generator().manual_seed(0))["a"].norm()
+        tensor(0.5000)
+    """
+    return {
+        name: scale_to(
+            torch.randn(weight.shape, generator=generator, device=weight.device), weight, xi
+        )
+        for name, weight in weights.items()
+    }
 
 
 @torch.no_grad()

@@ -2,7 +2,30 @@
 
 from robust_flatness.lightning_modules.at import AT
 from robust_flatness.lightning_modules.at_awp import ATAWP
+from robust_flatness.lightning_modules.at_entropy_sgd import ATEntropySGD
+from robust_flatness.lightning_modules.at_self_supervision import ATSelfSupervision
+from robust_flatness.lightning_modules.at_unlabeled import ATUnlabeled
+from robust_flatness.lightning_modules.cyclic import Cyclic
+from robust_flatness.lightning_modules.entropy_sgd import EntropySGD
 from robust_flatness.lightning_modules.loading import load_checkpoint
+from robust_flatness.lightning_modules.mart import MART
+from robust_flatness.lightning_modules.mart_awp import MARTAWP
 from robust_flatness.lightning_modules.schedules import MultiStep
+from robust_flatness.lightning_modules.trades import TRADES
+from robust_flatness.lightning_modules.trades_awp import TRADESAWP
 
-__all__ = ["AT", "ATAWP", "MultiStep", "load_checkpoint"]
+__all__ = [
+    "AT",
+    "ATAWP",
+    "MART",
+    "MARTAWP",
+    "TRADES",
+    "TRADESAWP",
+    "ATEntropySGD",
+    "ATSelfSupervision",
+    "ATUnlabeled",
+    "Cyclic",
+    "EntropySGD",
+    "MultiStep",
+    "load_checkpoint",
+]

@@ -1,35 +1,38 @@
 """Adversarial training."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torchmetrics import MeanMetric
 
 from robust_flatness.configs.types import Eps
 from robust_flatness.functional.attack import PGD, Keep
-from robust_flatness.functional.checks import check_count, upcast
+from robust_flatness.functional.checks import check_choice, check_count, check_number, upcast
+from robust_flatness.functional.friendly_attack import FriendlyPGD
+from robust_flatness.functional.labels import Smoothing, TrainingLabels
 from robust_flatness.functional.modes import Mode
 from robust_flatness.functional.noise import Norm, Start
+from robust_flatness.lightning_modules.epoch_means import EpochMeans
 from robust_flatness.lightning_modules.pgd_mixin import PGDMixin
-from robust_flatness.lightning_modules.schedules import MultiStep
+from robust_flatness.lightning_modules.schedules import MultiStep, prepare_schedule
 from robust_flatness.networks import Normalize, ResNet18
 
 NetworkCallable = Callable[[int, int], nn.Module]
+Incorrect = Literal["attack", "ignore", "predicted"]
 CLASS_KEY, SEED_KEY = "robust_flatness_class", "robust_flatness_seed"
 
 
 class AT(PGDMixin, LightningModule):
     """Adversarial training (Madry et al., 2018): minimises cross-entropy on PGD examples alone.
 
-    The base of all variants: a variant overrides `objective`, or `perturb`, which comes between
-    attack and objective. Defaults are the paper's baseline (Sec. 3): ResNet-18, PGD-7 at 8/255,
-    SGD with Nesterov momentum, drops at 40, 60 and 80 %. Weight decay is 5e-4 as in the paper's
-    code and tables; its text prints 0.005.
+    The base of all variants: a variant overrides `objective`, `attack`, or `perturb`, which comes
+    between them. Defaults are the paper's baseline (Sec. 3): ResNet-18, PGD-7 at 8/255, SGD with
+    Nesterov momentum, drops at 40, 60 and 80 %. Weight decay is 5e-4 as in the paper's code and
+    tables; its text prints 0.005.
 
     Args:
         network: Builds the network from number of classes and of channels; it takes normalised
@@ -39,14 +42,23 @@ class AT(PGDMixin, LightningModule):
         mean: Per-channel mean for the normalisation in front of the network, linked likewise.
         std: Per-channel standard deviation, linked likewise.
         eps: Radius of the training attack, in pixel units of images in [0, 1].
+        eps_scale: Factor on the radius, but not on the step; 9/8 is the paper's larger ε.
         steps: Steps of the training attack.
         step_size: Length of a step; `None` is the paper's 0.007 at 8/255, in proportion elsewhere.
         norm: `linf` or `l2`.
         keep: `best` (the paper) or `last` iterate.
         start: `paper`, `uniform`, `gaussian` or `zero`, see `functional.noise.random_start`.
         craft_mode: `eval` (the paper) or `train`, which moves BatchNorm statistics while crafting.
+        tau: Stops the attack τ iterates after an example is misclassified, see `FriendlyPGD`.
+        incorrect: What to do with images that are misclassified when clean: `attack` them, `ignore`
+            the attack and train on the clean image, or attack the `predicted` class in place of the
+            label, which prevents label leaking. Predictions are made in eval mode.
+        label_noise: Share of labels drawn anew in each batch, see `TrainingLabels`.
+        label_smoothing: Probability taken from the true class.
+        smoothing_spread: Who receives it: `others` (the paper's text) or `all` (its code).
         optimizer: Builds the optimizer from the parameters.
-        lr_scheduler: Builds the schedule from the optimizer; stepped once an epoch.
+        lr_scheduler: Builds the schedule from the optimizer; stepped once an epoch, `Cyclic` after
+            each step.
 
     Raises:
         ValueError: If a number is out of range.
@@ -67,12 +79,18 @@ class AT(PGDMixin, LightningModule):
         mean: Sequence[float] = (0.4914, 0.4822, 0.4465),
         std: Sequence[float] = (0.2470, 0.2435, 0.2616),
         eps: Eps = 8 / 255,
+        eps_scale: float = 1.0,
         steps: int = 7,
         step_size: Eps | None = None,
         norm: Norm = "linf",
         keep: Keep = "best",
         start: Start = "paper",
         craft_mode: Mode = "eval",
+        tau: int | None = None,
+        incorrect: Incorrect = "attack",
+        label_noise: float = 0.0,
+        label_smoothing: float = 0.0,
+        smoothing_spread: Smoothing = "others",
         optimizer: OptimizerCallable = lambda params: torch.optim.SGD(
             params, lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4
         ),
@@ -85,30 +103,46 @@ class AT(PGDMixin, LightningModule):
             if callable(self.hparams.get(name)):
                 self.hparams.pop(name)
         check_count("num_classes", num_classes, low=2)
-        self.num_classes = num_classes
-        self.pgd = PGD(eps, steps, step_size, norm, keep, start, craft_mode)
+        check_number("eps_scale", eps_scale)
+        check_choice("incorrect", incorrect, get_args(Incorrect))
+        self.num_classes, self.incorrect = num_classes, incorrect
+        if eps_scale != 1:
+            step_size = PGD(eps, steps, step_size).length
+        settings = (eps * eps_scale, steps, step_size, norm, keep, start, craft_mode)
+        self.pgd = PGD(*settings) if tau is None else FriendlyPGD(*settings, tau)
+        self.training_labels = TrainingLabels(label_noise, label_smoothing, smoothing_spread)
         self.normalize = Normalize(mean, std)
         # Convolutions are faster on CPU and GPU alike with channels innermost in memory.
         self.network = network(num_classes, in_channels).to(memory_format=torch.channels_last)
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
-        # By default these would hide batches whose loss is NaN, and wait for the device to do so.
-        self.train_loss = MeanMetric(nan_strategy="disable")
-        self.train_robust_loss = MeanMetric(nan_strategy="disable")
-        self.train_robust_error = MeanMetric(nan_strategy="disable")
+        self.means = EpochMeans()
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits `(N, num_classes)` of images `(N, C, H, W)` in [0, 1]."""
         logits: Tensor = self.network(self.normalize(images))
         return logits
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """One step: craft, perturb weights (nothing here), objective on the result."""
-        images, labels = batch
-        adversarial = self.craft(images, labels)
-        self.perturb(images, adversarial, labels)
-        loss, logits = self.objective(images, adversarial, labels)
-        self._record(loss.detach(), logits.detach(), labels)
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        """One step: craft, draw label noise, perturb weights (nothing here), take the objective."""
+        images, labels = batch[:2]
+        adversarial = self._attacked(images, labels)
+        noisy = self._noisy(labels)
+        self.perturb(images, adversarial, noisy)
+        loss, logits = self.objective(images, adversarial, noisy)
+        self._record(loss.detach(), logits.detach(), labels[: len(logits)])
         return loss
+
+    def attack(self, images: Tensor, labels: Tensor) -> Tensor:
+        """The examples that a step trains on.
+
+        Args:
+            images: `(N, C, H, W)` clean images in [0, 1].
+            labels: `(N,)` classes to be left.
+
+        Returns:
+            `(N, C, H, W)`, adversarial, without a graph.
+        """
+        return self.craft(images, labels)
 
     def perturb(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> None:
         """Comes before the objective; variants that perturb weights do it here."""
@@ -121,25 +155,47 @@ class AT(PGDMixin, LightningModule):
         Args:
             images: `(N, C, H, W)` clean images in [0, 1].
             adversarial: `(N, C, H, W)` adversarial examples.
-            labels: `(N,)` true classes.
+            labels: `(N,)` classes, with label noise where there is any.
 
         Returns:
-            Scalar loss and logits `(N, num_classes)`.
+            Scalar loss and logits `(M, num_classes)` of the first M examples, all that are
+            adversarial and have labels.
         """
         logits = upcast(self(adversarial))
-        return cross_entropy(logits, labels), logits
+        return self.training_labels.loss(logits, labels), logits
+
+    def _attacked(self, images: Tensor, labels: Tensor) -> Tensor:
+        if self.incorrect == "attack":
+            return self.attack(images, labels)
+        predicted = self.clean_logits(images).argmax(1)
+        if self.incorrect == "predicted":
+            return self.attack(images, predicted)
+        correct = (predicted == labels).view(-1, 1, 1, 1)
+        return torch.where(correct, self.attack(images, labels), images)
+
+    def _noisy(self, labels: Tensor) -> Tensor:
+        if self.training_labels.noise == 0:
+            return labels
+        draws = self.draws("label noise", len(labels), 2, labels.device)
+        noisy = self.training_labels.resample(labels, draws, self.num_classes)
+        self.means.add("label_noise/changed", noisy != labels)
+        return noisy
 
     def _record(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         # Once for each example, so that every example weighs the same in the epoch's mean.
-        self.train_loss.update(loss.expand(len(labels)))
-        self.train_robust_loss.update(cross_entropy(logits, labels, reduction="none"))
-        self.train_robust_error.update((logits.argmax(1) != labels).float())
+        self.means.add("train/loss", loss.expand(len(labels)))
+        self.means.add("train/robust_loss", cross_entropy(logits, labels, reduction="none"))
+        self.means.add("train/robust_error", logits.argmax(1) != labels)
+
+    def on_train_start(self) -> None:
+        """Tells a schedule that counts steps how many there are."""
+        prepare_schedule(self.lr_schedulers(), self.trainer)
 
     def on_train_epoch_end(self) -> None:
         """Logs what the training batches gave; once an epoch, as each `log` call costs time."""
-        self.log("train/loss", self.train_loss)
-        self.log("train/robust_loss", self.train_robust_loss, prog_bar=True)
-        self.log("train/robust_error", self.train_robust_error)
+        self.means.log(self)
+        optimizer = self.trainer.optimizers[0]
+        self.log("train/learning_rate", float(optimizer.param_groups[0]["lr"]))
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Does nothing: `trainer.test` is measured by callbacks, on fixed sets of images."""
@@ -152,18 +208,14 @@ class AT(PGDMixin, LightningModule):
         """
         optimizer = self._optimizer(self.parameters())
         scheduler = self._lr_scheduler(optimizer)
-        if isinstance(scheduler, MultiStep):
-            epochs = self.trainer.max_epochs
-            if epochs is None or epochs < 1:
-                raise ValueError(
-                    "Expected `trainer.max_epochs` to be >= 1, as the schedule drops at shares of "
-                    f"training, but got {epochs}."
-                )
-            scheduler.total = epochs
-        monitor = getattr(scheduler, "monitor", None)
+        prepare_schedule(scheduler, self.trainer)
         return {
             "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "monitor": monitor},
+            "lr_scheduler": {
+                "scheduler": scheduler,
+                "monitor": getattr(scheduler, "monitor", None),
+                "interval": getattr(scheduler, "interval", "epoch"),
+            },
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -1,21 +1,26 @@
 """Adversarial weight perturbation for any variant of adversarial training."""
 
+import math
 from contextlib import ExitStack
 from typing import Any, Literal, cast, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MaxMetric, MinMetric
 
-from robust_flatness.functional.awp import adversarial_weight_perturbation
+from robust_flatness.functional.awp import (
+    adversarial_weight_perturbation,
+    random_perturbation,
+)
 from robust_flatness.functional.checks import check_choice, check_count, check_number
 from robust_flatness.functional.modes import Mode
-from robust_flatness.functional.weight_perturbation import perturbed_weights
+from robust_flatness.functional.weight_perturbation import perturbed_parameters, perturbed_weights
 from robust_flatness.lightning_modules.at import AT
 
 Order = Literal["sam", "awp"]
+Direction = Literal["adversarial", "random"]
 
 
 class _GiveWeightsBack(Callback):
@@ -42,9 +47,10 @@ class AWPMixin(AT):
         awp_steps: Ascent steps on the weights; the paper takes 1.
         order: `sam` decays the restored weights (the paper); `awp` decays the perturbed ones, as
             the original code does by stepping before restoring.
-        warmup_epochs: Epochs of ordinary training first.
+        warmup: Share of training before weights are perturbed.
         awp_mode: `eval` ascends on running BatchNorm statistics (the paper's code), `train` on
             those of the batch (the original's).
+        direction: `adversarial`, or `random` for one drawn on the sphere in each step.
         kwargs: Arguments of the variant.
 
     Raises:
@@ -57,17 +63,19 @@ class AWPMixin(AT):
         xi: float = 0.01,
         awp_steps: int = 1,
         order: Order = "sam",
-        warmup_epochs: int = 0,
+        warmup: float = 0.0,
         awp_mode: Mode = "eval",
+        direction: Direction = "adversarial",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         check_number("xi", xi)
         check_count("awp_steps", awp_steps, low=1)
-        check_count("warmup_epochs", warmup_epochs)
+        check_number("warmup", warmup, high=1.0)
         check_choice("order", order, get_args(Order))
+        check_choice("direction", direction, get_args(Direction))
         self.xi, self.awp_steps, self.awp_mode = xi, awp_steps, awp_mode
-        self.order, self.warmup_epochs = order, warmup_epochs
+        self.order, self.warmup, self.direction = order, warmup, direction
         self.relative_norm_min = MinMetric(nan_strategy="disable")
         self.relative_norm_max = MaxMetric(nan_strategy="disable")
         self._perturbed = ExitStack()
@@ -75,9 +83,23 @@ class AWPMixin(AT):
 
     def perturb(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> None:
         """Moves the weights to w + ν until the backward is done."""
-        if self.current_epoch < self.warmup_epochs:
+        if self._warming_up:
             return
-        perturbation = adversarial_weight_perturbation(
+        if self.direction == "random":
+            generator = self.generator("weights", self.device)
+            perturbation = random_perturbation(self._perturbed_weights(), self.xi, generator)
+        else:
+            with self.means.paused():
+                perturbation = self._adversarial_perturbation(images, adversarial, labels)
+        self._record_norms(perturbation)
+        if self.order == "awp":
+            self._decay_shifts.append(perturbation)
+        self._perturbed.enter_context(perturbed_weights(self, perturbation))
+
+    def _adversarial_perturbation(
+        self, images: Tensor, adversarial: Tensor, labels: Tensor
+    ) -> dict[str, Tensor]:
+        return adversarial_weight_perturbation(
             self,
             adversarial,
             labels,
@@ -86,11 +108,18 @@ class AWPMixin(AT):
             objective=lambda _, inputs, targets: self.objective(images, inputs, targets)[0],
             mode=self.awp_mode,
             reduce=self._mean_over_ranks,
+            weights=self._perturbed_weights(),
         )
-        self._record_norms(perturbation)
-        if self.order == "awp":
-            self._decay_shifts.append(perturbation)
-        self._perturbed.enter_context(perturbed_weights(self, perturbation))
+
+    def _perturbed_weights(self) -> dict[str, nn.Parameter]:
+        """The network's own: an auxiliary head beside it is left alone, as in the paper's code."""
+        found = perturbed_parameters(self.network, biases=False)
+        return {f"network.{name}": weight for name, weight in found.items()}
+
+    @property
+    def _warming_up(self) -> bool:
+        epochs = self.trainer.max_epochs or 0
+        return self.current_epoch < math.ceil(round(self.warmup * epochs, 6))
 
     def configure_callbacks(self) -> list[Callback]:
         """A callback that gives the weights back where training ends with an exception."""
@@ -139,7 +168,7 @@ class AWPMixin(AT):
     def on_train_epoch_end(self) -> None:
         """Logs the variant's metrics, and that the perturbation had its length."""
         super().on_train_epoch_end()
-        if self.current_epoch >= self.warmup_epochs:
+        if not self._warming_up:
             self.log("awp/relative_norm_min", self.relative_norm_min)
             self.log("awp/relative_norm_max", self.relative_norm_max)
 

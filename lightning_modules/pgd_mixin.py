@@ -1,5 +1,6 @@
 """Crafting adversarial examples inside a training step."""
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -7,7 +8,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from robust_flatness.functional.attack import PGD, Criterion, example_losses
-from robust_flatness.functional.checks import check_examples
+from robust_flatness.functional.checks import check_examples, upcast
+from robust_flatness.functional.modes import Model, module_modes
 from robust_flatness.functional.noise import random_start, stream
 
 
@@ -34,7 +36,7 @@ class PGDMixin:
         own = torch.initial_seed() if self._run_seed is None else self._run_seed
         self._run_seed = int(strategy.broadcast(own))
 
-    def on_train_batch_start(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         """Looks at the first batch before anything is trained on it.
 
         Raises:
@@ -58,8 +60,41 @@ class PGDMixin:
         """
         return stream(self._run_seed or 0, purpose, self.batches_seen, device=device)
 
+    def draws(self, purpose: str, count: int, columns: int, device: torch.device) -> Tensor:
+        """This rank's rows of uniform numbers that are drawn for the global batch.
+
+        Args:
+            purpose: What the numbers are for.
+            count: Rows of this rank.
+            columns: Numbers for each row.
+            device: Where they are drawn.
+
+        Returns:
+            `(count, columns)` in [0, 1).
+        """
+        trainer = cast(LightningModule, self).trainer
+        shape, generator = (trainer.world_size * count, columns), self.generator(purpose, device)
+        every = torch.rand(shape, generator=generator, device=device)
+        return every[trainer.global_rank :: trainer.world_size]
+
+    def clean_logits(self, images: Tensor) -> Tensor:
+        """Logits of clean images in eval mode, without a graph.
+
+        Args:
+            images: `(N, C, H, W)` in [0, 1].
+        """
+        module = cast(nn.Module, self)
+        with torch.no_grad(), module_modes(module, "eval"):
+            return upcast(module(images))
+
     def craft(
-        self, images: Tensor, labels: Tensor, criterion: Criterion = example_losses
+        self,
+        images: Tensor,
+        labels: Tensor,
+        criterion: Criterion = example_losses,
+        *,
+        model: Model | None = None,
+        purpose: str = "start",
     ) -> Tensor:
         """Adversarial examples for this rank's part of the batch.
 
@@ -67,16 +102,21 @@ class PGDMixin:
             images: `(N, C, H, W)` in [0, 1].
             labels: `(N,)`, or any target with N rows that `criterion` takes.
             criterion: Maps logits and labels to the losses `(N,)` to be raised.
+            model: What is attacked; `None` for the module itself.
+            purpose: Of the random starts; a second attack in a step needs one of its own.
 
         Returns:
             `(N, C, H, W)` in [0, 1], without a graph.
         """
+        if len(images) == 0:
+            return images
         trainer = cast(LightningModule, self).trainer
         start = random_start(
             (trainer.world_size * len(images), *images.shape[1:]),
             eps=self.pgd.eps,
             norm=self.pgd.norm,
             start=self.pgd.start,
-            generator=self.generator("start", images.device),
+            generator=self.generator(purpose, images.device),
         )[trainer.global_rank :: trainer.world_size]
-        return self.pgd.attack(cast(nn.Module, self), images, labels, start, criterion).images
+        attacked = cast(nn.Module, self) if model is None else model
+        return self.pgd.attack(attacked, images, labels, start, criterion).images

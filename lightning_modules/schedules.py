@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -16,7 +17,7 @@ class MultiStep(LRScheduler):
 
     The paper drops by 0.1 after epochs 60, 90 and 120 of 150, that is at 40, 60 and 80 % (Sec. 3);
     shares let the same schedule run for any number of epochs. `AT` tells it the number of epochs
-    through `total`; until then the rate stays as it is.
+    through `total`; until then the rate stays as it is. Without milestones the rate is constant.
 
     Args:
         optimizer: The optimizer.
@@ -41,6 +42,7 @@ class MultiStep(LRScheduler):
     """
 
     total: int | None = None
+    interval = "epoch"
 
     def __init__(
         self,
@@ -59,11 +61,37 @@ class MultiStep(LRScheduler):
         """Learning rates of the parameter groups at `last_epoch`."""
         passed = 0
         if self.total is not None:
-            # A share such as 0.4 of 60 epochs must not fall behind epoch 24 by rounding.
-            epochs = [math.ceil(round(share * self.total, 6)) for share in self.milestones]
+            # A share such as 0.4 of 60 epochs must not fall behind epoch 24 by rounding, nor one
+            # written with six digits.
+            epochs = [math.ceil(round(share * self.total, 3)) for share in self.milestones]
             passed = sum(self.last_epoch >= epoch for epoch in epochs)
         return [float(rate) * self.gamma**passed for rate in self.base_lrs]
 
     def state_dict(self) -> dict[str, Any]:
         """The schedule's position, without `total`: a resumed run may be made longer."""
         return {key: value for key, value in super().state_dict().items() if key != "total"}
+
+
+def prepare_schedule(schedule: Any, trainer: Trainer) -> None:
+    """Tells a schedule whose arguments are shares of training how long training is.
+
+    Args:
+        schedule: One that counts epochs or steps (`interval`) up to `total`; any other is left
+            alone.
+        trainer: Knows its epochs from the beginning, its steps once it has loaders.
+
+    Raises:
+        ValueError: If training has no end.
+    """
+    if not hasattr(schedule, "total"):
+        return
+    epochs = trainer.max_epochs
+    if epochs is None or epochs < 1:
+        raise ValueError(
+            "Expected `trainer.max_epochs` to be >= 1, as the schedule goes by shares of training, "
+            f"but got {epochs}."
+        )
+    if schedule.interval == "epoch":
+        schedule.total = epochs
+    elif trainer.train_dataloader is not None:
+        schedule.total = int(trainer.estimated_stepping_batches)

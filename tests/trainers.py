@@ -63,5 +63,5 @@ class EvalBatchNorm(AT):
 
     def on_train_epoch_start(self) -> None:
         for module in self.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
                 module.eval()

@@ -10,8 +10,7 @@ import pytest
 import torch
 from distributed.two_processes import (
     CHUNK,
-    EvalBatchNorm,
-    EvalBatchNormAWP,
+    VARIANTS,
     measuring_callbacks,
     module,
     trained_weights,
@@ -43,12 +42,17 @@ def ranks(tmp_path_factory):
     return [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
 
 
-@pytest.mark.parametrize(("name", "cls"), [("at", EvalBatchNorm), ("awp", EvalBatchNormAWP)])
-def test_two_processes_train_as_one(ranks, name, cls):
-    single = trained_weights(cls, 1)
-    assert same(ranks[0][name], ranks[1][name])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_processes_train_as_one(ranks, variant):
+    single = trained_weights(variant, 1)
+    assert same(ranks[0][variant], ranks[1][variant])
     for parameter, value in single.items():
-        torch.testing.assert_close(ranks[0][name][parameter], value, rtol=0, atol=1e-10)
+        torch.testing.assert_close(ranks[0][variant][parameter], value, rtol=0, atol=1e-10)
+
+
+def test_variants_train_to_other_weights(ranks):
+    ends = [ranks[0][variant]["network.0.weight"] for variant in list(VARIANTS)[:-1]]
+    assert all(not torch.allclose(a, b) for i, a in enumerate(ends) for b in ends[:i])
 
 
 def test_ranks_share_one_measure_though_their_statistics_differ(ranks):

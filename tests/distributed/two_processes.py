@@ -20,7 +20,15 @@ from robust_flatness.callbacks import (
     RobustEarlyStopping,
     RobustEvaluation,
 )
-from robust_flatness.lightning_modules import ATAWP
+from robust_flatness.lightning_modules import (
+    ATAWP,
+    MART,
+    TRADESAWP,
+    ATEntropySGD,
+    ATSelfSupervision,
+    EntropySGD,
+)
+from robust_flatness.networks import ResNet18
 
 CHUNK = 4
 
@@ -29,9 +37,47 @@ class EvalBatchNormAWP(ATAWP, EvalBatchNorm):
     """ATAWP with BatchNorm in eval mode."""
 
 
+class EvalBatchNormTRADESAWP(TRADESAWP, EvalBatchNorm):
+    """TRADES-AWP likewise."""
+
+
+class EvalBatchNormMART(MART, EvalBatchNorm):
+    """MART likewise."""
+
+
+class EvalBatchNormEntropySGD(ATEntropySGD, EvalBatchNorm):
+    """Entropy-SGD likewise."""
+
+
+class EvalBatchNormSelfSupervision(ATSelfSupervision, EvalBatchNorm):
+    """Self-supervision likewise."""
+
+
+def noisy_walk(parameters):
+    """Entropy-SGD whose noise and outer steps are large enough to be seen."""
+    return EntropySGD(parameters, lr=1.0, langevin_steps=2, noise=1e-2)
+
+
+def narrow_resnet(classes, channels):
+    """A network with features."""
+    return ResNet18(classes, channels, width=2)
+
+
+VARIANTS = {
+    "at": (EvalBatchNorm, {}),
+    "label noise": (EvalBatchNorm, {"label_noise": 0.5, "label_smoothing": 0.3, "tau": 1}),
+    "awp": (EvalBatchNormAWP, {}),
+    "random weights": (EvalBatchNormAWP, {"direction": "random", "xi": 0.1}),
+    "trades awp": (EvalBatchNormTRADESAWP, {"warmup": 0.0}),
+    "mart": (EvalBatchNormMART, {}),
+    "entropy sgd": (EvalBatchNormEntropySGD, {"optimizer": noisy_walk}),
+    "self-supervision": (EvalBatchNormSelfSupervision, {"network": narrow_resnet, "hidden": 8}),
+}
+
+
 def module(cls, **kwargs):
     torch.manual_seed(0)
-    return cls(network=tiny_body, **PLAIN, **kwargs)
+    return cls(**{"network": tiny_body, **PLAIN, **kwargs})
 
 
 def measuring_callbacks():
@@ -54,11 +100,12 @@ class Recorder(Callback):
         self.weights.append(snapshot(pl_module))
 
 
-def trained_weights(cls, devices):
+def trained_weights(variant, devices):
     """Weights after training in float64 with the same global batches."""
     torch.manual_seed(0)
     trainer = quiet_trainer(max_epochs=2, devices=devices, strategy=strategy(devices))
-    built = module(cls).double()
+    cls, arguments = VARIANTS[variant]
+    built = module(cls, **arguments).double()
     trainer.fit(built, ToyData(double=True))
     return {name: p.detach().clone() for name, p in built.named_parameters()}
 
@@ -91,11 +138,8 @@ def measured(devices):
 
 def main(folder):
     torch.set_num_threads(1)
-    results = {
-        "at": trained_weights(EvalBatchNorm, 2),
-        "awp": trained_weights(EvalBatchNormAWP, 2),
-        "measured": measured(2),
-    }
+    results = {variant: trained_weights(variant, 2) for variant in VARIANTS}
+    results["measured"] = measured(2)
     rank = torch.distributed.get_rank()
     torch.save(results, Path(folder) / f"rank{rank}.pt")
 

@@ -174,7 +174,7 @@ def test_logged_perturbation_has_length_xi_on_every_step():
 
 def test_warms_up_as_ordinary_training():
     watch = Weights()
-    module = ATAWP(network=tiny_body, warmup_epochs=1, **PLAIN)
+    module = ATAWP(network=tiny_body, warmup=0.5, **PLAIN)
     quiet_trainer(max_epochs=2, callbacks=[watch]).fit(module, loader(8))
     assert watch.inside == [False, True]
 

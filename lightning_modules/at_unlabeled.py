@@ -1,0 +1,70 @@
+"""Adversarial training with pseudo-labelled images beside the labelled ones."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+
+from robust_flatness.functional.checks import check_choice
+from robust_flatness.lightning_modules.at import AT
+from robust_flatness.lightning_modules.trades import TRADES
+
+Loss = Literal["at", "trades"]
+
+
+class ATUnlabeled(TRADES):
+    """Robust self-training (Carmon et al., 2019): batches are mixed of labels and pseudo-labels.
+
+    The data mixes them (`--data.unlabeled_share 0.5`) and any variant can be trained on such
+    batches; this one holds the data to it, logs the share as `unlabeled/share`, and has the two
+    losses of the literature.
+
+    Args:
+        loss: `at` treats pseudo-labels as labels in plain AT (the paper), `trades` takes TRADES'
+            loss and attack (Carmon et al.).
+        kwargs: Arguments of `TRADES`; `lam` is used with `loss="trades"` only.
+
+    Raises:
+        ValueError: If `loss` is unknown; before the first step, if the data mixes nothing in.
+
+    Example:
+        >>> ATUnlabeled(loss="trades").lam
+        6.0
+    """
+
+    def __init__(self, *, loss: Loss = "at", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        check_choice("loss", loss, get_args(Loss))
+        self.loss = loss
+
+    def on_train_batch_start(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+        """Looks at the first batch before anything is trained on it.
+
+        Raises:
+            ValueError: If batches do not tell which images are pseudo-labelled.
+        """
+        super().on_train_batch_start(batch, batch_idx)
+        if len(batch) < 3:
+            raise ValueError(
+                "Expected batches `(images, labels, unlabeled)` for ATUnlabeled but got "
+                f"{len(batch)} parts; set `data.unlabeled_share`, 0.5 in the paper."
+            )
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        """A step on the whole batch, pseudo-labels as labels."""
+        self.means.add("unlabeled/share", batch[2])
+        return super().training_step(batch, batch_idx)
+
+    def attack(self, images: Tensor, labels: Tensor) -> Tensor:
+        """PGD on cross-entropy, or on TRADES' divergence."""
+        if self.loss == "trades":
+            return super().attack(images, labels)
+        return AT.attack(self, images, labels)
+
+    def objective(
+        self, images: Tensor, adversarial: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Cross-entropy under attack, or TRADES' objective; adversarial logits."""
+        if self.loss == "trades":
+            return super().objective(images, adversarial, labels)
+        return AT.objective(self, images, adversarial, labels)

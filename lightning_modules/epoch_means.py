@@ -1,0 +1,58 @@
+"""Means over an epoch's examples."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
+
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+
+class EpochMeans(nn.ModuleDict):
+    """Gathers values on the device and logs their means once an epoch.
+
+    Each `log` call costs time in every step, so values are only added up there; NaN is kept, as
+    it tells of a broken batch.
+
+    Example:
+        >>> import torch
+        >>> means = EpochMeans()
+        >>> means.add("train/loss", torch.tensor([1.0, 2.0]))
+        >>> means["train/loss"].compute()
+        tensor(1.5000)
+    """
+
+    _paused = False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Forgets what is added inside, where an objective is evaluated a second time."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
+    def add(self, name: str, values: Tensor) -> None:
+        """Adds one value for each example.
+
+        Args:
+            name: The name that the mean is logged under.
+            values: Of any shape and type.
+        """
+        if self._paused or values.numel() == 0:
+            return
+        if name not in self:
+            self[name] = MeanMetric(nan_strategy="disable").to(values.device)
+        cast(MeanMetric, self[name]).update(values.detach().float())
+
+    def log(self, module: LightningModule) -> None:
+        """Logs what was gathered since the last time.
+
+        Args:
+            module: Whose `log` is called.
+        """
+        for name, metric in self.items():
+            if isinstance(metric, MeanMetric) and metric.update_called:
+                module.log(name, metric, prog_bar=name == "train/robust_loss")

@@ -1,0 +1,82 @@
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from networks_for_tests import tiny_body
+from torch.optim import SGD
+from trainers import PLAIN, loader, quiet_trainer
+
+from robust_flatness.lightning_modules import AT, Cyclic
+
+
+def run_through(steps, **kwargs):
+    optimizer = SGD([torch.zeros(1)], lr=1.0, momentum=0.9)
+    schedule = Cyclic(optimizer, **kwargs)
+    schedule.total = steps
+    seen = []
+    for _ in range(steps):
+        group = optimizer.param_groups[0]
+        seen.append((group["lr"], group["momentum"]))
+        optimizer.step()
+        schedule.step()
+    return seen
+
+
+@pytest.mark.parametrize("cycles", [1, 2, 3, 4])
+def test_goes_up_and_down_once_a_cycle(cycles):
+    steps = 120
+    rates = [rate for rate, _ in run_through(steps, cycles=cycles)]
+    length = steps // cycles
+    for step, rate in enumerate(rates):
+        place = (step % length) / length
+        assert rate == pytest.approx(0.4 * min(place, 1 - place), abs=1e-9)
+    assert max(rates) == pytest.approx(0.2)
+    assert sum(rate == pytest.approx(0.2) for rate in rates) == cycles
+
+
+def test_momentum_cycles_inversely_or_not_at_all():
+    momenta = [momentum for _, momentum in run_through(40, cycles=1)]
+    assert momenta[0] == pytest.approx(0.9)
+    assert momenta[20] == pytest.approx(0.8)
+    assert momenta[10] == pytest.approx(0.85)
+    fixed = [momentum for _, momentum in run_through(40, cycles=1, cycle_momentum=False)]
+    assert set(fixed) == {0.9}
+
+
+class Rates(AT):
+    """Remembers the rate of every step."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        super().on_train_batch_start(batch, batch_idx)
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self.__dict__.setdefault("rates", []).append(rate)
+
+
+def test_a_run_goes_through_its_cycles_step_by_step():
+    module = Rates(tiny_body, lr_scheduler=lambda o: Cyclic(o, cycles=2), **PLAIN)
+    trainer = quiet_trainer(max_epochs=2)
+    trainer.fit(module, loader(64))
+    assert module.rates == pytest.approx([0, 0.05, 0.1, 0.15, 0.2, 0.15, 0.1, 0.05] * 2)
+
+
+def test_accumulation_counts_optimizer_steps():
+    module = Rates(tiny_body, lr_scheduler=lambda o: Cyclic(o, cycles=1), **PLAIN)
+    quiet_trainer(max_epochs=2, accumulate_grad_batches=2).fit(module, loader(64))
+    assert module.rates[::2] == pytest.approx([0, 0.05, 0.1, 0.15, 0.2, 0.15, 0.1, 0.05])
+
+
+def test_a_resumed_run_goes_on_in_its_cycle(tmp_path):
+    def fit(**kwargs):
+        torch.manual_seed(0)
+        module = Rates(tiny_body, lr_scheduler=lambda o: Cyclic(o, cycles=1), **PLAIN)
+        keep = ModelCheckpoint(tmp_path, filename="{epoch}", every_n_epochs=2, save_top_k=-1)
+        trainer = quiet_trainer(max_epochs=4, callbacks=[keep], enable_checkpointing=True)
+        trainer.fit(module, loader(32), **kwargs)
+        return module.rates
+
+    whole = fit()
+    assert fit(ckpt_path=tmp_path / "epoch=1.ckpt") == pytest.approx(whole[8:])
+
+
+def test_a_bad_number_of_cycles_is_named():
+    with pytest.raises(ValueError, match="`cycles` to be >= 1 but got 0"):
+        Cyclic(SGD([torch.zeros(1)], lr=1.0, momentum=0.9), cycles=0)

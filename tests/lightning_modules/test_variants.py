@@ -1,0 +1,289 @@
+"""The variants as LightningModules: what they attack, minimise, log, and spend."""
+
+import pytest
+import torch
+from networks_for_tests import PassCounter, images_and_labels, tiny_body
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+from trainers import PLAIN, loader, quiet_trainer
+
+from robust_flatness.functional import mart_objective, trades_objective
+from robust_flatness.lightning_modules import (
+    AT,
+    ATAWP,
+    MART,
+    MARTAWP,
+    TRADES,
+    TRADESAWP,
+    ATEntropySGD,
+    ATUnlabeled,
+    EntropySGD,
+)
+
+STEPS = 7
+
+
+def built(cls, **kwargs):
+    return cls(network=tiny_body, **{**PLAIN, "steps": STEPS, **kwargs})
+
+
+@pytest.mark.parametrize(
+    ("cls", "kwargs", "forwards", "backwards"),
+    [
+        (AT, {}, STEPS + 2, STEPS + 1),
+        (AT, {"tau": 2}, STEPS + 2, STEPS + 1),
+        (AT, {"incorrect": "ignore"}, STEPS + 3, STEPS + 1),
+        (AT, {"incorrect": "predicted"}, STEPS + 3, STEPS + 1),
+        (AT, {"label_noise": 0.3, "label_smoothing": 0.3}, STEPS + 2, STEPS + 1),
+        (ATAWP, {}, STEPS + 3, STEPS + 2),
+        (ATAWP, {"direction": "random"}, STEPS + 2, STEPS + 1),
+        # One more forward for the clean prediction that is attacked, one for the clean batch.
+        (TRADES, {}, STEPS + 4, STEPS + 2),
+        (TRADESAWP, {"warmup": 0.0}, STEPS + 6, STEPS + 4),
+        (MART, {}, STEPS + 3, STEPS + 2),
+        (MARTAWP, {}, STEPS + 5, STEPS + 4),
+        (ATEntropySGD, {}, STEPS + 2, STEPS + 1),
+    ],
+)
+def test_a_step_spends_the_minimum_of_passes(cls, kwargs, forwards, backwards):
+    module = built(cls, **kwargs)
+    passes = PassCounter(module.network)
+    quiet_trainer().fit(module, loader(8))
+    assert (passes.forwards, passes.backwards) == (8 * forwards, 8 * backwards)
+
+
+@pytest.mark.parametrize(("cls", "objective"), [(TRADES, trades_objective), (MART, mart_objective)])
+def test_objective_is_that_of_two_forwards(cls, objective):
+    module = built(cls, lam=3.0).double().eval()
+    images, labels = images_and_labels()
+    images = images.double()
+    adversarial = images.flip(0)
+    loss, logits = module.objective(images, adversarial, labels)
+    wanted = objective(module(images), module(adversarial), labels, lam=3.0)
+    torch.testing.assert_close(loss, wanted, rtol=0, atol=1e-12)
+    assert torch.equal(logits, module(adversarial))
+
+
+@pytest.mark.parametrize("cls", [TRADES, MART])
+def test_batch_norm_sees_the_clean_and_the_adversarial_batch(cls):
+    module = built(cls)
+    before = module.network[1].num_batches_tracked.item()
+    quiet_trainer().fit(module, loader(8))
+    assert module.network[1].num_batches_tracked.item() == before + 2
+
+
+def spied(cls, **kwargs):
+    """A module that remembers what its attacks and its objective were given."""
+
+    class Spy(cls):
+        def craft(self, images, labels, *args, **options):
+            self.__dict__.setdefault("attacked", []).append((images, labels, args, options))
+            return super().craft(images, labels, *args, **options)
+
+        def objective(self, images, adversarial, labels):
+            self.__dict__.setdefault("given", []).append((images, adversarial, labels))
+            return super().objective(images, adversarial, labels)
+
+    return built(Spy, **kwargs)
+
+
+def fixed_data():
+    images, labels = images_and_labels(32)
+    return DataLoader(TensorDataset(images, labels), 8), images, labels
+
+
+def test_trades_attacks_the_clean_prediction_of_eval_mode():
+    module = spied(TRADES, lr_scheduler=lambda o: torch.optim.lr_scheduler.ConstantLR(o, 0.0))
+    data, images, _ = fixed_data()
+    wanted = module.clean_logits(images[:8])
+    quiet_trainer(limit_train_batches=1).fit(module, data)
+    ((attacked, target, _, _),) = module.attacked
+    assert torch.equal(attacked, images[:8])
+    torch.testing.assert_close(target, wanted)
+
+
+def test_trades_refuses_to_start_where_its_attack_has_no_gradient():
+    with pytest.raises(ValueError, match="`start` to be one of paper, uniform, gaussian"):
+        built(TRADES, start="zero")
+    assert built(TRADES, start="gaussian").pgd.start == "gaussian"
+
+
+def test_label_noise_and_smoothing_do_not_reach_the_attack_nor_the_metrics():
+    module = spied(AT, label_noise=0.9, label_smoothing=0.3)
+    data, _, labels = fixed_data()
+    trainer = quiet_trainer()
+    trainer.fit(module, data)
+    attacked = torch.cat([target for _, target, *_ in module.attacked])
+    given = torch.cat([target for *_, target in module.given])
+    assert torch.equal(attacked, labels)
+    changed = (given != labels).float().mean().item()
+    assert 0.5 < changed < 1
+    assert trainer.callback_metrics["label_noise/changed"].item() == pytest.approx(changed)
+    logged = trainer.callback_metrics
+    # Smoothed and noisy, the training loss is another than the robust loss on true labels.
+    robust = logged["train/robust_loss"].item()
+    assert logged["train/loss"].item() != pytest.approx(robust, rel=1e-3)
+
+
+def test_label_noise_is_drawn_anew_in_each_batch():
+    module = spied(AT, label_noise=0.5)
+    images, labels = images_and_labels(8)
+    data = DataLoader(TensorDataset(images.repeat(4, 1, 1, 1), labels.repeat(4)), 8)
+    quiet_trainer().fit(module, data)
+    drawn = [target for *_, target in module.given]
+    assert all(not torch.equal(drawn[i], drawn[j]) for i in range(4) for j in range(i))
+
+
+def test_awp_ascends_on_the_labels_that_the_step_trains_on():
+    module = spied(ATAWP, label_noise=0.9)
+    data, *_ = fixed_data()
+    quiet_trainer(limit_train_batches=1).fit(module, data)
+    first, second = (target for *_, target in module.given)
+    assert torch.equal(first, second)
+
+
+def test_metrics_do_not_count_the_ascent():
+    counts = []
+
+    class Spy(TRADESAWP):
+        def on_before_zero_grad(self, optimizer):
+            counts.append(self.means["train/divergence"].weight.item())
+
+    quiet_trainer(limit_train_batches=2).fit(built(Spy, warmup=0.0), fixed_data()[0])
+    assert counts[-1] == 16
+
+
+def test_incorrect_images_stay_clean_or_are_attacked_as_what_they_look_like():
+    data, images, labels = fixed_data()
+    predicted = built(AT).clean_logits(images[:8]).argmax(1)
+    wrong = predicted != labels[:8]
+    assert wrong.sum() > 0
+    module = spied(AT, incorrect="ignore")
+    quiet_trainer(limit_train_batches=1).fit(module, data)
+    clean, adversarial, _ = module.given[0]
+    moved = (clean != adversarial).flatten(1).any(1)
+    assert torch.equal(moved, ~wrong)
+    module = spied(AT, incorrect="predicted")
+    quiet_trainer(limit_train_batches=1).fit(module, data)
+    assert torch.equal(module.attacked[0][1], predicted)
+    assert torch.equal(module.given[0][2], labels[:8])
+
+
+def test_larger_eps_keeps_the_length_of_the_steps():
+    module = built(AT, eps=8 / 255, eps_scale=1.125)
+    assert module.pgd.eps == pytest.approx(9 / 255)
+    assert module.pgd.length == pytest.approx(0.007)
+
+
+def test_random_weight_perturbation_has_its_length_and_another_direction_each_step():
+    seen = []
+
+    class Spy(ATAWP):
+        def _record_norms(self, perturbation):
+            seen.append(perturbation)
+            super()._record_norms(perturbation)
+
+    trainer = quiet_trainer(limit_train_batches=2)
+    trainer.fit(built(Spy, xi=0.02, direction="random"), fixed_data()[0])
+    for bound in ("min", "max"):
+        logged = trainer.callback_metrics[f"awp/relative_norm_{bound}"].item()
+        assert logged == pytest.approx(0.02, rel=1e-5)
+    first, second = (p["network.0.weight"].flatten() for p in seen)
+    assert torch.cosine_similarity(first, second, dim=0).abs() < 0.5
+
+
+def test_trades_awp_warms_up_for_its_share():
+    module = built(TRADESAWP)
+    assert (module.xi, module.warmup) == (0.005, 0.05)
+    module.trainer = quiet_trainer(max_epochs=40)
+    assert module._warming_up
+
+
+class Mixed(torch.utils.data.Dataset):
+    """Every second image has a pseudo-label."""
+
+    def __init__(self):
+        self.images, self.labels = images_and_labels(16)
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, index):
+        return self.images[index], self.labels[index], index % 2 == 0
+
+
+@pytest.mark.parametrize(("loss", "forwards"), [("at", STEPS + 2), ("trades", STEPS + 4)])
+def test_unlabeled_takes_both_losses_and_logs_the_share(loss, forwards):
+    module, trainer = built(ATUnlabeled, loss=loss), quiet_trainer()
+    passes = PassCounter(module.network)
+    trainer.fit(module, DataLoader(Mixed(), 8))
+    assert passes.forwards == 16 * forwards
+    assert trainer.callback_metrics["unlabeled/share"].item() == 0.5
+
+
+def test_unlabeled_as_at_is_at():
+    module = built(ATUnlabeled).eval()
+    images, labels = images_and_labels()
+    loss, _ = module.objective(images, images, labels)
+    assert torch.equal(loss, cross_entropy(module(images), labels))
+
+
+def test_unlabeled_needs_mixed_batches_and_other_variants_take_them_too():
+    with pytest.raises(ValueError, match=r"Expected batches `\(images, labels, unlabeled\)`"):
+        quiet_trainer().fit(built(ATUnlabeled), loader(8))
+    with pytest.raises(ValueError, match="`loss` to be one of at, trades but got mart"):
+        built(ATUnlabeled, loss="mart")
+    quiet_trainer().fit(built(MARTAWP), DataLoader(Mixed(), 8))
+
+
+def test_entropy_sgd_takes_the_runs_seed_and_ends_its_walk_with_the_epoch():
+    ends = []
+
+    class Spy(ATEntropySGD):
+        def on_train_epoch_end(self):
+            ends.append(dict(self._entropy_sgd().param_groups[0]))
+            super().on_train_epoch_end()
+
+    module = built(Spy, optimizer=lambda p: EntropySGD(p, langevin_steps=3, seed=99))
+
+    quiet_trainer(max_epochs=2).fit(module, loader(32))
+    # Four batches: a walk of three, and one of one that the epoch cuts short.
+    assert [end["outer_steps"] for end in ends] == [2, 4]
+    assert [end["walked"] for end in ends] == [0, 0]
+    assert module._entropy_sgd().seed == module._run_seed
+
+
+def test_entropy_sgd_needs_its_optimizer():
+    module = built(ATEntropySGD, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+    with pytest.raises(ValueError, match="to build an EntropySGD for ATEntropySGD but got SGD"):
+        quiet_trainer().fit(module, loader(8))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_entropy_sgd_goes_with_clipping_and_accumulation(precision):
+    def walk(p):
+        return EntropySGD(p, lr=1.0, langevin_steps=2)
+
+    module = built(ATEntropySGD, optimizer=walk)
+    before = module.network[0].weight.detach().clone()
+    trainer = quiet_trainer(
+        max_epochs=2, precision=precision, gradient_clip_val=0.1, accumulate_grad_batches=2
+    )
+    trainer.fit(module, loader(64))
+    assert not torch.equal(before, module.network[0].weight)
+    # Eight batches make four steps of the walk, and these two outer steps, in each epoch.
+    assert module._entropy_sgd().param_groups[0]["outer_steps"] == 4
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"incorrect": "skip"}, "`incorrect` to be one of attack, ignore, predicted but got skip"),
+        ({"eps_scale": -1.0}, "`eps_scale` to be >= 0 but got -1.0"),
+        ({"tau": -1}, "`tau` to be >= 0 but got -1"),
+        ({"label_noise": 2.0}, r"`label_noise` to be in \[0, 1\] but got 2.0"),
+    ],
+)
+def test_bad_arguments_of_the_base_are_named(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        built(AT, **kwargs)

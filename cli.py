@@ -1,27 +1,27 @@
 """The command line: `python cli.py fit --model ATAWP`, or `robust-flatness fit --model ATAWP`."""
 
-import inspect
 import shutil
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NoReturn
 
-import lightning.pytorch.callbacks
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
-from torch.optim.lr_scheduler import LRScheduler
 
-import robust_flatness.callbacks as callbacks
-import robust_flatness.datamodules as datamodules
-import robust_flatness.lightning_modules as lightning_modules
-import robust_flatness.networks as networks
+from robust_flatness.callbacks import Results
+from robust_flatness.configs.components import (
+    DEFAULT_CALLBACKS,
+    LEAVABLE,
+    ONLY_IN_FIT,
+    OPTIONAL_CALLBACKS,
+    known_classes,
+)
 from robust_flatness.configs.compose import DEFAULTS, compose, run_folder_of
 from robust_flatness.lightning_modules.at import CLASS_KEY
 from robust_flatness.loggers import EpochCSVLogger, make_wandb_logger
@@ -29,46 +29,6 @@ from robust_flatness.loggers import EpochCSVLogger, make_wandb_logger
 for message in (".*LeafSpec.*", ".*does not have many workers.*"):
     # Said by Lightning about itself, and about data that is in memory already.
     warnings.filterwarnings("ignore", message=message)
-
-# Callbacks that every run has, each with its arguments under this name on the command line.
-DEFAULT_CALLBACKS: dict[str, type[Callback]] = {
-    "evaluation": callbacks.RobustEvaluation,
-    "train_evaluation": callbacks.RobustEvaluation,
-    "flatness": callbacks.Flatness,
-    "train_flatness": callbacks.Flatness,
-    "early_stopping": callbacks.RobustEarlyStopping,
-    "trajectory": callbacks.Trajectory,
-    "final": callbacks.FinalEvaluation,
-    "autoattack": callbacks.AutoAttack,
-    "best_checkpoint": ModelCheckpoint,
-    "last_checkpoint": ModelCheckpoint,
-}
-# Light measures of the epochs, which `test` replaces by the full protocol.
-ONLY_IN_FIT = ("evaluation", "train_evaluation", "flatness", "train_flatness")
-LEAVABLE = (*DEFAULT_CALLBACKS, "wandb")
-
-
-def known_classes() -> dict[str, dict[str, str]]:
-    """Class paths by short name, for the options that choose a class."""
-    return {
-        "model": _members(lightning_modules, LightningModule),
-        "data": _members(datamodules, LightningDataModule),
-        "model.network": _members(networks, networks.ResidualNetwork),
-        "model.optimizer": _members(torch.optim, torch.optim.Optimizer),
-        "model.lr_scheduler": _members(torch.optim.lr_scheduler, LRScheduler)
-        | _members(lightning_modules, LRScheduler),
-        "trainer.callbacks": _members(callbacks, Callback)
-        | _members(lightning.pytorch.callbacks, Callback),
-    }
-
-
-def _members(package: ModuleType, base: type) -> dict[str, str]:
-    members = {name: getattr(package, name) for name in package.__all__}
-    return {
-        name: f"{package.__name__}.{name}"
-        for name, member in members.items()
-        if inspect.isclass(member) and issubclass(member, base) and not inspect.isabstract(member)
-    }
 
 
 class Parser(LightningArgumentParser):
@@ -96,11 +56,20 @@ class CLI(LightningCLI):
         for name, callback in DEFAULT_CALLBACKS.items():
             skip = {"dataset", "datasets", "normalization"}
             parser.add_class_arguments(callback, name, skip=skip, fail_untyped=False)
+        for name, callback in OPTIONAL_CALLBACKS.items():
+            text = f"{callback.__name__}, where one of its arguments is set, as --{name}.ARGUMENT."
+            parser.add_argument(f"--{name}", type=callback | None, default=None, help=text)
         parser.add_argument(
             "--without",
             type=list[str] | str,
             default=[],
             help=f"What to leave out of {', '.join(LEAVABLE)}: --without=[autoattack,wandb].",
+        )
+        parser.add_argument(
+            "--name",
+            type=str | None,
+            default=None,
+            help="Name of the method in run folder, figures and W&B group: the model's by default.",
         )
         parser.add_argument("--project", type=str, default="robust-flatness", help="W&B project.")
         parser.add_argument("--group", type=str | None, default=None, help="W&B group.")
@@ -194,8 +163,16 @@ class CLI(LightningCLI):
             left_out |= {"best_checkpoint", "last_checkpoint"}
         if self.subcommand == "test":
             left_out |= set(ONLY_IN_FIT)
+        optional = [config[name] for name in OPTIONAL_CALLBACKS if config[name] is not None]
         chosen = [config[name] for name in DEFAULT_CALLBACKS if name not in left_out]
-        return [*chosen, callbacks.Results(settings=self.config_dump)]
+        results = Results(settings=self.config_dump, method=self.method)
+        config.trajectory.method = self.method
+        return [*optional, *chosen, results]
+
+    @property
+    def method(self) -> str:
+        """What the run is of: its name, by default the model's class."""
+        return self.config[self.subcommand].name or type(self.model).__name__
 
     def _left_out(self) -> set[str]:
         without = self.config[self.subcommand].without
@@ -223,13 +200,13 @@ class CLI(LightningCLI):
             folder,
             project=config.project,
             name=folder.name,
-            group=config.group or type(self.model).__name__,
+            group=config.group or self.method,
             config=self.config_dump,
         )
         return [table, wandb_logger]
 
     def run_folder(self) -> Path:
-        """The checkpoint's run folder, else a new `runs/<model>-<data>-s<seed>`.
+        """The checkpoint's run folder, else a new `runs/<method>-<data>-s<seed>`.
 
         Rank 0 alone decides: other ranks learn it through `trainer.log_dir`.
         """
@@ -237,8 +214,7 @@ class CLI(LightningCLI):
         resumed = run_folder_of(config.get("ckpt_path"))
         if resumed is not None:
             return resumed
-        names = (type(self.model).__name__, type(self.datamodule).__name__)
-        stem = f"{names[0]}-{names[1]}-s{config.seed_everything}"
+        stem = f"{self.method}-{type(self.datamodule).__name__}-s{config.seed_everything}"
         # Absolute, as ModelCheckpoint forgets its best score where its folder's name changes.
         root = Path(config.trainer.default_root_dir or "runs").expanduser().resolve()
         folder, number = root / stem, 1

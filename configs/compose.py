@@ -4,6 +4,10 @@ Later ones win: the preset of the chosen data, the `config.yaml` of a checkpoint
 `--config` files in order, the command line. A default class is named only where nobody chose one,
 and before anything else, because jsonargparse hands the arguments of a default class on to the
 class that replaces it.
+
+Two keys of files are ours: `on_data` holds, by the data's class name, what a file says on that data
+alone, and `epochs_share` multiplies the epochs of the layers below, so that a preset can be shorter
+than the baseline on any data. Files of the package are found by their name, from any folder.
 """
 
 import re
@@ -12,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from robust_flatness.functional.checks import check_number
 
 CONFIGS = Path(__file__).parent
 DEFAULTS = CONFIGS / "defaults.yaml"
@@ -53,17 +59,42 @@ def compose(arguments: Sequence[str], known: Mapping[str, Mapping[str, str]]) ->
         )
     preset = CONFIGS / "data" / f"{_snake(classes['data'])}.yaml"
     layers = [_read(str(preset)) if preset.is_file() else {}, run, *files]
-    merged: dict[str, Any] = {}
-    for layer in layers:
-        for key in DEFAULT_CLASSES:
-            if isinstance(layer.get(key), str):
-                layer[key] = {"class_path": layer[key]}
-        merged = _merge(merged, layer)
+    layers += [{"epochs_share": _value(o)} for o in options if _name(o) == "epochs_share"]
+    merged = _shortened(_stacked(layers, _short(classes["data"])), resumed=bool(run))
     for key, name in classes.items():
         merged[key] = {**merged.get(key, {}), "class_path": name}
-    kept = [option for option in options if _name(option) not in ("config", "c", *DEFAULT_CLASSES)]
+    consumed = ("config", "c", "epochs_share", *DEFAULT_CLASSES)
+    kept = [option for option in options if _name(option) not in consumed]
     typed = [argument for option in sorted(kept, key=_depth) for argument in option]
     return [subcommand, "--config", yaml.safe_dump(merged), *typed]
+
+
+def _stacked(layers: Sequence[Mapping[str, Any]], data: str) -> dict[str, Any]:
+    """The layers in one mapping, later ones on top, without the keys that are ours."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for part in (layer, layer.get("on_data", {}).get(data, {})):
+            plain = {key: value for key, value in part.items() if key != "on_data"}
+            for key in DEFAULT_CLASSES:
+                if isinstance(plain.get(key), str):
+                    plain[key] = {"class_path": plain[key]}
+            merged = _merge(merged, plain)
+    return merged
+
+
+def _shortened(merged: dict[str, Any], *, resumed: bool) -> dict[str, Any]:
+    """Training for the share of its epochs that the layers ask for."""
+    share = merged.pop("epochs_share", 1)
+    try:
+        check_number("epochs_share", float(share))
+    except ValueError as error:
+        raise ValueError(f"Expected `epochs_share` to be >= 0 but got {share}.") from error
+    if resumed or float(share) == 1:
+        # A resumed run's epochs are those of its share already.
+        return merged
+    trainer = {**_read(str(DEFAULTS))["trainer"], **merged.get("trainer", {})}
+    epochs = max(1, round(trainer["max_epochs"] * float(share)))
+    return {**merged, "trainer": {**merged.get("trainer", {}), "max_epochs": epochs}}
 
 
 def run_folder_of(checkpoint: str | None) -> Path | None:
@@ -106,14 +137,24 @@ def _depth(option: Sequence[str]) -> int:
     return name.count(".") if name.split(".")[0] in DEFAULT_CLASSES else 99
 
 
-def _read(path: str) -> dict[str, Any]:
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise ValueError(f"Expected `--config` to be a YAML file but got {path}.")
-    content = yaml.safe_load(file.read_text()) or {}
+def _read(given: str) -> dict[str, Any]:
+    """A YAML file, one of the package's by its name there, or a mapping written out."""
+    text = given if given.lstrip().startswith("{") else _file(given).read_text()
+    try:
+        content = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"Expected `--config` to be YAML but got {given}: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"Expected {path} to hold a mapping but got {type(content).__name__}.")
+        raise ValueError(f"Expected {given} to hold a mapping but got {type(content).__name__}.")
     return content
+
+
+def _file(path: str) -> Path:
+    name = path.removeprefix("configs/")
+    for file in (Path(path).expanduser(), CONFIGS / name, CONFIGS / f"{name}.yaml"):
+        if file.is_file():
+            return file
+    raise ValueError(f"Expected `--config` to be a YAML file but got {path}.")
 
 
 def _run_config(options: Sequence[Sequence[str]]) -> dict[str, Any]:

@@ -232,7 +232,7 @@ def test_default_callbacks_are_adjusted_by_name(trainers):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "ATAPW"], "`--model` to be one of AT, ATAWP, or a class path"),
+        (["--model", "ATAPW"], "`--model` to be one of AT, ATAWP, ATEntropySGD, ATSelfSupervision"),
         (["--model.network=SmallResNt"], "`--model.network` to be one of Res"),
         (["--model.optimizer=SDG"], "`--model.optimizer` to be one of ASGD"),
         (["--trainer.callbacks+=Flatnes"], "`--trainer.callbacks+` to be one of"),

@@ -1,0 +1,232 @@
+"""The rows of Table 1 on one data set: what they cost, and the table of what they reached.
+
+for row in configs/table1/*.yaml; do
+  python cli.py fit --config $row --without=[autoattack,wandb]; done
+python benchmarks/table1.py cost runs/costs.json
+python benchmarks/table1.py table runs runs/costs.json
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.progress import track
+from torch import nn
+from typing_extensions import override
+
+from robust_flatness import cli
+from robust_flatness.configs.components import LEAVABLE
+from robust_flatness.configs.compose import CONFIGS
+
+ORDER = [
+    *("at", "unlabeled", "cyclic", "autoaugment", "at_awp", "label_noise", "weight_clipping"),
+    *("trades", "self_supervision", "weight_decay", "entropy_sgd", "mish", "late_multi_step"),
+    *("silu", "weight_averaging", "larger_eps", "mart", "gelu", "label_smoothing"),
+]
+EPOCHS, ROUNDS = 4, 3
+
+
+class Cost(Callback):
+    """Counts images through the first layer, and seconds of the epochs after the first."""
+
+    def __init__(self) -> None:
+        self.forwards = self.backwards = self.examples = 0
+        self.seconds: list[float] = []
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        layer = next(m for m in pl_module.modules() if isinstance(m, nn.Conv2d))
+        layer.register_forward_hook(self._forward)
+        layer.register_full_backward_hook(self._backward)
+
+    def _forward(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        self.forwards += len(output)
+
+    def _backward(self, module: nn.Module, into: Any, out: tuple[torch.Tensor, ...]) -> None:
+        self.backwards += len(out[0])
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, index: int
+    ) -> None:
+        self.examples += len(batch[0])
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._started = time.perf_counter()
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch:
+            self.seconds.append(time.perf_counter() - self._started)
+
+
+def cost_of(row: str, data: str, folder: str) -> dict[str, float]:
+    """Passes for each image of a step and seconds of an epoch, training alone."""
+    found = Cost()
+
+    class Watched(cli.CLI):
+        def _default_callbacks(self) -> list[Callback]:
+            return [*super()._default_callbacks(), found]
+
+    original, cli.CLI = cli.CLI, Watched  # type: ignore[misc]
+    quiet = ["enable_progress_bar=false", "enable_checkpointing=false", f"max_epochs={EPOCHS}"]
+    try:
+        cli.main(
+            [
+                "fit",
+                f"--config=table1/{row}.yaml",
+                f"--data={data}",
+                f"--without=[{','.join(LEAVABLE)}]",
+                *(f"--trainer.{setting}" for setting in quiet),
+                f"--trainer.default_root_dir={folder}",
+            ]
+        )
+    finally:
+        cli.CLI = original  # type: ignore[misc]
+    return {
+        "forwards": found.forwards / found.examples,
+        "backwards": found.backwards / found.examples,
+        "seconds": median(found.seconds),
+    }
+
+
+def measure_costs(data: str) -> dict[str, dict[str, float]]:
+    """Costs of all rows, interleaved over rounds."""
+    rounds: list[dict[str, dict[str, float]]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(ROUNDS):
+            rounds.append({row: cost_of(row, data, folder) for row in track(ORDER)})
+    costs = {row: dict(rounds[0][row]) for row in ORDER}
+    for row in ORDER:
+        costs[row]["seconds"] = median(found[row]["seconds"] for found in rounds)
+        costs[row]["relative"] = median(
+            found[row]["seconds"] / found["at"]["seconds"] for found in rounds
+        )
+    return costs
+
+
+def evidence(row: str, run: Path, results: dict[str, Any]) -> str:
+    """What shows that the row's mechanism acted."""
+    rows = results["trajectory"]
+    last, model = rows[-1], results["settings"]["model"]["init_args"]
+    rates = list(dict.fromkeys(f"{r['train/learning_rate']:.3g}" for r in rows))
+    norms = [r["awp/relative_norm_max"] for r in rows if "awp/relative_norm_max" in r]
+    small = [r["awp/relative_norm_min"] for r in rows if "awp/relative_norm_min" in r]
+    texts = {
+        "at": lambda: f"rates {', '.join(rates)}",
+        "unlabeled": lambda: f"share {last['unlabeled/share']:.3f}",
+        "cyclic": lambda: f"rates up to {max(float(r) for r in rates):.3g}, {len(rows)} epochs",
+        "at_awp": lambda: f"‖ν‖/‖w‖ {min(small):.6f} to {max(norms):.6f}",
+        "label_noise": lambda: f"{100 * mean_of(rows, 'label_noise/changed'):.1f} % changed",
+        "weight_clipping": lambda: (
+            f"largest weight {last['weight_clipping/largest_weight']:.4f}, "
+            f"{100 * last['weight_clipping/share_clipped']:.0f} % at it"
+        ),
+        "trades": lambda: f"divergence {last['train/divergence']:.3f}",
+        "mart": lambda: f"weighted divergence {last['train/weighted_divergence']:.4f}",
+        "self_supervision": lambda: f"rotation error {100 * last['train/rotation_error']:.0f} %",
+        "weight_decay": lambda: f"‖w‖ {weight_norm(run):.1f}",
+        "entropy_sgd": lambda: f"rates {', '.join(rates)}, γ {last['entropy_sgd/pull']:.0e}",
+        "late_multi_step": lambda: f"rates {', '.join(rates)}; drops after epochs {drops(rows)}",
+        "weight_averaging": lambda: (
+            f"‖w̄ - w‖/‖w‖ {mean_of(rows, 'weight_averaging/relative_distance'):.4f}, mean of epochs"
+        ),
+        "larger_eps": lambda: f"ε × {model['eps_scale']}",
+        "label_smoothing": lambda: (
+            f"loss {last['train/loss']:.2f} at RLoss {last['train/robust_loss']:.2f}"
+        ),
+        "autoaugment": lambda: (
+            f"`{results['settings']['data']['init_args']['augment']}`, training "
+            f"RLoss {last['train/robust_loss']:.2f}"
+        ),
+    }
+    given = texts.get(row, lambda: model["network"]["init_args"]["activation"])()
+    return given if row != "at" else f"{given}; ‖w‖ {weight_norm(run):.1f}"
+
+
+def mean_of(rows: list[dict[str, float]], name: str) -> float:
+    """Mean of a figure over the epochs that have it."""
+    values = [row[name] for row in rows if name in row]
+    return sum(values) / len(values)
+
+
+def drops(rows: list[dict[str, float]]) -> str:
+    """Epochs after which the rate fell."""
+    rates = [row["train/learning_rate"] for row in rows]
+    return ", ".join(str(i) for i in range(1, len(rates)) if rates[i] < rates[i - 1])
+
+
+def weight_norm(run: Path) -> float:
+    """Norm of all weights of convolutions and linear layers."""
+    weights = torch.load(run / "checkpoints/last.ckpt", map_location="cpu")["state_dict"]
+    return sum(w.square().sum().item() for w in weights.values() if w.ndim > 1) ** 0.5
+
+
+def print_table(runs: Path, data: str, seed: int, costs: dict[str, dict[str, float]]) -> None:
+    """Prints the table in Markdown, in the paper's order behind AT."""
+    heads = (
+        "row | clean error | RErr | RErr, train | RErr, early-stopped | RLoss | flatness, test | "
+        "flatness, train | passes a step | time an epoch | wall, s | evidence"
+    )
+    print(f"| {heads} |")
+    print("|" + "---|" * len(heads.split("|")))
+    for row in ORDER:
+        folder = runs / f"{row}-{data}-s{seed}"
+        results = json.loads((folder / "results.json").read_text())
+        final, stopped, cost = results["final"], results["early_stopped"], costs[row]
+        errors = [
+            100 * part[name]
+            for part, name in (
+                (final, "test/error"),
+                (final, "test/robust_error"),
+                (final, "train_eval/robust_error"),
+                (stopped, "test/robust_error"),
+            )
+        ]
+        flatness = [final[f"flatness/average/{split}"] for split in ("test", "train")]
+        cells = [
+            f"`{row}`",
+            *(f"{error:.1f}" for error in errors),
+            f"{final['test/robust_loss']:.2f}",
+            *(f"{value:.2f}" for value in flatness),
+            f"{cost['forwards']:g} / {cost['backwards']:g}",
+            f"{cost['relative']:.2f}",
+            f"{results['wall_time_seconds']:.0f}",
+            evidence(row, folder, results),
+        ]
+        print(f"| {' | '.join(cells)} |")
+
+
+def main() -> None:
+    """Measures costs, or prints the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    cost, table = commands.add_parser("cost"), commands.add_parser("table")
+    table.add_argument("runs", type=Path)
+    table.add_argument("--seed", type=int, default=0)
+    for command in (cost, table):
+        command.add_argument("costs", type=Path)
+        command.add_argument("--data", default="Digits")
+    arguments = parser.parse_args()
+    if arguments.command == "cost":
+        arguments.costs.parent.mkdir(parents=True, exist_ok=True)
+        arguments.costs.write_text(json.dumps(measure_costs(arguments.data), indent=1))
+        return
+    missing = {path.stem for path in (CONFIGS / "table1").glob("*.yaml")} ^ set(ORDER)
+    if missing:
+        raise SystemExit(f"Expected the rows of configs/table1 but got a difference: {missing}.")
+    costs = json.loads(arguments.costs.read_text())
+    print_table(arguments.runs, arguments.data, arguments.seed, costs)
+
+
+if __name__ == "__main__":
+    main()

@@ -91,7 +91,10 @@ class CLI(LightningCLI):
         self.config = parser.parse_args(arguments)
 
     def before_instantiate_classes(self) -> None:
-        """Lets `test` leave the run's config.yaml alone."""
+        """Checks names, and lets `test` leave the run's config.yaml alone."""
+        name = self.config[self.subcommand].name
+        if name is not None and Path(name).name != name:
+            self.parser.error(f"Expected `--name` to be a folder's name but got {name!r}.")
         unknown = self._left_out() - set(LEAVABLE)
         if unknown:
             self.parser.error(

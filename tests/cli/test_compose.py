@@ -116,3 +116,67 @@ def test_unknown_names_and_files_are_named():
         composed("--data=Digit")
     with pytest.raises(ValueError, match="`--config` to be a YAML file but got nowhere.yaml"):
         composed("--config", "nowhere.yaml")
+
+
+def epochs(*arguments: str) -> int | None:
+    return composed(*arguments)[0].get("trainer", {}).get("max_epochs")
+
+
+def test_a_share_of_the_epochs_that_the_layers_below_ask_for():
+    share = "--config={epochs_share: 0.4}"
+    assert epochs(share) == 32  # Digits' preset has 80
+    assert epochs(share, "--data=CIFAR10") == 60  # defaults.yaml has 150
+    assert epochs("--config={trainer: {max_epochs: 10}}", share) == 4
+    assert epochs(share, "--config={trainer: {max_epochs: 10}}") == 4
+    # The last share counts, a typed one most; and one epoch is the least.
+    assert epochs(share, "--config={epochs_share: 0.5}") == 40
+    assert epochs("--epochs_share=0.25", share) == 20
+    assert epochs("--epochs_share", "0.001") == 1
+    assert "epochs_share" not in composed(share)[0]
+
+
+def test_a_resumed_run_has_its_share_already(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").touch()
+    config = {"trainer": {"max_epochs": 32}, "model": {"class_path": "pkg.AT"}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    checkpoint = f"--ckpt_path={tmp_path}/checkpoints/last.ckpt"
+    assert epochs(checkpoint, "--config={epochs_share: 0.4}") == 32
+
+
+def test_what_a_file_says_on_one_data_set_is_for_that_one():
+    special = "on_data: {CIFAR10: {model: {init_args: {lam: 2}}}}"
+    file = f"--config={{model: {{init_args: {{lam: 1}}}}, {special}}}"
+    for data, lam in (("CIFAR10", 2), ("Digits", 1)):
+        config, _ = composed(file, f"--data={data}")
+        assert config["model"]["init_args"]["lam"] == lam
+        assert "on_data" not in config
+    later = "--config={model: {init_args: {lam: 3}}}"
+    assert composed(file, later, "--data=CIFAR10")[0]["model"]["init_args"]["lam"] == 3
+
+
+def test_presets_are_found_by_name_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    known = {**KNOWN, "model": {**KNOWN["model"], "TRADES": "pkg.TRADES"}}
+    for name in ("table1/trades", "table1/trades.yaml", "configs/table1/trades.yaml"):
+        content = yaml.safe_load(compose(["fit", "--config", name], known)[2])
+        assert content["model"]["class_path"] == "pkg.TRADES"
+        assert content["model"]["init_args"]["lam"] == 6.0
+    # A file of the user's own goes before one of that name in the package.
+    (tmp_path / "table1").mkdir()
+    (tmp_path / "table1" / "trades.yaml").write_text("name: mine")
+    assert composed("--config=table1/trades.yaml")[0]["name"] == "mine"
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--config={model: [}", "to be YAML"),
+        ("--config=table1/nothing.yaml", "to be a YAML file but got table1/nothing.yaml"),
+        ("--epochs_share=-1", "`epochs_share` to be >= 0 but got -1"),
+        ("--config={epochs_share: half}", "`epochs_share` to be >= 0 but got half"),
+    ],
+)
+def test_bad_files_and_shares_are_named(argument, message):
+    with pytest.raises(ValueError, match=message):
+        composed(argument)

@@ -1,12 +1,17 @@
 """The variants as LightningModules: what they attack, minimise, log, and spend."""
 
+from functools import partial
+
 import pytest
 import torch
+from lightning.pytorch import Callback
 from networks_for_tests import PassCounter, images_and_labels, tiny_body
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 from trainers import PLAIN, loader, quiet_trainer
 
+from robust_flatness import lightning_modules
+from robust_flatness.callbacks import WeightAveraging, WeightClipping
 from robust_flatness.functional import mart_objective, trades_objective
 from robust_flatness.lightning_modules import (
     AT,
@@ -19,6 +24,7 @@ from robust_flatness.lightning_modules import (
     ATUnlabeled,
     EntropySGD,
 )
+from robust_flatness.networks import SmallResNet
 
 STEPS = 7
 
@@ -82,7 +88,9 @@ def spied(cls, **kwargs):
 
         def objective(self, images, adversarial, labels):
             self.__dict__.setdefault("given", []).append((images, adversarial, labels))
-            return super().objective(images, adversarial, labels)
+            loss, logits = super().objective(images, adversarial, labels)
+            self.__dict__.setdefault("logits", []).append(logits.detach())
+            return loss, logits
 
     return built(Spy, **kwargs)
 
@@ -120,9 +128,12 @@ def test_label_noise_and_smoothing_do_not_reach_the_attack_nor_the_metrics():
     assert 0.5 < changed < 1
     assert trainer.callback_metrics["label_noise/changed"].item() == pytest.approx(changed)
     logged = trainer.callback_metrics
-    # Smoothed and noisy, the training loss is another than the robust loss on true labels.
-    robust = logged["train/robust_loss"].item()
-    assert logged["train/loss"].item() != pytest.approx(robust, rel=1e-3)
+    # Smoothed and noisy is the training loss alone.
+    logits = torch.cat(module.logits)
+    torch.testing.assert_close(logged["train/robust_loss"], cross_entropy(logits, labels))
+    wrong = (logits.argmax(1) != labels).float().mean()
+    torch.testing.assert_close(logged["train/robust_error"], wrong)
+    assert logged["train/loss"].item() != pytest.approx(cross_entropy(logits, labels).item(), 1e-3)
 
 
 def test_label_noise_is_drawn_anew_in_each_batch():
@@ -287,3 +298,73 @@ def test_entropy_sgd_goes_with_clipping_and_accumulation(precision):
 def test_bad_arguments_of_the_base_are_named(kwargs, message):
     with pytest.raises(ValueError, match=message):
         built(AT, **kwargs)
+
+
+def test_a_clipped_walk_ends_within_its_bounds():
+    largest = []
+
+    class Watch(Callback):
+        def on_train_epoch_end(self, trainer, module):
+            largest.append(max(p.abs().max().item() for p in module.parameters()))
+
+    def walk(p):
+        return EntropySGD(p, lr=5.0, langevin_steps=3)
+
+    module = ATEntropySGD(network=partial(SmallResNet, width=4), optimizer=walk, **PLAIN)
+    clipping = WeightClipping(0.01)
+    quiet_trainer(max_epochs=2, callbacks=[Watch(), clipping]).fit(module, loader(32))
+    # The epoch cuts the second walk short, and its outer step is clipped as well.
+    assert max(largest) <= 0.01 + 1e-9
+
+
+def test_weights_are_averaged_on_mart():
+    module, averaging = built(MART), WeightAveraging(0.5, reference_steps=None)
+    trainer = quiet_trainer(callbacks=[averaging])
+    trainer.fit(module, loader(32))
+    assert trainer.callback_metrics["weight_averaging/relative_distance"] > 0
+
+
+ALL = {
+    name: getattr(lightning_modules, name)
+    for name in lightning_modules.__all__
+    if isinstance(getattr(lightning_modules, name), type)
+    and issubclass(getattr(lightning_modules, name), AT)
+}
+NARROW = partial(SmallResNet, width=4)
+
+
+def batches_for(cls):
+    return DataLoader(Mixed(), 8) if cls is ATUnlabeled else loader(16)
+
+
+@pytest.mark.parametrize("cls", ALL.values(), ids=ALL)
+def test_a_checkpoint_loads_back_as_its_class_with_its_settings(cls, tmp_path):
+    arguments = {"label_smoothing": 0.2, "tau": 1}
+    if issubclass(cls, TRADES | MART):
+        arguments["lam"] = 2.5
+    module, trainer = cls(network=NARROW, **{**PLAIN, **arguments}), quiet_trainer()
+    trainer.fit(module, batches_for(cls))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    loaded = lightning_modules.load_checkpoint(tmp_path / "a.ckpt", network=NARROW)
+    assert type(loaded) is cls
+    assert loaded.pgd == module.pgd
+    assert loaded.training_labels == module.training_labels
+    assert getattr(loaded, "lam", None) == getattr(module, "lam", None)
+    images, _ = images_and_labels()
+    assert torch.equal(loaded(images), module.eval()(images))
+
+
+@pytest.mark.parametrize("cls", ALL.values(), ids=ALL)
+def test_under_bf16_attacks_and_losses_keep_float32(cls):
+    seen = []
+
+    class Spy(cls):
+        def objective(self, images, adversarial, labels):
+            loss, logits = super().objective(images, adversarial, labels)
+            seen.append((images.dtype, adversarial.dtype, loss.dtype, logits.dtype))
+            return loss, logits
+
+    module = Spy(network=NARROW, **PLAIN)
+    quiet_trainer(precision="bf16-mixed").fit(module, batches_for(cls))
+    assert set(seen) == {(torch.float32,) * 4}
+    assert all(p.isfinite().all() for p in module.parameters())

@@ -122,8 +122,22 @@ def test_noise_has_the_langevin_scale_and_is_new_in_each_step():
         seen.append(weight.detach() - before)
     expected = scale * (2 * rate) ** 0.5
     assert seen[0].std().item() == pytest.approx(expected, rel=0.02)
-    correlation = torch.corrcoef(torch.stack(seen))[0, 1]
-    assert abs(correlation) < 0.03
+    assert correlation(*seen) < 0.03
+
+
+def test_noise_is_new_in_each_walk():
+    weight = nn.Parameter(torch.zeros(20_000, dtype=torch.float64))
+    optimizer = EntropySGD([weight], momentum=0.0, nesterov=False, langevin_steps=1, noise=1.0)
+    seen = []
+    for _ in range(2):
+        before = weight.detach().clone()
+        step(weight, optimizer)
+        seen.append(weight.detach() - before)
+    assert correlation(*seen) < 0.03
+
+
+def correlation(first, second):
+    return torch.corrcoef(torch.stack([first, second]))[0, 1].abs()
 
 
 def test_noise_comes_from_the_seed_alone():

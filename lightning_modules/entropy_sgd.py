@@ -112,7 +112,7 @@ class EntropySGD(SGD):
             The closure's loss.
         """
         if self.langevin_steps == 0:
-            return super().step(closure)
+            return self._outer_step(closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -136,10 +136,19 @@ class EntropySGD(SGD):
             if "centre" in walk:
                 parameter.copy_(walk["centre"])
                 parameter.grad = walk.pop("centre") - walk.pop("mean")
-        super().step()
+        self._outer_step()
         for parameter, gradient in zip(parameters, gradients):
             parameter.grad = gradient
         counts["walked"], counts["outer_steps"] = 0, counts["outer_steps"] + 1
+
+    def _outer_step(self, closure: Callable[[], float] | None = None) -> float | None:
+        # Once an SGD was built, torch has wrapped its `step` to run an optimizer's hooks: these belong
+        # to our own step, and must not run inside it as well.
+        step: Any = SGD.step
+        if hasattr(step, "hooked"):
+            step = step.__wrapped__
+        loss: float | None = step(self, closure)
+        return loss
 
     def _walk(self) -> None:
         counts, generators = self.param_groups[0], {}

@@ -226,3 +226,14 @@ def test_parameters_without_gradient_are_left_alone():
 def test_bad_arguments_are_named(kwargs, message):
     with pytest.raises(ValueError, match=message):
         EntropySGD([nn.Parameter(torch.zeros(1))], **kwargs)
+
+
+@pytest.mark.parametrize("length", [0, 1])
+def test_hooks_of_the_optimizer_run_once_a_step(length):
+    SGD([nn.Parameter(torch.zeros(1))])  # torch has wrapped SGD's own step by now
+    weight, optimizer = single(langevin_steps=length)
+    calls = []
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    step(weight, optimizer, gradient=1.0)
+    assert calls == ["before", "after"]

@@ -182,3 +182,12 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="`rotations` to be one of half, all but got both"):
         built(rotations="both")
     assert not hasattr(ATAWP(network=tiny_body), "rotation_head")
+
+
+def test_the_two_attacks_start_from_noise_of_their_own():
+    module = built(steps=1, step_size=0.0, keep="last")
+    module.trainer = quiet_trainer()
+    images = torch.full((8, 3, 8, 8), 0.5)
+    starts = module.attack(images, torch.zeros(8, dtype=torch.long)) - images
+    first, second = starts.sign().flatten(1).split(4)
+    assert ((first == second).float().mean(1) < 0.6).all()

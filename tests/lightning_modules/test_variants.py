@@ -301,9 +301,14 @@ def test_bad_arguments_of_the_base_are_named(kwargs, message):
 
 
 def test_a_clipped_walk_ends_within_its_bounds():
-    largest = []
+    largest, walked = [], []
 
     class Watch(Callback):
+        def on_train_start(self, trainer, module):
+            trainer.optimizers[0].register_step_post_hook(
+                lambda optimizer, *_: walked.append(optimizer.param_groups[0]["walked"])
+            )
+
         def on_train_epoch_end(self, trainer, module):
             largest.append(max(p.abs().max().item() for p in module.parameters()))
 
@@ -313,7 +318,8 @@ def test_a_clipped_walk_ends_within_its_bounds():
     module = ATEntropySGD(network=partial(SmallResNet, width=4), optimizer=walk, **PLAIN)
     clipping = WeightClipping(0.01)
     quiet_trainer(max_epochs=2, callbacks=[Watch(), clipping]).fit(module, loader(32))
-    # The epoch cuts the second walk short, and its outer step is clipped as well.
+    # The epoch cuts the second walk short inside the optimizer's step, so that it is clipped too.
+    assert walked[-2:] == [0, 0]
     assert max(largest) <= 0.01 + 1e-9
 
 

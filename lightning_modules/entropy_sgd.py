@@ -131,7 +131,7 @@ class EntropySGD(SGD):
         parameters = [p for group in self.param_groups for p in group["params"]]
         gradients = [p.grad for p in parameters]
         for parameter in parameters:
-            walk = self.state[parameter]
+            walk = self.state.get(parameter, {})
             parameter.grad = None
             if "centre" in walk:
                 parameter.copy_(walk["centre"])
@@ -142,8 +142,8 @@ class EntropySGD(SGD):
         counts["walked"], counts["outer_steps"] = 0, counts["outer_steps"] + 1
 
     def _outer_step(self, closure: Callable[[], float] | None = None) -> float | None:
-        # Once an SGD was built, torch has wrapped its `step` to run an optimizer's hooks: these belong
-        # to our own step, and must not run inside it as well.
+        # Once an SGD was built, torch has wrapped its `step` to run an optimizer's hooks: these
+        # belong to our own step, and must not run inside it as well.
         step: Any = SGD.step
         if hasattr(step, "hooked"):
             step = step.__wrapped__

@@ -23,21 +23,13 @@ from robust_flatness.configs.components import (
     known_classes,
 )
 from robust_flatness.configs.compose import DEFAULTS, compose, run_folder_of
+from robust_flatness.configs.parser import Parser
 from robust_flatness.lightning_modules.at import CLASS_KEY
 from robust_flatness.loggers import EpochCSVLogger, make_wandb_logger
 
 for message in (".*LeafSpec.*", ".*does not have many workers.*"):
     # Said by Lightning about itself, and about data that is in memory already.
     warnings.filterwarnings("ignore", message=message)
-
-
-class Parser(LightningArgumentParser):
-    """Says what is wrong without a hundred lines of usage before it."""
-
-    def print_usage(self, file: Any = None) -> None:
-        """Prints the usage where it was asked for, and not in front of an error."""
-        if file is not sys.stderr:
-            super().print_usage(file)
 
 
 class CLI(LightningCLI):

@@ -153,6 +153,14 @@ class WeightAveraging(LightningWeightAveraging):
             average.copy_(weight)
 
     @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # Entropy-SGD's weights between its outer steps are those of a walk.
+        if not any(getattr(optimizer, "walking", False) for optimizer in trainer.optimizers):
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
         if self._updates > 0:

@@ -6,8 +6,8 @@ and before anything else, because jsonargparse hands the arguments of a default 
 class that replaces it.
 
 Two keys of files are ours: `on_data` holds, by the data's class name, what a file says on that data
-alone, and `epochs_share` multiplies the epochs of the layers below, so that a preset can be shorter
-than the baseline on any data. Files of the package are found by their name, from any folder.
+alone, and `epochs_share` multiplies the epochs that the layers before it ask for, so that a preset
+can be shorter than the baseline on any data. Files of the package are found by name, from anywhere.
 """
 
 import re
@@ -22,6 +22,7 @@ from robust_flatness.functional.checks import check_number
 CONFIGS = Path(__file__).parent
 DEFAULTS = CONFIGS / "defaults.yaml"
 DEFAULT_CLASSES = {"model": "AT", "data": "Digits"}
+OUR_KEYS = ("on_data", "epochs_share")
 
 
 def compose(arguments: Sequence[str], known: Mapping[str, Mapping[str, str]]) -> list[str]:
@@ -58,9 +59,15 @@ def compose(arguments: Sequence[str], known: Mapping[str, Mapping[str, str]]) ->
             f"checkpoint, but got {_short(classes['model'])}."
         )
     preset = CONFIGS / "data" / f"{_snake(classes['data'])}.yaml"
-    layers = [_read(str(preset)) if preset.is_file() else {}, run, *files]
-    layers += [{"epochs_share": _value(o)} for o in options if _name(o) == "epochs_share"]
-    merged = _shortened(_stacked(layers, _short(classes["data"])), resumed=bool(run))
+    layers = [_read(str(DEFAULTS)), _read(str(preset)) if preset.is_file() else {}, run, *files]
+    shares = [_value(option) for option in options if _name(option) == "epochs_share"]
+    if shares and run:
+        raise ValueError(
+            "Expected no `--epochs_share` for a run that goes on, whose length is known, but got "
+            f"{shares[-1]}."
+        )
+    layers += [{"epochs_share": share} for share in shares[-1:]]
+    merged = _stacked(layers, classes["data"], known["data"], resumed=bool(run))
     for key, name in classes.items():
         merged[key] = {**merged.get(key, {}), "class_path": name}
     consumed = ("config", "c", "epochs_share", *DEFAULT_CLASSES)
@@ -69,32 +76,47 @@ def compose(arguments: Sequence[str], known: Mapping[str, Mapping[str, str]]) ->
     return [subcommand, "--config", yaml.safe_dump(merged), *typed]
 
 
-def _stacked(layers: Sequence[Mapping[str, Any]], data: str) -> dict[str, Any]:
+def _stacked(
+    layers: Sequence[Mapping[str, Any]], data: str, known: Mapping[str, str], *, resumed: bool
+) -> dict[str, Any]:
     """The layers in one mapping, later ones on top, without the keys that are ours."""
     merged: dict[str, Any] = {}
     for layer in layers:
-        for part in (layer, layer.get("on_data", {}).get(data, {})):
-            plain = {key: value for key, value in part.items() if key != "on_data"}
+        for part in (layer, _on_data(layer, data, known)):
+            plain = {key: value for key, value in part.items() if key not in OUR_KEYS}
             for key in DEFAULT_CLASSES:
                 if isinstance(plain.get(key), str):
                     plain[key] = {"class_path": plain[key]}
             merged = _merge(merged, plain)
+            if "epochs_share" in part and not resumed:
+                # A resumed run's epochs are those of its share already.
+                merged["trainer"]["max_epochs"] = _share(merged, part["epochs_share"])
     return merged
 
 
-def _shortened(merged: dict[str, Any], *, resumed: bool) -> dict[str, Any]:
-    """Training for the share of its epochs that the layers ask for."""
-    share = merged.pop("epochs_share", 1)
+def _on_data(layer: Mapping[str, Any], data: str, known: Mapping[str, str]) -> Mapping[str, Any]:
+    """What a layer says on the chosen data alone."""
+    sections = layer.get("on_data", {})
+    if not isinstance(sections, dict) or not all(isinstance(v, dict) for v in sections.values()):
+        raise ValueError(f"Expected `on_data` to hold a mapping a data set but got {sections}.")
+    for name in sections:
+        # A class path may be one of the user's own.
+        if name not in known and "." not in str(name):
+            raise ValueError(
+                f"Expected `on_data` to name some of {', '.join(sorted(known))}, or class paths, "
+                f"but got {name}."
+            )
+    chosen = [sections[name] for name in (_short(data), data) if name in sections]
+    return chosen[0] if chosen else {}
+
+
+def _share(merged: Mapping[str, Any], share: Any) -> int:
+    """The epochs that the layers so far ask for, times a share, at least one."""
     try:
         check_number("epochs_share", float(share))
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"Expected `epochs_share` to be >= 0 but got {share}.") from error
-    if resumed or float(share) == 1:
-        # A resumed run's epochs are those of its share already.
-        return merged
-    trainer = {**_read(str(DEFAULTS))["trainer"], **merged.get("trainer", {})}
-    epochs = max(1, round(trainer["max_epochs"] * float(share)))
-    return {**merged, "trainer": {**merged.get("trainer", {}), "max_epochs": epochs}}
+    return max(1, round(merged["trainer"]["max_epochs"] * float(share)))
 
 
 def run_folder_of(checkpoint: str | None) -> Path | None:

@@ -60,19 +60,23 @@ class TrainingLabels:
         drawn = (draws[:, 1] * num_classes).long().clamp_max(num_classes - 1)
         return torch.where(draws[:, 0] < self.noise, drawn, labels)
 
-    def probabilities(self, labels: Tensor, num_classes: int) -> Tensor:
+    def probabilities(
+        self, labels: Tensor, num_classes: int, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
         """Smoothed labels.
 
         Args:
             labels: Classes `(N,)`.
             num_classes: Number K of classes, at least 2.
+            dtype: Of the result.
 
         Returns:
             Probabilities `(N, K)` that the loss is to reproduce.
         """
         others = self.smoothing / (num_classes - (self.spread == "others"))
         kept = 1 - self.smoothing + (others if self.spread == "all" else 0)
-        smoothed = torch.full((len(labels), num_classes), others, device=labels.device)
+        shape = (len(labels), num_classes)
+        smoothed = torch.full(shape, others, dtype=dtype, device=labels.device)
         return smoothed.scatter(1, labels[:, None], kept)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -87,4 +91,4 @@ class TrainingLabels:
         """
         if self.smoothing == 0:
             return cross_entropy(logits, labels)
-        return cross_entropy(logits, self.probabilities(labels, logits.shape[1]).to(logits))
+        return cross_entropy(logits, self.probabilities(labels, logits.shape[1], logits.dtype))

@@ -28,9 +28,23 @@ def stream(seed: int, *key: int | str, device: torch.device | str = "cpu") -> to
         >>> torch.rand(1, generator=stream(0, "a", 3)) == torch.rand(1, generator=stream(0, "a", 4))
         tensor([False])
     """
+    return torch.Generator(device).manual_seed(stream_seed(seed, *key))
+
+
+def stream_seed(seed: int, *key: int | str) -> int:
+    """A seed of its own for each key, where a generator cannot be handed over.
+
+    Args:
+        seed: The measure's or the run's seed.
+        key: What the numbers are for.
+
+    Example:
+        >>> stream_seed(0, "a", 3) == stream_seed(0, "a", 3), stream_seed(0, "a", 3) < 2**63
+        (True, True)
+    """
     digest = hashlib.blake2b(repr((seed, *key)).encode(), digest_size=8).digest()
     # manual_seed takes 64 bits, but a sign bit would make it negative.
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
+    return int.from_bytes(digest, "big") >> 1
 
 
 def per_example_norm(values: Tensor, norm: Norm) -> Tensor:

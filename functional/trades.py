@@ -7,9 +7,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from robust_flatness.functional.attack import pgd_attack
-from robust_flatness.functional.checks import check_number, upcast
+from robust_flatness.functional.checks import check_choice, check_number, upcast
 from robust_flatness.functional.modes import module_modes
 from robust_flatness.functional.noise import Norm, Start
+
+# At the clean image itself the divergence has no gradient.
+STARTS = ("paper", "uniform", "gaussian")
 
 
 def divergences(logits: Tensor, clean_logits: Tensor) -> Tensor:
@@ -96,6 +99,7 @@ def trades_loss(
         True
     """
     check_number("lam", lam)
+    check_choice("start", start, STARTS)
     with torch.no_grad(), module_modes(model, "eval"):
         clean = upcast(model(images))
     attack = partial(pgd_attack, eps=eps, steps=steps, step_size=step_size, norm=norm, start=start)

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -19,6 +18,7 @@ from robust_flatness.functional.noise import Norm, Start
 from robust_flatness.lightning_modules.epoch_means import EpochMeans
 from robust_flatness.lightning_modules.pgd_mixin import PGDMixin
 from robust_flatness.lightning_modules.schedules import MultiStep, prepare_schedule
+from robust_flatness.lightning_modules.walk_mixin import WalkMixin
 from robust_flatness.networks import Normalize, ResNet18
 
 NetworkCallable = Callable[[int, int], nn.Module]
@@ -26,7 +26,7 @@ Incorrect = Literal["attack", "ignore", "predicted"]
 CLASS_KEY, SEED_KEY = "robust_flatness_class", "robust_flatness_seed"
 
 
-class AT(PGDMixin, LightningModule):
+class AT(PGDMixin, WalkMixin):
     """Adversarial training (Madry et al., 2018): minimises cross-entropy on PGD examples alone.
 
     The base of all variants: a variant overrides `objective`, `attack`, or `perturb`, which comes
@@ -125,10 +125,12 @@ class AT(PGDMixin, LightningModule):
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """One step: craft, draw label noise, perturb weights (nothing here), take the objective."""
         images, labels = batch[:2]
-        adversarial = self._attacked(images, labels)
-        noisy = self._noisy(labels)
-        self.perturb(images, adversarial, noisy)
-        loss, logits = self.objective(images, adversarial, noisy)
+        self._learning_rate = float(self.trainer.optimizers[0].param_groups[0]["lr"])
+        with self.own_dropout():
+            adversarial = self._attacked(images, labels)
+            noisy = self._noisy(labels)
+            self.perturb(images, adversarial, noisy)
+            loss, logits = self.objective(images, adversarial, noisy)
         self._record(loss.detach(), logits.detach(), labels[: len(logits)])
         return loss
 
@@ -189,13 +191,14 @@ class AT(PGDMixin, LightningModule):
 
     def on_train_start(self) -> None:
         """Tells a schedule that counts steps how many there are."""
+        super().on_train_start()
         prepare_schedule(self.lr_schedulers(), self.trainer)
 
     def on_train_epoch_end(self) -> None:
         """Logs what the training batches gave; once an epoch, as each `log` call costs time."""
         self.means.log(self)
-        optimizer = self.trainer.optimizers[0]
-        self.log("train/learning_rate", float(optimizer.param_groups[0]["lr"]))
+        # That of the epoch's last step: schedules have moved on already.
+        self.log("train/learning_rate", self._learning_rate)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Does nothing: `trainer.test` is measured by callbacks, on fixed sets of images."""

@@ -1,5 +1,6 @@
 """Adversarial training with rotation prediction as a second task."""
 
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -29,8 +30,8 @@ class ATSelfSupervision(AT):
         rotations: `half` classifies the batch's first half and turns each image of its second half
             by one random multiple of 90° (the paper), so an epoch sees half of the labels; `all`
             classifies all and turns all by each multiple (Hendrycks et al., with λ = 0.5).
-        adversarial_fraction: Share of each half that is attacked, the rest staying clean: 1 is the
-            paper's text, 0.5 its code and, by its clean errors, its table.
+        adversarial_fraction: Share of each half, or of each rotation, that is attacked, the rest
+            staying clean: 1 is the paper's text, 0.5 its code and, by its clean errors, its table.
         hidden: Units of the rotation head's hidden layer.
         kwargs: Arguments of `AT`; `incorrect` has no meaning here.
 
@@ -77,48 +78,74 @@ class ATSelfSupervision(AT):
         features = self.network.features(self.normalize(images))  # type: ignore[operator]
         return upcast(self.rotation_head(features))
 
+    def on_train_batch_start(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+        """Looks at the first batch before anything is trained on it.
+
+        Raises:
+            ValueError: If processes cannot share out what one process would do with the batch.
+        """
+        super().on_train_batch_start(batch, batch_idx)
+        world = self.trainer.world_size
+        if self.batches_seen or world == 1:
+            return
+        parts, total = self._parts(len(batch[0])), self._parts(world * len(batch[0]))
+        if any(world * part != whole for part, whole in zip(parts, total)):
+            raise ValueError(
+                "Expected the batch of each process to halve, and `adversarial_fraction` of a half "
+                f"to be whole images, as on one process, but got {len(batch[0])} images."
+            )
+
     def attack(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Examples to classify, then rotated ones, each attacked against its own loss."""
-        count = self._classified(len(images))
-        turns = self._turns(images)
-        source = images.repeat(4, 1, 1, 1) if self.rotations == "all" else images[count:]
-        turned = rotate(source, turns)
-        first, second = self._attacked_of(count), self._attacked_of(len(turned))
-        adversarial = self.craft(images[:first], labels[:first])
+        """Images to classify, attacked ones first, then turned ones likewise."""
+        classified, hit, hit_turned = self._parts(len(images))
+        adversarial = self.craft(images[:hit], labels[:hit])
+        turned, turns = self._turned(images)
         # A bound method has no modes of its own, so network and head get theirs here.
         with module_modes(self, self.pgd.mode):
             against_turns = self.craft(
-                turned[:second],
-                turns[:second],
+                turned[:hit_turned],
+                turns[:hit_turned],
                 model=self.rotation_logits,
                 purpose="start of rotated",
             )
-        return torch.cat([adversarial, images[first:count], against_turns, turned[second:]])
+        return torch.cat([adversarial, images[hit:classified], against_turns, turned[hit_turned:]])
 
     def objective(
         self, images: Tensor, adversarial: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Cross-entropy on labels plus λ times that on rotations; logits of attacked examples."""
-        count = self._classified(len(images))
-        logits = upcast(self(adversarial[:count]))
-        turns = self._turns(images)
-        turn_logits = self.rotation_logits(adversarial[count:])
-        self.means.add("train/rotation_loss", example_losses(turn_logits, turns))
-        self.means.add("train/rotation_error", turn_logits.argmax(1) != turns)
-        loss = self.training_labels.loss(logits, labels[:count])
-        return loss + self.lam * cross_entropy(turn_logits, turns), logits[
-            : self._attacked_of(count)
-        ]
+        classified, hit, _ = self._parts(len(images))
+        logits = upcast(self(adversarial[:classified]))
+        loss = self.training_labels.loss(logits, labels[:classified])
+        if len(adversarial) > classified:
+            _, turns = self._turned(images)
+            turn_logits = self.rotation_logits(adversarial[classified:])
+            self.means.add("train/rotation_loss", example_losses(turn_logits, turns))
+            self.means.add("train/rotation_error", turn_logits.argmax(1) != turns)
+            loss = loss + self.lam * cross_entropy(turn_logits, turns)
+        return loss, logits[:hit]
 
-    def _classified(self, count: int) -> int:
-        return count if self.rotations == "all" else (count + 1) // 2
-
-    def _attacked_of(self, count: int) -> int:
-        return round(self.fraction * count)
-
-    def _turns(self, images: Tensor) -> Tensor:
-        """How far the rotated images of this batch are turned, the same whenever it is asked."""
+    def _parts(self, count: int) -> tuple[int, int, int]:
+        """How many images of a batch are classified, attacked among these, attacked when turned."""
         if self.rotations == "all":
-            return torch.arange(4, device=images.device).repeat_interleave(len(images))
-        count = len(images) - self._classified(len(images))
-        return (self.draws("rotation", count, 1, images.device)[:, 0] * 4).long()
+            hit = round(self.fraction * count)
+            return count, hit, 4 * hit
+        # Halves of one image have no batch statistics: a rest that small is classified.
+        turned = count // 2 if count >= 4 else 0
+        classified = count - turned
+        return classified, round(self.fraction * classified), round(self.fraction * turned)
+
+    def _turned(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The turned images of a batch and how far they are, the same whenever it is asked."""
+        classified, hit, _ = self._parts(len(images))
+        device = images.device
+        if self.rotations == "half":
+            rest = images[classified:]
+            turns = (self.draws("rotation", len(rest), 1, device)[:, 0] * 4).long()
+            return rotate(rest, turns), turns
+        # Attacked images come first, each of them in all four directions.
+        blocks = [part for part in (images[:hit], images[hit:]) if len(part)]
+        turns = torch.cat(
+            [torch.arange(4, device=device).repeat_interleave(len(part)) for part in blocks]
+        )
+        return rotate(torch.cat([part.repeat(4, 1, 1, 1) for part in blocks]), turns), turns

@@ -33,9 +33,14 @@ class ATUnlabeled(TRADES):
     """
 
     def __init__(self, *, loss: Loss = "at", **kwargs: Any) -> None:
-        super().__init__(**kwargs)
         check_choice("loss", loss, get_args(Loss))
         self.loss = loss
+        super().__init__(**kwargs)
+
+    def check_attack(self) -> None:
+        """Refuses what means nothing to TRADES' attack, where that is the attack."""
+        if self.loss == "trades":
+            super().check_attack()
 
     def on_train_batch_start(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         """Looks at the first batch before anything is trained on it.

@@ -140,9 +140,15 @@ class AWPMixin(AT):
         """The variant's optimizer and schedule.
 
         Raises:
-            ValueError: If `order` is awp and the optimizer decouples weight decay from gradients.
+            ValueError: If `order` is awp and the optimizer decouples weight decay from gradients,
+                or if the warm-up is a share of endless training.
         """
         configured = super().configure_optimizers()
+        if self.warmup and (self.trainer.max_epochs or 0) < 1:
+            raise ValueError(
+                "Expected `trainer.max_epochs` to be >= 1, as `warmup` is a share of training, but "
+                f"got {self.trainer.max_epochs}."
+            )
         optimizer = configured["optimizer"]
         if self.order == "awp" and any(map(_decouples_decay, optimizer.param_groups)):
             raise ValueError(

@@ -56,6 +56,13 @@ class Cyclic(CyclicLR):
         check_count("cycles", cycles, low=1)
         check_number("base_lr", base_lr)
         check_number("max_lr", max_lr, low=base_lr)
+        check_number("max_momentum", max_momentum, high=1.0)
+        check_number("base_momentum", base_momentum, high=max_momentum)
+        if cycle_momentum and not all(g.get("momentum", True) for g in optimizer.param_groups):
+            raise ValueError(
+                "Expected an optimizer with momentum for `cycle_momentum` but got "
+                f"{type(optimizer).__name__} with momentum 0."
+            )
         self.cycles = cycles
         super().__init__(
             optimizer,

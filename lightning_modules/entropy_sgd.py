@@ -23,7 +23,9 @@ class EntropySGD(SGD):
     steps: the 150 epochs of a run hold what the paper's 150/L epochs of L batches a step do.
 
     The walk is without momentum, as in the paper's code. With L = 0 it is torch's SGD bit for bit.
-    Between outer steps the weights are those of the walk; `finish` ends it early.
+    Between outer steps the weights are those of the walk; `finish` ends it early. Every module of
+    this package gives it the run's seed, and ends a walk with the epoch or with training, so that
+    measures and checkpoints at the end of an epoch see outer weights.
 
     Args:
         params: Parameters or groups.
@@ -39,7 +41,7 @@ class EntropySGD(SGD):
             without effect in the paper's code and would reach 1e21 in its 58,650 steps. The pull
             never goes further than back to the outer weights.
         averaging: β of the running mean.
-        seed: Of the noise; `ATEntropySGD` sets it to the run's.
+        seed: Of the noise; modules of this package set it to the run's.
 
     Attributes:
         cut_short: Whether the next step ends the walk, however long it is.
@@ -88,9 +90,14 @@ class EntropySGD(SGD):
         )
         self.langevin_steps, self.langevin_lr, self.noise = langevin_steps, langevin_lr, noise
         self.gamma, self.scoping, self.averaging, self.seed = gamma, scoping, averaging, seed
-        self.cut_short = False
+        self.cut_short = self._ending = False
         # In a group, so that the optimizer's state dict holds it.
         self.param_groups[0].update(walked=0, inner_steps=0, outer_steps=0)
+
+    @property
+    def walking(self) -> bool:
+        """Whether the weights are those of a walk that has not ended."""
+        return bool(self.param_groups[0]["walked"])
 
     @property
     def pull(self) -> float:
@@ -113,21 +120,37 @@ class EntropySGD(SGD):
         """
         if self.langevin_steps == 0:
             return self._outer_step(closure)
+        if self._ending:
+            self._end_walk()
+            return None
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._walk()
         if self.cut_short or self.param_groups[0]["walked"] == self.langevin_steps:
-            self.finish()
+            self._end_walk()
         return loss
 
-    @torch.no_grad()
     def finish(self) -> None:
         """Ends the walk with the outer step; nothing happens where none has begun."""
-        counts = self.param_groups[0]
-        if not counts["walked"]:
+        if not self.walking:
             return
+        self._ending = True
+        try:
+            # Through `step`, so that what hangs on it, such as clipping, sees the outer weights.
+            self.step()
+        finally:
+            self._ending = False
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the state of another `EntropySGD`, or of an SGD, whose walks begin at zero."""
+        super().load_state_dict(state_dict)
+        for name in ("walked", "inner_steps", "outer_steps"):
+            self.param_groups[0].setdefault(name, 0)
+
+    def _end_walk(self) -> None:
+        counts = self.param_groups[0]
         parameters = [p for group in self.param_groups for p in group["params"]]
         gradients = [p.grad for p in parameters]
         for parameter in parameters:

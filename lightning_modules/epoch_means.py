@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 
-class EpochMeans(nn.ModuleDict):
+class EpochMeans(nn.Module):
     """Gathers values on the device and logs their means once an epoch.
 
     Each `log` call costs time in every step, so values are only added up there; NaN is kept, as
@@ -23,7 +23,15 @@ class EpochMeans(nn.ModuleDict):
         tensor(1.5000)
     """
 
-    _paused = False
+    def __init__(self) -> None:
+        super().__init__()
+        # By place, as modules cannot have all names that a figure can.
+        self._metrics = nn.ModuleList()
+        self._places: dict[str, int] = {}
+        self._paused = False
+
+    def __getitem__(self, name: str) -> MeanMetric:
+        return cast(MeanMetric, self._metrics[self._places[name]])
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -43,9 +51,10 @@ class EpochMeans(nn.ModuleDict):
         """
         if self._paused or values.numel() == 0:
             return
-        if name not in self:
-            self[name] = MeanMetric(nan_strategy="disable").to(values.device)
-        cast(MeanMetric, self[name]).update(values.detach().float())
+        if name not in self._places:
+            self._places[name] = len(self._metrics)
+            self._metrics.append(MeanMetric(nan_strategy="disable").to(values.device))
+        self[name].update(values.detach().float())
 
     def log(self, module: LightningModule) -> None:
         """Logs what was gathered since the last time.
@@ -53,6 +62,6 @@ class EpochMeans(nn.ModuleDict):
         Args:
             module: Whose `log` is called.
         """
-        for name, metric in self.items():
-            if isinstance(metric, MeanMetric) and metric.update_called:
-                module.log(name, metric, prog_bar=name == "train/robust_loss")
+        for name in self._places:
+            if self[name].update_called:
+                module.log(name, self[name], prog_bar=name == "train/robust_loss")

@@ -30,9 +30,11 @@ def load_checkpoint(path: str | Path, **kwargs: Any) -> AT:
     classes = importlib.import_module("robust_flatness.lightning_modules")
     variant = getattr(classes, name, None) if isinstance(name, str) else None
     if variant is None:
+        members = {name: getattr(classes, name) for name in classes.__all__}
+        variants = [n for n, c in members.items() if isinstance(c, type) and issubclass(c, AT)]
         raise ValueError(
-            f"Expected `path` to be a checkpoint of {', '.join(classes.__all__)} but {path} "
-            f"was written by {name}."
+            f"Expected `path` to be a checkpoint of {', '.join(variants)} but {path} was written "
+            f"by {name}."
         )
     module: AT = variant.load_from_checkpoint(path, map_location="cpu", **kwargs)
     return module.eval()

@@ -1,16 +1,18 @@
 """Crafting adversarial examples inside a training step."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import cast
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from robust_flatness.functional.attack import PGD, Criterion, example_losses
 from robust_flatness.functional.checks import check_examples, upcast
 from robust_flatness.functional.modes import Model, module_modes
-from robust_flatness.functional.noise import random_start, stream
+from robust_flatness.functional.noise import random_start, stream, stream_seed
 
 
 class PGDMixin:
@@ -76,6 +78,22 @@ class PGDMixin:
         shape, generator = (trainer.world_size * count, columns), self.generator(purpose, device)
         every = torch.rand(shape, generator=generator, device=device)
         return every[trainer.global_rank :: trainer.world_size]
+
+    @contextmanager
+    def own_dropout(self) -> Iterator[None]:
+        """Dropout inside draws from the run's seed, batch and rank, so that a resumed run goes on.
+
+        Global random state is left as it was, and untouched where there is no Dropout.
+        """
+        module = cast(LightningModule, self)
+        if not any(isinstance(m, _DropoutNd) and m.p > 0 for m in module.modules()):
+            yield
+            return
+        devices = [module.device] if module.device.type == "cuda" else []
+        key = ("dropout", self.batches_seen, module.global_rank)
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(stream_seed(self._run_seed or 0, *key))
+            yield
 
     def clean_logits(self, images: Tensor) -> Tensor:
         """Logits of clean images in eval mode, without a graph.

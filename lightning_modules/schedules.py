@@ -85,13 +85,13 @@ def prepare_schedule(schedule: Any, trainer: Trainer) -> None:
     """
     if not hasattr(schedule, "total"):
         return
-    epochs = trainer.max_epochs
-    if epochs is None or epochs < 1:
+    epochs, by_step = trainer.max_epochs or -1, schedule.interval == "step"
+    if epochs < 1 and not (by_step and trainer.max_steps > 0):
         raise ValueError(
             "Expected `trainer.max_epochs` to be >= 1, as the schedule goes by shares of training, "
-            f"but got {epochs}."
+            f"but got {trainer.max_epochs}."
         )
-    if schedule.interval == "epoch":
+    if not by_step:
         schedule.total = epochs
     elif trainer.train_dataloader is not None:
         schedule.total = int(trainer.estimated_stepping_batches)

@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
-from robust_flatness.functional.checks import check_number, upcast
-from robust_flatness.functional.trades import divergences
+from robust_flatness.functional.checks import check_choice, check_number, upcast
+from robust_flatness.functional.trades import STARTS, divergences
 from robust_flatness.lightning_modules.at import AT
 
 
@@ -23,7 +23,8 @@ class TRADES(AT):
         kwargs: Arguments of `AT`.
 
     Raises:
-        ValueError: If `lam` is negative or the attack starts at zero.
+        ValueError: If `lam` is negative, the attack starts at zero, or `incorrect` is `predicted`,
+            as predictions are attacked in any case.
 
     Example:
         >>> TRADES(lam=3.0).lam
@@ -33,12 +34,17 @@ class TRADES(AT):
     def __init__(self, *, lam: float = 6.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         check_number("lam", lam)
-        if self.pgd.start == "zero":
-            raise ValueError(
-                "Expected `start` to be one of paper, uniform, gaussian for TRADES, whose attack "
-                "has no gradient at the clean image, but got zero."
-            )
         self.lam = lam
+        self.check_attack()
+
+    def check_attack(self) -> None:
+        """Refuses settings that mean nothing to an attack on the divergence.
+
+        Raises:
+            ValueError: If the attack starts at zero, or is to use predictions, which it does.
+        """
+        check_choice("start", self.pgd.start, STARTS)
+        check_choice("incorrect", self.incorrect, ("attack", "ignore"))
 
     def attack(self, images: Tensor, labels: Tensor) -> Tensor:
         """Examples whose prediction diverges from the clean one; `labels` are not used."""

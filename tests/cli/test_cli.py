@@ -239,12 +239,17 @@ def test_default_callbacks_are_adjusted_by_name(trainers):
         (["--model.norm=l1"], "l1"),
         (["--data", "Digit"], "`--data` to be one of CIFAR10, CIFAR100, Digits, ImageFolder"),
         (["--name=a/b"], "`--name` to be a folder's name but got 'a/b'"),
-        (["--weight_clipping.w_max=-1"], "`w_max` to be >= 0 but got -1"),
+        (["--weight_clipping.w_max=-1"], "error: Expected `w_max` to be >= 0 but got -1.0."),
         (
             ["--weight_clipping.w_max=0.1", "--model.network.norm=batch"],
             "`leave_out` to name the scales network.body.1.weight",
         ),
         (["--data.unlabeled_share=0.5", "--data.unlabeled=nowhere"], "nowhere"),
+        (["--model.label_noise=2"], "error: Expected `label_noise` to be in [0, 1] but got 2.0."),
+        (
+            ["--config=table1/at_awp.yaml", "--config=table1/trades.yaml"],
+            "error: Expected arguments that TRADES takes but got `awp_steps`.",
+        ),
         (["--model=ATUnlabeled"], "set `data.unlabeled_share`"),
         (["--model=ATEntropySGD", "--model.optimizer=SGD"], "build an EntropySGD"),
         (["--without=[autoatack]"], "`--without` to name some of evaluation"),

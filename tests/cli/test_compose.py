@@ -127,11 +127,12 @@ def test_a_share_of_the_epochs_that_the_layers_below_ask_for():
     assert epochs(share) == 32  # Digits' preset has 80
     assert epochs(share, "--data=CIFAR10") == 60  # defaults.yaml has 150
     assert epochs("--config={trainer: {max_epochs: 10}}", share) == 4
-    assert epochs(share, "--config={trainer: {max_epochs: 10}}") == 4
-    # The last share counts, a typed one most; and one epoch is the least.
-    assert epochs(share, "--config={epochs_share: 0.5}") == 40
-    assert epochs("--epochs_share=0.25", share) == 20
+    assert epochs(share, "--config={trainer: {max_epochs: 10}}") == 10
+    # Shares multiply; and one epoch is the least.
+    assert epochs(share, "--config={epochs_share: 0.5}") == 16
+    assert epochs("--epochs_share=0.25", share) == 8
     assert epochs("--epochs_share", "0.001") == 1
+    assert epochs("--config={on_data: {Digits: {epochs_share: 2}}}") == 160
     assert "epochs_share" not in composed(share)[0]
 
 
@@ -142,6 +143,8 @@ def test_a_resumed_run_has_its_share_already(tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     checkpoint = f"--ckpt_path={tmp_path}/checkpoints/last.ckpt"
     assert epochs(checkpoint, "--config={epochs_share: 0.4}") == 32
+    with pytest.raises(ValueError, match="no `--epochs_share` for a run that goes on"):
+        composed(checkpoint, "--epochs_share=2")
 
 
 def test_what_a_file_says_on_one_data_set_is_for_that_one():
@@ -175,6 +178,10 @@ def test_presets_are_found_by_name_from_anywhere(tmp_path, monkeypatch):
         ("--config=table1/nothing.yaml", "to be a YAML file but got table1/nothing.yaml"),
         ("--epochs_share=-1", "`epochs_share` to be >= 0 but got -1"),
         ("--config={epochs_share: half}", "`epochs_share` to be >= 0 but got half"),
+        ("--config={epochs_share: null}", "`epochs_share` to be >= 0 but got None"),
+        ("--config={on_data: null}", "`on_data` to hold a mapping a data set but got None"),
+        ("--config={on_data: {Digits: 3}}", "`on_data` to hold a mapping a data set"),
+        ("--config={on_data: {digits: {}}}", "`on_data` to name some of CIFAR10, Digits"),
     ],
 )
 def test_bad_files_and_shares_are_named(argument, message):

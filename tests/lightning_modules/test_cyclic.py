@@ -65,18 +65,38 @@ def test_accumulation_counts_optimizer_steps():
 
 
 def test_a_resumed_run_goes_on_in_its_cycle(tmp_path):
-    def fit(**kwargs):
+    def fit(epochs=4, **kwargs):
         torch.manual_seed(0)
         module = Rates(tiny_body, lr_scheduler=lambda o: Cyclic(o, cycles=1), **PLAIN)
         keep = ModelCheckpoint(tmp_path, filename="{epoch}", every_n_epochs=2, save_top_k=-1)
-        trainer = quiet_trainer(max_epochs=4, callbacks=[keep], enable_checkpointing=True)
+        trainer = quiet_trainer(max_epochs=epochs, callbacks=[keep], enable_checkpointing=True)
         trainer.fit(module, loader(32), **kwargs)
         return module.rates
 
     whole = fit()
-    assert fit(ckpt_path=tmp_path / "epoch=1.ckpt") == pytest.approx(whole[8:])
+    checkpoint = tmp_path / "epoch=1.ckpt"
+    assert fit(ckpt_path=checkpoint) == pytest.approx(whole[8:])
+    # Made longer, the run is where a run of that length would be, from its second step on: the
+    # first has the rate that the optimizer was saved with.
+    longer = fit(epochs=6, ckpt_path=checkpoint)
+    assert longer[1:] == pytest.approx(fit(epochs=6)[9:])
 
 
-def test_a_bad_number_of_cycles_is_named():
-    with pytest.raises(ValueError, match="`cycles` to be >= 1 but got 0"):
-        Cyclic(SGD([torch.zeros(1)], lr=1.0, momentum=0.9), cycles=0)
+@pytest.mark.parametrize(
+    ("momentum", "kwargs", "message"),
+    [
+        (0.9, {"cycles": 0}, "`cycles` to be >= 1 but got 0"),
+        (0.9, {"max_momentum": 7.0}, r"`max_momentum` to be in \[0, 1\] but got 7.0"),
+        (0.9, {"base_momentum": -3.0}, r"`base_momentum` to be in \[0, 0.9\] but got -3.0"),
+        (0.0, {}, "with momentum for `cycle_momentum` but got SGD with momentum 0"),
+    ],
+)
+def test_bad_arguments_are_named(momentum, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        Cyclic(SGD([torch.zeros(1)], lr=1.0, momentum=momentum), **kwargs)
+
+
+def test_steps_may_end_training_in_place_of_epochs():
+    module = Rates(tiny_body, lr_scheduler=lambda o: Cyclic(o, cycles=1), **PLAIN)
+    quiet_trainer(max_epochs=-1, max_steps=8).fit(module, loader(32))
+    assert module.rates == pytest.approx([0, 0.05, 0.1, 0.15, 0.2, 0.15, 0.1, 0.05])

@@ -207,6 +207,15 @@ def test_state_dict_goes_on_in_the_middle_of_a_walk():
     assert all(torch.equal(a, b) for a, b in zip(whole, resumed))
 
 
+def test_the_state_of_an_sgd_is_taken_with_walks_at_zero():
+    weight, optimizer = single()
+    sgd = SGD([weight], lr=0.7, momentum=0.0)
+    optimizer.load_state_dict(sgd.state_dict())
+    step(weight, optimizer, gradient=1.0)
+    assert optimizer.param_groups[0]["lr"] == 0.7
+    assert optimizer.param_groups[0]["outer_steps"] == 1
+
+
 def test_parameters_without_gradient_are_left_alone():
     weight, frozen = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     optimizer = EntropySGD([weight, frozen], lr=LR, momentum=0.0, nesterov=False)

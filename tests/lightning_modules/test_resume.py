@@ -26,7 +26,12 @@ def walk(parameters):
     return EntropySGD(parameters, lr=1.0, langevin_steps=3, noise=1e-2, scoping=0.1)
 
 
+def resnet_with_dropout(classes, channels):
+    return ResNet18(classes, channels, width=2, dropout=0.3)
+
+
 VARIANTS = {
+    "dropout": (AT, {"network": resnet_with_dropout}),
     "label noise, cyclic": (
         AT,
         {"label_noise": 0.5, "lr_scheduler": lambda optimizer: Cyclic(optimizer, cycles=2)},

@@ -1,6 +1,7 @@
 """Self-supervision by rotations."""
 
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def test_objective_by_hand_in_float64():
     module.eval()
     images, labels = images_and_labels(8)
     images = images.double()
-    turns = module._turns(images)
+    _, turns = module._turned(images)
     loss, logits = module.objective(images, images, labels)
     classified = cross_entropy(module(images[:4]), labels[:4])
     features = module.network.features(module.normalize(images[4:]))
@@ -100,14 +101,47 @@ def test_fraction_of_each_half_is_attacked(fraction, attacked):
     assert ("train/robust_error" in trainer.callback_metrics) == (attacked > 0)
 
 
+def test_with_all_rotations_each_has_its_share_of_attacks():
+    module = built(rotations="all", adversarial_fraction=0.5)
+    module.trainer = quiet_trainer()
+    images, labels = images_and_labels(8)
+    adversarial = module.attack(images, labels)
+    turned, turns = module._turned(images)
+    moved = (adversarial[8:] != turned).flatten(1).any(1)
+    for k in range(4):
+        assert moved[turns == k].float().mean() == 0.5
+    for image, turn, source in zip(turned, turns, [*range(4)] * 4 + [*range(4, 8)] * 4):
+        assert torch.equal(image, torch.rot90(images[source], int(turn), (1, 2)))
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_rest_too_small_to_halve_is_classified(count):
+    module = built()
+    fit(module, count=8 + count)
+    images, adversarial, _, (loss, logits) = module.objectives[-1]
+    assert adversarial.shape == images.shape
+    assert len(logits) == count
+    assert loss.isfinite()
+
+
+@pytest.mark.parametrize(("count", "fraction"), [(3, 1.0), (6, 0.5)])
+def test_processes_must_share_what_one_would_do(count, fraction):
+    module = built(adversarial_fraction=fraction)
+    module.trainer = quiet_trainer()
+    module.on_train_batch_start(images_and_labels(count), 0)
+    module.trainer = mock.Mock(wraps=module.trainer, world_size=2)
+    module.trainer.fit_loop.epoch_loop.total_batch_idx = 0
+    with pytest.raises(ValueError, match=f"as on one process, but got {count} images"):
+        module.on_train_batch_start(images_and_labels(count), 0)
+
+
 def test_each_task_is_attacked_on_its_own_loss():
     module = built(eps=0.3, steps=5)
     module.trainer = quiet_trainer()
     module.eval()
     images, labels = images_and_labels(32)
     adversarial = module.attack(images, labels)
-    turns = module._turns(images)
-    clean = rotate(images[16:], turns)
+    clean, turns = module._turned(images)
 
     def rotation_loss(batch):
         return cross_entropy(module.rotation_logits(batch), turns)

@@ -211,7 +211,7 @@ def test_trades_awp_warms_up_for_its_share():
 
 
 class Mixed(torch.utils.data.Dataset):
-    """Every second image has a pseudo-label."""
+    """Every fourth image has a pseudo-label."""
 
     def __init__(self):
         self.images, self.labels = images_and_labels(16)
@@ -220,7 +220,7 @@ class Mixed(torch.utils.data.Dataset):
         return 16
 
     def __getitem__(self, index):
-        return self.images[index], self.labels[index], index % 2 == 0
+        return self.images[index], self.labels[index], index % 4 == 0
 
 
 @pytest.mark.parametrize(("loss", "forwards"), [("at", STEPS + 2), ("trades", STEPS + 4)])
@@ -229,7 +229,7 @@ def test_unlabeled_takes_both_losses_and_logs_the_share(loss, forwards):
     passes = PassCounter(module.network)
     trainer.fit(module, DataLoader(Mixed(), 8))
     assert passes.forwards == 16 * forwards
-    assert trainer.callback_metrics["unlabeled/share"].item() == 0.5
+    assert trainer.callback_metrics["unlabeled/share"].item() == 0.25
 
 
 def test_unlabeled_as_at_is_at():
@@ -252,7 +252,7 @@ def test_entropy_sgd_takes_the_runs_seed_and_ends_its_walk_with_the_epoch():
 
     class Spy(ATEntropySGD):
         def on_train_epoch_end(self):
-            ends.append(dict(self._entropy_sgd().param_groups[0]))
+            ends.append(dict(self.walk.param_groups[0]))
             super().on_train_epoch_end()
 
     module = built(Spy, optimizer=lambda p: EntropySGD(p, langevin_steps=3, seed=99))
@@ -261,7 +261,7 @@ def test_entropy_sgd_takes_the_runs_seed_and_ends_its_walk_with_the_epoch():
     # Four batches: a walk of three, and one of one that the epoch cuts short.
     assert [end["outer_steps"] for end in ends] == [2, 4]
     assert [end["walked"] for end in ends] == [0, 0]
-    assert module._entropy_sgd().seed == module._run_seed
+    assert module.walk.seed == module._run_seed
 
 
 def test_entropy_sgd_needs_its_optimizer():
@@ -283,7 +283,7 @@ def test_entropy_sgd_goes_with_clipping_and_accumulation(precision):
     trainer.fit(module, loader(64))
     assert not torch.equal(before, module.network[0].weight)
     # Eight batches make four steps of the walk, and these two outer steps, in each epoch.
-    assert module._entropy_sgd().param_groups[0]["outer_steps"] == 4
+    assert module.walk.param_groups[0]["outer_steps"] == 4
 
 
 @pytest.mark.parametrize(
@@ -374,3 +374,90 @@ def test_under_bf16_attacks_and_losses_keep_float32(cls):
     quiet_trainer(precision="bf16-mixed").fit(module, batches_for(cls))
     assert set(seen) == {(torch.float32,) * 4}
     assert all(p.isfinite().all() for p in module.parameters())
+
+
+def walk_of(length, **kwargs):
+    return lambda p: EntropySGD(p, lr=1.0, langevin_steps=length, **kwargs)
+
+
+class Ends(Callback):
+    """What callbacks see at the end of an epoch and of training: is a walk under way?"""
+
+    def __init__(self):
+        self.walking = []
+
+    def on_train_epoch_end(self, trainer, module):
+        self.walking.append(trainer.optimizers[0].walking)
+
+    on_train_end = on_train_epoch_end
+
+
+class StopsAt(Callback):
+    """Ends training in the middle of an epoch, as a timer does."""
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        trainer.should_stop = batch_idx == 5
+
+
+@pytest.mark.parametrize("kwargs", [{"max_steps": 6}, {"callbacks": [StopsAt()]}, {}])
+def test_no_walk_outlives_the_epoch_nor_training(kwargs):
+    module, ends = built(AT, optimizer=walk_of(4)), Ends()
+    callbacks = [*kwargs.pop("callbacks", []), ends]
+    quiet_trainer(max_epochs=2, callbacks=callbacks, **kwargs).fit(module, loader(72))
+    assert ends.walking
+    assert not any(ends.walking)
+    assert module.walk.seed == module._run_seed
+
+
+def test_averages_leave_the_walk_out():
+    seen = []
+
+    class Outer(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if not trainer.optimizers[0].walking:
+                seen.append(module.network[0].weight.detach().double())
+
+    module = built(ATEntropySGD, optimizer=walk_of(4, noise=0.1))
+    averaging = WeightAveraging(0.5, reference_steps=None)
+    quiet_trainer(callbacks=[averaging, Outer()]).fit(module, loader(64))
+    first, second = seen
+    torch.testing.assert_close(
+        module.network[0].weight.double(), (first + second) / 2, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_entropy_sgd_combines_with_awp_and_trades():
+    module = built(TRADESAWP, warmup=0.0, optimizer=walk_of(3))
+    trainer = quiet_trainer()
+    trainer.fit(module, loader(32))
+    assert not module.walk.walking
+    assert trainer.callback_metrics["awp/relative_norm_max"].item() == pytest.approx(0.005, 1e-4)
+
+
+def test_the_logged_rate_is_the_one_that_the_epoch_trained_with():
+    logged = []
+
+    class Rates(Callback):
+        def on_train_epoch_start(self, trainer, module):
+            if trainer.current_epoch:
+                logged.append(trainer.callback_metrics["train/learning_rate"].item())
+
+    schedule = {"lr_scheduler": lambda o: lightning_modules.MultiStep(o, milestones=[0.5])}
+    trainer = quiet_trainer(max_epochs=4, callbacks=[Rates()])
+    trainer.fit(built(AT, **schedule), loader(8))
+    logged.append(trainer.callback_metrics["train/learning_rate"].item())
+    assert logged == pytest.approx([0.05, 0.05, 0.005, 0.005])
+
+
+def test_warm_up_needs_an_end_of_training():
+    schedule = {"lr_scheduler": lambda o: torch.optim.lr_scheduler.ConstantLR(o, 1.0)}
+    with pytest.raises(ValueError, match="as `warmup` is a share of training, but got -1"):
+        quiet_trainer(max_epochs=-1, max_steps=2).fit(built(TRADESAWP, **schedule), loader(8))
+
+
+def test_trades_attacks_predictions_in_any_case():
+    with pytest.raises(ValueError, match="`incorrect` to be one of attack, ignore but got pred"):
+        built(TRADES, incorrect="predicted")
+    with pytest.raises(ValueError, match="`start` to be one of paper, uniform, gaussian"):
+        built(ATUnlabeled, loss="trades", start="zero")
+    assert built(ATUnlabeled, start="zero", incorrect="predicted").loss == "at"

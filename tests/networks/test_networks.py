@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -155,3 +156,34 @@ def test_width_and_depth_are_checked():
 def test_images_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"\(N, 1, H, W\) but got shape \(2, 3, 8, 8\)"):
         SmallResNet(10)(torch.rand(2, 3, 8, 8))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        partial(ResNet18, width=2),
+        partial(SmallResNet, width=2),
+        partial(WideResNet, depth=10, widen_factor=1),
+    ],
+)
+def test_dropout_acts_in_train_mode_in_every_block(build):
+    torch.manual_seed(0)
+    network = build(10, 3, dropout=0.5)
+    images = torch.rand(4, 3, 16, 16)
+    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 0.0
+    assert not torch.equal(network(images), network(images))
+    dropouts = [m for m in network.modules() if isinstance(m, nn.Dropout)]
+    seen = []
+
+    def zeros(module, inputs, output):
+        seen.append((output == 0).float().mean())
+
+    for dropout in dropouts:
+        dropout.register_forward_hook(zeros)
+    network(images)
+    assert len(seen) == len(dropouts) > 0
+    assert all(share > 0.3 for share in seen)
+    network.eval()
+    assert torch.equal(network(images), network(images))

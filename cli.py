@@ -22,7 +22,7 @@ from robust_flatness.configs.components import (
     OPTIONAL_CALLBACKS,
     known_classes,
 )
-from robust_flatness.configs.compose import DEFAULTS, compose, run_folder_of
+from robust_flatness.configs.compose import DEFAULTS, EXTERNAL, compose, run_folder_of
 from robust_flatness.configs.parser import Parser
 from robust_flatness.lightning_modules.at import CLASS_KEY
 from robust_flatness.loggers import EpochCSVLogger, make_wandb_logger
@@ -84,6 +84,8 @@ class CLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Checks names, and lets `test` leave the run's config.yaml alone."""
+        if self._external and self.subcommand == "fit":
+            self.parser.error("Expected `test` for External, which is only measured, but got fit.")
         name = self.config[self.subcommand].name
         if name is not None and Path(name).name != name:
             self.parser.error(f"Expected `--name` to be a folder's name but got {name!r}.")
@@ -99,7 +101,7 @@ class CLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Checks the checkpoint's class; its settings come from its run's config.yaml."""
         path = self.config[self.config.subcommand].get("ckpt_path")
-        if not path and self.config.subcommand == "test":
+        if not path and self.config.subcommand == "test" and not self._external:
             self.parser.error("Expected `--ckpt_path` to name a checkpoint to test but got none.")
         if not path or path in ("last", "best", "hpc", "registry"):
             return
@@ -114,6 +116,11 @@ class CLI(LightningCLI):
             )
         if run_folder_of(path) is None:
             super()._parse_ckpt_path()
+
+    @property
+    def _external(self) -> bool:
+        path = str(self.config[self.config.subcommand].model.class_path)
+        return path.rsplit(".", 1)[-1] == EXTERNAL
 
     def instantiate_classes(self) -> None:
         """Builds everything; bad arguments end in one sentence."""

@@ -23,6 +23,8 @@ CONFIGS = Path(__file__).parent
 DEFAULTS = CONFIGS / "defaults.yaml"
 DEFAULT_CLASSES = {"model": "AT", "data": "Digits"}
 OUR_KEYS = ("on_data", "epochs_share")
+# The class of networks that were trained elsewhere: what a preset says of training is not for it.
+EXTERNAL = "External"
 
 
 def compose(arguments: Sequence[str], known: Mapping[str, Mapping[str, str]]) -> list[str]:
@@ -46,8 +48,6 @@ def compose(arguments: Sequence[str], known: Mapping[str, Mapping[str, str]]) ->
         ['--model.eps=0.1', '--model.network.width=8']
     """
     subcommand, options = arguments[0], _pairs(arguments[1:])
-    for option in options:
-        _check_name(option, known)
     files = [_read(_value(option)) for option in options if _name(option) in ("config", "c")]
     run = _run_config(options)
     classes = {
@@ -58,8 +58,14 @@ def compose(arguments: Sequence[str], known: Mapping[str, Mapping[str, str]]) ->
             f"Expected `--model` to be {_short(run['model']['class_path'])}, which wrote the "
             f"checkpoint, but got {_short(classes['model'])}."
         )
-    preset = CONFIGS / "data" / f"{_snake(classes['data'])}.yaml"
-    layers = [_read(str(DEFAULTS)), _read(str(preset)) if preset.is_file() else {}, run, *files]
+    external = _short(classes["model"]) == EXTERNAL
+    for option in options:
+        # Networks of others have names of their own, or class paths.
+        _check_name(option, {k: v for k, v in known.items() if not external or k == "data"})
+    preset = _preset(classes["data"])
+    if external:
+        preset.pop("model", None)
+    layers = [_read(str(DEFAULTS)), preset, run, *files]
     shares = [_value(option) for option in options if _name(option) == "epochs_share"]
     if shares and run:
         raise ValueError(
@@ -74,6 +80,12 @@ def compose(arguments: Sequence[str], known: Mapping[str, Mapping[str, str]]) ->
     kept = [option for option in options if _name(option) not in consumed]
     typed = [argument for option in sorted(kept, key=_depth) for argument in option]
     return [subcommand, "--config", yaml.safe_dump(merged), *typed]
+
+
+def _preset(data: str) -> dict[str, Any]:
+    """The preset that a data set brings along, if it has one."""
+    file = CONFIGS / "data" / f"{_snake(data)}.yaml"
+    return _read(str(file)) if file.is_file() else {}
 
 
 def _stacked(

@@ -1,4 +1,4 @@
-"""What is trained: one LightningModule for each variant of adversarial training."""
+"""What is trained, one LightningModule for each variant of adversarial training, or measured."""
 
 from robust_flatness.lightning_modules.at import AT
 from robust_flatness.lightning_modules.at_awp import ATAWP
@@ -7,6 +7,7 @@ from robust_flatness.lightning_modules.at_self_supervision import ATSelfSupervis
 from robust_flatness.lightning_modules.at_unlabeled import ATUnlabeled
 from robust_flatness.lightning_modules.cyclic import Cyclic
 from robust_flatness.lightning_modules.entropy_sgd import EntropySGD
+from robust_flatness.lightning_modules.external import External
 from robust_flatness.lightning_modules.loading import load_checkpoint
 from robust_flatness.lightning_modules.mart import MART
 from robust_flatness.lightning_modules.mart_awp import MARTAWP
@@ -26,6 +27,7 @@ __all__ = [
     "ATUnlabeled",
     "Cyclic",
     "EntropySGD",
+    "External",
     "MultiStep",
     "load_checkpoint",
 ]

@@ -168,7 +168,9 @@ class CLI(LightningCLI):
         optional = [config[name] for name in OPTIONAL_CALLBACKS if config[name] is not None]
         chosen = [config[name] for name in DEFAULT_CALLBACKS if name not in left_out]
         results = Results(settings=self.config_dump, method=self.method)
-        config.trajectory.method = self.method
+        for drawn in (config.trajectory, config.landscape):
+            if drawn is not None:
+                drawn.method = self.method
         return [*optional, *chosen, results]
 
     @property

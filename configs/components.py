@@ -15,10 +15,13 @@ import robust_flatness.datamodules as datamodules
 import robust_flatness.lightning_modules as lightning_modules
 import robust_flatness.networks as networks
 
-# Callbacks that a run has where one of their options is set.
+# Callbacks that a run has where one of their options is set, ahead of the others in their order.
 OPTIONAL_CALLBACKS: dict[str, type[Callback]] = {
     "weight_clipping": callbacks.WeightClipping,
     "weight_averaging": callbacks.WeightAveraging,
+    "worst_flatness": callbacks.WorstCaseFlatness,
+    "curvature": callbacks.Curvature,
+    "landscape": callbacks.Landscape,
 }
 # Callbacks that every run has, each with its arguments under this name on the command line.
 DEFAULT_CALLBACKS: dict[str, type[Callback]] = {

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from typing import Literal, get_args
 
 import torch
@@ -13,12 +15,16 @@ from robust_flatness.functional.checks import check_choice, check_count, check_e
 from robust_flatness.functional.noise import Norm, Start
 from robust_flatness.functional.robust_loss import worst_losses
 from robust_flatness.functional.weight_perturbation import (
+    Distribution,
+    RelativeTo,
     perturbed_weights,
     sample_weight_perturbation,
 )
 
+Loss = Literal["robust", "clean"]
 Protocol = Literal["shared", "paper"]
 PAPER_REFERENCE_RESTARTS = 10
+NO_ATTACK = PGD(0.0, steps=0, start="zero")
 
 
 @dataclass(frozen=True)
@@ -34,27 +40,29 @@ class FlatnessResult:
     perturbed_losses: Tensor
 
     @property
+    def increases(self) -> Tensor:
+        """Perturbed minus reference loss of each example, `(K, N)`, float64."""
+        return self.perturbed_losses.double() - self.reference_losses.double()
+
+    @property
     def value(self) -> float:
         """Eq. (1): mean perturbed minus reference RLoss, in nats; lower is flatter."""
-        return self._increases().mean().item()
+        return self.increases.mean().item()
 
     @property
     def standard_error(self) -> float:
         """Standard error of `value` over the K directions, for this set; NaN for one direction."""
-        return _standard_error(self._increases().mean(dim=1))
+        return _standard_error(self.increases.mean(dim=1))
 
     @property
     def standard_error_examples(self) -> float:
-        """Standard error of `value` over the N examples, for these directions."""
-        return _standard_error(self._increases().mean(dim=0))
+        """Standard error of `value` over the N examples, for these directions; NaN for one."""
+        return _standard_error(self.increases.mean(dim=0))
 
     @property
     def reference_loss(self) -> float:
         """RLoss at w, in nats."""
         return self.reference_losses.double().mean().item()
-
-    def _increases(self) -> Tensor:
-        return self.perturbed_losses.double() - self.reference_losses.double()
 
 
 def _standard_error(values: Tensor) -> float:
@@ -72,6 +80,10 @@ def average_case_flatness(
     steps: int = 20,
     restarts: int = 1,
     protocol: Protocol = "shared",
+    loss: Loss = "robust",
+    distribution: Distribution = "sphere",
+    relative_to: RelativeTo = "layer",
+    per_batch: bool = False,
     step_size: float | None = None,
     norm: Norm = "linf",
     start: Start = "paper",
@@ -83,8 +95,9 @@ def average_case_flatness(
     """Measures how much RLoss rises when weights move in random directions (Eq. 1).
 
     Adversarial examples are computed anew at w + ν. The measure is invariant to the scale of
-    layers that a BatchNorm follows. A batch costs `(K + 1) · restarts · (steps + 1)` forwards and
-    `(K + 1) · restarts · steps` backwards to the input.
+    layers that a BatchNorm follows, unless lengths are relative to the whole network. A batch costs
+    `(K + 1) · restarts · (steps + 1)` forwards and `(K + 1) · restarts · steps` backwards to the
+    input, on clean images `K + 1` forwards.
 
     Args:
         model: Maps images in [0, 1] to logits `(N, K)`.
@@ -98,6 +111,13 @@ def average_case_flatness(
         protocol: `shared` starts the attacks at w and at w + ν from the same points, so that
             ξ = 0 gives exactly 0 and noise cancels. `paper` is the published recipe: 10 restarts
             at w against one at each w + ν, from other points, which biases the value downwards.
+        loss: `robust`, or `clean` for the rise of the cross-entropy on the images themselves; what
+            is said of the attack is ignored then. The paper takes 50 directions for it.
+        distribution: `sphere` or `ball`, see `sample_weight_perturbation`.
+        relative_to: `layer`, `filter` or `network`, see `sample_weight_perturbation`.
+        per_batch: Whether each batch of `batch_size` images by global index has directions of its
+            own (the paper's text), so that the value depends on `batch_size`, or the whole set
+            shares K directions (its code).
         step_size: As in `pgd_attack`.
         norm: As in `pgd_attack`.
         start: As in `pgd_attack`.
@@ -124,30 +144,80 @@ def average_case_flatness(
     check_count("restarts", restarts, low=1)
     check_count("batch_size", batch_size, low=1)
     check_choice("protocol", protocol, get_args(Protocol))
+    check_choice("loss", loss, get_args(Loss))
     where = range(len(images)) if indices is None else list(indices)
+    if loss == "clean":
+        pgd, restarts, protocol = NO_ATTACK, 1, "shared"
 
-    def losses(attempts: range) -> Tensor:
-        parts = [
+    def losses(parts: list[slice], attempts: range) -> Tensor:
+        found = [
             worst_losses(
                 model,
-                images[begin : begin + batch_size],
-                labels[begin : begin + batch_size],
+                images[part],
+                labels[part],
                 pgd,
                 restarts=attempts,
                 seed=seed,
-                indices=where[begin : begin + batch_size],
+                indices=where[part],
                 on_attack=on_attack,
             )[0]
-            for begin in range(0, len(images), batch_size)
+            for part in parts
         ]
-        return torch.cat(parts) if parts else images.new_zeros(0)
+        return torch.cat(found) if found else images.new_zeros(0)
 
+    def perturbed_losses(direction: int, attempts: range) -> Tensor:
+        found = []
+        for batch, parts in units:
+            with perturbed_weights(model, sample(direction=direction, batch=batch)):
+                found.append(losses(parts, attempts))
+        return torch.cat(found) if found else images.new_zeros(0)
+
+    sample = partial(
+        sample_weight_perturbation,
+        model,
+        xi=xi,
+        seed=seed,
+        distribution=distribution,
+        relative_to=relative_to,
+    )
+    units = perturbed_units(where, batch_size, per_batch)
     paper = protocol == "paper"
-    reference = losses(range(PAPER_REFERENCE_RESTARTS if paper else restarts))
+    first = range(PAPER_REFERENCE_RESTARTS if paper else restarts)
+    reference = losses([part for _, parts in units for part in parts], first)
     perturbed = []
     for k in range(num_perturbations):
-        perturbation = sample_weight_perturbation(model, xi=xi, seed=seed, direction=k)
         fresh = PAPER_REFERENCE_RESTARTS + k
-        with perturbed_weights(model, perturbation):
-            perturbed.append(losses(range(fresh, fresh + 1) if paper else range(restarts)))
+        perturbed.append(perturbed_losses(k, range(fresh, fresh + 1) if paper else range(restarts)))
     return FlatnessResult(reference, torch.stack(perturbed))
+
+
+def perturbed_units(
+    indices: Sequence[int], batch_size: int, per_batch: bool
+) -> list[tuple[int | None, list[slice]]]:
+    """What shares one weight perturbation: the set, or each batch by global index.
+
+    Args:
+        indices: Global index of each image.
+        batch_size: Images in a batch.
+        per_batch: Whether each batch has a perturbation of its own.
+
+    Returns:
+        Number of the batch, `None` for the set, and the positions of its images, batch by batch.
+
+    Example:
+        >>> perturbed_units([0, 1, 4], 2, per_batch=False)
+        [(None, [slice(0, 2, None), slice(2, 3, None)])]
+        >>> perturbed_units([0, 1, 4], 2, per_batch=True)
+        [(0, [slice(0, 2, None)]), (2, [slice(2, 3, None)])]
+    """
+    count = len(indices)
+    if not per_batch:
+        begins = range(0, count, batch_size)
+        return [(None, [slice(begin, min(begin + batch_size, count)) for begin in begins])]
+    units: list[tuple[int | None, list[slice]]] = []
+    begin = 0
+    for batch, members in groupby(indices, key=lambda index: index // batch_size):
+        end = begin + len(list(members))
+        units.append((batch, [slice(begin, end)]))
+        begin = end
+    return units

@@ -19,6 +19,7 @@ from robust_flatness.callbacks import (
     Flatness,
     RobustEarlyStopping,
     RobustEvaluation,
+    WorstCaseFlatness,
 )
 from robust_flatness.lightning_modules import (
     ATAWP,
@@ -85,6 +86,7 @@ def measuring_callbacks():
     return {
         "evaluation": RobustEvaluation(restarts=2, **light),
         "flatness": Flatness(num_perturbations=2, **light),
+        "worst": WorstCaseFlatness(restarts=2, xi=0.05, **light),
         "stopping": RobustEarlyStopping(patience=1, **light),
         "autoattack": AutoAttack(chunk_size=CHUNK, version="custom", attacks=["apgd-ce"]),
     }

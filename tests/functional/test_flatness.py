@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from networks_for_tests import PassCounter, images_and_labels, same, snapshot, tiny_network
+from scaled_networks import scaled
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -10,19 +11,6 @@ from robust_flatness.functional import average_case_flatness, sample_weight_pert
 from robust_flatness.functional import flatness as flatness_module
 
 SETTINGS = {"eps": 0.05, "steps": 3, "num_perturbations": 3}
-
-
-def scaled(network: nn.Sequential, factor: float) -> nn.Sequential:
-    """Every convolution scaled, with the BatchNorm behind it made to undo that."""
-    for convolution, norm in ((network[0], network[1]), (network[3], network[4])):
-        with torch.no_grad():
-            convolution.weight.mul_(factor)
-            if convolution.bias is not None:
-                convolution.bias.mul_(factor)
-            norm.running_mean.mul_(factor)
-            norm.running_var.mul_(factor**2)
-        norm.eps *= factor**2
-    return network
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0, 3.7])

@@ -1,3 +1,6 @@
+import io
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -6,7 +9,14 @@ from networks_for_tests import same, snapshot, tiny_network
 from torch import nn
 
 from robust_flatness.functional import perturbed_weights, sample_weight_perturbation
-from robust_flatness.functional.weight_perturbation import perturbed_parameters, scale_to
+from robust_flatness.functional.noise import stream
+from robust_flatness.functional.weight_perturbation import (
+    onto_ball,
+    perturbed_parameters,
+    scale_to,
+)
+
+IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 def test_perturbs_convolutions_and_linear_layers_with_biases_but_no_normalisation():
@@ -37,6 +47,112 @@ def test_directions_and_seeds_are_independent_and_repeatable():
     assert cosine.abs() < 0.4
 
 
+def test_defaults_are_the_sphere_of_each_layer_drawn_as_ever():
+    network = tiny_network()
+    found = sample_weight_perturbation(network, xi=0.5, seed=3, direction=2)
+    for position, (name, weight) in enumerate(perturbed_parameters(network).items()):
+        # The stream's key is part of what makes old and new values comparable.
+        noise = torch.randn(weight.shape, generator=stream(3, "direction", 2, position))
+        assert torch.equal(found[name], noise * (0.5 * weight.norm() / noise.norm()))
+
+
+@given(seed=st.integers(0, 9), xi=st.floats(0.01, 3))
+@settings(max_examples=15, deadline=None)
+def test_every_filter_moves_by_xi_of_its_norm(seed, xi):
+    network = tiny_network().double()
+    with torch.no_grad():
+        network[3].weight[1] = 0
+    found = sample_weight_perturbation(network, xi=xi, seed=seed, relative_to="filter")
+    for name, weight in perturbed_parameters(network).items():
+        rows = (1, -1) if weight.ndim == 1 else (len(weight), -1)
+        lengths, norms = (t.detach().reshape(rows).norm(dim=1) for t in (found[name], weight))
+        torch.testing.assert_close(lengths, xi * norms)
+    assert (found["3.weight"][1] == 0).all()
+    # The directions of filters are those of layers.
+    layer = sample_weight_perturbation(network, xi=xi, seed=seed)["0.weight"][0].flatten()
+    cosine = torch.cosine_similarity(layer, found["0.weight"][0].flatten(), dim=0)
+    assert cosine.item() == pytest.approx(1)
+
+
+def test_relative_to_the_network_there_is_one_length():
+    network = tiny_network().double()
+    nn.init.zeros_(network[8].bias)
+    found = sample_weight_perturbation(network, xi=0.3, relative_to="network")
+    length = torch.stack([nu.norm() for nu in found.values()]).norm()
+    weights = perturbed_parameters(network).values()
+    torch.testing.assert_close(
+        length, 0.3 * torch.stack([w.detach().norm() for w in weights]).norm()
+    )
+    assert found["8.bias"].norm() > 0
+    # One scale for all: what is drawn is one Gaussian vector.
+    spread = [nu.std().item() for name, nu in found.items() if nu.numel() > 100]
+    assert max(spread) < 1.2 * min(spread)
+
+
+def longest_deviation(values: torch.Tensor) -> float:
+    """Kolmogorov's distance of a sample from the uniform distribution on [0, 1]."""
+    steps = torch.arange(len(values), dtype=torch.float64) / len(values)
+    return (values.double().sort().values - steps).abs().max().item() + 1 / len(values)
+
+
+@pytest.mark.parametrize(
+    ("relative_to", "dimension"), [("layer", 8), ("filter", 4), ("network", 10)]
+)
+def test_lengths_in_the_ball_follow_the_law_of_its_volume(relative_to, dimension):
+    network, count = nn.Linear(4, 2).double(), 400
+    weight, bias = network.weight.detach(), network.bias.detach()
+    scale = {"layer": weight.norm(), "filter": weight[0].norm()}
+    scale["network"] = torch.cat([weight.flatten(), bias]).norm()
+    lengths = []
+    for k in range(count):
+        choice = {"distribution": "ball", "relative_to": relative_to}
+        nu = sample_weight_perturbation(network, xi=0.5, direction=k, **choice)
+        parts = {"layer": nu["weight"], "filter": nu["weight"][0]}
+        parts["network"] = torch.cat([nu["weight"].flatten(), nu["bias"]])
+        lengths.append(parts[relative_to].norm() / (0.5 * scale[relative_to]))
+    inside = torch.stack(lengths)
+    assert inside.max() <= 1 + 1e-12
+    # 1.63 / √n is the 1 % point of Kolmogorov's test; the seed is fixed.
+    assert longest_deviation(inside**dimension) < 1.63 / count**0.5
+    assert longest_deviation(inside) > 1.63 / count**0.5
+
+
+def test_filters_in_the_ball_have_lengths_of_their_own():
+    network = tiny_network().double()
+    choice = {"distribution": "ball", "relative_to": "filter"}
+    nu = sample_weight_perturbation(network, xi=1.0, **choice)["0.weight"]
+    ratios = nu.flatten(1).norm(dim=1) / network[0].weight.detach().flatten(1).norm(dim=1)
+    assert ratios.unique().numel() == 6
+
+
+def test_batches_have_directions_of_their_own():
+    network = tiny_network()
+    drawn = [sample_weight_perturbation(network, batch=b)["0.weight"] for b in (None, 0, 1, 1)]
+    assert torch.equal(drawn[2], drawn[3])
+    assert all(not torch.allclose(drawn[i], drawn[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
+@given(length=st.floats(0, 5), xi=st.floats(0, 2))
+@settings(max_examples=25, deadline=None)
+def test_onto_the_ball_is_the_shortest_way(length, xi):
+    weight = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    direction = torch.tensor([0.6, -0.8], dtype=torch.float64)
+    found = onto_ball(length * direction, weight, xi)
+    torch.testing.assert_close(found, min(length, 5 * xi) * direction)
+
+
+def test_half_precision_does_not_overflow():
+    weight = torch.full((4,), 3e4, dtype=torch.float16)
+    assert scale_to(weight, weight, 0.5).tolist() == [1.5e4] * 4
+    assert onto_ball(weight, weight, 0.5).tolist() == [1.5e4] * 4
+
+
+@pytest.mark.parametrize("name", ["distribution", "relative_to"])
+def test_unknown_choices_are_named(name):
+    with pytest.raises(ValueError, match=f"Expected `{name}` to be one of .* but got cube"):
+        sample_weight_perturbation(nn.Linear(2, 2), **{name: "cube"})
+
+
 def test_zero_or_broken_directions_do_not_move_anything():
     weight = torch.ones(3)
     assert scale_to(torch.zeros(3), weight, 0.5).tolist() == [0, 0, 0]
@@ -64,6 +180,24 @@ def test_autocast_sees_the_perturbation():
         after = network(inputs)
     torch.testing.assert_close(inside.float(), before.float() + 4, atol=0.05, rtol=0)
     assert torch.equal(before, after)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+@pytest.mark.parametrize(
+    "make", [torch.jit.script, partial(torch.jit.trace, example_inputs=IMAGES)]
+)
+def test_torchscript_is_perturbed_as_what_it_was_made_from(make):
+    network, file = tiny_network().eval(), io.BytesIO()
+    torch.jit.save(make(network), file)
+    file.seek(0)
+    loaded = torch.jit.load(file)
+    assert list(perturbed_parameters(loaded)) == list(perturbed_parameters(network))
+    before, nu = loaded(IMAGES), sample_weight_perturbation(network)
+    with perturbed_weights(loaded, sample_weight_perturbation(loaded)):
+        inside = loaded(IMAGES)
+    with perturbed_weights(network, nu):
+        torch.testing.assert_close(inside, network(IMAGES))
+    assert torch.equal(loaded(IMAGES), before)
 
 
 def test_shared_weights_are_perturbed_once():

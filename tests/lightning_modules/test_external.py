@@ -105,9 +105,7 @@ def test_a_name_is_looked_up_in_robustbench(monkeypatch):
     module = External("Carmon2019Unlabeled", threat_model="L2")
     assert module(images_and_labels()[0]).shape == (8, 10)
     assert asked == [("Carmon2019Unlabeled", {"dataset": "cifar10", "threat_model": "L2"})]
-    with pytest.raises(
-        ValueError, match="zoo of cifar10 and Linf but got Missing"
-    ):
+    with pytest.raises(ValueError, match="zoo of cifar10 and Linf but got Missing"):
         External("Missing")
     with pytest.raises(ValueError, match="to download Offline, once, .* but got ConnectionError"):
         External("Offline")

@@ -1,0 +1,110 @@
+"""Directions in weight space that raise the robust loss."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from robust_flatness.functional.attack import PGD
+from robust_flatness.functional.hessian import trainable, weight_gradients
+from robust_flatness.functional.modes import differentiable
+from robust_flatness.functional.noise import example_starts
+from robust_flatness.functional.weight_perturbation import (
+    perturbed_parameters,
+    perturbed_weights,
+    sample_weight_perturbation,
+    scale_to,
+)
+
+ASCENT_STEPS = 5
+
+
+@dataclass(frozen=True)
+class WeightAscent:
+    """How adversarial directions are found: a few steps that raise the mean robust loss.
+
+    From a random perturbation of length ξ‖w_l‖, each step adds the gradient of the mean loss at
+    that length and takes every layer back to it. Adversarial examples are crafted anew at each
+    step, from starts that belong to the direction's number.
+
+    Args:
+        pgd: The attack on the images.
+        steps: Steps in weight space.
+        length: Relative length ξ.
+        seed: Of the perturbation and of the attack's starts.
+        batch_size: Images looked at at once.
+        indices: Global index of each image.
+        on_attack: Called after each attack on each batch, for progress.
+    """
+
+    pgd: PGD
+    steps: int
+    length: float
+    seed: int
+    batch_size: int
+    indices: Sequence[int]
+    on_attack: Callable[[], None] | None
+
+    def direction(
+        self, model: nn.Module, images: Tensor, labels: Tensor, number: int
+    ) -> dict[str, Tensor]:
+        """An adversarial direction.
+
+        Args:
+            model: Maps images in [0, 1] to logits.
+            images: `(N, C, H, W)`.
+            labels: `(N,)`.
+            number: Of the direction.
+
+        Returns:
+            By parameter name, of length ξ‖w_l‖ in each layer; zero where the weight is zero.
+        """
+        weights = perturbed_parameters(model)
+        found = sample_weight_perturbation(model, xi=self.length, seed=self.seed, direction=number)
+        for _ in range(self.steps):
+            with perturbed_weights(model, found):
+                gradient = self._gradient(model, weights, images, labels, number)
+            # The gradient is scaled to the weights w, not to those that were perturbed.
+            for name, weight in weights.items():
+                moved = found[name] + scale_to(gradient[name], weight, self.length)
+                found[name] = scale_to(moved, weight, self.length)
+        return found
+
+    def _gradient(
+        self,
+        model: nn.Module,
+        weights: Mapping[str, nn.Parameter],
+        images: Tensor,
+        labels: Tensor,
+        number: int,
+    ) -> dict[str, Tensor]:
+        """Gradient of the summed loss on adversarial examples of these weights."""
+        inputs = list(weights.values())
+        with differentiable(model), trainable(weights):
+            # Tensors made under inference mode cannot be saved for backward, their clones can.
+            labels = labels.clone()
+            total = [torch.zeros_like(weight) for weight in inputs]
+            for begin in range(0, len(images), self.batch_size):
+                part = slice(begin, begin + self.batch_size)
+                crafted = self._craft(model, images[part], labels[part], part, number)
+                found = weight_gradients(model, inputs, crafted, labels[part])
+                total = [t + f for t, f in zip(total, found)]
+        return dict(zip(weights, total))
+
+    def _craft(
+        self, model: nn.Module, images: Tensor, labels: Tensor, part: slice, number: int
+    ) -> Tensor:
+        starts = example_starts(
+            images,
+            self.indices[part],
+            eps=self.pgd.eps,
+            norm=self.pgd.norm,
+            start=self.pgd.start,
+            seed=self.seed,
+            restart=number,
+        )
+        crafted = self.pgd.attack(model, images, labels, starts).images
+        if self.on_attack is not None:
+            self.on_attack()
+        return crafted

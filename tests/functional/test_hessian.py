@@ -1,0 +1,242 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from networks_for_tests import images_and_labels, same, snapshot, tiny_network
+from torch import nn
+from torch.autograd.functional import hessian
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+
+from robust_flatness.functional import hessian_extreme_eigenvalues
+
+EXACT = {"tolerance": 1e-12}
+
+
+def scaled(network: nn.Sequential, factor: float) -> nn.Sequential:
+    """Every convolution scaled, with the BatchNorm behind it made to undo that."""
+    for convolution, norm in ((network[0], network[1]), (network[3], network[4])):
+        with torch.no_grad():
+            for parameter in convolution.parameters():
+                parameter.mul_(factor)
+            norm.running_mean.mul_(factor)
+            norm.running_var.mul_(factor**2)
+        norm.eps *= factor**2
+    return network
+
+
+def small(double: bool = True) -> nn.Sequential:
+    """A smooth network whose Hessian is not semidefinite."""
+    torch.manual_seed(3)
+    network = nn.Sequential(
+        nn.Conv2d(1, 2, 3, stride=2),
+        nn.BatchNorm2d(2),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(18, 3),
+    )
+    return network.double() if double else network
+
+
+def dense(network: nn.Module, names: list[str], images, labels) -> torch.Tensor:
+    """The Hessian as a matrix, by another route."""
+    parameters = dict(network.named_parameters())
+
+    def loss(*values):
+        return cross_entropy(functional_call(network, dict(zip(names, values)), images), labels)
+
+    blocks = hessian(loss, tuple(parameters[name].detach() for name in names))
+    sizes = [parameters[name].numel() for name in names]
+    rows = [
+        torch.cat([block.reshape(size, -1) for block in row], 1) for row, size in zip(blocks, sizes)
+    ]
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("names", [["0.weight"], ["0.weight", "4.weight"], ["1.bias", "4.bias"]])
+def test_agrees_with_the_dense_hessian(names):
+    images, labels = images_and_labels(12, classes=3, channels=1)
+    network = small().eval()
+    found = hessian_extreme_eigenvalues(
+        network, images.double(), labels, names=names, batch_size=5, **EXACT
+    )
+    matrix = dense(network, names, images.double(), labels)
+    values, _ = torch.linalg.eigh(matrix)
+    assert found.max_eigenvalue == pytest.approx(values[-1].item(), abs=1e-10)
+    assert found.min_eigenvalue == pytest.approx(values[0].item(), abs=1e-10)
+    assert found.convexity_ratio == pytest.approx(abs(values[0] / values[-1]).item(), abs=1e-9)
+    for vector, value in (
+        (found.max_eigenvector, found.max_eigenvalue),
+        (found.min_eigenvector, found.min_eigenvalue),
+    ):
+        assert list(vector) == names
+        flat = torch.cat([vector[name].flatten() for name in names])
+        assert flat.norm().item() == pytest.approx(1)
+        torch.testing.assert_close(matrix @ flat, value * flat, rtol=0, atol=1e-6)
+
+
+def test_has_a_negative_eigenvalue_where_the_loss_is_not_convex():
+    images, labels = images_and_labels(12, classes=3, channels=1)
+    found = hessian_extreme_eigenvalues(small(), images.double(), labels, **EXACT)
+    assert found.min_eigenvalue < -1e-4
+    assert 0 < found.convexity_ratio < 1
+
+
+def test_linear_network_agrees_with_the_closed_form():
+    # For two classes, p = σ(margin), the Hessian is mean p(1 - p) x xᵀ ⊗ [[1, -1], [-1, 1]].
+    images, labels = images_and_labels(20, classes=2, channels=1)
+    images = images.double()
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 2)).double()
+    with torch.no_grad():
+        probability = network(images).softmax(1)[:, 1]
+    x = images.flatten(1)
+    inner = (x * (probability * (1 - probability)).unsqueeze(1)).T @ x / 20
+    expected = 2 * torch.linalg.eigvalsh(inner)[-1].item()
+    found = hessian_extreme_eigenvalues(network, images, labels, **EXACT)
+    assert found.max_eigenvalue == pytest.approx(expected, rel=1e-9)
+    assert found.min_eigenvalue == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0, 3.7])
+def test_scaling_normalised_layers_scales_their_curvature_by_its_inverse_square(factor):
+    images, labels = images_and_labels(16)
+    images = images.double()
+    names = ["0.weight", "0.bias", "3.weight"]
+    plain, moved = (
+        hessian_extreme_eigenvalues(
+            scaled(tiny_network().double(), s), images, labels, names=names, **EXACT
+        )
+        for s in (1.0, factor)
+    )
+    assert moved.max_eigenvalue == pytest.approx(plain.max_eigenvalue / factor**2, rel=1e-7)
+    assert moved.min_eigenvalue == pytest.approx(plain.min_eigenvalue / factor**2, rel=1e-6)
+
+
+def test_a_loose_tolerance_in_float32_is_near_the_exact_value():
+    images, labels = images_and_labels(32)
+    loose = hessian_extreme_eigenvalues(tiny_network(), images, labels)
+    exact = hessian_extreme_eigenvalues(tiny_network().double(), images.double(), labels, **EXACT)
+    assert loose.max_eigenvalue == pytest.approx(exact.max_eigenvalue, rel=1e-3)
+    assert loose.min_eigenvalue == pytest.approx(
+        exact.min_eigenvalue, abs=1e-3 * exact.max_eigenvalue
+    )
+
+
+def test_converges_in_float32_though_the_smallest_eigenvalue_is_zero():
+    # A tolerance relative to λ_min would ask for more digits than float32 has.
+    images, labels = images_and_labels(16, channels=1)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    products = []
+    network.register_forward_hook(lambda *_: products.append(1))
+    found = hessian_extreme_eigenvalues(network, images, labels)
+    assert abs(found.min_eigenvalue) < 1e-3 * found.max_eigenvalue
+    assert len(products) < 200
+
+
+def test_is_that_of_the_mean_whatever_the_batch():
+    images, labels = images_and_labels(13, classes=3, channels=1)
+    images = images.double()
+    whole, parts, twice = (
+        hessian_extreme_eigenvalues(small(), x, y, batch_size=size, **EXACT).max_eigenvalue
+        for x, y, size in (
+            (images, labels, 13),
+            (images, labels, 4),
+            (images.repeat(2, 1, 1, 1), labels.repeat(2), 13),
+        )
+    )
+    assert parts == pytest.approx(whole, rel=1e-9)
+    assert twice == pytest.approx(whole, rel=1e-9)
+
+
+def test_two_weights_or_one_are_enough():
+    images, labels = images_and_labels(4, classes=2, channels=1)
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1, 2)).double()
+    found = hessian_extreme_eigenvalues(network, images.double(), labels)
+    matrix = dense(network, ["2.weight"], images.double(), labels)
+    assert found.max_eigenvalue == pytest.approx(torch.linalg.eigvalsh(matrix)[-1].item())
+
+
+def test_leaves_no_trace():
+    images, labels = images_and_labels(8)
+    network = tiny_network(dropout=True)
+    network[4].eval()
+    network[0].weight.requires_grad_(False)
+    modes = [module.training for module in network.modules()]
+    before, state, numbers = snapshot(network), torch.get_rng_state(), np.random.get_state()[1]
+    expected = hessian_extreme_eigenvalues(network, images, labels).max_eigenvalue
+    assert same(before, snapshot(network))
+    assert modes == [module.training for module in network.modules()]
+    assert [p.requires_grad for p in network.parameters()] == [False] + [True] * 8
+    assert all(parameter.grad is None for parameter in network.parameters())
+    assert torch.equal(state, torch.get_rng_state())
+    assert (numbers == np.random.get_state()[1]).all()
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            made_inside = images.clone(), labels.clone()
+            assert hessian_extreme_eigenvalues(network, *made_inside).max_eigenvalue == expected
+
+
+def test_frozen_flags_come_back_after_an_exception():
+    images, labels = images_and_labels(4)
+    network = tiny_network().requires_grad_(False)
+    with pytest.raises(RuntimeError):
+        hessian_extreme_eigenvalues(network, images[:, :1], labels)
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_attention_has_a_second_derivative():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attend, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 3)
+
+        def forward(self, images):
+            rows = images.flatten(1, 2)
+            return self.head(self.attend(rows, rows, rows, need_weights=False)[0].mean(1))
+
+    images, labels = images_and_labels(4, classes=3, channels=1)
+    found = hessian_extreme_eigenvalues(Attention(), images, labels)
+    assert found.max_eigenvalue > 0
+    assert "attend.in_proj_weight" in found.max_eigenvector
+
+
+def test_a_diverged_network_has_no_eigenvalues():
+    images, labels = images_and_labels(4)
+    network = tiny_network()
+    with torch.no_grad():
+        network[0].weight.fill_(math.nan)
+    with pytest.warns(UserWarning, match="the loss or its derivatives are not finite"):
+        found = hessian_extreme_eigenvalues(network, images, labels)
+    assert math.isnan(found.max_eigenvalue)
+    assert math.isnan(found.min_eigenvalue)
+    assert math.isnan(found.convexity_ratio)
+
+
+def test_a_flat_loss_has_zero_curvature():
+    images, labels = images_and_labels(4)
+    network = tiny_network()
+    with torch.no_grad():
+        network[8].weight.zero_()
+    found = hessian_extreme_eigenvalues(network, images, labels, names=["0.weight"])
+    assert found.max_eigenvalue == pytest.approx(0, abs=1e-12)
+    assert found.min_eigenvalue == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"tolerance": 0.0}, "`tolerance` to be in"),
+        ({"batch_size": 0}, "`batch_size` to be >= 1 but got 0"),
+        ({"names": ["nothing"]}, "such as 0.weight but got nothing"),
+        ({"names": []}, "but got none"),
+    ],
+)
+def test_bad_arguments_are_named(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        hessian_extreme_eigenvalues(tiny_network(), *images_and_labels(4), **kwargs)
+
+
+def test_an_empty_set_is_refused():
+    with pytest.raises(ValueError, match="`images` to hold an image"):
+        hessian_extreme_eigenvalues(tiny_network(), *images_and_labels(0))

@@ -186,5 +186,6 @@ class _Verdicts(Measurement):
                 what=f"AutoAttack {self.split}, chunks of {self.batch_size}",
                 attacks_per_batch=1,
             )
+        self.arrays = {f"{self.split}/autoattack_correct": robust[0].bool()}
         error = 1 - robust.mean().item() if robust.numel() else math.nan
         return {f"{self.split}/autoattack_error": error}

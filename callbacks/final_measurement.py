@@ -25,6 +25,7 @@ class FinalMeasurement(Callback, ABC):
 
     Attributes:
         final_results: `final` and `early_stopped` figures by name, and `num_examples` by name.
+        final_arrays: What was found of each example, `final/…` and `early_stopped/…`.
     """
 
     def __init__(self) -> None:
@@ -33,6 +34,7 @@ class FinalMeasurement(Callback, ABC):
             "early_stopped": {},
             "num_examples": {},
         }
+        self.final_arrays: dict[str, Tensor] = {}
 
     @abstractmethod
     def logged_name(self, name: str, weights: str) -> str:
@@ -50,7 +52,7 @@ class FinalMeasurement(Callback, ABC):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forgets what an earlier run found."""
-        for part in self.final_results.values():
+        for part in (*self.final_results.values(), self.final_arrays):
             part.clear()
         for measurement in self.measurements:
             measurement.setup(trainer, pl_module, stage)
@@ -76,23 +78,27 @@ class FinalMeasurement(Callback, ABC):
         results, stopped = self.final_results, early_stopping_of(trainer)
         # A finished run that is resumed holds the weights of training, not their averages.
         with averaged_weights(trainer, pl_module):
-            results["final"] = self._measure(trainer, pl_module)
+            results["final"] = self._measure(trainer, pl_module, "final")
             equal = stopped is not None and _has_weights(pl_module, stopped.best_weights)
         if equal:
             results["early_stopped"] = dict(results["final"])
+            for name, values in list(self.final_arrays.items()):
+                self.final_arrays[name.replace("final/", "early_stopped/", 1)] = values
         elif stopped is not None:
             with swapped_weights(pl_module, stopped.best_weights):
-                results["early_stopped"] = self._measure(trainer, pl_module)
+                results["early_stopped"] = self._measure(trainer, pl_module, "early_stopped")
         return {
             self.logged_name(name, weights): value
             for weights in ("final", "early_stopped")
             for name, value in results[weights].items()
         }
 
-    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> Figures:
+    def _measure(self, trainer: Trainer, pl_module: LightningModule, weights: str) -> Figures:
         figures: Figures = {}
         for measurement in self.measurements:
             found = measurement.measure(trainer, pl_module)
+            arrays = measurement.arrays.items()
+            self.final_arrays |= {f"{weights}/{name}": values for name, values in arrays}
             # NaN marks a mean over nothing, say of no incorrect examples: there is no such figure.
             figures |= {name: value for name, value in found.items() if value == value}
             count = len(measurement.examples(trainer, pl_module))

@@ -1,6 +1,6 @@
 """Average-case flatness of the robust loss, epoch by epoch."""
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -9,22 +9,24 @@ from torch.utils.data import Dataset
 from robust_flatness.callbacks.examples import Normalization
 from robust_flatness.callbacks.measurement import Measurement
 from robust_flatness.configs.types import Eps
-from robust_flatness.functional.checks import check_count, check_number
+from robust_flatness.functional.checks import check_choice, check_count, check_number
 from robust_flatness.functional.flatness import (
     PAPER_REFERENCE_RESTARTS,
     FlatnessResult,
+    Loss,
     Protocol,
     average_case_flatness,
 )
 from robust_flatness.functional.noise import Norm
+from robust_flatness.functional.weight_perturbation import Distribution, RelativeTo
 
 
 class Flatness(Measurement):
     """Logs how much RLoss rises when weights move in random directions (Eq. 1); lower is flatter.
 
     Logs `flatness/average/test` and its standard error over directions,
-    `flatness/average/test_sem`. The paper measures 1000 images with PGD-20 and 10 directions at
-    ξ = 0.5; the defaults are that, every epoch.
+    `flatness/average/test_sem`; for the clean loss `flatness/clean_average/…`. The paper measures
+    1000 images with PGD-20 and 10 directions at ξ = 0.5; the defaults are that, every epoch.
 
     Args:
         split: `train`, `val` or `test`.
@@ -33,6 +35,10 @@ class Flatness(Measurement):
         num_perturbations: Number of random directions.
         xi: Relative length ξ of a perturbation in each layer.
         protocol: `shared` or `paper`, see `functional.average_case_flatness`.
+        loss: `robust`, or `clean` for the images themselves.
+        distribution: `sphere` or `ball`, see `functional.sample_weight_perturbation`.
+        relative_to: `layer`, `filter` or `network`, see there.
+        per_batch: Whether each batch has directions of its own.
         every_n_epochs: Measured in epochs 0, n, 2n, ... and in the last.
         eps: Radius of the attack, say 8/255; `None` takes the datamodule's `eps`, else 8/255.
         steps: Steps of the attack.
@@ -60,6 +66,10 @@ class Flatness(Measurement):
         num_perturbations: int = 10,
         xi: float = 0.5,
         protocol: Protocol = "shared",
+        loss: Loss = "robust",
+        distribution: Distribution = "sphere",
+        relative_to: RelativeTo = "layer",
+        per_batch: bool = False,
         every_n_epochs: int = 1,
         eps: Eps | None = None,
         steps: int = 20,
@@ -86,19 +96,29 @@ class Flatness(Measurement):
         )
         check_count("num_perturbations", num_perturbations, low=1)
         check_number("xi", xi)
+        check_choice("protocol", protocol, get_args(Protocol))
+        check_choice("loss", loss, get_args(Loss))
+        check_choice("distribution", distribution, get_args(Distribution))
+        check_choice("relative_to", relative_to, get_args(RelativeTo))
+        self.loss, self.distribution, self.relative_to = loss, distribution, relative_to
+        self.per_batch = per_batch
         self.num_perturbations, self.xi, self.protocol = num_perturbations, xi, protocol
 
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         """Value and standard error of the average-case flatness."""
         found = self.evaluate(trainer, pl_module)
-        name = f"flatness/average/{self.split}"
+        kind = "average" if self.loss == "robust" else "clean_average"
+        name = f"flatness/{kind}/{self.split}"
+        self.arrays = {name: found.increases.mean(dim=0)}
         return {name: found.value, f"{name}_sem": found.standard_error}
 
     def evaluate(self, trainer: Trainer, pl_module: LightningModule) -> FlatnessResult:
         """Reference and perturbed losses of each example, on every rank."""
         settings = self.attack_settings(trainer)
-        reference = PAPER_REFERENCE_RESTARTS if self.protocol == "paper" else self.restarts
-        perturbed = self.num_perturbations * (1 if self.protocol == "paper" else self.restarts)
+        restarts = 1 if self.protocol == "paper" or self.loss == "clean" else self.restarts
+        paper = self.protocol == "paper" and self.loss == "robust"
+        reference = PAPER_REFERENCE_RESTARTS if paper else restarts
+        attack = "clean" if self.loss == "clean" else f"PGD-{self.steps} × {restarts} restarts"
         with self.network(trainer, pl_module) as network:
             values = self.sharded(
                 trainer,
@@ -111,14 +131,17 @@ class Flatness(Measurement):
                         xi=self.xi,
                         num_perturbations=self.num_perturbations,
                         protocol=self.protocol,
+                        loss=self.loss,
+                        distribution=self.distribution,
+                        relative_to=self.relative_to,
+                        per_batch=self.per_batch,
                         indices=indices,
                         on_attack=on_attack,
                         **settings,
                     )
                 ),
-                what=f"flatness {self.split}: {self.num_perturbations} directions × "
-                f"PGD-{self.steps} × {self.restarts} restarts",
-                attacks_per_batch=reference + perturbed,
+                what=f"flatness {self.split}: {self.num_perturbations} directions × {attack}",
+                attacks_per_batch=reference + self.num_perturbations * restarts,
             )
         return FlatnessResult(values[0], values[1:])
 

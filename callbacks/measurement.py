@@ -61,6 +61,9 @@ class Measurement(Callback, ABC):
         normalization: `(mean, std)` where module and dataset deal in normalised images; attacks
             act on pixels in [0, 1] all the same.
 
+    Attributes:
+        arrays: What the last measurement found of each example, `(N,)` by name; may be empty.
+
     Raises:
         ValueError: If an argument is out of range.
     """
@@ -96,6 +99,7 @@ class Measurement(Callback, ABC):
         self.every_n_epochs, self.eps, self.steps = every_n_epochs, eps, steps
         self.step_size, self.norm, self.restarts = step_size, norm, restarts
         self.batch_size, self.seed, self.normalization = batch_size, seed, normalization
+        self.arrays: dict[str, Tensor] = {}
         self._examples: Examples | None = None
 
     @abstractmethod

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
@@ -35,6 +36,8 @@ class Results(Callback):
 
     Figures come from the callbacks that have an attribute `final_results`, a dictionary with
     `final` and `early_stopped` (figures by name) and `num_examples` (images by the same names).
+    What these found of each example, their `final_arrays`, is written to `examples.npz` (and
+    `examples_test.npz`) under names such as `final/test/robust_loss`.
     What they do not give is taken from the trajectory, as the last row holds figures of the final
     weights, and the row of the early-stopped epoch those of the early-stopped ones.
 
@@ -112,6 +115,7 @@ class Results(Callback):
             _fill_in(results)
         if self._folder is not None:
             write_json(self._folder / name, results)
+            _write_arrays(self._folder / name.replace("results", "examples"), trainer)
         self._table = summary_table(results, folder=_short(self._folder))
 
     def _describe(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
@@ -135,6 +139,16 @@ def _gather(trainer: Trainer) -> dict[str, dict[str, Any]]:
         for part in measured:
             measured[part] |= found.get(part) or {}
     return measured
+
+
+def _write_arrays(path: Path, trainer: Trainer) -> None:
+    """Writes what was found of each example, so that reports need nothing else."""
+    arrays: dict[str, Any] = {}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        found = getattr(callback, "final_arrays", None) or {}
+        arrays |= {name: values.cpu().numpy() for name, values in found.items()}
+    if arrays:
+        np.savez_compressed(path.with_suffix(".npz"), **arrays)
 
 
 def _rows(trainer: Trainer) -> list[dict[str, float]]:

@@ -24,6 +24,13 @@ class RobustEvaluation(Measurement):
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         """RLoss, RErr and clean error of the split."""
         found = self.evaluate(trainer, pl_module)
+        arrays = {
+            "clean_loss": found.clean_losses,
+            "clean_correct": found.clean_correct,
+            "robust_loss": found.losses,
+            "robust_correct": found.robust_correct,
+        }
+        self.arrays = {f"{PREFIX[self.split]}/{name}": values for name, values in arrays.items()}
         figures = {
             "error": found.error,
             "robust_loss": found.robust_loss,

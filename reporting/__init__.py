@@ -4,15 +4,26 @@ from robust_flatness.reporting.environment import hardware, versions
 from robust_flatness.reporting.figures import overfitting_figure, trajectory_figure
 from robust_flatness.reporting.intervals import error_interval
 from robust_flatness.reporting.json_file import jsonable, write_json
+from robust_flatness.reporting.landscape_figures import landscape_figure, surface_figure
+from robust_flatness.reporting.landscape_file import (
+    Landscape,
+    read_landscapes,
+    write_landscapes,
+)
 from robust_flatness.reporting.summary import summary_table
 
 __all__ = [
+    "Landscape",
     "error_interval",
     "hardware",
     "jsonable",
+    "landscape_figure",
     "overfitting_figure",
+    "read_landscapes",
     "summary_table",
+    "surface_figure",
     "trajectory_figure",
     "versions",
     "write_json",
+    "write_landscapes",
 ]

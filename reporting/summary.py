@@ -38,6 +38,14 @@ _FLATNESS = (
     ("average flatness, test", ("flatness/average/test",)),
     ("average flatness, train", ("flatness/average/train",)),
 )
+# Shown where they were measured.
+_EXTRAS = (
+    ("  of the clean loss, test", ("flatness/clean_average/test",)),
+    ("worst-case flatness, test", ("flatness/worst/test",)),
+    ("  of the clean loss, test", ("flatness/clean_worst/test",)),
+    ("largest eigenvalue, test", ("hessian/max_eigenvalue",)),
+    ("smallest eigenvalue, test", ("hessian/min_eigenvalue",)),
+)
 
 
 def summary_table(results: Mapping[str, Any], *, folder: str | Path | None = None) -> Table:
@@ -79,6 +87,9 @@ def summary_table(results: Mapping[str, Any], *, folder: str | Path | None = Non
     table.add_section()
     for label, names in _FLATNESS:
         table.add_row(label, *(_flatness(column, names) for column in columns))
+    for label, names in _EXTRAS:
+        if any(_find(column, names)[0] for column in columns):
+            table.add_row(label, *(_flatness(column, names) for column in columns))
     return table
 
 

@@ -1,14 +1,22 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 import wandb
 from lightning.pytorch.loggers import CSVLogger
 from networks_for_tests import tiny_body
+from torch import nn
 from trainers import PLAIN, ToyData, dataset, quiet_trainer
 from wandb_reader import read_runs
 
-from robust_flatness.callbacks import FinalEvaluation, Results, RobustEarlyStopping
+from robust_flatness.callbacks import (
+    AutoAttack,
+    FinalEvaluation,
+    Results,
+    RobustEarlyStopping,
+    evaluate,
+)
 from robust_flatness.callbacks.final_measurement import FinalMeasurement
 from robust_flatness.callbacks.measurement import Measurement
 from robust_flatness.lightning_modules import AT
@@ -155,3 +163,42 @@ def test_measures_where_the_module_was_trained():
     place = calls.index("measured")
     assert calls[place - 1] == (trainer.strategy.root_device,)
     assert calls[place + 1] == (torch.device("cpu"),)
+
+
+PROTOCOL = {"num_examples": 12, "steps": 2, "restarts": 2, "num_perturbations": 1}
+
+
+def test_arrays_of_each_example_explain_the_figures(tmp_path):
+    final, table = FinalEvaluation(**PROTOCOL), EpochCSVLogger(tmp_path)
+    attack = AutoAttack(num_examples=5, version="custom", attacks=["apgd-ce"])
+    stopping = RobustEarlyStopping(num_examples=12, steps=2)
+    trainer = quiet_trainer(
+        max_epochs=2, callbacks=[stopping, final, attack, Results()], logger=table
+    )
+    trainer.fit(AT(tiny_body, **PLAIN), ToyData())
+    arrays = np.load(tmp_path / "examples.npz", allow_pickle=False)
+    for weights in ("final", "early_stopped"):
+        figures = final.final_results[weights]
+        for split in ("test", "train_eval"):
+            losses, correct = (arrays[f"{weights}/{split}/robust_{x}"] for x in ("loss", "correct"))
+            assert losses.mean() == pytest.approx(figures[f"{split}/robust_loss"])
+            assert 1 - correct.mean() == pytest.approx(figures[f"{split}/robust_error"])
+            clean = arrays[f"{weights}/{split}/clean_correct"]
+            assert 1 - clean.mean() == pytest.approx(figures[f"{split}/error"])
+        gap = figures["test/robust_loss"] - figures["train_eval/robust_loss"]
+        assert figures["gap/robust_loss"] == pytest.approx(gap)
+        verdicts = arrays[f"{weights}/test/autoattack_correct"]
+        error = attack.final_results[weights]["test/autoattack_error"]
+        assert 1 - verdicts.mean() == pytest.approx(error)
+        assert len(verdicts) == 5
+
+
+def test_one_call_measures_what_a_test_does():
+    module, data = AT(tiny_body, **PLAIN), ToyData()
+    final = FinalEvaluation(**PROTOCOL)
+    (logged,) = quiet_trainer(callbacks=[final]).test(module, datamodule=data, verbose=False)
+    settings = {"enable_progress_bar": False, "accelerator": "cpu"}
+    for network in (module, nn.Sequential(module.normalize, module.network)):
+        found = evaluate(network, data, [FinalEvaluation(**PROTOCOL)], **settings)
+        assert found == pytest.approx(final.final_results["final"])
+        assert found["test/robust_loss"] == pytest.approx(logged["test/robust_loss"])

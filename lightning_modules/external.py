@@ -1,5 +1,7 @@
 """Networks that were trained elsewhere, to be measured like our own."""
 
+import importlib.util
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,10 @@ class External(LightningModule):
             `weights` is a TorchScript file.
         weights: File of a state dict, alone or under `state_dict`, `model` or `model_state_dict`,
             from a module in DataParallel or not; or a TorchScript file.
-        mean: Per-channel mean of a normalisation to put in front of the network, which then takes
-            normalised images; `None` where it takes pixels in [0, 1].
-        std: Standard deviation likewise.
+        input_mean: Per-channel mean of a normalisation to put in front of the network, which then
+            takes normalised images; `None` where it takes pixels in [0, 1]. The data's own mean is
+            not put in: a network trained elsewhere was trained with one of its own.
+        input_std: Standard deviation likewise.
         trust_weights: Whether to load a file that is more than tensors. Such a file can run any
             code on your machine, so only ever one whose makers you trust.
         dataset: Of RobustBench: `cifar10`, `cifar100` or `imagenet`.
@@ -35,7 +38,7 @@ class External(LightningModule):
 
     Example:
         >>> network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
-        >>> External(network, mean=[0.5], std=[0.25])(torch.rand(2, 1, 2, 2)).shape
+        >>> External(network, input_mean=[0.5], input_std=[0.25])(torch.rand(2, 1, 2, 2)).shape
         torch.Size([2, 3])
     """
 
@@ -44,15 +47,18 @@ class External(LightningModule):
         network: nn.Module | str | None = None,
         weights: str | None = None,
         *,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        input_mean: Sequence[float] | None = None,
+        input_std: Sequence[float] | None = None,
         trust_weights: bool = False,
         dataset: str = "cifar10",
         threat_model: str = "Linf",
     ) -> None:
         super().__init__()
-        if (mean is None) != (std is None):
-            raise ValueError(f"Expected `mean` and `std` together but got {mean} and {std}.")
+        if (input_mean is None) != (input_std is None):
+            raise ValueError(
+                "Expected `input_mean` and `input_std` together but got "
+                f"{input_mean} and {input_std}."
+            )
         if isinstance(network, str):
             network = _from_zoo(network, dataset, threat_model)
         if network is None:
@@ -61,8 +67,8 @@ class External(LightningModule):
             _load(network, _state_dict(weights, trusted=trust_weights), weights)
         self.network = network
         self.normalize: nn.Module = nn.Identity()
-        if mean is not None and std is not None:
-            self.normalize = Normalize(mean, std)
+        if input_mean is not None and input_std is not None:
+            self.normalize = Normalize(input_mean, input_std)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits `(N, K)` of images `(N, C, H, W)` in [0, 1]."""
@@ -75,11 +81,14 @@ class External(LightningModule):
 
 def _from_zoo(name: str, dataset: str, threat_model: str) -> nn.Module:
     try:
+        # RobustBench 1.1 depends on pyautoattack and imports it by its former name.
+        if importlib.util.find_spec("autoattack") is None:
+            sys.modules["autoattack"] = importlib.import_module("pyautoattack")
         from robustbench.utils import load_model
     except ImportError as error:
         raise ValueError(
             f"Expected `network` to be a module's class path, or RobustBench for the name {name}: "
-            "`pip install 'robust-flatness[robustbench]'`."
+            f"`pip install 'robust-flatness[robustbench]'`; {error}."
         ) from error
     try:
         model: nn.Module = load_model(name, dataset=dataset, threat_model=threat_model)
@@ -90,8 +99,8 @@ def _from_zoo(name: str, dataset: str, threat_model: str) -> nn.Module:
         ) from error
     except OSError as error:
         raise ValueError(
-            f"Expected RobustBench to download {name}, once, into models/{dataset}/{threat_model} "
-            f"but got {error!r}."
+            f"Expected `network` {name} to be downloaded by RobustBench, once, into "
+            f"models/{dataset}/{threat_model} but got a {type(error).__name__}; is there a network?"
         ) from error
     return model
 

@@ -14,7 +14,7 @@ from robust_flatness.callbacks.examples import Normalization
 from robust_flatness.callbacks.final_measurement import Figures, FinalMeasurement
 from robust_flatness.callbacks.loss_around import SURFACE, LossAround
 from robust_flatness.callbacks.measurement import Measurement
-from robust_flatness.callbacks.trajectory import _save, datamodule_of, run_folder
+from robust_flatness.callbacks.trajectory import run_folder, run_title, save_figure
 from robust_flatness.configs.types import Eps
 from robust_flatness.functional.checks import check_choice, check_count, check_number
 from robust_flatness.functional.directions import DirectionKind
@@ -173,17 +173,17 @@ class Landscape(FinalMeasurement):
         for name, figure in self._figures(trainer, pl_module).items():
             if figure is not None:
                 path = folder / "figures" / f"{name}{self._suffix}.png"
-                images[f"figures/{path.stem}"] = _save(figure, path)
+                images[f"figures/{path.stem}"] = save_figure(figure, path)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger) and trainer.state.fn == "fit":
                 _show(logger, images, max(trainer.current_epoch - 1, 0))
 
     def _figures(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Figure | None]:
         found, around = dict(zip(WEIGHTS, self._around.found)), self._around
-        look = {"title": self.method or type(pl_module).__name__}
-        if (data := datamodule_of(trainer)) is not None:
-            look["title"] += f" on {type(data).__name__}"
-        look["loss_name"] = "RLoss" if around.loss == "robust" else "cross-entropy"
+        look = {
+            "title": run_title(trainer, pl_module, self.method),
+            "loss_name": "RLoss" if around.loss == "robust" else "cross-entropy",
+        }
         panels: dict[str, dict[str, Measured]] = {
             kind: {WEIGHTS[weights]: landscapes[kind] for weights, landscapes in found.items()}
             for kind in around.kinds

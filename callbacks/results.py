@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
@@ -27,6 +26,7 @@ from robust_flatness.loggers.epoch_csv import EpochCSVLogger
 from robust_flatness.reporting.environment import hardware, versions
 from robust_flatness.reporting.json_file import write_json
 from robust_flatness.reporting.summary import summary_table
+from robust_flatness.reporting.whole_file import write_arrays
 
 _MEASURED = ("train/", "train_eval/", "val/", "test/", "flatness/", "hessian/")
 
@@ -148,7 +148,7 @@ def _write_arrays(path: Path, trainer: Trainer) -> None:
         found = getattr(callback, "final_arrays", None) or {}
         arrays |= {name: values.cpu().numpy() for name, values in found.items()}
     if arrays:
-        np.savez_compressed(path.with_suffix(".npz"), **arrays)
+        write_arrays(path.with_suffix(".npz"), arrays)
 
 
 def _rows(trainer: Trainer) -> list[dict[str, float]]:

@@ -11,7 +11,6 @@ Example:
         Trainer(callbacks=[Flatness(), Trajectory(every_n_epochs=5)])
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from typing_extensions import override
 from robust_flatness.loggers.epoch_csv import EpochCSVLogger
 from robust_flatness.loggers.wandb import log_trajectory
 from robust_flatness.reporting.figures import overfitting_figure, trajectory_figure
+from robust_flatness.reporting.whole_file import whole_file
 
 
 class Trajectory(Callback):
@@ -151,9 +151,7 @@ class Trajectory(Callback):
                 log_trajectory(logger, rows, images)
 
     def _save_figures(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Path]:
-        rows, title = self.rows, self.method or type(pl_module).__name__
-        if (data := datamodule_of(trainer)) is not None:
-            title += f" on {type(data).__name__}"
+        rows, title = self.rows, run_title(trainer, pl_module, self.method)
         figures = {
             "trajectory": trajectory_figure(rows, title=title),
             "overfitting": overfitting_figure(
@@ -165,7 +163,7 @@ class Trajectory(Callback):
         }
         folder = (self._folder or Path()) / "figures"
         return {
-            name: _save(figure, folder / f"{name}.png")
+            name: save_figure(figure, folder / f"{name}.png")
             for name, figure in figures.items()
             if figure
         }
@@ -202,9 +200,14 @@ def _num_classes(trainer: Trainer, pl_module: LightningModule) -> int | None:
     return None
 
 
-def _save(figure: Figure, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".png.tmp")
-    figure.savefig(beside, format="png")
-    os.replace(beside, path)
+def run_title(trainer: Trainer, pl_module: LightningModule, method: str | None) -> str:
+    """Returns what figures of a run are called: the method, by default the class, and the data."""
+    title, data = method or type(pl_module).__name__, datamodule_of(trainer)
+    return title if data is None else f"{title} on {type(data).__name__}"
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Writes a figure as PNG and returns its path."""
+    with whole_file(path) as beside:
+        figure.savefig(beside, format="png")
     return path

@@ -1,6 +1,6 @@
 """Projected gradient descent, with the paper's choices as defaults and the field's as arguments."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -115,8 +115,7 @@ class PGD:
             # Tensors made under inference mode cannot be saved for backward, their clones can.
             images, labels = images.detach().clone(), labels.clone()
             # Without a step there is no attack, so a random start must not count as one.
-            first = images + start.to(images) if self.steps else images
-            adversarial = self._project(first, images)
+            adversarial = self.begin(images, start if self.steps else torch.zeros_like(images))
             best: Iterate | None = None
             for _ in range(self.steps):
                 adversarial.requires_grad_()
@@ -126,12 +125,39 @@ class PGD:
                 adversarial = adversarial.detach()
                 if self.keep == "best":
                     best = _better(best, adversarial, losses.detach(), logits.detach())
-                adversarial = self._project(adversarial + self._step(gradient), images)
+                adversarial = self.move(adversarial, gradient, images)
             if self.keep == "last":
                 return Iterate(adversarial, None, None)
             with torch.no_grad():
                 logits = upcast(model(adversarial))
                 return _better(best, adversarial, criterion(logits, labels), logits)
+
+    def starts(self, images: Tensor, indices: Sequence[int], *, seed: int, restart: int) -> Tensor:
+        """Starts `(N, C, H, W)` that depend on (seed, example index, restart) alone.
+
+        Args:
+            images: `(N, C, H, W)`; gives shape, dtype and device.
+            indices: Global index of each image in the measured set.
+            seed: The measure's seed.
+            restart: Number of the restart.
+        """
+        return example_starts(
+            images,
+            indices,
+            eps=self.eps,
+            norm=self.norm,
+            start=self.start,
+            seed=seed,
+            restart=restart,
+        )
+
+    def begin(self, images: Tensor, start: Tensor) -> Tensor:
+        """Images `(N, C, H, W)` moved by a start, within the ball and the box."""
+        return self._project(images + start.to(images), images)
+
+    def move(self, adversarial: Tensor, gradient: Tensor, images: Tensor) -> Tensor:
+        """Adversarial examples `(N, C, H, W)` one step further, within the ball and the box."""
+        return self._project(adversarial + self._step(gradient), images)
 
     def _step(self, gradient: Tensor) -> Tensor:
         if self.norm == "linf":
@@ -216,7 +242,5 @@ def pgd_attack(
     check_examples(images, labels)
     if eps == 0 or steps == 0:
         return images.clone()
-    starts = example_starts(
-        images, range(len(images)), eps=eps, norm=norm, start=start, seed=seed, restart=0
-    )
+    starts = pgd.starts(images, range(len(images)), seed=seed, restart=0)
     return pgd.attack(model, images, labels, starts, criterion).images

@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from robust_flatness.functional.checks import check_choice, check_count, check_number, upcast
 from robust_flatness.functional.modes import Mode, differentiable
 from robust_flatness.functional.weight_perturbation import (
+    onto_ball,
     perturbed_parameters,
     perturbed_weights,
     scale_to,
@@ -81,7 +82,7 @@ def adversarial_weight_perturbation(
         directions = list(gradients) if reduce is None else reduce(list(gradients))
         for (name, weight), direction in zip(weights.items(), directions):
             moved = perturbation[name] + scale_to(direction, weight, xi)
-            perturbation[name] = _onto_ball(moved, weight, xi) if step else moved
+            perturbation[name] = onto_ball(moved, weight, xi) if step else moved
     return perturbation
 
 
@@ -109,14 +110,6 @@ def random_perturbation(
         )
         for name, weight in weights.items()
     }
-
-
-@torch.no_grad()
-def _onto_ball(perturbation: Tensor, weight: Tensor, xi: float) -> Tensor:
-    """Shortens a perturbation to ξ‖w‖ where it is longer."""
-    tiny = torch.finfo(perturbation.dtype).tiny
-    ratio = xi * weight.norm() / perturbation.norm().clamp_min(tiny)
-    return perturbation * ratio.clamp_max(1)
 
 
 @contextmanager

@@ -59,7 +59,7 @@ class FriendlyPGD(PGD):
         with differentiable(model, self.mode):
             images, labels = images.detach().clone(), labels.clone()
             classes = labels if labels.ndim == 1 else labels.argmax(1)
-            adversarial = self._project(images + start.to(images), images)
+            adversarial = self.begin(images, start)
             kept, fooled = images, torch.zeros(len(images), dtype=torch.long, device=images.device)
             for _ in range(self.steps):
                 adversarial.requires_grad_()
@@ -67,7 +67,7 @@ class FriendlyPGD(PGD):
                 (gradient,) = torch.autograd.grad(criterion(logits, labels).sum(), adversarial)
                 adversarial = adversarial.detach()
                 kept, fooled = self._keep(kept, fooled, adversarial, logits, classes)
-                adversarial = self._project(adversarial + self._step(gradient), images)
+                adversarial = self.move(adversarial, gradient, images)
             if self.steps:
                 with torch.no_grad():
                     logits = upcast(model(adversarial))

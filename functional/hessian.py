@@ -2,8 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
 from robust_flatness.functional.checks import check_count, check_examples, check_number, upcast
-from robust_flatness.functional.modes import differentiable
+from robust_flatness.functional.modes import differentiable, trainable
 from robust_flatness.functional.noise import stream
 from robust_flatness.functional.weight_perturbation import perturbed_parameters, split_like
 
@@ -114,31 +113,6 @@ def hessian_extreme_eigenvalues(
         values, vectors = _extremes(product, start, tolerance)
         directions = [_unflatten(vector, weights) for vector in vectors]
     return HessianResult(*values, *directions)
-
-
-@contextmanager
-def trainable(weights: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Lets frozen weights have gradients for a while.
-
-    Args:
-        weights: By name.
-
-    Example:
-        >>> frozen = nn.Linear(2, 1).requires_grad_(False)
-        >>> with trainable({"weight": frozen.weight}):
-        ...     frozen.weight.requires_grad
-        True
-        >>> frozen.weight.requires_grad
-        False
-    """
-    frozen = [weight for weight in weights.values() if not weight.requires_grad]
-    try:
-        for weight in frozen:
-            weight.requires_grad_(True)
-        yield
-    finally:
-        for weight in frozen:
-            weight.requires_grad_(False)
 
 
 def weight_gradients(

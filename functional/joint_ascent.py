@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from robust_flatness.functional.attack import PGD, Keep, example_losses
 from robust_flatness.functional.checks import upcast
-from robust_flatness.functional.hessian import trainable
-from robust_flatness.functional.noise import example_starts, stream
+from robust_flatness.functional.modes import trainable
+from robust_flatness.functional.noise import stream
 from robust_flatness.functional.weight_perturbation import (
     onto_ball,
     perturbed_parameters,
@@ -47,18 +47,6 @@ class Sharing:
     gather: Callable[[Tensor], Sequence[Tensor]]
 
 
-class StepwisePGD(PGD):
-    """PGD whose steps are taken by somebody who knows the gradient already."""
-
-    def begin(self, images: Tensor, start: Tensor) -> Tensor:
-        """Images `(N, C, H, W)` moved by a start, within the ball and the box."""
-        return self._project(images + start.to(images), images)
-
-    def move(self, adversarial: Tensor, gradient: Tensor, images: Tensor) -> Tensor:
-        """Adversarial examples `(N, C, H, W)` one step further, within the ball and the box."""
-        return self._project(adversarial + self._step(gradient), images)
-
-
 @dataclass(frozen=True)
 class JointAscent:
     """Raises the mean cross-entropy of a set in ν and δ together (Stutz et al., ICCV 2021).
@@ -80,7 +68,7 @@ class JointAscent:
 
     model: nn.Module
     batches: Sequence[Batch]
-    pgd: StepwisePGD
+    pgd: PGD
     xi: float
     weight_step: float
     keep: Keep = "last"
@@ -120,15 +108,7 @@ class JointAscent:
         return found
 
     def _attacked(self, batch: Batch, restart: int) -> Tensor:
-        start = example_starts(
-            batch.images,
-            batch.indices,
-            eps=self.pgd.eps,
-            norm=self.pgd.norm,
-            start=self.pgd.start,
-            seed=self.seed,
-            restart=restart,
-        )
+        start = self.pgd.starts(batch.images, batch.indices, seed=self.seed, restart=restart)
         return self.pgd.begin(batch.images, start)
 
     def _pass(

@@ -10,7 +10,7 @@ from torch import Tensor
 from robust_flatness.functional.attack import PGD, Criterion, example_losses
 from robust_flatness.functional.checks import check_count, check_examples, upcast
 from robust_flatness.functional.modes import Model, differentiable
-from robust_flatness.functional.noise import Norm, Start, example_starts
+from robust_flatness.functional.noise import Norm, Start
 
 
 @dataclass(frozen=True)
@@ -91,15 +91,7 @@ def worst_losses(
     losses = torch.full(labels.shape, -math.inf, device=images.device)
     correct = torch.ones_like(labels, dtype=torch.bool)
     for restart in restarts:
-        starts = example_starts(
-            images,
-            indices,
-            eps=pgd.eps,
-            norm=pgd.norm,
-            start=pgd.start,
-            seed=seed,
-            restart=restart,
-        )
+        starts = pgd.starts(images, indices, seed=seed, restart=restart)
         found = pgd.attack(model, images, labels, starts, criterion)
         if found.losses is None or found.predictions is None:
             raise ValueError(f"Expected `keep` to be best for a measure but got {pgd.keep}.")

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from robust_flatness.functional.attack import PGD
-from robust_flatness.functional.hessian import trainable, weight_gradients
-from robust_flatness.functional.modes import differentiable
-from robust_flatness.functional.noise import example_starts
+from robust_flatness.functional.hessian import weight_gradients
+from robust_flatness.functional.modes import differentiable, trainable
 from robust_flatness.functional.weight_perturbation import (
     perturbed_parameters,
     perturbed_weights,
@@ -95,15 +94,7 @@ class WeightAscent:
     def _craft(
         self, model: nn.Module, images: Tensor, labels: Tensor, part: slice, number: int
     ) -> Tensor:
-        starts = example_starts(
-            images,
-            self.indices[part],
-            eps=self.pgd.eps,
-            norm=self.pgd.norm,
-            start=self.pgd.start,
-            seed=self.seed,
-            restart=number,
-        )
+        starts = self.pgd.starts(images, self.indices[part], seed=self.seed, restart=number)
         crafted = self.pgd.attack(model, images, labels, starts).images
         if self.on_attack is not None:
             self.on_attack()

@@ -16,7 +16,7 @@ from robust_flatness.functional.checks import (
     check_number,
 )
 from robust_flatness.functional.flatness import NO_ATTACK, Loss, perturbed_units
-from robust_flatness.functional.joint_ascent import Batch, JointAscent, Sharing, StepwisePGD
+from robust_flatness.functional.joint_ascent import Batch, JointAscent, Sharing
 from robust_flatness.functional.modes import differentiable
 from robust_flatness.functional.noise import Norm, Start
 from robust_flatness.functional.robust_loss import worst_losses
@@ -154,9 +154,9 @@ def worst_case_flatness(
     clean = loss == "clean"
     keep = keep or ("best" if clean else "last")
     check_choice("keep", keep, get_args(Keep))
-    moving = StepwisePGD(eps, steps, step_size, norm, start=start)
+    moving = PGD(eps, steps, step_size, norm, start=start)
     if clean:
-        attack, moving = NO_ATTACK, StepwisePGD(0.0, steps, start="zero")
+        attack, moving = NO_ATTACK, PGD(0.0, steps, start="zero")
     where = range(len(images)) if indices is None else list(indices)
     report = on_attack or (lambda: None)
     first = range(1 if clean else restarts)

@@ -99,7 +99,8 @@ class ATSelfSupervision(AT):
         """Images to classify, attacked ones first, then turned ones likewise."""
         classified, hit, hit_turned = self._parts(len(images))
         adversarial = self.craft(images[:hit], labels[:hit])
-        turned, turns = self._turned(images)
+        turns = self._turns(images)
+        turned = rotate(self._to_turn(images), turns)
         # A bound method has no modes of its own, so network and head get theirs here.
         with module_modes(self, self.pgd.mode):
             against_turns = self.craft(
@@ -118,7 +119,7 @@ class ATSelfSupervision(AT):
         logits = upcast(self(adversarial[:classified]))
         loss = self.training_labels.loss(logits, labels[:classified])
         if len(adversarial) > classified:
-            _, turns = self._turned(images)
+            turns = self._turns(images)
             turn_logits = self.rotation_logits(adversarial[classified:])
             self.means.add("train/rotation_loss", example_losses(turn_logits, turns))
             self.means.add("train/rotation_error", turn_logits.argmax(1) != turns)
@@ -135,17 +136,18 @@ class ATSelfSupervision(AT):
         classified = count - turned
         return classified, round(self.fraction * classified), round(self.fraction * turned)
 
-    def _turned(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The turned images of a batch and how far they are, the same whenever it is asked."""
-        classified, hit, _ = self._parts(len(images))
-        device = images.device
+    def _turns(self, images: Tensor) -> Tensor:
+        """How far the turned images of a batch are turned, the same whenever it is asked."""
+        count, (classified, hit, _) = len(images), self._parts(len(images))
         if self.rotations == "half":
-            rest = images[classified:]
-            turns = (self.draws("rotation", len(rest), 1, device)[:, 0] * 4).long()
-            return rotate(rest, turns), turns
-        # Attacked images come first, each of them in all four directions.
-        blocks = [part for part in (images[:hit], images[hit:]) if len(part)]
-        turns = torch.cat(
-            [torch.arange(4, device=device).repeat_interleave(len(part)) for part in blocks]
-        )
-        return rotate(torch.cat([part.repeat(4, 1, 1, 1) for part in blocks]), turns), turns
+            draws = self.draws("rotation", count - classified, 1, images.device)
+            return (draws[:, 0] * 4).long()
+        directions = torch.arange(4, device=images.device)
+        return torch.cat([directions.repeat_interleave(part) for part in (hit, count - hit)])
+
+    def _to_turn(self, images: Tensor) -> Tensor:
+        """The images of a batch that are turned, attacked ones first, in the order of `_turns`."""
+        classified, hit, _ = self._parts(len(images))
+        if self.rotations == "half":
+            return images[classified:]
+        return torch.cat([part.repeat(4, 1, 1, 1) for part in (images[:hit], images[hit:])])

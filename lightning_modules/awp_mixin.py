@@ -1,6 +1,5 @@
 """Adversarial weight perturbation for any variant of adversarial training."""
 
-import math
 from contextlib import ExitStack
 from typing import Any, Literal, cast, get_args
 
@@ -18,6 +17,7 @@ from robust_flatness.functional.checks import check_choice, check_count, check_n
 from robust_flatness.functional.modes import Mode
 from robust_flatness.functional.weight_perturbation import perturbed_parameters, perturbed_weights
 from robust_flatness.lightning_modules.at import AT
+from robust_flatness.lightning_modules.schedules import epochs_of_share
 
 Order = Literal["sam", "awp"]
 Direction = Literal["adversarial", "random"]
@@ -118,8 +118,7 @@ class AWPMixin(AT):
 
     @property
     def _warming_up(self) -> bool:
-        epochs = self.trainer.max_epochs or 0
-        return self.current_epoch < math.ceil(round(self.warmup * epochs, 6))
+        return self.current_epoch < epochs_of_share(self.warmup, self.trainer.max_epochs or 0)
 
     def configure_callbacks(self) -> list[Callback]:
         """A callback that gives the weights back where training ends with an exception."""

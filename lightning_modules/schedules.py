@@ -61,15 +61,25 @@ class MultiStep(LRScheduler):
         """Learning rates of the parameter groups at `last_epoch`."""
         passed = 0
         if self.total is not None:
-            # A share such as 0.4 of 60 epochs must not fall behind epoch 24 by rounding, nor one
-            # written with six digits.
-            epochs = [math.ceil(round(share * self.total, 3)) for share in self.milestones]
+            epochs = [epochs_of_share(share, self.total) for share in self.milestones]
             passed = sum(self.last_epoch >= epoch for epoch in epochs)
         return [float(rate) * self.gamma**passed for rate in self.base_lrs]
 
     def state_dict(self) -> dict[str, Any]:
         """The schedule's position, without `total`: a resumed run may be made longer."""
         return {key: value for key, value in super().state_dict().items() if key != "total"}
+
+
+def epochs_of_share(share: float, epochs: int) -> int:
+    """The whole epochs that a share of training takes.
+
+    Example:
+        >>> epochs_of_share(0.4, 60), epochs_of_share(0.966667, 150), epochs_of_share(0.05, 30)
+        (24, 145, 2)
+    """
+    # A share such as 0.4 of 60 epochs must not fall behind epoch 24 by rounding, nor one written
+    # with six digits.
+    return math.ceil(round(share * epochs, 3))
 
 
 def prepare_schedule(schedule: Any, trainer: Trainer) -> None:

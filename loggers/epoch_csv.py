@@ -14,7 +14,6 @@ Example:
 """
 
 import csv
-import os
 import tempfile
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
@@ -25,6 +24,8 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.loggers.logger import DummyExperiment  # type: ignore[attr-defined]
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
+
+from robust_flatness.reporting.whole_file import whole_file
 
 
 class EpochCSVLogger(Logger):
@@ -157,13 +158,13 @@ class EpochCSVLogger(Logger):
         if self._path is None:
             return
         columns = ["epoch", *sorted({name for row in self._rows.values() for name in row})]
-        beside = self._path.with_suffix(".csv.tmp")
-        with beside.open("w", newline="", encoding="utf-8") as file:
+        with (
+            whole_file(self._path) as beside,
+            beside.open("w", newline="", encoding="utf-8") as file,
+        ):
             table = csv.DictWriter(file, columns)
             table.writeheader()
             table.writerows(self.rows)
-        # A replaced file is either the old or the new one, whenever the process is killed.
-        os.replace(beside, self._path)
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

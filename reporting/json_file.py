@@ -7,13 +7,14 @@ Example:
 
 import json
 import math
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from robust_flatness.reporting.whole_file import whole_file
 
 # The numbers of one list belong on one line: the indices of a split are thousands.
 _LIST_OF_NUMBERS = re.compile(r"\[\n\s+(-?[\d.e+-]+(?:,\s+-?[\d.e+-]+)*)\n\s*\]")
@@ -53,9 +54,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         path: The file. Its folder is created where it does not exist.
         content: Anything that `jsonable` understands.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(jsonable(content), indent=2, allow_nan=False, ensure_ascii=False)
     text = _LIST_OF_NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text)
-    beside = path.with_suffix(path.suffix + ".tmp")
-    beside.write_text(text + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    with whole_file(path) as beside:
+        beside.write_text(text + "\n", encoding="utf-8")

@@ -1,7 +1,6 @@
 """Landscapes of a run as one file that NumPy reads without pickles."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robust_flatness.reporting.json_file import jsonable
+from robust_flatness.reporting.whole_file import write_arrays
 
 Array = NDArray[np.float64]
 
@@ -46,13 +46,8 @@ def write_landscapes(
         for part, values in landscape._asdict().items()
     }
     text = json.dumps(jsonable(settings), allow_nan=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".npz.tmp")
-    with beside.open("wb") as file:
-        np.savez_compressed(
-            file, names=np.array(list(landscapes)), settings=np.array(text), **arrays
-        )
-    os.replace(beside, path)
+    arrays |= {"names": np.array(list(landscapes)), "settings": np.array(text)}
+    write_arrays(path, arrays)
 
 
 def read_landscapes(path: Path) -> tuple[dict[str, Landscape], dict[str, Any]]:

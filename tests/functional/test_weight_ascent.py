@@ -3,7 +3,6 @@ from networks_for_tests import images_and_labels
 from torch import nn
 
 from robust_flatness.functional import sample_weight_perturbation
-from robust_flatness.functional import weight_ascent as weight_ascent_module
 from robust_flatness.functional.attack import PGD
 from robust_flatness.functional.weight_ascent import WeightAscent
 
@@ -46,17 +45,17 @@ def test_two_steps_on_a_linear_network_agree_with_the_closed_form():
 def test_examples_are_crafted_anew_at_the_moved_weights_from_starts_of_the_number(monkeypatch):
     images, labels = images_and_labels(8, classes=3, channels=1)
     network, starts, seen = linear(), [], []
-    original, attack = weight_ascent_module.example_starts, PGD.attack
+    original, attack = PGD.starts, PGD.attack
 
-    def spy(images, indices, **settings):
+    def spy(self, images, indices, **settings):
         starts.append((list(indices), settings["seed"], settings["restart"]))
-        return original(images, indices, **settings)
+        return original(self, images, indices, **settings)
 
     def watched(self, model, *args):
         seen.append(model[1].weight.detach().clone())
         return attack(self, model, *args)
 
-    monkeypatch.setattr(weight_ascent_module, "example_starts", spy)
+    monkeypatch.setattr(PGD, "starts", spy)
     monkeypatch.setattr(PGD, "attack", watched)
     ascent(PGD(0.1, steps=2), 2).direction(network, images.double(), labels, number=5)
     batches = [[0, 1, 2], [3, 4, 5], [6, 7]]

@@ -66,7 +66,7 @@ def test_objective_by_hand_in_float64():
     module.eval()
     images, labels = images_and_labels(8)
     images = images.double()
-    _, turns = module._turned(images)
+    turns = module._turns(images)
     loss, logits = module.objective(images, images, labels)
     classified = cross_entropy(module(images[:4]), labels[:4])
     features = module.network.features(module.normalize(images[4:]))
@@ -106,7 +106,8 @@ def test_with_all_rotations_each_has_its_share_of_attacks():
     module.trainer = quiet_trainer()
     images, labels = images_and_labels(8)
     adversarial = module.attack(images, labels)
-    turned, turns = module._turned(images)
+    turns = module._turns(images)
+    turned = rotate(module._to_turn(images), turns)
     moved = (adversarial[8:] != turned).flatten(1).any(1)
     for k in range(4):
         assert moved[turns == k].float().mean() == 0.5
@@ -141,7 +142,8 @@ def test_each_task_is_attacked_on_its_own_loss():
     module.eval()
     images, labels = images_and_labels(32)
     adversarial = module.attack(images, labels)
-    clean, turns = module._turned(images)
+    turns = module._turns(images)
+    clean = rotate(module._to_turn(images), turns)
 
     def rotation_loss(batch):
         return cross_entropy(module.rotation_logits(batch), turns)

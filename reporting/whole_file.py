@@ -1,0 +1,42 @@
+"""Files that a reader finds old or new, never half-written, whenever a process is killed."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path to write to, beside the file that it replaces when all is written.
+
+    Args:
+        path: The file. Its folder is created where it does not exist.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder) / "new" / "a.txt"
+        ...     with whole_file(file) as beside:
+        ...         _ = beside.write_text("all of it")
+        ...     file.read_text()
+        'all of it'
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(path.suffix + ".tmp")
+    yield beside
+    os.replace(beside, path)
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Writes arrays as a compressed `.npz`.
+
+    Args:
+        path: The file. Its folder is created where it does not exist.
+        arrays: By name.
+    """
+    with whole_file(path) as beside, beside.open("wb") as file:
+        np.savez_compressed(file, **arrays)

@@ -14,18 +14,24 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import Colormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-Rows = Sequence[Mapping[str, float]]
+from robust_flatness.reporting.canvas import (
+    BLUE,
+    FONT,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    add_legend,
+    make_canvas,
+    sequential,
+    set_title,
+)
 
-# Okabe and Ito's colours, which stay apart for colour-blind readers and in grey.
-_BLUE, _ORANGE, _GREEN, _PURPLE, _GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
-_FONT = 9  # points, at the printed width
+Rows = Sequence[Mapping[str, float]]
 
 
 def trajectory_figure(rows: Rows, *, title: str | None = None) -> Figure | None:
@@ -43,21 +49,21 @@ def trajectory_figure(rows: Rows, *, title: str | None = None) -> Figure | None:
     if not points:
         return None
     epochs, flatness, losses, errors = zip(*points)
-    figure, (axes,) = _canvas(5.2, 3.6, 1)
-    grey: dict[str, Any] = {"fmt": "none", "ecolor": _GREY, "elinewidth": 0.8, "alpha": 0.45}
+    figure, (axes,) = make_canvas(5.2, 3.6, 1)
+    grey: dict[str, Any] = {"fmt": "none", "ecolor": GREY, "elinewidth": 0.8, "alpha": 0.45}
     axes.errorbar(flatness, losses, xerr=errors, zorder=1, **grey)
-    axes.plot(flatness, losses, color=_GREY, linewidth=0.8, alpha=0.7, zorder=2)
+    axes.plot(flatness, losses, color=GREY, linewidth=0.8, alpha=0.7, zorder=2)
     dot: dict[str, Any] = {"s": 34, "edgecolors": "white", "linewidths": 0.6}
-    dots = axes.scatter(flatness, losses, c=epochs, cmap=_colours(), zorder=3, **dot)
+    dots = axes.scatter(flatness, losses, c=epochs, cmap=sequential(), zorder=3, **dot)
     _mark_ends(axes, points)
     axes.margins(0.1, 0.12)
     axes.set_xlabel("average-case flatness in RLoss (lower is flatter)")
     axes.set_ylabel("test RLoss")
     bar = figure.colorbar(dots, ax=axes, pad=0.02, ticks=MaxNLocator(6, integer=True))
-    bar.set_label("epoch", fontsize=_FONT)
-    bar.ax.tick_params(labelsize=_FONT - 1)
+    bar.set_label("epoch", fontsize=FONT)
+    bar.ax.tick_params(labelsize=FONT - 1)
     bar.outline.set_visible(False)
-    _set_title(figure, title)
+    set_title(figure, title)
     return figure
 
 
@@ -85,13 +91,13 @@ def overfitting_figure(
     Returns:
         A figure of 6.8 x 3.3 inches, or None where there is nothing to draw.
     """
-    figure, (left, right) = _canvas(6.8, 3.3, 2)
+    figure, (left, right) = make_canvas(6.8, 3.3, 2)
     drawn = [_draw_losses(left, rows), _draw_errors(right, rows)]
     if not any(drawn):
         return None
     if num_classes is not None:
         label = f"guessing (ln {num_classes})"
-        left.axhline(math.log(num_classes), color=_GREY, linestyle=":", linewidth=1.1, label=label)
+        left.axhline(math.log(num_classes), color=GREY, linestyle=":", linewidth=1.1, label=label)
     if best_epoch is not None:
         _draw_early_stopping(left, right, rows, best_epoch)
     left.set_ylabel("RLoss")
@@ -101,8 +107,8 @@ def overfitting_figure(
         axes.set_xlabel("epoch")
         axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    _add_legend(figure)
-    _set_title(figure, title)
+    add_legend(figure)
+    set_title(figure, title)
     return figure
 
 
@@ -111,11 +117,11 @@ def _draw_losses(axes: Axes, rows: Rows) -> bool:
         axes,
         rows,
         {
-            "test/robust_loss_incorrect": ("test, incorrect", _PURPLE, "-", 1.1),
-            "test/robust_loss": ("test", _ORANGE, "-", 1.8),
-            "test/robust_loss_correct": ("test, correct", _GREEN, "-", 1.1),
-            "train/robust_loss": ("train", _BLUE, "-", 1.8),
-            "train_eval/robust_loss": ("train, weights fixed", _BLUE, "--", 1.1),
+            "test/robust_loss_incorrect": ("test, incorrect", PURPLE, "-", 1.1),
+            "test/robust_loss": ("test", ORANGE, "-", 1.8),
+            "test/robust_loss_correct": ("test, correct", GREEN, "-", 1.1),
+            "train/robust_loss": ("train", BLUE, "-", 1.8),
+            "train_eval/robust_loss": ("train, weights fixed", BLUE, "--", 1.1),
         },
     )
 
@@ -126,9 +132,9 @@ def _draw_errors(axes: Axes, rows: Rows) -> bool:
         rows,
         {
             "val/robust_error": ("early-stopping images", "#BBBBBB", "-", 1.0),
-            "test/robust_error": ("test", _ORANGE, "-", 1.8),
-            "train/robust_error": ("train", _BLUE, "-", 1.8),
-            "train_eval/robust_error": ("train, weights fixed", _BLUE, "--", 1.1),
+            "test/robust_error": ("test", ORANGE, "-", 1.8),
+            "train/robust_error": ("train", BLUE, "-", 1.8),
+            "train_eval/robust_error": ("train, weights fixed", BLUE, "--", 1.1),
         },
     )
 
@@ -158,7 +164,7 @@ def _mark_ends(axes: Axes, points: Sequence[tuple[float, ...]]) -> None:
     for epoch, x, y, _ in (points[0], points[-1])[: len(points)]:
         axes.plot(x, y, "o", markersize=10, fillstyle="none", color="black", zorder=4)
         where: dict[str, Any] = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center"}
-        axes.annotate(f"epoch {epoch:g}", (x, y), fontsize=_FONT - 1, **where)
+        axes.annotate(f"epoch {epoch:g}", (x, y), fontsize=FONT - 1, **where)
 
 
 def _series(rows: Rows, name: str) -> list[tuple[float, float]]:
@@ -171,44 +177,3 @@ def _points(rows: Rows) -> list[tuple[float, float, float, float]]:
     errors = dict(_series(rows, "flatness/average/test_sem"))
     flatness = _series(rows, "flatness/average/test")
     return [(e, x, losses[e], errors.get(e, 0.0)) for e, x in flatness if e in losses]
-
-
-def _colours() -> Colormap:
-    # Without its last tenth, which is too pale on paper.
-    return ListedColormap(mpl.colormaps["viridis"].resampled(256)([i / 284 for i in range(256)]))
-
-
-def _canvas(width: float, height: float, panels: int) -> tuple[Figure, list[Axes]]:
-    # No pyplot: it keeps every figure alive, and may want a display.
-    figure = Figure(figsize=(width, height), dpi=200, layout="constrained")
-    FigureCanvasAgg(figure)
-    all_axes = [figure.add_subplot(1, panels, i + 1) for i in range(panels)]
-    for axes in all_axes:
-        axes.tick_params(labelsize=_FONT - 1, width=0.6)
-        axes.xaxis.label.set_fontsize(_FONT)
-        axes.yaxis.label.set_fontsize(_FONT)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_linewidth(0.6)
-        axes.grid(color="#E6E6E6", linewidth=0.6)
-        axes.set_axisbelow(True)
-    return figure, all_axes
-
-
-def _add_legend(figure: Figure) -> None:
-    # One for both panels and below them, where it covers no line.
-    entries: dict[str, Any] = {}
-    for axes in figure.axes:
-        handles, labels = axes.get_legend_handles_labels()
-        entries |= dict(zip(labels, handles))
-    look: dict[str, Any] = {
-        "ncols": 4,
-        "fontsize": _FONT - 1,
-        "frameon": False,
-        "handlelength": 2.2,
-    }
-    figure.legend(entries.values(), entries, loc="outside lower center", **look)
-
-
-def _set_title(figure: Figure, title: str | None) -> None:
-    if title:
-        figure.suptitle(title, fontsize=_FONT + 1)

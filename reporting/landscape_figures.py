@@ -16,21 +16,24 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from robust_flatness.reporting.figures import (
-    _BLUE,
-    _FONT,
-    _GREEN,
-    _GREY,
-    _ORANGE,
-    _PURPLE,
-    _add_legend,
-    _canvas,
-    _colours,
-    _set_title,
+from robust_flatness.reporting.canvas import (
+    AMBER,
+    BLACK,
+    BLUE,
+    FONT,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    add_legend,
+    make_canvas,
+    sequential,
+    set_title,
 )
 from robust_flatness.reporting.landscape_file import Array, Landscape
 
-_COLOURS = (_BLUE, _ORANGE, _GREEN, _PURPLE, "#E69F00", "#56B4E9", "black")
+_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY, BLACK)
 # The paper cuts its figures at a loss of 15.
 _HIGHEST = 15.0
 _LOWEST = 1e-3
@@ -64,19 +67,19 @@ def landscape_figure(
     shown = {kind: lines for kind, lines in panels.items() if any(map(_finite, lines.values()))}
     if not shown:
         return None
-    figure, all_axes = _canvas(4.6 if len(shown) == 1 else 3.4 * len(shown), 3.3, len(shown))
+    figure, all_axes = make_canvas(4.6 if len(shown) == 1 else 3.4 * len(shown), 3.3, len(shown))
     labels = list(dict.fromkeys(label for lines in shown.values() for label in lines))
     for axes, (kind, lines) in zip(all_axes, shown.items()):
         for label, landscape in lines.items():
             if _finite(landscape):
                 _draw_line(axes, kind, label, landscape, _COLOURS[labels.index(label) % 7])
-        axes.axvline(0, color=_GREY, linewidth=0.6, linestyle=":", zorder=1)
+        axes.axvline(0, color=GREY, linewidth=0.6, linestyle=":", zorder=1)
         axes.set_xlabel(f"step s along {_NAMES.get(kind, kind)}")
         axes.margins(x=0)
     _set_loss_axes(all_axes, [_curves(line) for lines in shown.values() for line in lines.values()])
     all_axes[0].set_ylabel(loss_name)
-    _add_legend(figure)
-    _set_title(figure, title)
+    add_legend(figure)
+    set_title(figure, title)
     return figure
 
 
@@ -98,9 +101,9 @@ def surface_figure(
         return None
     low, high = losses.min(), max(losses.max(), losses.min() * 1.01)
     levels = np.geomspace(low, high, 13)
-    figure, (axes,) = _canvas(4.4, 3.6, 1)
+    figure, (axes,) = make_canvas(4.4, 3.6, 1)
     grid = (surface.coordinates, surface.coordinates, losses.T)
-    filled = axes.contourf(*grid, levels=levels, norm=LogNorm(low, high), cmap=_colours())
+    filled = axes.contourf(*grid, levels=levels, norm=LogNorm(low, high), cmap=sequential())
     axes.contour(*grid, levels=levels, colors="white", linewidths=0.4, alpha=0.6)
     axes.plot(0, 0, "+", color="white", markersize=9, markeredgewidth=1.4)
     axes.grid(False)
@@ -112,10 +115,10 @@ def surface_figure(
     bar = figure.colorbar(
         filled, ax=axes, pad=0.02, format=FuncFormatter(lambda value, _: f"{value:.2g}")
     )
-    bar.set_label(loss_name, fontsize=_FONT)
-    bar.ax.tick_params(labelsize=_FONT - 1)
+    bar.set_label(loss_name, fontsize=FONT)
+    bar.ax.tick_params(labelsize=FONT - 1)
     bar.outline.set_visible(False)
-    _set_title(figure, title)
+    set_title(figure, title)
     return figure
 
 

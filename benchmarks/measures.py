@@ -1,6 +1,7 @@
-"""How noisy the flatness measures are, and whether AutoAttack depends on how images are grouped.
+"""How noisy flatness is, what its radius changes, and whether AutoAttack depends on grouping.
 
 python benchmarks/measures.py noise runs/at-Digits-s0
+python benchmarks/measures.py xi runs/at-Digits-s0 runs/at_awp-Digits-s0
 python benchmarks/measures.py autoattack runs/at-Digits-s0
 """
 
@@ -20,6 +21,7 @@ from robust_flatness.functional import (
     average_case_flatness,
     perturbed_weights,
     sample_weight_perturbation,
+    worst_case_flatness,
 )
 from robust_flatness.functional.attack import PGD
 from robust_flatness.functional.robust_loss import worst_losses
@@ -125,21 +127,38 @@ def autoattack(run: Path, count: int) -> None:
     print(f"verdicts differ on {100 * differ:.2f} % of the images")
 
 
+def xi(runs: list[Path], count: int) -> None:
+    """Average- and worst-case flatness at the radii that the paper compares, a column a run."""
+    images, labels = images_of("test", count)
+    models = [load(run) for run in runs]
+    print(f"| {count} images, 10 directions | {' | '.join(run.name for run in runs)} |")
+    print(f"|---|{'---|' * len(runs)}")
+    for radius in (0.25, 0.5, 0.75, 1.0):
+        found = [average_case_flatness(m, images, labels, eps=EPS, xi=radius) for m in models]
+        cells = [f"{result.value:.2f} ± {result.standard_error:.2f}" for result in found]
+        print(f"| average, ξ = {radius} | {' | '.join(cells)} |")
+    for radius in (0.00075, 0.001, 0.003, 0.005):
+        worst = [worst_case_flatness(m, images, labels, eps=EPS, xi=radius) for m in models]
+        print(f"| worst, ξ = {radius} | {' | '.join(f'{r.value:.3f}' for r in worst)} |")
+
+
 def main() -> None:
-    """Runs one of the two."""
+    """Runs one of the three."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["noise", "autoattack"])
-    parser.add_argument("run", type=Path)
+    parser.add_argument("what", choices=["noise", "xi", "autoattack"])
+    parser.add_argument("runs", type=Path, nargs="+", help="one, but for `xi`")
     parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--directions", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=10)
     given = parser.parse_args()
     if given.what == "noise":
-        noise(given.run, given.images, given.directions, given.seeds)
+        noise(given.runs[0], given.images, given.directions, given.seeds)
+    elif given.what == "xi":
+        xi(given.runs, given.images)
     else:
-        autoattack(given.run, given.images)
+        autoattack(given.runs[0], given.images)
 
 
 if __name__ == "__main__":

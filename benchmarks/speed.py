@@ -3,9 +3,9 @@
 python benchmarks/speed.py --batches 8 32 128
 
 Variants take turns and their order is reversed every round, so that a machine that slows down does
-so for all of them; times are CPU seconds of this process. Printed are the medians, the ratio of each
-to the plain network in the same round (median, smallest, largest), and how far the found losses are
-from the plain network's.
+so for all of them; times are CPU seconds of this process. Printed are the medians, the ratio of
+each to the plain network in the same round (median, smallest, largest), and how far the found mean
+loss is from the plain network's.
 """
 
 import argparse
@@ -70,7 +70,9 @@ def compare(name: str, tried: dict[str, Crafted], images: int, rounds: int) -> N
         print(f"| {variant} | {median(times) / images:.4f} | {spread} | {100 * differ:.2f} % |")
 
 
-def batched_restarts(images: Tensor, labels: Tensor, steps: int, restarts: int) -> dict[str, Crafted]:
+def batched_restarts(
+    images: Tensor, labels: Tensor, steps: int, restarts: int
+) -> dict[str, Crafted]:
     """Restarts one after another, or all of them as one larger batch."""
     torch.manual_seed(0)
     model = ResNet18(10).eval().requires_grad_(False)

@@ -40,14 +40,14 @@ class MethodStyle(NamedTuple):
 def method_style(method: str) -> MethodStyle:
     """Colour and marker of a method, the same in all figures of all reports.
 
-    The methods of Table 1 all look different; others share their looks by name.
+    The methods of the paper all look different; others share their looks by name.
 
     Args:
         method: Such as `at_awp`.
 
     Example:
         >>> len({method_style(method) for method in METHOD_LABELS})
-        19
+        28
     """
     known = list(METHOD_LABELS)
     index = known.index(method) if method in known else len(known) + sum(map(ord, method))

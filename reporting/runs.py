@@ -13,12 +13,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+from zipfile import BadZipFile
 
 from robust_flatness.reporting.landscape_file import Landscape, read_landscapes
 
 Weights = Literal["final", "early_stopped"]
 Figures = Mapping[str, float]
 
+_LOGGED = "_early_stopped"
 _RESULTS, _CONFIG, _METRICS = "results.json", "config.yaml", "metrics.csv"
 # What a report cannot do without; older formats lack some of it.
 _NEEDED = ("method", "data", "settings", "final", "early_stopped", "trajectory", "epochs")
@@ -74,10 +76,19 @@ class Run:
         """Landscapes by name, such as `final/random`; none where none was measured.
 
         Those of `fit` win over those that `test` measured later.
+
+        Raises:
+            ValueError: If the file is broken or not one of landscapes.
         """
         for name in ("landscapes.npz", "landscapes_test.npz"):
-            if (self.folder / name).is_file():
-                return read_landscapes(self.folder / name)[0]
+            path = self.folder / name
+            if path.is_file():
+                try:
+                    return read_landscapes(path)[0]
+                except (BadZipFile, EOFError, KeyError) as error:
+                    raise ValueError(
+                        f"Expected {path} to be landscapes but got {error}."
+                    ) from error
         return {}
 
 
@@ -135,6 +146,8 @@ def read_run(folder: Path) -> Run:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{_RESULTS} is broken ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{_RESULTS} is of another format (a {type(content).__name__})")
     missing = [name for name in _NEEDED if content.get(name) is None]
     if missing:
         raise ValueError(f"{_RESULTS} is of an older format, without {', '.join(missing)}")
@@ -146,9 +159,9 @@ def read_run(folder: Path) -> Run:
             seed=content.get("seed"),
             settings=dict(content["settings"]),
             final=_finite(content["final"]),
-            early_stopped=_finite(content["early_stopped"]),
+            early_stopped=_early_stopped(content),
             num_examples=dict(content.get("num_examples") or {}),
-            trajectory=[_finite(row) for row in content["trajectory"]],
+            trajectory=_rows(content["trajectory"]),
             early_stopped_epoch=content.get("early_stopped_epoch"),
             epochs=int(content["epochs"]),
             wall_time_seconds=float(content.get("wall_time_seconds") or math.nan),
@@ -157,6 +170,23 @@ def read_run(folder: Path) -> Run:
         )
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{_RESULTS} is of another format ({error})") from error
+
+
+def _early_stopped(content: Mapping[str, Any]) -> dict[str, float]:
+    """With those figures that callbacks log beside the ones of the last weights."""
+    logged = {
+        name.removesuffix(_LOGGED): value
+        for name, value in content["final"].items()
+        if name.endswith(_LOGGED)
+    }
+    return _finite(logged) | _finite(content["early_stopped"])
+
+
+def _rows(trajectory: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+    rows = [_finite(row) for row in trajectory]
+    if any("epoch" not in row for row in rows):
+        raise ValueError("a row of its trajectory has no epoch")
+    return rows
 
 
 def _folders(root: Path) -> list[Path]:
@@ -171,8 +201,10 @@ def _unfinished(folder: Path) -> str:
     try:
         with (folder / _METRICS).open(newline="", encoding="utf-8") as file:
             epochs = sum(1 for _ in csv.DictReader(file))
-    except OSError:
-        return "not finished: no epoch was recorded"
+    except (OSError, ValueError, csv.Error):
+        epochs = 0
+    if epochs < 2:
+        return f"not finished: {'one' if epochs else 'no'} epoch was recorded"
     return f"not finished: {epochs} epochs were recorded"
 
 

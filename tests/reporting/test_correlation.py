@@ -1,0 +1,168 @@
+import itertools
+import math
+import time
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from robust_flatness.reporting.correlation import correlate
+from robust_flatness.reporting.published import PublishedModel, published_models
+
+
+def point(method, x, y, early_stopped=()):
+    final = {name: value for name, value in (("x", x), ("y", y)) if value is not None}
+    return PublishedModel(method, "", "", "", final=final, early_stopped=dict(early_stopped))
+
+
+def sweeps(num_methods=6, models_each=4, seed=0):
+    """Models that lie close to their method's own place, far from other methods."""
+    generator = np.random.default_rng(seed)
+    points = []
+    for method in range(num_methods):
+        place = generator.normal(size=2)
+        for x, y in place + 0.01 * generator.normal(size=(models_each, 2)):
+            points.append(point(f"m{method}", x, y))
+    return points
+
+
+def width(interval):
+    return interval[1] - interval[0]
+
+
+def test_coefficients_are_scipys():
+    points = sweeps()
+    xs, ys = ([model.mean(name) for model in points] for name in "xy")
+    found = correlate(points, "x", "y")
+    assert found.pearson == pytest.approx(stats.pearsonr(xs, ys).statistic)
+    assert found.spearman == pytest.approx(stats.spearmanr(xs, ys).statistic)
+    assert (found.num_models, found.num_methods) == (24, 6)
+
+
+def test_models_without_a_figure_do_not_count():
+    points = [point("a", 1, 1), point("b", 2, 3), point("c", 3, 2), point("d", 4, 5)]
+    without = [point("e", None, 1), point("f", 1, None), point("g", math.nan, 1)]
+    found = correlate([*without, *points], "x", "y")
+    assert found == correlate(points, "x", "y")
+    assert found.num_methods == 4
+
+
+def test_early_stopped_figures_are_other_ones():
+    rows = [(1, 3), (2, 2), (3, 1)]
+    points = [point(f"m{x}", x, x, {"x": x, "y": y}) for x, y in rows]
+    assert correlate(points, "x", "y").pearson == pytest.approx(1)
+    assert correlate(points, "x", "y", weights="early_stopped").pearson == pytest.approx(-1)
+
+
+def test_a_function_may_stand_for_a_figure():
+    points = sweeps()
+    found = correlate(points, "x", lambda model: -model.mean("x"))
+    assert found.pearson == pytest.approx(-1)
+    assert correlate(points, "x", lambda model: None) is None
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        [],
+        [point("a", 1, 1), point("b", 2, 2)],
+        [point("a", 1, 1), point("b", 1, 2), point("c", 1, 3)],
+        [point("a", 1, 0.1), point("b", 2, 0.1), point("c", 3, 0.1)],
+    ],
+    ids=["none", "two", "constant x", "constant y"],
+)
+def test_too_few_models_and_constant_figures_have_no_correlation(points):
+    assert correlate(points, "x", "y") is None
+
+
+def test_two_methods_have_coefficients_but_no_interval():
+    points = [point("a", 1, 2), point("a", 2, 1), point("b", 3, 3), point("b", 4, 5)]
+    found = correlate(points, "x", "y")
+    assert found.pearson == pytest.approx(0.83, abs=0.01)
+    assert found.pearson_interval is None
+    assert found.spearman_interval is None
+
+
+def test_interval_is_that_of_all_resamples_of_whole_methods():
+    points = [
+        *(point("a", x, y) for x, y in [(0.1, 0.5), (0.2, 0.4), (0.2, 0.9)]),
+        *(point("b", x, y) for x, y in [(1.0, 1.4), (1.4, 0.7)]),
+        *(point("c", x, y) for x, y in [(2.0, 1.1), (1.4, 2.2), (2.2, 2.3)]),
+    ]
+    by_method = [[(m.mean("x"), m.mean("y")) for m in points if m.method == name] for name in "abc"]
+    exact = {"pearson": [], "spearman": []}
+    for drawn in itertools.product(by_method, repeat=3):
+        xs, ys = zip(*itertools.chain(*drawn))
+        exact["pearson"].append(stats.pearsonr(xs, ys).statistic)
+        exact["spearman"].append(stats.spearmanr(xs, ys).statistic)
+    found = correlate(points, "x", "y", resamples=20000)
+    # Percentiles of 27 equally likely values lie on one of them, apart from draws at the margin.
+    for name, interval in (
+        ("pearson", found.pearson_interval),
+        ("spearman", found.spearman_interval),
+    ):
+        expected = np.quantile(exact[name], (0.025, 0.975), method="inverted_cdf")
+        assert interval == pytest.approx(expected, abs=1e-9), name
+
+
+def test_copies_of_all_models_do_not_narrow_the_interval():
+    points = sweeps()
+    once, twice = correlate(points, "x", "y"), correlate([*points, *points], "x", "y")
+    assert twice.num_models == 2 * once.num_models
+    assert twice.pearson_interval == pytest.approx(once.pearson_interval)
+    assert twice.spearman_interval == pytest.approx(once.spearman_interval)
+
+
+def test_copies_of_models_within_their_methods_do_not_narrow_the_interval():
+    points = [point(f"m{i}", x, x + (-1) ** i) for i, x in enumerate(range(8))]
+    once = correlate(points, "x", "y")
+    # The two that a line through all points owes most to.
+    copied = correlate([*points, *[points[0], points[-1]] * 20], "x", "y")
+    assert (copied.num_models, copied.num_methods) == (48, 8)
+    assert copied.pearson > once.pearson
+    assert width(copied.pearson_interval) >= width(once.pearson_interval)
+
+
+def test_models_of_one_method_are_no_independent_models():
+    clustered = sweeps(num_methods=8, models_each=10)
+    alone = [point(f"{m.method}-{i}", m.mean("x"), m.mean("y")) for i, m in enumerate(clustered)]
+    of_methods = correlate(clustered, "x", "y").pearson_interval
+    of_models = correlate(alone, "x", "y").pearson_interval
+    assert width(of_methods) > 1.5 * width(of_models)
+
+
+def test_resamples_in_which_a_figure_is_constant_are_left_out():
+    # 0.1 in sums of threes is not 0.3: a variance of nearly zero must not pass for one.
+    rows = [("a", 0.1, 0.3), ("b", 0.1, 0.7), ("c", 0.1, 0.2), ("d", 0.9, 0.9)]
+    found = correlate([point(*row) for row in rows], "x", "y")
+    for interval in (found.pearson_interval, found.spearman_interval):
+        # In any resample that holds `d`, it is the largest in both.
+        assert 0 < interval[0] <= interval[1] <= 1
+
+
+def test_order_of_models_and_repetition_change_nothing_and_the_seed_little():
+    points = sweeps()
+    found = correlate(points, "x", "y")
+    assert correlate(points, "x", "y") == found
+    turned = correlate(points[::-1], "x", "y")
+    assert turned.pearson_interval == pytest.approx(found.pearson_interval)
+    other = correlate(points, "x", "y", seed=1)
+    assert other.pearson_interval != found.pearson_interval
+    assert other.pearson_interval == pytest.approx(found.pearson_interval, abs=0.1)
+
+
+def test_interval_of_the_published_models_is_quick_and_holds_the_coefficient():
+    models = published_models()
+    start = time.perf_counter()
+    found = correlate(models, "flatness/average/test", "test/robust_loss")
+    assert time.perf_counter() - start < 1
+    for value, (low, high) in (
+        (found.pearson, found.pearson_interval),
+        (found.spearman, found.spearman_interval),
+    ):
+        assert 0.6 < low < value < high < 1
+
+
+def test_resamples_below_one_are_refused():
+    with pytest.raises(ValueError, match="`resamples` to be >= 1 but got 0"):
+        correlate(sweeps(), "x", "y", resamples=0)

@@ -1,0 +1,273 @@
+import csv
+import io
+import math
+import re
+from dataclasses import dataclass, field
+
+import pytest
+from rich.console import Console
+from run_factory import EARLY_STOPPED, FINAL, make_run
+
+from robust_flatness.reporting.models import group_models
+from robust_flatness.reporting.published import published_models
+from robust_flatness.reporting.table1 import table1
+from robust_flatness.reporting.table1_files import write_table
+from robust_flatness.reporting.table1_rows import COLUMNS
+from robust_flatness.reporting.table1_text import notes, terminal_table
+
+AA, PGD = "test/autoattack_error", "test/robust_error"
+
+
+@dataclass
+class Paper:
+    method: str
+    label: str
+    figures: dict = field(default_factory=dict)
+
+    def mean(self, name, weights="final"):
+        return self.figures.get(name) if weights == "final" else None
+
+
+def run(method, error, seed=0, *, attack=AA, **options):
+    final = {name: value for name, value in FINAL.items() if name not in (AA, PGD)}
+    stopped = {name: value for name, value in EARLY_STOPPED.items() if name not in (AA, PGD)}
+    final, stopped = final | {attack: error}, stopped | {attack: error / 2}
+    return make_run(method, seed, final=final, early_stopped=stopped, **options)
+
+
+def of(*runs, published=()):
+    return table1(group_models(runs), published)
+
+
+def five(attack=AA, seeds=(0,)):
+    errors = {"at": 0.6, "trades": 0.4, "mart": 0.5, "at_awp": 0.45, "mish": 0.55}
+    return [run(name, e + 0.01 * s, s, attack=attack) for name, e in errors.items() for s in seeds]
+
+
+def written(table, folder) -> dict[str, str]:
+    return {path.suffix: path.read_text(encoding="utf-8") for path in write_table(table, folder)}
+
+
+def records(table, folder) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(written(table, folder)[".csv"])))
+
+
+def printed(table) -> str:
+    console = Console(file=io.StringIO(), width=100)
+    console.print(terminal_table(table))
+    return console.file.getvalue()
+
+
+def test_groups_of_the_papers_own_rows_are_the_papers():
+    def replica(point):
+        final = {name: point.mean(name) for name in (AA, "flatness/average/test")}
+        stopped = {AA: point.mean(AA, "early_stopped")}
+        return make_run(point.method, final=final, early_stopped=stopped)
+
+    table = of(*map(replica, published_models("table1")))
+    assert table.thresholds == (0.57, 0.60)
+    assert [(group.name, len(group.rows)) for group in table.groups] == [
+        ("good", 7),
+        ("average", 5),
+        ("poor", 7),
+    ]
+    expected = {
+        "test_robust_error": [54.3, 58.7, 61.0],
+        "early_stopped_robust_error": [53.6, 56.0, 54.4],
+    }
+    for key, means in expected.items():
+        assert [round(100 * group.means[key], 1) for group in table.groups] == means
+    flatness = [group.means["average_flatness"] for group in table.groups]
+    assert flatness == pytest.approx([0.40, 0.69, 1.21], abs=0.01)
+
+
+def test_rows_are_sorted_by_test_error_and_grouped():
+    table = of(*five())
+    assert [row.model.method for row in table.rows] == ["trades", "at_awp", "mart", "mish", "at"]
+    assert table.thresholds == (0.46, 0.54)
+    assert [len(group.rows) for group in table.groups] == [2, 1, 2]
+
+
+@pytest.mark.parametrize("errors", [[0.5, 0.4, 0.6], [0.5, 0.5, 0.5, 0.5, 0.9]])
+def test_few_rows_or_close_ones_are_one_group(errors):
+    table = of(*(run(f"m{index}", error) for index, error in enumerate(errors)))
+    assert [group.name for group in table.groups] == ["all"]
+    assert table.thresholds is None
+    assert "percentiles" not in " ".join(notes(table))
+
+
+def test_cells_are_means_and_deviations_over_seeds(tmp_path):
+    table = of(*(run("at", error, seed) for seed, error in enumerate([0.5, 0.52, 0.6])))
+    (row,) = table.rows
+    cell = row.cells["test_robust_error"]
+    assert (cell.n, cell.attack, cell.images) == (3, "AutoAttack", 200)
+    assert cell.mean == pytest.approx(0.54)
+    assert cell.deviation == pytest.approx(math.sqrt((0.04**2 + 0.02**2 + 0.06**2) / 2))
+    stopped = row.cells["early_stopped_robust_error"]
+    assert stopped.mean == pytest.approx(cell.mean / 2)
+    assert stopped.deviation == pytest.approx(cell.deviation / 2)
+    assert row.cells["train_robust_error"].attack == "PGD"
+    assert "| 54.0 ± 5.3" in re.sub(" +", " ", written(table, tmp_path)[".md"])
+
+
+def test_one_seed_has_no_deviation(tmp_path):
+    table = of(run("at", 0.5))
+    assert "±" not in written(table, tmp_path)[".md"].split("- Mean")[0]
+    assert records(table, tmp_path)[0]["test_robust_error_sd"] == ""
+
+
+def test_a_figure_of_fewer_seeds_says_of_how_many(tmp_path):
+    other = make_run("at", 2, final={PGD: 0.1}, early_stopped={})
+    table = of(run("at", 0.5, 0), run("at", 0.6, 1), other)
+    assert "55.0 ± 7.1 (n=2)" in written(table, tmp_path)[".md"]
+    (record,) = records(table, tmp_path)
+    assert (record["seeds"], record["test_robust_error_n"]) == ("3", "2")
+
+
+def test_what_was_not_measured_is_a_dash(tmp_path):
+    table = of(
+        make_run(final={PGD: 0.5}, early_stopped={}), make_run("mart", final={}, early_stopped={})
+    )
+    assert [group.name for group in table.groups] == ["all", "without RErr"]
+    rows = [line for line in written(table, tmp_path)[".md"].splitlines() if "| MART" in line]
+    assert re.sub("[| ]+", " ", rows[0]).split() == ["MART", *"––––––", "1"]
+    record = records(table, tmp_path)[1]
+    assert (record["worst_flatness_mean"], record["worst_flatness_n"]) == ("", "0")
+
+
+def test_attack_of_a_column_is_named_and_never_silently_mixed(tmp_path):
+    pure = written(of(*five()), tmp_path)[".md"]
+    assert "test RErr (AA, %)" in pure
+    assert "†" not in pure
+    assert "test RErr (PGD, %)" in written(of(*five(PGD)), tmp_path)[".md"]
+    mixed = of(*five(), run("silu", 0.41, attack=PGD))
+    text = written(mixed, tmp_path)[".md"]
+    assert "test RErr (AA or †PGD, %)" in text
+    assert "early-stopped RErr (AA or †PGD, %)" in text
+    marked = [line for line in text.splitlines() if "†" in line and line.startswith("| ")][1:]
+    assert [line.split("|")[1].strip() for line in marked] == ["SiLU"]
+    assert "test_robust_error" not in mixed.groups[0].means
+    assert "clean_error" in mixed.groups[0].means
+    attacks = {row["model"]: row["test_robust_error_attack"] for row in records(mixed, tmp_path)}
+    assert (attacks["SiLU"], attacks["AT"]) == ("PGD", "AutoAttack")
+    assert "41.0†" in printed(mixed)
+
+
+def test_the_papers_figures_stand_beside_the_same_method(tmp_path):
+    table = of(*five(), run("my_method", 0.5), published=published_models("table1"))
+    at = next(row for row in table.rows if row.model.method == "at")
+    shown = {key: cell.mean for key, cell in at.published.items()}
+    assert shown == {
+        "test_robust_error": 0.628,
+        "train_robust_error": 0.107,
+        "average_flatness": 1.21,
+        "worst_flatness": 6.48,
+        "early_stopped_robust_error": 0.546,
+    }
+    text = written(table, tmp_path)[".md"]
+    assert "paper, CIFAR-10: train RErr (AA, %)" in text
+    assert "paper, CIFAR-10: clean error" not in text
+    by_model = {row["model"]: row for row in records(table, tmp_path)}
+    assert by_model["AT"]["paper_test_robust_error"] == "0.628"
+    assert by_model["my_method"]["paper_test_robust_error"] == ""
+    assert "paper" not in written(of(run("my_method", 0.5)), tmp_path)[".md"].split("\n- ")[0]
+
+
+def sweep(method, name, values):
+    return [run(method, 0.5, settings={"model": {"init_args": {name: value}}}) for value in values]
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "values", "expected"),
+    [
+        ("trades", "lam", [3.0, 6.0, 9.0], {"TRADES lam=6"}),
+        ("trades", "lam", [3.0, 9.0], set()),
+        ("trades", "lam", [9.0], {"TRADES"}),
+        ("trades", "other", [6.0, 9.0], set()),
+        ("at", "lr", [0.05, 0.1], set()),
+    ],
+)
+def test_of_several_models_only_the_papers_own_setting_is_its(method, name, values, expected):
+    table = of(*sweep(method, name, values), published=published_models("table1"))
+    assert {row.model.label for row in table.rows if row.published} == expected
+
+
+def test_among_several_published_rows_the_label_decides():
+    rows = [Paper("trades", f"TRADES lam={lam}", {AA: lam / 10}) for lam in (3, 6)]
+    table = of(*sweep("trades", "lam", [3.0, 9.0]), published=rows)
+    found = {row.model.label: row.published for row in table.rows}
+    assert found["TRADES lam=3"]["test_robust_error"].mean == 0.3
+    assert found["TRADES lam=9"] == {}
+    assert not any(row.published for row in of(run("trades", 0.5), published=rows).rows)
+
+
+def test_notes_state_thresholds_images_and_the_baseline():
+    text = " ".join(notes(of(*five(seeds=(0, 1, 2)), published=published_models("table1"))))
+    assert "good below 47 % test RErr, poor from 55 %" in text
+    assert "57 % and 60 %, with AT at 62.8 %; here AT is at 61.0 %." in text
+    assert "all else is on Digits" in text
+    assert "Images: 200 for test RErr, train RErr" in text
+
+
+def test_markdown_is_aligned_and_escapes(tmp_path):
+    text = written(of(*five(), run("a|b_c", 0.3)), tmp_path)[".md"]
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({len(line) for line in rows}) == 1
+    assert r"a\|b\_c" in text
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in rows} == {len(COLUMNS) + 3}
+    assert re.match(r"\| \*\*good \(< \d+ %\)\*\* ", rows[2])
+
+
+def test_latex_is_a_fragment_with_escapes_and_rules_between_groups(tmp_path):
+    names = ["100%_a&b", "larger_eps", "late_multi_step"]
+    extra = [run(name, 0.3) for name in names]
+    table = of(*five(seeds=(0, 2)), *extra, published=published_models("table1"))
+    text = written(table, tmp_path)[".tex"]
+    body = [line for line in text.splitlines() if not line.startswith("%")]
+    assert body[0] == r"\begin{tabular}{l*{12}{r}}"
+    assert body[1] == r"\toprule"
+    assert body[-2:] == [r"\bottomrule", r"\end{tabular}"]
+    assert body.count(r"\midrule") == len(table.groups) == 3
+    assert r"100\%\_a\&b & 30.0" in text
+    assert r"Larger $\varepsilon$ &" in text
+    assert r"``Late'' multi-step &" in text
+    assert r"$\pm$" in text
+    assert re.search(r"\\textbf\{poor \(\$\\geq\$ \d+ \\%\)\} & ", text)
+    for line in body:
+        assert line.isascii()
+        assert line.count("{") == line.count("}")
+        if line.endswith(r" \\") and "multicolumn" not in line:
+            cells = re.findall(r"(?<!\\)&", line)
+            assert len(cells) == 12
+
+
+def test_csv_has_full_numbers(tmp_path):
+    rows = records(of(*five(seeds=(0, 1, 2))), tmp_path)
+    assert [row["group"] for row in rows] == ["good", "good", "average", "poor", "poor"]
+    assert [row["method"] for row in rows] == ["trades", "at_awp", "mart", "mish", "at"]
+    assert float(rows[0]["test_robust_error_mean"]) == pytest.approx(0.41, abs=1e-12)
+    assert float(rows[0]["worst_flatness_mean"]) == 7.5
+    assert rows[0]["test_robust_error_images"] == "200"
+    assert rows[0]["data"] == "Digits"
+
+
+def test_terminal_table_fits_into_100_columns():
+    methods = ["weight_averaging", "late_multi_step", "self_supervision", "at", "mart"]
+    runs = [run(name, 0.5 + 0.1 * s, s) for name in methods for s in range(3)]
+    text = printed(of(*runs, published=published_models("table1")))
+    assert max(map(len, text.splitlines())) <= 100
+    assert "“Late” multi-step " in text
+    assert "60.0±10.0" in text
+    assert "…" not in text
+
+
+def test_terminal_table_leaves_brackets_alone():
+    assert "m[red]x" in printed(of(run("m[red]x", 0.5)))
+
+
+def test_models_must_be_some_and_of_one_data_set():
+    with pytest.raises(ValueError, match="no model"):
+        table1([])
+    models = [*group_models([run("at", 0.5)]), *group_models([run("at", 0.5, data="CIFAR10")])]
+    with pytest.raises(ValueError, match="one data set but got .*CIFAR10.*Digits"):
+        table1(models)

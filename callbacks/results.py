@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
 from rich.console import Console
 from rich.table import Table
 from typing_extensions import override
@@ -23,6 +24,7 @@ from robust_flatness.callbacks.trajectory import (
     run_folder,
 )
 from robust_flatness.loggers.epoch_csv import EpochCSVLogger
+from robust_flatness.loggers.wandb import log_summary
 from robust_flatness.reporting.environment import hardware, versions
 from robust_flatness.reporting.json_file import write_json
 from robust_flatness.reporting.summary import summary_table
@@ -117,6 +119,9 @@ class Results(Callback):
             write_json(self._folder / name, results)
             _write_arrays(self._folder / name.replace("results", "examples"), trainer)
         self._table = summary_table(results, folder=_short(self._folder))
+        for logger in trainer.loggers if trainer.state.fn == "fit" else []:
+            if isinstance(logger, WandbLogger):
+                log_summary(logger, self._table, max(trainer.current_epoch - 1, 0))
 
     def _describe(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         data, seed = datamodule_of(trainer), os.environ.get("PL_GLOBAL_SEED")

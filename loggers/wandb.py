@@ -8,9 +8,7 @@ Example:
         Trainer(logger=[EpochCSVLogger(folder), logger], callbacks=[Trajectory()])
 """
 
-import inspect
 import math
-import os
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +16,10 @@ from typing import Any
 
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
+from rich.table import Table
 from typing_extensions import override
+
+from robust_flatness.reporting.wandb_login import offline_mode, why_no_login
 
 # What a run logs once an epoch; everything else keeps Lightning's axis, the global step.
 EPOCH_PREFIXES = (
@@ -49,11 +50,16 @@ class EpochWandbLogger(WandbLogger):
 
     Args:
         *args: As for `WandbLogger`.
+        checkpoints: Folder whose checkpoints become artifacts once training has ended. Lightning's
+            own `log_model` calls the newest checkpoint of each `ModelCheckpoint` the best, and
+            forgets those of a run that was cut off after its last epoch.
         **kwargs: As for `WandbLogger`.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, checkpoints: Path | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._checkpoints = checkpoints
+        self._uploaded: dict[Path, float] = {}
         # Lightning passes it on also where nobody asked for it, and W&B warns of it in every run.
         if self._wandb_init.get("anonymous") is None:
             self._wandb_init.pop("anonymous", None)
@@ -76,6 +82,35 @@ class EpochWandbLogger(WandbLogger):
             self._defined.add(name)
         super().log_metrics(metrics, step)
 
+    @override
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Logs the checkpoints as versions of one artifact, if training ended well.
+
+        Args:
+            status: `success`, or how else it ended.
+        """
+        super().finalize(status)
+        if status == "success" and self._checkpoints is not None and self._experiment is not None:
+            self._log_checkpoints(self._checkpoints)
+
+    def _log_checkpoints(self, folder: Path) -> None:
+        import wandb
+
+        written = {path: path.stat().st_mtime for path in folder.glob("*.ckpt")}
+        # The newest comes last, as `latest` goes to the version that was logged last.
+        for path in sorted(written, key=lambda path: written[path]):
+            # A logger may see the end of more than one `fit` or `test`.
+            if self._uploaded.get(path) == written[path]:
+                continue
+            artifact = wandb.Artifact(
+                f"model-{self.version}", type="model", metadata={"original_filename": path.name}
+            )
+            # Lightning's name for it, which follows its `download_artifact`.
+            artifact.add_file(str(path), name="model.ckpt")
+            self.experiment.log_artifact(artifact, aliases=["latest", path.stem])
+            self._uploaded[path] = written[path]
+
 
 def make_wandb_logger(
     folder: str | Path,
@@ -86,6 +121,7 @@ def make_wandb_logger(
     tags: Sequence[str] = (),
     entity: str | None = None,
     config: Mapping[str, Any] | None = None,
+    log_model: bool = False,
 ) -> WandbLogger:
     """Builds a logger that writes to `<folder>/wandb` and never asks a question.
 
@@ -102,6 +138,8 @@ def make_wandb_logger(
         tags: Tags of the run.
         entity: The W&B user or team, by default that of the key.
         config: All settings of the run.
+        log_model: Whether the files in `<folder>/checkpoints` become versions of the artifact
+            `model-<id>` at the end of training, each with its name as an alias, such as `best`.
 
     Returns:
         The logger. Its W&B run starts when it is first used, before training.
@@ -116,12 +154,14 @@ def make_wandb_logger(
         settings |= {"id": _run_id(Path(folder)), "config": dict(config or {})}
         # `WandbLogger(offline=True)` would set `WANDB_MODE` for the whole process, and thereby for
         # all runs that follow in it.
-        if reason := _why_offline():
+        if not offline_mode() and (reason := why_no_login()):
             settings["mode"] = "offline"
             print(
                 f"Weights & Biases {reason}, so the run is recorded offline. To upload it: "
                 f"wandb sync {folder}/wandb/offline-run-*"
             )
+    if log_model:
+        settings["checkpoints"] = Path(folder) / "checkpoints"
     return EpochWandbLogger(name=name, save_dir=folder, project=project, **settings)
 
 
@@ -154,6 +194,24 @@ def log_trajectory(
         logger.log_metrics({**content, "epoch": rows[-1]["epoch"]})
 
 
+def log_summary(logger: WandbLogger, table: Table, epoch: int) -> None:
+    """Shows the table that a run ends with on the run's page, as the W&B table `summary_table`.
+
+    Args:
+        logger: Any W&B logger of Lightning.
+        table: What `summary_table` made of the run's results.
+        epoch: The last epoch.
+    """
+    import wandb
+
+    headers: list[str | int] = [
+        " ".join(str(column.header).split()) or "figure" for column in table.columns
+    ]
+    rows = zip(*(map(str, column.cells) for column in table.columns), strict=True)
+    content = wandb.Table(columns=headers, data=[list(row) for row in rows])
+    logger.log_metrics({"summary_table": content, "epoch": epoch})  # type: ignore[dict-item]
+
+
 def _run_id(folder: Path) -> str:
     path = folder / "wandb" / "run_id"
     if path.exists():
@@ -163,21 +221,3 @@ def _run_id(folder: Path) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(run_id + "\n", encoding="utf-8")
     return run_id
-
-
-def _why_offline() -> str:
-    """Returns what stands in the way of an online run, or nothing. Asks the user nothing."""
-    import wandb
-
-    if os.environ.get("WANDB_MODE", "online") != "online":
-        return ""  # W&B reads the variable itself, and knows modes that are not offline either
-    if "prompt" in inspect.signature(wandb.login).parameters:
-        quietly: dict[str, Any] = {"prompt": False}
-    elif wandb.api.api_key:  # older versions ask in the terminal where there is none
-        quietly = {}
-    else:
-        return "found no API key"
-    try:
-        return "" if wandb.login(verify=True, **quietly) else "found no API key"
-    except wandb.errors.Error as error:
-        return f"could not check the API key ({error})"

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import tempfile
 
 import lightning.pytorch
 import pytest
@@ -11,6 +12,8 @@ import torch
 # Nothing in a test may reach for an account or the network.
 os.environ["WANDB_MODE"] = "offline"
 os.environ.setdefault("WANDB_SILENT", "true")
+# W&B's tables and artifacts wait for their upload there, by default below the home folder.
+os.environ.setdefault("WANDB_DATA_DIR", tempfile.mkdtemp(prefix="wandb-"))
 logging.getLogger(lightning.pytorch.__name__).setLevel(logging.WARNING)
 # The tests' tensors are tiny: more threads only wait for each other.
 torch.set_num_threads(1)

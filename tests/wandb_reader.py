@@ -28,6 +28,7 @@ class OfflineRun:
     history: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
+    artifacts: list[Any] = field(default_factory=list)
     finished: bool = False
 
 
@@ -83,6 +84,8 @@ def _read(path: Path) -> OfflineRun:
             run.summary |= _items(record.summary.update)
         elif kind == "metric":
             run.metrics[record.metric.name or record.metric.glob_name] = record.metric
+        elif kind == "artifact":
+            run.artifacts.append(record.artifact)
         elif kind == "exit":
             run.finished = True
     return run

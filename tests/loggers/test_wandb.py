@@ -1,4 +1,6 @@
+import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +9,9 @@ import wandb
 from lightning.pytorch.utilities import rank_zero_only
 from wandb_reader import read_runs
 
-from robust_flatness.loggers import log_trajectory, make_wandb_logger
+from robust_flatness.loggers import log_summary, log_trajectory, make_wandb_logger
 from robust_flatness.reporting import trajectory_figure
+from robust_flatness.reporting.summary import summary_table
 
 ROWS = [
     {"epoch": 0, "test/robust_loss": 1.7, "flatness/average/test": 0.2},
@@ -128,3 +131,52 @@ def test_other_ranks_touch_neither_network_nor_disk(
     logger.experiment.log({"a": 1})
     assert list(tmp_path.iterdir()) == []
     assert wandb.run is None
+
+
+def test_checkpoints_are_logged_where_asked_and_only_when_training_ended_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
+    found = []
+    for name, log_model, states in (
+        ("off", False, ["success"]),
+        ("failed", True, ["failed"]),
+        ("twice", True, ["success", "success"]),
+    ):
+        folder = tmp_path / name
+        (folder / "checkpoints").mkdir(parents=True)
+        for number, stem in enumerate(("last", "best")):
+            path = folder / "checkpoints" / f"{stem}.ckpt"
+            path.write_text(stem)
+            os.utime(path, (number, number))
+        logger = make_wandb_logger(folder, project="p", name="n", log_model=log_model)
+        logger.log_metrics({"val/error": 0.5, "epoch": 0})
+        for state in states:
+            logger.finalize(state)
+        wandb.finish()
+        (run,) = read_runs(folder)
+        found.append([list(artifact.aliases) for artifact in run.artifacts])
+    # The newest file comes last.
+    assert [[sorted(aliases) for aliases in run] for run in found] == [
+        [],
+        [],
+        [["last", "latest"], ["best", "latest"]],
+    ]
+
+
+def test_the_summary_table_is_that_of_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
+    figures = {"test/robust_loss": 1.25, "flatness/worst/test": 0.5}
+    table = summary_table({"final": figures, "early_stopped_epoch": 3})
+    logger = make_wandb_logger(tmp_path, project="p", name="n")
+    log_summary(logger, table, epoch=7)
+    wandb.finish()
+    (run,) = read_runs(tmp_path)
+    assert run.history[-1]["epoch"] == 7
+    (path,) = tmp_path.glob(f"wandb/offline-run-*/files/{run.summary['summary_table/path']}")
+    content = json.loads(path.read_text())
+    assert content["columns"] == ["figure", "final weights", "early-stopped (epoch 3)"]
+    assert ["RLoss, test", "1.250", "–"] in content["data"]
+    assert ["worst-case flatness, test", "0.500", "–"] in content["data"]

@@ -1,0 +1,62 @@
+"""Starts one run of a study in a process of its own."""
+
+import fcntl
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from robust_flatness.study.plan import PlannedRun
+from robust_flatness.study.state import State, arguments_now, book_of, state_of
+
+Process = subprocess.Popen[bytes]
+PROGRAM = (sys.executable, "-m", "robust_flatness.cli")
+
+
+def start(run: PlannedRun, environment: Mapping[str, str] | None = None) -> Process | None:
+    """Starts or resumes a run, unless somebody else is at it.
+
+    The process holds a lock as long as it lives, also where the study that started it was killed:
+    no second process can then write to the same folder. It is a session of its own, so that Ctrl-C
+    reaches the study alone, which ends its runs in order.
+
+    Args:
+        run: Of a plan.
+        environment: Variables on top of those of this process.
+
+    Returns:
+        The process, or None where another one trains this run or has finished it meanwhile.
+    """
+    lock = _locked(book_of(run, "lock"))
+    if lock is None:
+        return None
+    try:
+        if state_of(run) is State.FINISHED:
+            return None
+        command = [*PROGRAM, *arguments_now(run)]
+        with book_of(run, "log").open("ab") as log:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **(environment or {})},
+                start_new_session=True,
+                # The lock belongs to whoever has the file open, which is then the run alone.
+                pass_fds=(lock,),
+            )
+    finally:
+        os.close(lock)
+
+
+def _locked(path: Path) -> int | None:
+    """An open file that nobody else has locked, else None."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(file)
+        return None
+    return file

@@ -1,0 +1,79 @@
+"""What a study is made of."""
+
+from pathlib import Path
+
+import pytest
+
+from robust_flatness.study import make_plan
+from robust_flatness.study.plan import ROWS
+
+ROOT = Path("runs")
+
+
+def test_all_rows_times_seeds():
+    plan = make_plan(rows=["all"], seeds=[0, 1, 2], root=ROOT)
+    assert len(plan) == 57
+    assert len({run.folder for run in plan}) == 57
+    assert [run.method for run in plan[::3]] == ROWS
+    assert [run.seed for run in plan[:3]] == [0, 1, 2]
+    assert plan[0].folder == ROOT / "at-Digits-s0"
+
+
+def test_epochs_are_those_of_the_preset_on_the_data():
+    epochs = {run.method: run.epochs for run in make_plan(rows=["at", "cyclic"], root=ROOT)}
+    assert epochs == {"at": 80, "cyclic": 32}
+    (shorter,) = make_plan(rows=["at"], root=ROOT, options=["--trainer.max_epochs=3"])
+    assert shorter.epochs == 3
+    (apart,) = make_plan(rows=["at"], root=ROOT, options=["--trainer.max_epochs", "5"])
+    assert apart.epochs == 5
+    (cifar,) = make_plan(rows=["at"], root=ROOT, data="CIFAR10")
+    assert (cifar.epochs, cifar.name) == (150, "at-CIFAR10-s0")
+
+
+def test_a_sweep_is_a_run_a_value_in_a_folder_of_its_own():
+    plan = make_plan(sweeps=["trades", "configs/sweeps/constant_rate.yaml"], root=ROOT)
+    names = [run.name for run in plan]
+    assert names[:2] == ["trades-lam1.0-Digits-s0", "trades-lam3.0-Digits-s0"]
+    assert len(names) == len(set(names)) == 7
+    assert "--model.lam=3.0" in plan[1].arguments
+    assert {run.method for run in plan[:4]} == {"trades"}
+
+
+def test_files_of_the_user_are_runs_by_their_names(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("name: mine\nmodel: ATAWP\ntrainer: {max_epochs: 7}\n")
+    (run,) = make_plan(configs=[str(file)], seeds=[4], root=ROOT)
+    assert (run.name, run.epochs) == ("mine-Digits-s4", 7)
+    assert run.arguments[-1] == "--seed_everything=4"
+
+
+def test_the_study_adds_its_measures_below_everything_else():
+    (run,) = make_plan(rows=["at"], root=ROOT, options=["--final.extras=[clean]"])
+    assert run.arguments.index("--config=study.yaml") < run.arguments.index(
+        "--config=table1/at.yaml"
+    )
+    assert run.arguments.index("--final.extras=[clean]") > 2
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        ({}, "Expected `--rows`, `--sweep` or `--configs` to say what to train but got none."),
+        ({"rows": ["att"]}, "Expected `--rows` to be all or some of at, .* but got att."),
+        ({"sweeps": ["nothing"]}, "Expected `--sweep` to be a sweep file or one of .* got nothing"),
+        ({"rows": ["at"], "seeds": []}, "Expected `--seeds` to name at least one but got none."),
+        ({"configs": ["no.yaml"]}, "Expected `--config` to be a YAML file but got no.yaml."),
+        ({"rows": ["at"], "data": "MNIST"}, "Expected `--data` to be one of .* but got MNIST."),
+        ({"rows": ["at", "at"]}, "several called at-Digits-s0: give their files a `name` each."),
+    ],
+)
+def test_bad_input_is_one_sentence(asked, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        make_plan(root=ROOT, **asked)
+
+
+def test_a_sweep_that_is_no_grid_is_refused(tmp_path):
+    file = tmp_path / "random.yaml"
+    file.write_text("method: random\ncommand: [fit, '${args}']\nparameters: {a: {values: [1]}}\n")
+    with pytest.raises(ValueError, match="to be a grid whose command holds fit"):
+        make_plan(sweeps=[str(file)], root=ROOT)

@@ -1,0 +1,164 @@
+"""The command, its errors, and the same runs on other machines."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from robust_flatness.cli import main
+from robust_flatness.study import launch, make_plan
+from robust_flatness.study.elsewhere import work
+
+STAND_IN = str(Path(__file__).with_name("stand_in.py"))
+# A real run in seconds.
+TINY = [
+    "--trainer.max_epochs=2",
+    "--data.num_train=64",
+    "--model.network.width=4",
+    "--model.steps=2",
+    "--final.num_examples=8",
+    "--final.steps=2",
+    "--final.restarts=2",
+    "--final.num_perturbations=2",
+    "--landscape.num_steps=3",
+    "--landscape.num_examples=8",
+    "--without=[wandb,autoattack]",
+]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def trains_nothing(monkeypatch):
+    """A stand-in for `fit`."""
+    monkeypatch.setattr(launch, "PROGRAM", (sys.executable, STAND_IN))
+
+
+def said(*arguments: str, capsys) -> str:
+    main(["study", *arguments])
+    return " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.usefixtures("trains_nothing")
+def test_rows_and_seeds_are_trained_and_counted(capsys):
+    text = said("--rows=at,trades", "--seeds=[3,4]", "--", "--trainer.max_epochs=4", capsys=capsys)
+    assert "4 runs on Digits" in text
+    assert "4 of 4 runs have finished." in text
+    assert Path("runs/trades-Digits-s4/results.json").is_file()
+
+
+@pytest.mark.usefixtures("trains_nothing")
+def test_a_dry_run_trains_nothing(capsys):
+    text = said("--rows", "all", "--seeds", "3", "--dry_run", capsys=capsys)
+    assert "57 runs on Digits" in text
+    assert "known once a run has finished" in text
+    assert not list(Path("runs").glob("*-Digits-*"))
+
+
+@pytest.mark.usefixtures("trains_nothing")
+def test_failures_are_told_at_the_end_and_are_the_exit_status(capsys):
+    with pytest.raises(SystemExit, match="1 failed; the same command tries them again."):
+        main(["study", "--rows=at", "--", "--trainer.max_epochs=4", "--fail"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "0 of 1 runs have finished." in text
+    assert "at-Digits-s0: RuntimeError: It broke." in text
+    assert "study/at-Digits-s0.log" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--rows=att"], "Expected `--rows` to be all or some of at"),
+        (["--rows=at", "--only=b"], "to name runs of the plan, such as at-Digits-s0, but got b."),
+        (["--rows=at", "--jobs=0"], "Expected `jobs` to be >= 1 but got 0."),
+        (["--rows=at", "--seed=3"], "--seed"),
+        (["--rows=at", "--slurm={no_such: 1, cluster: local}"], "Expected `--slurm` to hold"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments, sentence, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["study", *arguments])
+    assert stopped.value.code == 2
+    text = capsys.readouterr().err
+    assert sentence in " ".join(text.split())
+    assert "Traceback" not in text
+    assert not list(Path("runs").glob("*-Digits-*"))
+
+
+@pytest.mark.usefixtures("trains_nothing")
+def test_a_wandb_sweep_is_the_same_list_and_each_agent_trains_one(capsys):
+    typed = ["--rows=at", "--sweep=trades", "--seeds=2", "--root=many"]
+    text = said(*typed, "--sweep_file=all.yaml", "--", "--trainer.max_epochs=4", capsys=capsys)
+    assert "Wrote 10 runs to all.yaml. Start it with: wandb sweep all.yaml" in text
+    content = yaml.safe_load(Path("all.yaml").read_text())
+    names = content["parameters"]["only"]["values"]
+    plan = make_plan(rows=["at"], sweeps=["trades"], seeds=[0, 1], root=Path("many"))
+    assert names == [run.name for run in plan]
+    # As the agent does it.
+    command = content["command"]
+    place = command.index("${args}")
+    agent = [*command[3:place], f"--only={names[3]}", *command[place + 1 :]]
+    main(agent)
+    assert [path.parent.name for path in Path("many").glob("*/results.json")] == [names[3]]
+    assert json.loads(Path(f"many/study/{names[3]}.json").read_text())["arguments"][-2:] == [
+        "--trainer.max_epochs=4",
+        "--seed_everything=1",
+    ]
+
+
+@pytest.mark.usefixtures("trains_nothing")
+def test_a_node_trains_one_run_and_its_failure_is_the_jobs(tmp_path):
+    run, broken = (
+        make_plan(rows=[row], root=tmp_path, options=options)[0]
+        for row, options in (("at", []), ("mart", ["--fail"]))
+    )
+    assert work(run) == 0
+    assert (run.folder / "results.json").is_file()
+    assert work(run) == 0
+    with pytest.raises(RuntimeError, match="mart-Digits-s0 ended with code 1."):
+        work(broken)
+
+
+@pytest.mark.slow
+def test_an_array_of_submitit_trains_the_runs(capsys, monkeypatch):
+    submitit = pytest.importorskip("submitit")
+    made = []
+    map_array = submitit.AutoExecutor.map_array
+    monkeypatch.setattr(
+        submitit.AutoExecutor,
+        "map_array",
+        lambda self, *given: made.extend(map_array(self, *given)) or made,
+    )
+    # The nodes know nothing of a stand-in: the runs are refused, by the real command line.
+    text = said(
+        "--rows=at,trades",
+        "--slurm={cluster: local, timeout_min: 5}",
+        "--",
+        "--no_such=1",
+        capsys=capsys,
+    )
+    assert "Submitted 2 runs as" in text
+    for job in made:
+        with pytest.raises(Exception, match="Digits-s0 ended with code 2."):
+            job.result()
+    assert "no_such" in Path("runs/study/at-Digits-s0.log").read_text()
+
+
+@pytest.mark.slow
+def test_real_runs_are_trained_and_one_killed_while_measuring_goes_on(capsys):
+    said("--rows=at,cyclic", "--jobs=2", "--", *TINY, capsys=capsys)
+    path = Path("runs/at-Digits-s0/results.json")
+    first = json.loads(path.read_text())
+    assert first["final"]["flatness/worst/test"] == first["final"]["flatness/worst/test"]
+    assert (path.parent / "landscapes.npz").is_file()
+    # The last checkpoint stands before the run measures its end.
+    path.unlink()
+    said("--rows=at,cyclic", "--", *TINY, capsys=capsys)
+    again = json.loads(path.read_text())
+    for key in ("final", "early_stopped", "trajectory", "epochs", "early_stopped_epoch"):
+        assert again[key] == first[key], key

@@ -3,7 +3,7 @@
 import shutil
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from robust_flatness.callbacks import Results
+from robust_flatness.configs.commands import run_command
 from robust_flatness.configs.components import (
     DEFAULT_CALLBACKS,
     LEAVABLE,
@@ -26,10 +27,20 @@ from robust_flatness.configs.compose import DEFAULTS, EXTERNAL, compose, run_fol
 from robust_flatness.configs.parser import Parser
 from robust_flatness.lightning_modules.at import CLASS_KEY
 from robust_flatness.loggers import EpochCSVLogger, make_wandb_logger
+from robust_flatness.reporting.command import report
+from robust_flatness.reporting.dashboard_command import dashboard
+from robust_flatness.study import study
 
 for message in (".*LeafSpec.*", ".*does not have many workers.*"):
     # Said by Lightning about itself, and about data that is in memory already.
     warnings.filterwarnings("ignore", message=message)
+
+# Beside `fit` and `test`.
+COMMANDS: dict[str, Callable[..., None]] = {
+    "study": study,
+    "report": report,
+    "dashboard": dashboard,
+}
 
 
 class CLI(LightningCLI):
@@ -63,8 +74,16 @@ class CLI(LightningCLI):
             default=None,
             help="Name of the method in run folder, figures and W&B group: the model's by default.",
         )
+        parser.add_argument(
+            "--folder",
+            type=str | None,
+            default=None,
+            help="Run folder, which must not exist: runs/<method>-<data>-s<seed> by default.",
+        )
         parser.add_argument("--project", type=str, default="robust-flatness", help="W&B project.")
         parser.add_argument("--group", type=str | None, default=None, help="W&B group.")
+        text = "Whether W&B keeps the checkpoints as artifacts when training has ended."
+        parser.add_argument("--log_checkpoints", action="store_true", help=text)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Puts presets, files and options into one order first."""
@@ -206,6 +225,7 @@ class CLI(LightningCLI):
             name=folder.name,
             group=config.group or self.method,
             config=self.config_dump,
+            log_model=config.log_checkpoints,
         )
         return [table, wandb_logger]
 
@@ -218,6 +238,8 @@ class CLI(LightningCLI):
         resumed = run_folder_of(config.get("ckpt_path"))
         if resumed is not None:
             return resumed
+        if config.folder is not None:
+            return self._new_folder(Path(config.folder).expanduser().resolve())
         stem = f"{self.method}-{type(self.datamodule).__name__}-s{config.seed_everything}"
         # Absolute, as ModelCheckpoint forgets its best score where its folder's name changes.
         root = Path(config.trainer.default_root_dir or "runs").expanduser().resolve()
@@ -227,6 +249,12 @@ class CLI(LightningCLI):
             folder = root / f"{stem}-{number}"
         return folder
 
+    @staticmethod
+    def _new_folder(folder: Path) -> Path:
+        if folder.exists() and getattr(rank_zero_only, "rank", 0) == 0:
+            raise ValueError(f"Expected `--folder` to be a new folder but {folder} exists.")
+        return folder
+
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line.
@@ -234,6 +262,10 @@ def main(args: Sequence[str] | None = None) -> None:
     Args:
         args: Arguments; `None` takes those of the process.
     """
+    arguments = list(sys.argv[1:] if args is None else args)
+    if arguments and arguments[0] in COMMANDS:
+        run_command(COMMANDS[arguments[0]], arguments)
+        return
     CLI(
         LightningModule,
         LightningDataModule,

@@ -129,6 +129,7 @@ class Results(Callback):
             "method": self.method or type(pl_module).__name__,
             "model": type(pl_module).__name__,
             "data": None if data is None else type(data).__name__,
+            "num_classes": getattr(data, "num_classes", None),
             "seed": None if seed is None else int(seed),
             "settings": dict(pl_module.hparams) if self.settings is None else self.settings,
             "versions": versions(),

@@ -1,5 +1,6 @@
 """Finished runs as tables and figures."""
 
+from robust_flatness.reporting.correlation import Correlation, correlate
 from robust_flatness.reporting.environment import hardware, versions
 from robust_flatness.reporting.figures import overfitting_figure, trajectory_figure
 from robust_flatness.reporting.intervals import error_interval
@@ -10,16 +11,34 @@ from robust_flatness.reporting.landscape_file import (
     read_landscapes,
     write_landscapes,
 )
+from robust_flatness.reporting.models import Model, Point, group_models
+from robust_flatness.reporting.published import (
+    PublishedModel,
+    published_models,
+    published_trajectories,
+)
+from robust_flatness.reporting.runs import Run, read_run, read_runs
 from robust_flatness.reporting.summary import summary_table
 
 __all__ = [
+    "Correlation",
     "Landscape",
+    "Model",
+    "Point",
+    "PublishedModel",
+    "Run",
+    "correlate",
     "error_interval",
+    "group_models",
     "hardware",
     "jsonable",
     "landscape_figure",
     "overfitting_figure",
+    "published_models",
+    "published_trajectories",
     "read_landscapes",
+    "read_run",
+    "read_runs",
     "summary_table",
     "surface_figure",
     "trajectory_figure",

@@ -7,7 +7,7 @@ Example:
     'RLoss'
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -37,7 +37,7 @@ _COLOURS = (BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY, BLACK)
 # The paper cuts its figures at a loss of 15.
 _HIGHEST = 15.0
 _LOWEST = 1e-3
-_NAMES = {
+NAMES = {
     "random": "random directions",
     "adversarial": "adversarial directions",
     "hessian": "the Hessian's first eigenvector",
@@ -74,9 +74,9 @@ def landscape_figure(
             if _finite(landscape):
                 _draw_line(axes, kind, label, landscape, _COLOURS[labels.index(label) % 7])
         axes.axvline(0, color=GREY, linewidth=0.6, linestyle=":", zorder=1)
-        axes.set_xlabel(f"step s along {_NAMES.get(kind, kind)}")
+        axes.set_xlabel(f"step s along {NAMES.get(kind, kind)}")
         axes.margins(x=0)
-    _set_loss_axes(all_axes, [_curves(line) for lines in shown.values() for line in lines.values()])
+    set_loss_axes(all_axes, [_curves(line) for lines in shown.values() for line in lines.values()])
     all_axes[0].set_ylabel(loss_name)
     add_legend(figure)
     set_title(figure, title)
@@ -122,17 +122,27 @@ def surface_figure(
     return figure
 
 
-def _draw_line(axes: Axes, kind: str, label: str, landscape: Landscape, colour: str) -> None:
-    curves, steps = _curves(landscape), landscape.coordinates
-    line = curves.max(axis=0) if kind == "adversarial" else curves.mean(axis=0)
-    axes.plot(steps, line, color=colour, linewidth=1.6, label=label, zorder=3)
-    if len(curves) > 1:
-        band = (curves.min(axis=0), curves.max(axis=0))
-        axes.fill_between(steps, *band, color=colour, alpha=0.15, linewidth=0, zorder=2)
+def drawn_line(kind: str, landscape: Landscape) -> Array:
+    """The line that stands for all directions: their mean, or the highest of adversarial ones.
+
+    Args:
+        kind: Of the directions, such as `random`.
+        landscape: With losses `(D, S, N)`.
+
+    Returns:
+        A loss for each step, `(S,)`.
+    """
+    curves = _curves(landscape)
+    return np.asarray(curves.max(axis=0) if kind == "adversarial" else curves.mean(axis=0))
 
 
-def _set_loss_axes(all_axes: list[Axes], curves: list[Array]) -> None:
-    """One range for all panels, so that they can be compared."""
+def set_loss_axes(all_axes: Sequence[Axes], curves: Sequence[Array]) -> None:
+    """One logarithmic range for all panels, so that they can be compared, and ticks of steps.
+
+    Args:
+        all_axes: The panels.
+        curves: All losses in them, some of them finite.
+    """
     values = np.concatenate([found[np.isfinite(found)] for found in curves])
     low, high = max(values.min() / 1.15, _LOWEST), min(values.max() * 1.15, _HIGHEST)
     for axes in all_axes:
@@ -143,6 +153,15 @@ def _set_loss_axes(all_axes: list[Axes], curves: list[Array]) -> None:
         axes.yaxis.set_major_formatter(FuncFormatter(_plain))
         axes.yaxis.set_minor_locator(NullLocator())
         _set_step_axis(axes.xaxis)
+
+
+def _draw_line(axes: Axes, kind: str, label: str, landscape: Landscape, colour: str) -> None:
+    curves, steps = _curves(landscape), landscape.coordinates
+    line = drawn_line(kind, landscape)
+    axes.plot(steps, line, color=colour, linewidth=1.6, label=label, zorder=3)
+    if len(curves) > 1:
+        band = (curves.min(axis=0), curves.max(axis=0))
+        axes.fill_between(steps, *band, color=colour, alpha=0.15, linewidth=0, zorder=2)
 
 
 def _set_step_axis(axis: Axis) -> None:

@@ -246,5 +246,5 @@ def _with_interval(value: float, interval: tuple[float, float] | None) -> str:
 
 
 def _num_classes(models: Iterable[Model]) -> list[int]:
-    found = {flat_settings(m.runs[0].settings).get("model.num_classes") for m in models}
-    return sorted(classes for classes in found if isinstance(classes, int) and classes > 1)
+    found = {run.num_classes for model in models for run in model.runs}
+    return sorted(classes for classes in found if classes)

@@ -1,8 +1,8 @@
 """The paper's own numbers, which a report puts beside a user's runs.
 
-They are read from `published/*.csv`, where each row says where it stands in the paper (`source`)
-and what its flatness is (`statistic`): tables give the mean over directions, figure 5 the maximum,
-as it seems. All are of CIFAR-10; losses are in nats, errors shares of 1.
+They are read from `published_data/*.csv`, where each row says where it stands in the paper
+(`source`) and what its flatness is (`statistic`): tables give the mean over directions, figure 5
+the maximum, as it seems. All are of CIFAR-10; losses are in nats, errors shares of 1.
 
 Names are those of a run. Beyond them, `test/clean_loss` and `train_eval/clean_loss` are the
 cross-entropy on clean images, and `test/autoattack_loss` and `train/autoattack_loss` that on
@@ -22,7 +22,7 @@ from typing import Literal
 
 from robust_flatness.reporting.runs import Figures, Weights
 
-_FOLDER = Path(__file__).with_name("published")
+_FOLDER = Path(__file__).with_name("published_data")
 _STOPPED = "early_stopped/"
 # Columns of words; all others are figures.
 _WORDS = {"method", "label", "figure", "source", "statistic", "note"}

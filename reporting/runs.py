@@ -22,6 +22,8 @@ Figures = Mapping[str, float]
 
 _LOGGED = "_early_stopped"
 _RESULTS, _CONFIG, _METRICS = "results.json", "config.yaml", "metrics.csv"
+# What runs on these do not say themselves in older formats.
+_CLASSES = {"Digits": 10, "CIFAR10": 10, "CIFAR100": 100}
 # What a report cannot do without; older formats lack some of it.
 _NEEDED = ("method", "data", "settings", "final", "early_stopped", "trajectory", "epochs")
 
@@ -44,6 +46,7 @@ class Run:
         early_stopped_epoch: Epoch of the early-stopped weights, from 0.
         epochs: Epochs trained.
         wall_time_seconds: Of training with all its measures.
+        num_classes: Number K of classes, where it is known.
         versions: Of the packages that ran.
         hardware: That it ran on.
     """
@@ -60,6 +63,7 @@ class Run:
     early_stopped_epoch: int | None
     epochs: int
     wall_time_seconds: float
+    num_classes: int | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     hardware: Mapping[str, Any] = field(default_factory=dict)
 
@@ -85,10 +89,8 @@ class Run:
             if path.is_file():
                 try:
                     return read_landscapes(path)[0]
-                except (BadZipFile, EOFError, KeyError) as error:
-                    raise ValueError(
-                        f"Expected {path} to be landscapes but got {error}."
-                    ) from error
+                except (BadZipFile, EOFError, KeyError, ValueError) as error:
+                    raise ValueError(f"{name} is broken or not of landscapes ({error})") from error
         return {}
 
 
@@ -152,7 +154,7 @@ def read_run(folder: Path) -> Run:
     if missing:
         raise ValueError(f"{_RESULTS} is of an older format, without {', '.join(missing)}")
     try:
-        return Run(
+        run = Run(
             folder=folder,
             method=str(content["method"]),
             data=str(content["data"]),
@@ -165,11 +167,14 @@ def read_run(folder: Path) -> Run:
             early_stopped_epoch=content.get("early_stopped_epoch"),
             epochs=int(content["epochs"]),
             wall_time_seconds=float(content.get("wall_time_seconds") or math.nan),
+            num_classes=content.get("num_classes") or _CLASSES.get(str(content["data"])),
             versions=dict(content.get("versions") or {}),
             hardware=dict(content.get("hardware") or {}),
         )
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{_RESULTS} is of another format ({error})") from error
+    run.landscapes()  # a broken file is found here, and not in the middle of a report
+    return run
 
 
 def _early_stopped(content: Mapping[str, Any]) -> dict[str, float]:

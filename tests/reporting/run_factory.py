@@ -56,6 +56,7 @@ def make_run(
     num_examples: Mapping[str, int] | None = None,
     early_stopped_epoch: int | None = 2,
     wall_time_seconds: float = 68.0,
+    num_classes: int | None = 10,
 ) -> Run:
     """A finished run. Figures that are given replace the default ones, none of which stays.
 
@@ -76,6 +77,7 @@ def make_run(
         early_stopped_epoch=early_stopped_epoch,
         epochs=epochs,
         wall_time_seconds=wall_time_seconds,
+        num_classes=num_classes,
         versions={"robust-flatness": "0.1.0"},
         hardware={"cpu_cores": 2},
     )
@@ -94,6 +96,7 @@ def write_run(
     folder.mkdir(parents=True, exist_ok=True)
     names = ["method", "data", "seed", "settings", "versions", "hardware", "wall_time_seconds"]
     names += ["final", "early_stopped", "num_examples", "early_stopped_epoch", "trajectory"]
+    names += ["num_classes"]
     results = {name: getattr(run, name) for name in [*names, "epochs"]}
     (folder / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
     (folder / "config.yaml").write_text(yaml.safe_dump(dict(run.settings)), encoding="utf-8")

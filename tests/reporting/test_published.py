@@ -211,7 +211,7 @@ def test_the_maximum_over_directions_is_above_their_mean():
 
 
 def test_each_point_of_a_drawing_says_where_and_how_it_was_read():
-    path = Path(published.__file__).with_name("published") / "trajectories.csv"
+    path = Path(published.__file__).with_name("published_data") / "trajectories.csv"
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 80

@@ -1,0 +1,46 @@
+"""`python cli.py report`: what a folder of runs shows."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from robust_flatness.reporting.report import write_report
+from robust_flatness.reporting.table1_text import terminal_table
+
+
+def report(
+    runs: Path,
+    folder: Path = Path("report"),
+    data: str | None = None,
+    published: bool = True,
+) -> None:
+    """Turns finished runs into Table 1, every figure of the paper, and one HTML page.
+
+    It reads run folders only, so that folders copied from a cluster will do.
+
+    Args:
+        runs: A folder with run folders, at any depth.
+        folder: Where the report goes.
+        data: Class of the data to report, by default that of most runs.
+        published: Whether the paper's numbers stand beside yours.
+    """
+    console = Console()
+    made = write_report(runs, folder, data=data, published=published)
+    console.print(terminal_table(made.table, console.width))
+    if made.correlation is not None:
+        found = made.correlation
+        low, high = found.pearson_interval or (float("nan"), float("nan"))
+        console.print(
+            f"RLoss and flatness over {found.num_models} models: Pearson {found.pearson:.2f} "
+            f"[{low:.2f}, {high:.2f}], Spearman {found.spearman:.2f}",
+            highlight=False,
+        )
+    for left_out, reason in made.left_out:
+        console.print(f"left out: {left_out} {reason}", highlight=False, soft_wrap=True)
+    count = sum(len(model.runs) for model in made.models)
+    console.print(
+        f"{count} runs, {len(made.models)} models, {len(made.figures)} figures: "
+        f"{made.folder / 'index.html'}",
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,143 @@
+"""A whole report: what it writes, what it leaves out, and what the command says."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from run_factory import EARLY_STOPPED, FINAL, make_run, write_metrics, write_run
+
+from robust_flatness.cli import main
+from robust_flatness.reporting.landscape_file import Landscape
+from robust_flatness.reporting.report import write_report
+
+METHODS = ("at", "at_awp", "trades", "mart")
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory) -> Path:
+    """Four methods with two seeds, and one folder of each kind that cannot be used."""
+    root = tmp_path_factory.mktemp("study")
+    steps = np.linspace(-1, 1, 5)
+    bowl = Landscape(steps, 1 + np.ones((3, 1, 2)) * 4 * steps[None, :, None] ** 2)
+    for number, method in enumerate(METHODS):
+        for seed in (0, 1):
+            final = FINAL | {"test/robust_loss": 1.9 - 0.2 * number + 0.01 * seed}
+            final |= {"flatness/average/test": 4.1 - 0.7 * number - 0.02 * seed}
+            folder = root / f"{method}-Digits-s{seed}"
+            run = make_run(method, seed, final=final, early_stopped=EARLY_STOPPED, folder=folder)
+            write_run(folder, run, landscapes={"final/random": bowl})
+    broken = write_run(root / "broken", make_run("gelu", 3))
+    (broken / "results.json").write_text('{"method": "gelu", ')
+    old = write_run(root / "old", make_run("silu", 3))
+    content = json.loads((old / "results.json").read_text())
+    (old / "results.json").write_text(json.dumps(content | {"trajectory": None}))
+    torn = write_run(root / "torn", make_run("mish", 3))
+    (torn / "landscapes.npz").write_bytes(b"PK half of a file")
+    unfinished = root / "unfinished"
+    unfinished.mkdir()
+    (unfinished / "config.yaml").touch()
+    write_metrics(unfinished, [{"epoch": 0}, {"epoch": 1}])
+    other = root / "other"
+    write_run(other, make_run("at", 0, data="CIFAR10", folder=other))
+    again = root / "copied"
+    write_run(again, make_run("at", 0, folder=again))
+    return root
+
+
+@pytest.fixture(scope="module")
+def report(study, tmp_path_factory):
+    return write_report(study, tmp_path_factory.mktemp("report"))
+
+
+def test_everything_is_written(report):
+    assert {path.name for path in report.folder.iterdir()} == {
+        "index.html",
+        "table1.md",
+        "table1.csv",
+        "table1.tex",
+        "correlations.csv",
+        "figures",
+    }
+    written = {path.name for path in (report.folder / "figures").iterdir()}
+    assert written == {f"{name}.{kind}" for name in report.figures for kind in ("png", "pdf")}
+    # No method has two models, so there is nothing to draw a trend through.
+    assert {"flatness", "curves", "landscapes", "schematic", "loss-and-error"} <= set(
+        report.figures
+    )
+    assert "hyperparameters" not in report.figures
+
+
+def test_models_are_those_of_the_finished_runs(report):
+    assert [(model.method, len(model.runs)) for model in report.models] == [
+        (method, 2) for method in sorted(METHODS)
+    ]
+    assert report.data == "Digits"
+
+
+def test_what_is_left_out_is_told_with_its_reason(report):
+    reasons = {folder.name: reason for folder, reason in report.left_out}
+    assert set(reasons) == {"broken", "torn", "old", "unfinished", "other", "copied"}
+    assert "results.json is broken" in reasons["broken"]
+    assert "landscapes.npz is broken or not of landscapes" in reasons["torn"]
+    assert "older format, without trajectory" in reasons["old"]
+    assert reasons["unfinished"] == "not finished: 2 epochs were recorded"
+    assert reasons["other"] == "is on CIFAR10, which a report of its own shows"
+    # Folders in the order of their names: `at-Digits-s0` stays.
+    assert "repeats" in reasons["copied"]
+    page = (report.folder / "index.html").read_text()
+    assert all(reason in page for reason in reasons.values() if "/" not in reason)
+
+
+def test_correlations_of_runs_and_paper_stand_beside_each_other(report):
+    with (report.folder / "correlations.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    pair = [r for r in rows if (r["x"], r["y"]) == ("flatness/average/test", "test/robust_loss")]
+    own, paper = pair
+    assert (own["of"], own["models"], paper["models"]) == ("runs", "4", "74")
+    assert float(own["pearson"]) == pytest.approx(report.correlation.pearson)
+    assert float(own["pearson"]) == pytest.approx(1.0, abs=0.01)
+    assert (round(float(paper["pearson"]), 2), round(float(paper["spearman"]), 2)) == (0.85, 0.86)
+
+
+def test_another_data_set_is_reported_when_asked(study, tmp_path):
+    made = write_report(study, tmp_path, data="CIFAR10", published=False)
+    assert [model.label for model in made.models] == ["AT"]
+    assert made.correlation is None
+    assert "paper" not in (tmp_path / "table1.md").read_text()
+
+
+def test_a_figure_that_is_no_longer_drawn_goes(study, tmp_path):
+    stale = tmp_path / "figures" / "hyperparameters.png"
+    stale.parent.mkdir()
+    stale.touch()
+    write_report(study, tmp_path, published=False)
+    assert not stale.exists()
+
+
+def test_the_command_says_what_it_found_and_left_out(study, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main(["report", str(study), "--published=false"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "RLoss and flatness over 4 models: Pearson 1.00" in text
+    assert "unfinished not finished: 2 epochs were recorded" in text
+    assert "8 runs, 4 models" in text
+    assert "report/index.html" in text
+    assert Path("report/index.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["nowhere"], "Expected `runs` to be a folder with run folders but got nowhere."),
+        ([], "runs"),
+        (["{study}", "--data=MNIST"], "Expected `data` to be one of Digits, CIFAR10 but got MNIST"),
+        (["{study}/unfinished"], "Expected `runs` to hold a finished run but got"),
+    ],
+)
+def test_bad_input_is_one_sentence(study, arguments, sentence, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["report", *(argument.format(study=study) for argument in arguments)])
+    assert stopped.value.code == 2
+    assert sentence in " ".join(capsys.readouterr().err.split())

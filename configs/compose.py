@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from robust_flatness.configs.options import Option, read_options
 from robust_flatness.functional.checks import check_number
 
 CONFIGS = Path(__file__).parent
@@ -47,8 +48,8 @@ def compose(arguments: Sequence[str], known: Mapping[str, Mapping[str, str]]) ->
         >>> compose(["fit", "--model.network.width=8", "--model.eps=0.1"], known)[3:]
         ['--model.eps=0.1', '--model.network.width=8']
     """
-    subcommand, options = arguments[0], _pairs(arguments[1:])
-    files = [_read(_value(option)) for option in options if _name(option) in ("config", "c")]
+    subcommand, options = arguments[0], read_options(arguments[1:])
+    files = [_read(o.value or "") for o in options if o.name in ("config", "c")]
     run = _run_config(options)
     classes = {
         key: _chosen(key, options, [*files[::-1], run], known[key]) for key in DEFAULT_CLASSES
@@ -66,7 +67,7 @@ def compose(arguments: Sequence[str], known: Mapping[str, Mapping[str, str]]) ->
     if external:
         preset.pop("model", None)
     layers = [_read(str(DEFAULTS)), preset, run, *files]
-    shares = [_value(option) for option in options if _name(option) == "epochs_share"]
+    shares = [option.value for option in options if option.name == "epochs_share"]
     if shares and run:
         raise ValueError(
             "Expected no `--epochs_share` for a run that goes on, whose length is known, but got "
@@ -77,8 +78,8 @@ def compose(arguments: Sequence[str], known: Mapping[str, Mapping[str, str]]) ->
     for key, name in classes.items():
         merged[key] = {**merged.get(key, {}), "class_path": name}
     consumed = ("config", "c", "epochs_share", *DEFAULT_CLASSES)
-    kept = [option for option in options if _name(option) not in consumed]
-    typed = [argument for option in sorted(kept, key=_depth) for argument in option]
+    kept = [option for option in options if option.name not in consumed]
+    typed = [typed for option in sorted(kept, key=_depth) for typed in option.arguments]
     return [subcommand, "--config", yaml.safe_dump(merged), *typed]
 
 
@@ -143,32 +144,9 @@ def run_folder_of(checkpoint: str | None) -> Path | None:
     return folder if (folder / "config.yaml").is_file() else None
 
 
-def _pairs(arguments: Sequence[str]) -> list[list[str]]:
-    """Options with their values: `--a b` and `--a=b` are one piece each."""
-    pairs: list[list[str]] = []
-    for argument in arguments:
-        takes_value = bool(pairs) and len(pairs[-1]) == 1 and "=" not in pairs[-1][0]
-        if argument.startswith("-") and not re.match(r"-[\d.]", argument):
-            pairs.append([argument])
-        elif takes_value and pairs[-1][0].startswith("-"):
-            pairs[-1].append(argument)
-        else:
-            pairs.append([argument])
-    return pairs
-
-
-def _name(option: Sequence[str]) -> str:
-    return option[0].split("=")[0].lstrip("-")
-
-
-def _value(option: Sequence[str]) -> str:
-    return option[0].split("=", 1)[1] if "=" in option[0] else option[-1]
-
-
-def _depth(option: Sequence[str]) -> int:
+def _depth(option: Option) -> int:
     """Sorts inner arguments of model and data behind the classes that own them."""
-    name = _name(option)
-    return name.count(".") if name.split(".")[0] in DEFAULT_CLASSES else 99
+    return option.name.count(".") if option.name.split(".")[0] in DEFAULT_CLASSES else 99
 
 
 def _read(given: str) -> dict[str, Any]:
@@ -191,8 +169,8 @@ def _file(path: str) -> Path:
     raise ValueError(f"Expected `--config` to be a YAML file but got {path}.")
 
 
-def _run_config(options: Sequence[Sequence[str]]) -> dict[str, Any]:
-    checkpoints = [_value(option) for option in options if _name(option) == "ckpt_path"]
+def _run_config(options: Sequence[Option]) -> dict[str, Any]:
+    checkpoints = [option.value for option in options if option.name == "ckpt_path"]
     folder = run_folder_of(checkpoints[-1] if checkpoints else None)
     config = _read(str(folder / "config.yaml")) if folder else {}
     config.pop("ckpt_path", None)
@@ -201,29 +179,28 @@ def _run_config(options: Sequence[Sequence[str]]) -> dict[str, Any]:
 
 def _chosen(
     key: str,
-    options: Sequence[Sequence[str]],
+    options: Sequence[Option],
     files: Sequence[Mapping[str, Any]],
     known: Mapping[str, str],
 ) -> str:
     """The class path of model or data: typed, else from the last file that names one."""
-    names = [_value(option) for option in options if _name(option) == key][::-1]
+    names = [option.value or "" for option in options if option.name == key][::-1]
     for content in files:
         choice = content.get(key) or {}
         names.append(choice if isinstance(choice, str) else choice.get("class_path") or "")
     name = next(filter(None, names), DEFAULT_CLASSES[key])
-    _check_name([f"--{key}={name}"], {key: known})
+    _check_name(Option(key, name, ()), {key: known})
     return known.get(name, name)
 
 
-def _check_name(option: Sequence[str], known: Mapping[str, Mapping[str, str]]) -> None:
-    names = known.get(_name(option).rstrip("+"))
-    if names is None or (len(option) == 1 and "=" not in option[0]):
+def _check_name(option: Option, known: Mapping[str, Mapping[str, str]]) -> None:
+    names, name = known.get(option.name.rstrip("+")), option.value
+    if names is None or name is None:
         return
-    name = _value(option)
     # Anything but a bare word is a class path, or YAML that the parser reads.
     if name.isidentifier() and name not in names and name != "null":
         raise ValueError(
-            f"Expected `--{_name(option)}` to be one of {', '.join(sorted(names))}, or a class "
+            f"Expected `--{option.name}` to be one of {', '.join(sorted(names))}, or a class "
             f"path such as package.Class, but got {name}."
         )
 

@@ -18,6 +18,7 @@ import yaml
 
 from robust_flatness.configs.components import known_classes
 from robust_flatness.configs.compose import CONFIGS, compose
+from robust_flatness.configs.options import read_options
 
 ROWS = sorted(path.stem for path in (CONFIGS / "table1").glob("*.yaml"))
 # Measures that a study adds at the end of each run; any file or option wins over them.
@@ -147,8 +148,15 @@ def _planned(
     options: tuple[str, ...],
     known: dict[str, dict[str, str]],
 ) -> PlannedRun:
-    arguments = ("fit", EXTRAS, f"--data={data}", *own, *options, f"--seed_everything={seed}")
-    settings, typed = _settings(compose(arguments, known))
+    # A set-up such as cifar10.yaml comes first, so that what a row says of its length still holds.
+    given = read_options(options)
+    files = [typed for o in given if o.name == "config" for typed in o.arguments]
+    rest = [typed for o in given if o.name != "config" for typed in o.arguments]
+    before = ("fit", EXTRAS, f"--data={data}", *files)
+    arguments = (*before, *own, *rest, f"--seed_everything={seed}")
+    composed = compose(arguments, known)
+    settings = yaml.safe_load(composed[2])
+    typed = {option.name: option.value for option in read_options(composed[3:])}
     method = str(typed.get("name") or settings.get("name") or _class(settings["model"]))
     shown = _class(settings["data"])
     swept = "".join(f"-{_slug(option)}" for option in own if not option.startswith("--config"))
@@ -160,13 +168,6 @@ def _planned(
         epochs=int(typed.get("trainer.max_epochs") or settings["trainer"]["max_epochs"]),
         arguments=arguments,
     )
-
-
-def _settings(composed: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The files' part of composed arguments, and the typed ones by name."""
-    text = "=".join(composed[3:])
-    typed = dict(re.findall(r"--([\w.]+)=(?!-)(.*?)(?==--|$)", text))
-    return yaml.safe_load(composed[2]), typed
 
 
 def _class(section: dict[str, Any]) -> str:

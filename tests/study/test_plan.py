@@ -30,6 +30,13 @@ def test_epochs_are_those_of_the_preset_on_the_data():
     assert (cifar.epochs, cifar.name) == (150, "at-CIFAR10-s0")
 
 
+def test_a_set_up_comes_before_the_rows_so_that_they_may_be_shorter():
+    options = ["--config", "cifar10.yaml", "--trainer.precision=bf16-mixed"]
+    plan = make_plan(rows=["at", "cyclic"], root=ROOT, data="CIFAR10", options=options)
+    assert [run.epochs for run in plan] == [150, 60]
+    assert "--trainer.precision=bf16-mixed" in plan[0].arguments
+
+
 def test_a_sweep_is_a_run_a_value_in_a_folder_of_its_own():
     plan = make_plan(sweeps=["trades", "configs/sweeps/constant_rate.yaml"], root=ROOT)
     names = [run.name for run in plan]

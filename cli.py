@@ -3,8 +3,9 @@
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, NoReturn
 
 import torch
@@ -27,19 +28,16 @@ from robust_flatness.configs.compose import DEFAULTS, EXTERNAL, compose, run_fol
 from robust_flatness.configs.parser import Parser
 from robust_flatness.lightning_modules.at import CLASS_KEY
 from robust_flatness.loggers import EpochCSVLogger, make_wandb_logger
-from robust_flatness.reporting.command import report
-from robust_flatness.reporting.dashboard_command import dashboard
-from robust_flatness.study import study
 
 for message in (".*LeafSpec.*", ".*does not have many workers.*"):
     # Said by Lightning about itself, and about data that is in memory already.
     warnings.filterwarnings("ignore", message=message)
 
-# Beside `fit` and `test`.
-COMMANDS: dict[str, Callable[..., None]] = {
-    "study": study,
-    "report": report,
-    "dashboard": dashboard,
+# Functions beside `fit` and `test`, which these need not wait for.
+COMMANDS = {
+    "study": "robust_flatness.study.command:study",
+    "report": "robust_flatness.reporting.command:report",
+    "dashboard": "robust_flatness.reporting.dashboard_command:dashboard",
 }
 
 
@@ -264,7 +262,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     arguments = list(sys.argv[1:] if args is None else args)
     if arguments and arguments[0] in COMMANDS:
-        run_command(COMMANDS[arguments[0]], arguments)
+        run_command(resolve_name(COMMANDS[arguments[0]]), arguments)
         return
     CLI(
         LightningModule,
@@ -277,7 +275,8 @@ def main(args: Sequence[str] | None = None) -> None:
         seed_everything_default=0,
         parser_class=Parser,
         parser_kwargs={
-            name: {"default_config_files": [str(DEFAULTS)]} for name in CLI.subcommands()
+            **{name: {"default_config_files": [str(DEFAULTS)]} for name in CLI.subcommands()},
+            "epilog": f"Also, with a --help of their own: {', '.join(COMMANDS)}.",
         },
         args=None if args is None else list(args),
     )

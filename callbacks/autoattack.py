@@ -4,6 +4,8 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version as installed_version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,15 +16,19 @@ from torch.utils.data import Dataset
 
 from robust_flatness.callbacks.examples import Normalization
 from robust_flatness.callbacks.final_measurement import FinalMeasurement
+from robust_flatness.callbacks.kept_verdicts import KeptVerdicts
 from robust_flatness.callbacks.measurement import Measurement
 from robust_flatness.configs.types import Eps
 from robust_flatness.functional.checks import check_choice, check_count
 from robust_flatness.functional.noise import Norm
+from robust_flatness.loggers.epoch_csv import EpochCSVLogger
 
 VERSIONS = ("standard", "plus", "rand", "custom")
 # The targeted DLR loss divides by the gap between the first and fourth largest logits.
 FEWEST_CLASSES_OF_TARGETED_DLR = 4
 ATTACKS_FOR_FEW_CLASSES = ["apgd-ce", "fab", "square"]
+# In the run folder, until the run has ended.
+FOLDER = "autoattack"
 
 
 class AutoAttack(FinalMeasurement):
@@ -33,6 +39,10 @@ class AutoAttack(FinalMeasurement):
     each chunk is one call of the official `run_standard_evaluation`, so verdicts do not depend on
     the number of processes. Below four classes the targeted DLR loss is undefined: the attacks
     that apply are run, and a warning says so.
+
+    Images that are misclassified when clean are not attacked, nor is one that an earlier attack
+    broke. In a run folder, which an `EpochCSVLogger` names, verdicts of finished chunks are kept
+    until the run has ended: a run that was killed in between takes them from there.
 
     Args:
         split: `test`, `val` or `train`.
@@ -79,6 +89,7 @@ class AutoAttack(FinalMeasurement):
         self.split, self.version, self.attacks = split, version, attacks
         self._verdicts = _Verdicts(
             self._attack,
+            {"version": version, "attacks": attacks},
             split=split,
             dataset=dataset,
             num_examples=num_examples,
@@ -102,6 +113,11 @@ class AutoAttack(FinalMeasurement):
     def logged_name(self, name: str, weights: str) -> str:
         """`test/autoattack_error` and `test/autoattack_error_early_stopped`."""
         return name if weights == "final" else f"{name}_early_stopped"
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Removes what was kept, after all callbacks have ended: results have been written."""
+        if trainer.is_global_zero:
+            self._verdicts.kept.clear()
 
     def _attack(self, network: nn.Module, images: Tensor, labels: Tensor, eps: float) -> Tensor:
         """The official verdict on one chunk: whether each image is robust, bool `(N,)`."""
@@ -157,15 +173,32 @@ def _frozen(network: nn.Module) -> Iterator[None]:
 
 
 class _Verdicts(Measurement):
-    """Shares AutoAttack's images over ranks and counts its verdicts."""
+    """Shares AutoAttack's images over ranks and counts its verdicts.
+
+    Args:
+        attack: Gives the verdicts of a chunk.
+        attacks: What its verdicts depend on, beyond the arguments of this class.
+        kwargs: Arguments of `Measurement`.
+    """
 
     def __init__(
-        self, attack: Callable[[nn.Module, Tensor, Tensor, float], Tensor], **kwargs: Any
+        self,
+        attack: Callable[[nn.Module, Tensor, Tensor, float], Tensor],
+        attacks: dict[str, object],
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self._attack = attack
+        self._attack, self._attacks, self.kept = attack, attacks, KeptVerdicts()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Finds the run folder, which rank 0 knows."""
+        super().setup(trainer, pl_module, stage)
+        tables = [logger for logger in trainer.loggers if isinstance(logger, EpochCSVLogger)]
+        folder = trainer.strategy.broadcast(tables[0].log_dir if tables else None)
+        self.kept = KeptVerdicts(None if folder is None else Path(folder) / FOLDER)
 
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+        """Share of images that are misclassified, clean or attacked."""
         eps = self.radius(trainer)
         with self.network(trainer, pl_module) as network:
 
@@ -175,7 +208,8 @@ class _Verdicts(Measurement):
                 robust = torch.zeros(1, len(labels))
                 for begin in range(0, len(labels), self.batch_size):
                     part = slice(begin, begin + self.batch_size)
-                    robust[0, part] = self._attack(network, images[part], labels[part], eps).float()
+                    chunk = (network, images[part], labels[part])
+                    robust[0, part] = self._of_chunk(*chunk, eps, indices[begin]).float()
                     on_attack()
                 return robust
 
@@ -189,3 +223,21 @@ class _Verdicts(Measurement):
         self.arrays = {f"{self.split}/autoattack_correct": robust[0].bool()}
         error = 1 - robust.mean().item() if robust.numel() else math.nan
         return {f"{self.split}/autoattack_error": error}
+
+    def _of_chunk(
+        self, network: nn.Module, images: Tensor, labels: Tensor, eps: float, begin: int
+    ) -> Tensor:
+        settings = {
+            **self._attacks,
+            "eps": eps,
+            "norm": self.norm,
+            "seed": self.seed,
+            "normalization": self.normalization,
+            "first image": begin,
+            # Random numbers are others on another device, and may be in another version.
+            "device": images.device.type,
+            "versions": [installed_version(name) for name in ("pyautoattack", "torch")],
+        }
+        return self.kept.verdicts(
+            lambda: self._attack(network, images, labels, eps), network, images, labels, settings
+        )

@@ -1,0 +1,190 @@
+"""An AutoAttack that was killed goes on behind its last finished chunk, or attacks anew."""
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from networks_for_tests import tiny_body
+from torch import nn
+from torch.utils.data import TensorDataset
+from trainers import PLAIN, dataset, loader, quiet_trainer
+
+from robust_flatness.callbacks import AutoAttack, RobustEarlyStopping
+from robust_flatness.callbacks.autoattack import FOLDER
+from robust_flatness.callbacks.kept_verdicts import KeptVerdicts
+from robust_flatness.lightning_modules import AT
+from robust_flatness.loggers import EpochCSVLogger
+
+EPS = 0.02
+
+
+class Killed(Exception):
+    """Stands in for a kill."""
+
+
+class Counting(AutoAttack):
+    """Counts the chunks that it attacks for real, and may be killed."""
+
+    def __init__(self, *, killed_after=None, **kwargs):
+        settings = {"version": "custom", "attacks": ["apgd-ce", "fab-t"], "chunk_size": 4}
+        super().__init__(**{**settings, "eps": EPS, **kwargs})
+        self.attacked, self.killed_after = 0, killed_after
+
+    def _attack(self, *args):
+        if self.attacked == self.killed_after:
+            raise Killed
+        self.attacked += 1
+        return super()._attack(*args)
+
+
+def trained(epochs=15):
+    torch.manual_seed(0)
+    module = AT(tiny_body, **{**PLAIN, "eps": EPS})
+    quiet_trainer(max_epochs=epochs).fit(module, loader(16))
+    return module.eval()
+
+
+class FirstEpoch(RobustEarlyStopping):
+    """Takes the first epoch for the best."""
+
+    def measure(self, trainer, module):
+        return {"val/robust_error": 0.1 + 0.1 * trainer.current_epoch}
+
+
+def fit(folder, killed_after=None, **kwargs):
+    """Trains and attacks 10 images in 3 chunks, with last and with early-stopped weights."""
+    attack = Counting(dataset=dataset(10), killed_after=killed_after)
+    last = ModelCheckpoint(folder / "checkpoints", filename="last", enable_version_counter=False)
+    torch.manual_seed(0)
+    trainer = quiet_trainer(
+        max_epochs=6,
+        logger=EpochCSVLogger(folder),
+        callbacks=[attack, FirstEpoch(dataset=dataset(4), steps=1), last],
+        enable_checkpointing=True,
+    )
+    try:
+        trainer.fit(AT(tiny_body, **{**PLAIN, "eps": EPS}), loader(16), **kwargs)
+    except Killed:
+        pass
+    return attack
+
+
+@pytest.mark.parametrize("chunks", [1, 4])
+def test_a_killed_run_attacks_what_is_left_and_ends_as_the_whole_one(chunks, tmp_path):
+    whole = fit(tmp_path / "whole")
+    assert whole.attacked == 6
+    fit(tmp_path / "killed", killed_after=chunks)
+    assert len(list((tmp_path / "killed" / FOLDER).iterdir())) == chunks
+    ended = fit(tmp_path / "killed", ckpt_path=tmp_path / "killed" / "checkpoints" / "last.ckpt")
+    assert ended.attacked == 6 - chunks
+    assert ended.final_results == whole.final_results
+    assert ended.final_arrays.keys() == whole.final_arrays.keys()
+    for name, verdicts in whole.final_arrays.items():
+        assert torch.equal(ended.final_arrays[name], verdicts)
+    both = torch.stack(list(whole.final_arrays.values()))
+    assert both.any() and not both.all()
+    assert not list(tmp_path.glob(f"*/{FOLDER}"))
+
+
+def kept_by(folder, module, **kwargs):
+    """What is attacked although the verdicts of `trained` are kept."""
+    callback = Counting(**{"dataset": dataset(8), **kwargs})
+    (verdicts,) = callback.measurements
+    verdicts.kept = KeptVerdicts(folder)
+    verdicts.measure(quiet_trainer(), module)
+    return callback.attacked
+
+
+OTHERS = {
+    "eps": {"eps": 2 * EPS},
+    "norm": {"norm": "l2"},
+    "attacks": {"attacks": ["apgd-ce"]},
+    "seed": {"seed": 1},
+    "images": {"dataset": dataset(8, seed=2)},
+    "labels": {"dataset": TensorDataset(dataset(8)[:][0], (dataset(8)[:][1] + 1) % 10)},
+    "type": {"dataset": dataset(8, double=True)},
+}
+
+
+@pytest.mark.parametrize("changed", OTHERS)
+def test_verdicts_of_other_settings_are_not_taken(changed, tmp_path):
+    module = trained(1)
+    assert [kept_by(tmp_path, module) for _ in range(2)] == [2, 0]
+    other = module.double() if changed == "type" else module
+    assert kept_by(tmp_path, other, **OTHERS[changed]) == 2
+
+
+def test_verdicts_of_other_weights_or_statistics_are_not_taken(tmp_path):
+    module = trained(1)
+    assert kept_by(tmp_path, module) == 2
+    tensors = [module.network[0].weight, module.network[1].running_mean]
+    for tensor in tensors:
+        with torch.no_grad():
+            tensor.view(-1)[0] = torch.nextafter(tensor.view(-1)[0], torch.tensor(9.0))
+        assert [kept_by(tmp_path, module) for _ in range(2)] == [2, 0]
+
+
+def test_verdicts_of_equal_weights_in_another_network_are_not_taken(tmp_path):
+    module = trained(1)
+    assert kept_by(tmp_path, module) == 2
+    places = [i for i, layer in enumerate(module.network) if isinstance(layer, nn.ReLU)]
+    module.network[places[0]] = nn.SiLU()
+    assert kept_by(tmp_path, module) == 2
+
+
+def test_a_chunk_at_another_place_is_another_one(tmp_path):
+    module = trained(1)
+    images, labels = dataset(4)[:]
+    assert kept_by(tmp_path, module, dataset=TensorDataset(images, labels)) == 1
+    twice = TensorDataset(images.repeat(2, 1, 1, 1), labels.repeat(2))
+    assert kept_by(tmp_path, module, dataset=twice) == 1
+
+
+def test_broken_files_and_folders_that_cannot_be_written_cost_an_attack(tmp_path):
+    module = trained(1)
+    assert kept_by(tmp_path / "run", module) == 2
+    first, second = (tmp_path / "run").iterdir()
+    first.write_bytes(first.read_bytes()[:40])
+    second.write_bytes(b"")
+    assert [kept_by(tmp_path / "run", module) for _ in range(2)] == [2, 0]
+    (tmp_path / "file").touch()
+    assert [kept_by(tmp_path / "file", module) for _ in range(2)] == [2, 2]
+
+
+@pytest.mark.parametrize("logger", [False, CSVLogger("logs")])
+def test_without_a_run_folder_nothing_is_kept(logger, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    attack = Counting(dataset=dataset(4))
+    trainer = quiet_trainer(logger=logger, callbacks=[attack], default_root_dir=tmp_path)
+    trainer.fit(AT(tiny_body, **PLAIN), loader(8))
+    assert attack.attacked == 1
+    assert attack.measurements[0].kept.folder is None
+    assert not list(tmp_path.rglob(f"*{FOLDER}*"))
+
+
+def test_clearing_leaves_what_others_put_there(tmp_path):
+    module = trained(1)
+    kept_by(tmp_path / FOLDER, module)
+    (tmp_path / FOLDER / "mine.txt").touch()
+    KeptVerdicts(tmp_path / FOLDER).clear()
+    assert [file.name for file in (tmp_path / FOLDER).iterdir()] == ["mine.txt"]
+
+
+def test_images_that_are_wrong_when_clean_are_not_attacked():
+    module, sizes = trained(), []
+    images, _ = dataset(8)[:]
+    predicted = module(images).argmax(1).detach()
+    labels = torch.where(torch.arange(8) < 3, predicted, (predicted + 1) % 10)
+
+    def attacked(labels):
+        sizes.clear()
+        hook = module.register_forward_hook(lambda _, args, __: sizes.append(len(args[0])))
+        Counting(chunk_size=8)._attack(module, images, labels, EPS)
+        hook.remove()
+        return sizes
+
+    none = len(attacked((predicted + 1) % 10))
+    # What tells the classes, and the package's look at the network: no attack.
+    assert none < 12
+    assert set(attacked(labels)[none:]) <= {1, 2, 3}
+    assert len(sizes) > 100

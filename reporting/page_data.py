@@ -11,14 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from typing import Any
 
-import numpy as np
-
 from robust_flatness.reporting.canvas import method_style
 from robust_flatness.reporting.correlation import correlate
 from robust_flatness.reporting.models import Model, Point, flat_settings, method_label
 from robust_flatness.reporting.page_points import FIGURES, PagePoint, number
 from robust_flatness.reporting.page_series import CURVES, curves, landscapes, paths
 from robust_flatness.reporting.runs import LeftOut, Weights
+from robust_flatness.reporting.table1 import group_thresholds
 
 Rows = Sequence[Mapping[str, float]]
 
@@ -55,7 +54,6 @@ _COLUMNS: tuple[tuple[str, str, Weights], ...] = (
     ("RLoss test", _LOSS, "final"),
     ("Error test, clean", "test/error", "final"),
 )
-_FEWEST_GROUPED = 4
 _SYMBOLS = {"o": "circle", "s": "square", "^": "triangle-up", "D": "diamond", "v": "triangle-down"}
 
 
@@ -114,11 +112,11 @@ def page_data(
 
 
 def _limits(name: str, weights: Weights, points: Sequence[PagePoint]) -> dict[str, list[float]]:
-    """Test errors below which 30 and 70 % of the models lie, as the paper groups its Table 1."""
+    """Test errors that part good, average and poor models, as the paper groups its Table 1."""
     values = [value for point in points if (value := point.mean(name, weights)) is not None]
-    if name not in _Y[1:] or weights != "final" or len(values) < _FEWEST_GROUPED:
-        return {}
-    return {"limits": [number(name, float(limit)) for limit in np.percentile(values, (30, 70))]}
+    grouped = name in _Y[1:] and weights == "final"
+    thresholds = group_thresholds(values) if grouped else None
+    return {"limits": [number(name, limit) for limit in thresholds]} if thresholds else {}
 
 
 def _measured(names: Iterable[str], points: Sequence[PagePoint]) -> list[str]:

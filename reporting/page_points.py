@@ -56,25 +56,11 @@ class PagePoint:
                 return None
             best = self._point.mean("test/robust_loss", "early_stopped")
             return _difference(self._point.mean("test/robust_loss"), best)
-        found = self._point.mean(name, weights)
-        alias = _logged(name, weights)
-        return self._point.mean(alias) if found is None and alias else found
+        return self._point.mean(name, weights)
 
     def deviation(self, name: str, weights: Weights = "final") -> float | None:
         """The standard deviation over seeds of a figure that was measured itself."""
-        if not isinstance(self._point, Model):
-            return None
-        found = self._point.deviation(name, weights)
-        alias = _logged(name, weights)
-        if alias and not self._point.values(name, weights):
-            return self._point.deviation(alias)
-        return found
-
-
-def _logged(name: str, weights: Weights) -> str | None:
-    """The last weights' name of what AutoAttack logs for the early-stopped ones."""
-    logged = name == "test/autoattack_error" and weights == "early_stopped"
-    return "test/autoattack_error_early_stopped" if logged else None
+        return self._point.deviation(name, weights) if isinstance(self._point, Model) else None
 
 
 def _difference(a: float | None, b: float | None) -> float | None:

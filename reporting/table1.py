@@ -89,15 +89,26 @@ def table1(models: Sequence[Model], published: Sequence[Point] = ()) -> Table1:
     rows = make_rows(models, published)
     measured = sorted((row for row in rows if _SORTED_BY in row.cells), key=_by_error)
     rest = [row for row in rows if _SORTED_BY not in row.cells]
-    thresholds = _thresholds([_error(row) for row in measured])
+    thresholds = group_thresholds([_error(row) for row in measured])
     grouped = {name: _between(measured, *bounds) for name, bounds in _bounds(thresholds)}
     grouped["without RErr"] = rest
     groups = tuple(Group(name, tuple(of), _means(of)) for name, of in grouped.items() if of)
     return Table1(data[0], groups, thresholds)
 
 
-def _thresholds(errors: Sequence[float]) -> tuple[float, float] | None:
-    """The percentiles that part groups, None where rows are too few or too close."""
+def group_thresholds(errors: Sequence[float]) -> tuple[float, float] | None:
+    """The test errors that part good from average and average from poor rows.
+
+    Args:
+        errors: As shares of 1, a row each.
+
+    Returns:
+        The 30 % and 70 % percentiles in whole percents; None where rows are too few or too close.
+
+    Example:
+        >>> group_thresholds([0.5, 0.54, 0.6, 0.7])
+        (0.54, 0.61)
+    """
     if len(errors) < _FEWEST_ROWS:
         return None
     low, high = (round(float(np.percentile(errors, share)), 2) for share in (30, 70))

@@ -97,7 +97,8 @@ def test_only_what_was_measured_can_be_chosen(tmp_path: Path) -> None:
 
 def test_autoattack_of_early_stopped_weights_is_found_where_fit_logs_it(tmp_path: Path) -> None:
     final = FINAL | {"test/autoattack_error_early_stopped": 0.47}
-    models = group_models([make_run("at", final=final, early_stopped={})])
+    write_run(tmp_path / "at", make_run("at", final=final, early_stopped={}))
+    models = group_models(read_runs(tmp_path)[0])
     data = read_data(write_page(tmp_path / "index.html", models=models))
     assert data["models"][0]["figures"]["early_stopped"] == {"test/autoattack_error": [47.0]}
 

@@ -116,8 +116,9 @@ class Results(Callback):
             results["epochs"] = trainer.current_epoch
             _fill_in(results)
         if self._folder is not None:
-            write_json(self._folder / name, results)
+            # Results last: a run that has them has finished.
             _write_arrays(self._folder / name.replace("results", "examples"), trainer)
+            write_json(self._folder / name, results)
         self._table = summary_table(results, folder=_short(self._folder))
         for logger in trainer.loggers if trainer.state.fn == "fit" else []:
             if isinstance(logger, WandbLogger):

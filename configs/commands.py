@@ -22,7 +22,11 @@ def run_command(function: Callable[..., Any], arguments: Sequence[str]) -> None:
     parser.add_function_arguments(function, as_group=False, as_positional=True)
     # A switch may stand alone, as everywhere.
     switches = [f"--{key}" for key, kind in get_type_hints(function).items() if kind is bool]
-    given = [f"{typed}=true" if typed in switches else typed for typed in given]
+    following = [*given[1:], ""]
+    given = [
+        f"{typed}=true" if typed in switches and after not in ("true", "false") else typed
+        for typed, after in zip(given, following)
+    ]
     parsed = parser.parse_args(given)
     if options is not None:
         parsed["options"] = options

@@ -9,6 +9,7 @@ Example:
 """
 
 import math
+import os
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -214,6 +215,11 @@ def log_summary(logger: WandbLogger, table: Table, epoch: int) -> None:
 
 def _run_id(folder: Path) -> str:
     path = folder / "wandb" / "run_id"
+    if os.environ.get("WANDB_SWEEP_ID") and (given := os.environ.get("WANDB_RUN_ID")):
+        # An agent of a sweep knows its run by this id, and W&B takes no other under one.
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(given + "\n", encoding="utf-8")
+        return given
     if path.exists():
         return path.read_text(encoding="utf-8").strip()
     # From the system's randomness: the generators that training is seeded with stay where they are.

@@ -1,4 +1,4 @@
-"""Files that a reader finds old or new, never half-written, whenever a process is killed."""
+"""Files that a reader finds old or new, never half-written, whatever is killed or switched off."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -28,6 +28,9 @@ def whole_file(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(path.suffix + ".tmp")
     yield beside
+    with beside.open("rb") as file:
+        # Else a power cut may leave the new name with nothing behind it.
+        os.fsync(file.fileno())
     os.replace(beside, path)
 
 

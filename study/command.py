@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from robust_flatness.functional.checks import check_count
+from robust_flatness.study.devices import visible_devices
 from robust_flatness.study.elsewhere import submit, write_sweep
 from robust_flatness.study.estimate import plan_table
 from robust_flatness.study.plan import PlannedRun, make_plan
@@ -18,7 +19,7 @@ def study(
     rows: list[str] | str = "",
     sweep: list[str] | str = "",
     configs: list[str] | str = "",
-    data: str = "Digits",
+    data: str | None = None,
     seeds: int | list[int] = 1,
     root: Path = Path("runs"),
     only: list[str] | str = "",
@@ -39,25 +40,26 @@ def study(
         rows: Rows of Table 1: all, or names such as at,at_awp.
         sweep: Sweep files, by path or by name, such as trades,mart.
         configs: Config files, each of them a run.
-        data: Class of the data.
+        data: Class of the data, by default what a file names, else Digits.
         seeds: How many seeds from 0, or which, such as [3,4].
         root: Where the run folders are.
         only: Names of runs in the plan to do alone, such as at-Digits-s0.
         jobs: Runs at once; by default one, or one for each device.
-        devices: GPUs by number, such as [0,1]; each run gets one of them.
+        devices: GPUs by number, such as [0,1]; each run gets one of them. By default all, where
+            several runs are at work at once.
         dry_run: Say what there is to do and how long it takes, and end.
         slurm: Submit the runs as a SLURM array with these parameters of submitit, such as
-            {slurm_partition: gpu, timeout_min: 600, gpus_per_node: 1}, and end.
+            {slurm_partition: gpu, timeout_min: 600, gpus_per_node: 1, slurm_array_parallelism: 8},
+            and end.
         sweep_file: Write the runs as a W&B sweep to this file, and end.
         options: Options of `fit` for all runs, as behind `--`.
     """
     console = Console()
     asked = {"rows": _names(rows), "sweep": _names(sweep), "configs": _names(configs)}
     chosen_seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    given = options or []
-    jobs = max(1, len(devices or [])) if jobs is None else jobs
-    check_count("jobs", jobs, low=1)
-    pool = Pool(jobs, devices or [], console)
+    at_once = max(1, len(devices or [])) if jobs is None else jobs
+    check_count("jobs", at_once, low=1)
+    gpus = visible_devices(devices, at_once)
     plan = make_plan(
         rows=asked["rows"],
         sweeps=asked["sweep"],
@@ -65,25 +67,28 @@ def study(
         data=data,
         seeds=chosen_seeds,
         root=root.expanduser().resolve(),
-        options=given,
+        options=options or [],
     )
     plan = _only(plan, _names(only))
     for run in plan:
         check_same_study(run)
     if sweep_file is not None:
-        same: dict[str, Any] = {**asked, "data": [data], "seeds": chosen_seeds, "root": [root]}
-        write_sweep(sweep_file, plan, same, given, console)
+        same: dict[str, Sequence[Any]] = {**asked, "seeds": chosen_seeds, "root": [root]}
+        same["data"] = _names(data or "")
+        write_sweep(sweep_file, plan, same, options or [], console)
         return
-    console.print(plan_table(plan, pool.jobs))
+    console.print(plan_table(plan, at_once))
     if dry_run:
         return
     if slurm is not None:
         submit(plan, slurm, console)
         return
+    pool = Pool(at_once, gpus, console)
     try:
         pool.run(plan)
     except KeyboardInterrupt:
-        raise SystemExit("Stopped; the same command goes on.") from None
+        console.print("Stopped; the same command goes on.")
+        raise SystemExit(130) from None
     _tell(console, plan, pool.failures)
 
 
@@ -107,7 +112,7 @@ def _tell(console: Console, plan: Sequence[PlannedRun], failures: Sequence[Failu
     console.print(f"{finished} of {len(plan)} runs have finished.")
     if not failures:
         return
-    for failure in failures:
-        console.print(f"  {failure.run.name}: {failure.reason}", highlight=False)
-        console.print(f"    {book_of(failure.run, 'log')}", highlight=False, soft_wrap=True)
+    for run, reason in failures:
+        text = f"  {run.name}: {reason}\n    {book_of(run, 'log')}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
     raise SystemExit(f"{len(failures)} failed; the same command tries them again.")

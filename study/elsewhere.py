@@ -7,9 +7,45 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from robust_flatness.study.launch import start
+from robust_flatness.study.launch import Process, start
 from robust_flatness.study.plan import PlannedRun
 from robust_flatness.study.state import State, state_of
+
+# Several tasks or nodes would train one run together; that is Lightning's own affair.
+_ONE = ("tasks_per_node", "nodes", "slurm_ntasks_per_node", "slurm_nodes")
+
+
+class Work:
+    """Trains one run and waits for it: what a node of the cluster does."""
+
+    def __init__(self) -> None:
+        self._process: Process | None = None
+
+    def __call__(self, run: PlannedRun) -> None:
+        """Does nothing where another process trains the run, or it has finished.
+
+        Args:
+            run: Of a plan.
+
+        Raises:
+            RuntimeError: If the run failed, so that the job counts as failed.
+        """
+        self._process = start(run)
+        code = 0 if self._process is None else self._process.wait()
+        if code and state_of(run) is not State.FINISHED:
+            raise RuntimeError(f"{run.name} ended with code {code}.")
+
+    def checkpoint(self, run: PlannedRun) -> Any:
+        """Ends the run at the job's time limit, and asks submitit for one more job of it."""
+        from submitit.helpers import DelayedSubmission
+
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait()
+        return DelayedSubmission(Work(), run)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_process": None}
 
 
 def submit(plan: Sequence[PlannedRun], parameters: Mapping[str, Any], console: Console) -> None:
@@ -17,19 +53,25 @@ def submit(plan: Sequence[PlannedRun], parameters: Mapping[str, Any], console: C
 
     Args:
         plan: Runs, on a file system that the nodes share.
-        parameters: Of submitit's executor; `cluster: local` runs them on this machine.
+        parameters: Of submitit's executor; `cluster: local` runs them all at once on this machine.
         console: Where the jobs are told.
 
     Raises:
-        ValueError: If submitit is missing, or refuses a parameter.
+        ValueError: If submitit or SLURM is missing, or a parameter is refused.
     """
     try:
         import submitit
     except ImportError as error:
         raise ValueError(
             "Expected submitit to be installed for `--slurm` but it is not: "
-            "pip install robust-flatness[slurm]."
+            "pip install 'robust-flatness[slurm]'."
         ) from error
+    for name in _ONE:
+        if parameters.get(name, 1) != 1:
+            raise ValueError(
+                f"Expected `--slurm` to give a run one task but got {name}: {parameters[name]}; "
+                "several GPUs of one node take `-- --trainer.devices=…`."
+            )
     left = [run for run in plan if state_of(run) is not State.FINISHED]
     if not left:
         console.print("Nothing is left to submit.")
@@ -37,33 +79,16 @@ def submit(plan: Sequence[PlannedRun], parameters: Mapping[str, Any], console: C
     settings = dict(parameters)
     folder = left[0].folder.parent / "study" / "slurm"
     try:
-        executor = submitit.AutoExecutor(folder, cluster=settings.pop("cluster", None))
+        # Left to itself, submitit takes this machine where there is no SLURM.
+        executor = submitit.AutoExecutor(folder, cluster=settings.pop("cluster", "slurm"))
         executor.update_parameters(name="study", **settings)
-        jobs = executor.map_array(work, left)
+        jobs = executor.map_array(Work(), left)
     except (NotImplementedError, NameError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"Expected `--slurm` to hold parameters of submitit but got {dict(parameters)}: {error}"
         ) from error
-    console.print(f"Submitted {len(jobs)} runs as {jobs[0].job_id.split('_')[0]}; logs: {folder}")
-
-
-def work(run: PlannedRun) -> int:
-    """Trains one run and waits for it; what a node of the cluster does.
-
-    Args:
-        run: Of a plan.
-
-    Returns:
-        The exit status; 0 also where another process trains the run.
-
-    Raises:
-        RuntimeError: If the run failed, so that the job counts as failed.
-    """
-    process = start(run)
-    code = 0 if process is None else process.wait()
-    if code:
-        raise RuntimeError(f"{run.name} ended with code {code}.")
-    return code
+    text = f"Submitted {len(jobs)} runs as {jobs[0].job_id.split('_')[0]}; logs: {folder}"
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def write_sweep(
@@ -73,7 +98,7 @@ def write_sweep(
     options: Sequence[str],
     console: Console,
 ) -> None:
-    """Writes the runs as a W&B sweep, whose agents train one each, on any machines.
+    """Writes what has not finished as a W&B sweep, whose agents train one run each.
 
     Args:
         path: The YAML file.
@@ -84,16 +109,21 @@ def write_sweep(
     """
     same = [f"--{name}={_written(name, values)}" for name, values in asked.items() if values]
     command = ["${env}", "${interpreter}", "${program}", "study", *same, "${args}"]
+    left = [run.name for run in plan if state_of(run) is not State.FINISHED]
     content = {
         "program": "cli.py",
         "command": [*command, *(["--", *options] if options else [])],
         "method": "grid",
         "metric": {"name": "final/test/robust_loss", "goal": "minimize"},
-        "parameters": {"only": {"values": [run.name for run in plan]}},
+        "parameters": {"only": {"values": left}},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-    console.print(f"Wrote {len(plan)} runs to {path}. Start it with: wandb sweep {path}")
+    text = (
+        f"Wrote {len(left)} runs to {path}. Start it with: wandb sweep {path}\n"
+        "Agents try each run once; what is cut off, the same command without --sweep_file finishes."
+    )
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _written(name: str, values: Sequence[Any]) -> str:

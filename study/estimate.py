@@ -1,9 +1,9 @@
 """How long the rest of a study takes, from the runs that have finished."""
 
+import heapq
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.table import Table
@@ -13,46 +13,38 @@ from robust_flatness.study.plan import PlannedRun
 from robust_flatness.study.state import State, epochs_done, state_of
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """Seconds an epoch of the finished runs, all their measures included.
+def seconds_left(plan: Sequence[PlannedRun]) -> dict[PlannedRun, float]:
+    """Seconds that each run still takes, from those below the same root that have finished.
 
-    Attributes:
-        by_method: The median of a method's runs.
-        overall: The median over methods, for those that have none; NaN where nothing has finished.
-    """
-
-    by_method: dict[str, float]
-    overall: float
-
-    def seconds(self, runs: Sequence[PlannedRun]) -> float:
-        """Seconds of what is left of some runs, one after another.
-
-        Args:
-            runs: Of a plan.
-        """
-        left = {run: run.epochs - epochs_done(run) for run in runs}
-        return sum(
-            epochs * self.by_method.get(run.method, self.overall)
-            for run, epochs in left.items()
-            if epochs
-        )
-
-
-def estimate(root: Path, data: str) -> Estimate:
-    """Measures seconds an epoch on the runs below a folder.
+    An epoch counts with all of a run's measures, its last ones included: the median of runs that
+    differ in their seed alone, else that over all others on the same data; NaN without any.
 
     Args:
-        root: With run folders; may not exist yet.
-        data: Class of the data.
+        plan: Runs of one root.
     """
-    found: dict[str, list[float]] = {}
-    for run in read_runs(root)[0] if root.is_dir() else []:
-        seconds = run.wall_time_seconds / max(run.epochs, 1)
-        if run.data == data and math.isfinite(seconds):
-            found.setdefault(run.method, []).append(seconds)
-    by_method = {method: statistics.median(values) for method, values in found.items()}
-    return Estimate(by_method, statistics.median(by_method.values()) if by_method else math.nan)
+    root = plan[0].folder.parent
+    measured = _seconds_an_epoch(root) if root.is_dir() else {}
+    left = {}
+    for run in plan:
+        others = [value for (data, _, _), value in measured.items() if data == run.data]
+        overall = statistics.median(others) if others else math.nan
+        epochs = 0 if state_of(run) is State.FINISHED else run.epochs - epochs_done(run)
+        known = measured.get((run.data, run.stem, run.epochs), overall)
+        left[run] = epochs * known if epochs else 0.0
+    return left
+
+
+def schedule(seconds: Sequence[float], jobs: int) -> float:
+    """Seconds that runs take in their order, each given to the first slot that is free.
+
+    Example:
+        >>> schedule([10, 10, 10], jobs=2), schedule([40], jobs=8)
+        (20.0, 40.0)
+    """
+    slots = [0.0] * jobs
+    for duration in seconds:
+        heapq.heapreplace(slots, slots[0] + duration)
+    return max(slots)
 
 
 def plan_table(plan: Sequence[PlannedRun], jobs: int) -> Table:
@@ -62,36 +54,47 @@ def plan_table(plan: Sequence[PlannedRun], jobs: int) -> Table:
         plan: All of its runs.
         jobs: Runs at once.
     """
-    measured = estimate(plan[0].folder.parent, plan[0].data)
-    table = Table(title=f"{len(plan)} runs on {plan[0].data}")
-    table.add_column("method")
-    for column in ("runs", *(state.value for state in State), "epochs", "s an epoch", "left"):
+    left, states = seconds_left(plan), {run: state_of(run) for run in plan}
+    table = Table(title=f"{len(plan)} runs on {', '.join(sorted({run.data for run in plan}))}")
+    table.add_column("method", no_wrap=True)
+    for column in ("runs", *(state.value for state in State), "epochs", "left"):
         table.add_column(column, justify="right")
-    for method in dict.fromkeys(run.method for run in plan):
-        runs = [run for run in plan if run.method == method]
-        known = measured.by_method.get(method)
-        table.add_row(
-            method,
-            *_counts(runs),
-            str(sum(run.epochs for run in runs)),
-            "–" if known is None else f"{known:.2f}",
-            _duration(measured.seconds(runs)),
-        )
+    for stem in dict.fromkeys(run.stem for run in plan):
+        runs = [run for run in plan if run.stem == stem]
+        _add_row(table, stem.rsplit("-", 1)[0], runs, states, sum(left[run] for run in runs))
     table.add_section()
-    seconds = measured.seconds(plan) / jobs
-    table.add_row("all", *_counts(plan), str(sum(run.epochs for run in plan)), "", "")
+    total = schedule(list(left.values()), jobs)
+    _add_row(table, "all", plan, states, total)
     table.caption = (
         "How long it takes is known once a run has finished."
-        if math.isnan(seconds)
-        else f"About {_duration(seconds)} for what is left, {jobs} at once; methods without a "
-        "finished run count with the median of the others."
+        if math.isnan(total)
+        else f"About {_duration(total)} with {jobs} at once, as long as the finished runs took "
+        "an epoch with their measures; others count with the median of all."
     )
     return table
 
 
-def _counts(runs: Sequence[PlannedRun]) -> list[str]:
-    states = [state_of(run) for run in runs]
-    return [str(len(runs)), *(str(states.count(state)) for state in State)]
+def _seconds_an_epoch(root: Path) -> dict[tuple[str, str, int], float]:
+    """By data, name without the seed, and epochs."""
+    found: dict[tuple[str, str, int], list[float]] = {}
+    for run in read_runs(root)[0]:
+        seconds = run.wall_time_seconds / max(run.epochs, 1)
+        if math.isfinite(seconds):
+            stem = run.name.rsplit("-s", 1)[0]
+            found.setdefault((run.data, stem, run.epochs), []).append(seconds)
+    return {key: statistics.median(values) for key, values in found.items()}
+
+
+def _add_row(
+    table: Table,
+    name: str,
+    runs: Sequence[PlannedRun],
+    states: Mapping[PlannedRun, State],
+    seconds: float,
+) -> None:
+    own = [states[run] for run in runs]
+    counts = [str(len(runs)), *(str(own.count(state)) for state in State)]
+    table.add_row(name, *counts, str(sum(run.epochs for run in runs)), _duration(seconds))
 
 
 def _duration(seconds: float) -> str:

@@ -1,7 +1,7 @@
 """Starts one run of a study in a process of its own."""
 
-import fcntl
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -27,6 +27,9 @@ def start(run: PlannedRun, environment: Mapping[str, str] | None = None) -> Proc
 
     Returns:
         The process, or None where another one trains this run or has finished it meanwhile.
+
+    Raises:
+        ValueError: If files cannot be locked here.
     """
     lock = _locked(book_of(run, "lock"))
     if lock is None:
@@ -35,6 +38,8 @@ def start(run: PlannedRun, environment: Mapping[str, str] | None = None) -> Proc
         if state_of(run) is State.FINISHED:
             return None
         command = [*PROGRAM, *arguments_now(run)]
+        os.ftruncate(lock, 0)
+        os.write(lock, socket.gethostname().encode())
         with book_of(run, "log").open("ab") as log:
             return subprocess.Popen(
                 command,
@@ -50,8 +55,26 @@ def start(run: PlannedRun, environment: Mapping[str, str] | None = None) -> Proc
         os.close(lock)
 
 
+def is_running(run: PlannedRun) -> bool:
+    """Returns whether some process trains the run."""
+    lock = _locked(book_of(run, "lock"))
+    if lock is not None:
+        os.close(lock)
+    return lock is None
+
+
+def runs_here(run: PlannedRun) -> bool:
+    """Returns whether a process of this machine trains the run, or was the last to do so."""
+    path = book_of(run, "lock")
+    return path.is_file() and path.read_text() == socket.gethostname()
+
+
 def _locked(path: Path) -> int | None:
     """An open file that nobody else has locked, else None."""
+    try:
+        import fcntl
+    except ImportError as error:
+        raise ValueError("Expected Linux or macOS for `study` but got Windows.") from error
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -59,4 +82,9 @@ def _locked(path: Path) -> int | None:
     except BlockingIOError:
         os.close(file)
         return None
+    except OSError as error:
+        os.close(file)
+        raise ValueError(
+            f"Expected `--root` to be on a file system with locks but got {path.parent}: {error}."
+        ) from error
     return file

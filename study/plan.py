@@ -6,23 +6,25 @@ Example:
     ['at-Digits-s0', 'at-Digits-s1', 'trades-Digits-s0', 'trades-Digits-s1']
 """
 
-import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from robust_flatness.configs.components import known_classes
 from robust_flatness.configs.compose import CONFIGS, compose
 from robust_flatness.configs.options import read_options
+from robust_flatness.study.sweeps import sweep_runs
 
 ROWS = sorted(path.stem for path in (CONFIGS / "table1").glob("*.yaml"))
 # Measures that a study adds at the end of each run; any file or option wins over them.
-EXTRAS = "--config=study.yaml"
+_EXTRAS = f"--config={CONFIGS / 'study.yaml'}"
+# What a plan says of each run itself.
+_OWN = ("name", "data", "seed_everything", "folder", "ckpt_path")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class PlannedRun:
         seed: Its seed.
         epochs: That it trains.
         arguments: Of `fit`.
+        settings: What these say once all files are read.
     """
 
     folder: Path
@@ -44,11 +47,22 @@ class PlannedRun:
     seed: int
     epochs: int
     arguments: tuple[str, ...]
+    settings: Mapping[str, Any] = field(hash=False)
 
     @property
     def name(self) -> str:
         """The folder's name."""
         return self.folder.name
+
+    @property
+    def stem(self) -> str:
+        """The name without the seed."""
+        return self.name.rsplit("-s", 1)[0]
+
+
+class _Chosen(NamedTuple):
+    arguments: tuple[str, ...]
+    swept: str = ""
 
 
 def make_plan(
@@ -56,7 +70,7 @@ def make_plan(
     rows: Sequence[str] = (),
     sweeps: Sequence[str] = (),
     configs: Sequence[str] = (),
-    data: str = "Digits",
+    data: str | None = None,
     seeds: Sequence[int] = (0,),
     root: Path = Path("runs"),
     options: Sequence[str] = (),
@@ -67,114 +81,103 @@ def make_plan(
         rows: Rows of Table 1 by name, or `all`.
         sweeps: Sweep files of W&B with the method `grid`, by path or by name, such as `trades`.
         configs: Config files, each of them a run.
-        data: Class of the data.
+        data: Class of the data; `None` is what a file names, else Digits.
         seeds: That each run is repeated with.
         root: Where the run folders are.
-        options: Of `fit`, for all runs.
+        options: Of `fit`, for all runs. Files among them stand below the rows, so that a row may
+            still be shorter than a set-up such as `cifar10.yaml`; other options stand above.
 
     Raises:
-        ValueError: If nothing is asked for, a name or file is unknown, or two runs would share a
-            folder.
+        ValueError: If nothing is asked for, a name or file is unknown, an option belongs to each
+            run alone, or two runs would share a folder.
     """
-    chosen = [*_rows(rows), *_sweeps(sweeps), *((f"--config={file}",) for file in configs)]
+    chosen = [
+        *_rows(rows),
+        *(_Chosen(*run) for sweep in sweeps for run in sweep_runs(sweep)),
+        *(_Chosen((f"--config={file}",)) for file in configs),
+    ]
     if not chosen:
         raise ValueError(
             "Expected `--rows`, `--sweep` or `--configs` to say what to train but got none."
         )
-    if not seeds:
-        raise ValueError("Expected `--seeds` to name at least one but got none.")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"Expected `--seeds` to be different numbers but got {list(seeds)}.")
+    before, after = _split(options)
+    typed = [] if data is None else [f"--data={data}"]
     known = known_classes()
-    plan = [
-        _planned(own, data, seed, root, tuple(options), known) for own in chosen for seed in seeds
-    ]
+    plan = []
+    for own in chosen:
+        arguments = ("fit", _EXTRAS, *typed, *before, *own.arguments, *after)
+        plan += [_planned(arguments, own.swept, seed, root, known) for seed in seeds]
     doubled = [name for name, count in Counter(run.name for run in plan).items() if count > 1]
     if doubled:
         raise ValueError(
             "Expected runs to differ in method, swept value or seed but got several called "
-            f"{', '.join(doubled)}: give their files a `name` each."
+            f"{', '.join(doubled)}: name each once, or give their files a `name` each."
         )
     return plan
 
 
-def _rows(rows: Sequence[str]) -> Iterator[tuple[str, ...]]:
+def _rows(rows: Sequence[str]) -> Iterator[_Chosen]:
     for row in ROWS if list(rows) == ["all"] else rows:
         if row not in ROWS:
             raise ValueError(
-                f"Expected `--rows` to be all or some of {', '.join(ROWS)} but got {row}."
+                f"Expected `--rows` to be all, or some of {', '.join(ROWS)}, but got "
+                f"{', '.join(rows)}."
             )
-        yield (f"--config=table1/{row}.yaml",)
+        yield _Chosen((f"--config={CONFIGS / 'table1' / f'{row}.yaml'}",))
 
 
-def _sweeps(sweeps: Iterable[str]) -> Iterator[tuple[str, ...]]:
-    """The arguments that W&B's agent would give to each run of the sweeps."""
-    for sweep in sweeps:
-        content = _read_sweep(sweep)
-        command, parameters = content["command"], content["parameters"]
-        fixed = command[command.index("fit") + 1 : command.index("${args}")]
-        axes = [
-            [f"--{name}={value}" for value in choice.get("values", [choice.get("value")])]
-            for name, choice in parameters.items()
-        ]
-        yield from ((*fixed, *swept) for swept in itertools.product(*axes))
-
-
-def _read_sweep(sweep: str) -> dict[str, Any]:
-    name = sweep.removeprefix("configs/sweeps/").removesuffix(".yaml")
-    files = [Path(sweep), CONFIGS / "sweeps" / f"{name}.yaml"]
-    file = next((file for file in files if file.is_file()), None)
-    if file is None:
-        known = sorted(path.stem for path in (CONFIGS / "sweeps").glob("*.yaml"))
-        raise ValueError(
-            f"Expected `--sweep` to be a sweep file or one of {', '.join(known)} but got {sweep}."
-        )
-    content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    try:
-        grid = content["method"] == "grid" and bool(content["parameters"])
-        whole = {"fit", "${args}"} <= set(content["command"])
-    except (TypeError, KeyError):
-        grid = whole = False
-    if not (grid and whole):
-        raise ValueError(
-            f"Expected `--sweep` to be a grid whose command holds fit and ${{args}} but got {file}."
-        )
-    return dict(content)
+def _split(options: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Files among the options of `fit`, and the others."""
+    before: list[str] = []
+    after: list[str] = []
+    for option in read_options(options):
+        if option.name in _OWN:
+            raise ValueError(
+                f"Expected options behind `--` to be for all runs but got --{option.name}, which "
+                "the plan gives to each."
+            )
+        (before if option.name == "config" else after).extend(option.arguments)
+    return before, after
 
 
 def _planned(
-    own: tuple[str, ...],
-    data: str,
+    arguments: tuple[str, ...],
+    swept: str,
     seed: int,
     root: Path,
-    options: tuple[str, ...],
-    known: dict[str, dict[str, str]],
+    known: Mapping[str, Mapping[str, str]],
 ) -> PlannedRun:
-    # A set-up such as cifar10.yaml comes first, so that what a row says of its length still holds.
-    given = read_options(options)
-    files = [typed for o in given if o.name == "config" for typed in o.arguments]
-    rest = [typed for o in given if o.name != "config" for typed in o.arguments]
-    before = ("fit", EXTRAS, f"--data={data}", *files)
-    arguments = (*before, *own, *rest, f"--seed_everything={seed}")
     composed = compose(arguments, known)
     settings = yaml.safe_load(composed[2])
     typed = {option.name: option.value for option in read_options(composed[3:])}
     method = str(typed.get("name") or settings.get("name") or _class(settings["model"]))
-    shown = _class(settings["data"])
-    swept = "".join(f"-{_slug(option)}" for option in own if not option.startswith("--config"))
+    data = _class(settings["data"])
     return PlannedRun(
-        folder=root / f"{method}{swept}-{shown}-s{seed}",
+        folder=root / f"{method}{f'-{_slug(swept)}' if swept else ''}-{data}-s{seed}",
         method=method,
-        data=shown,
+        data=data,
         seed=seed,
-        epochs=int(typed.get("trainer.max_epochs") or settings["trainer"]["max_epochs"]),
-        arguments=arguments,
+        epochs=_epochs(typed.get("trainer.max_epochs", settings["trainer"].get("max_epochs"))),
+        arguments=(*arguments, f"--seed_everything={seed}"),
+        settings={"files": settings, "typed": list(composed[3:])},
     )
 
 
-def _class(section: dict[str, Any]) -> str:
+def _epochs(given: Any) -> int:
+    try:
+        epochs = int(given)
+    except (TypeError, ValueError):
+        epochs = 0
+    if epochs < 1:
+        raise ValueError(f"Expected `trainer.max_epochs` to be >= 1 but got {given}.")
+    return epochs
+
+
+def _class(section: Mapping[str, Any]) -> str:
     return str(section["class_path"]).rsplit(".", 1)[-1]
 
 
-def _slug(option: str) -> str:
-    """A swept value as a part of a folder's name: `--model.lam=6.0` is `lam6.0`."""
-    name, _, value = option.lstrip("-").partition("=")
-    return re.sub(r"[^\w.+-]+", "_", f"{name.rsplit('.', 1)[-1]}{value}").strip("_")
+def _slug(text: str) -> str:
+    return re.sub(r"[^\w.+-]+", "_", text).strip("_")

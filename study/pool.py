@@ -10,27 +10,15 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
 
-from robust_flatness.study.launch import Process, start
+from robust_flatness.study.launch import Process, is_running, runs_here, start
 from robust_flatness.study.plan import PlannedRun
-from robust_flatness.study.state import State, book_of, epochs_done, state_of
-
-# Slots with the run that each is at, and its process.
-Active = dict[int, tuple[PlannedRun, Process]]
+from robust_flatness.study.progress import StudyProgress
+from robust_flatness.study.state import State, book_of, state_of
 
 _POLL_SECONDS = 1.0
-# A run that is asked to end finishes its batch, and measures first where it is measuring.
+# A run that is asked to end finishes its batch, and its measure where it is measuring.
 _PATIENCE_SECONDS = 60.0
-# Of argparse and of ours: the arguments were refused before anything was trained.
-_REFUSED = 2
 
 
 class Failure(NamedTuple):
@@ -39,12 +27,18 @@ class Failure(NamedTuple):
     Attributes:
         run: The run.
         reason: The last line that it said.
-        refused: Whether its arguments were refused.
     """
 
     run: PlannedRun
     reason: str
-    refused: bool
+
+
+class _Slot(NamedTuple):
+    """A run at work; without a process where a study that is no more started it."""
+
+    run: PlannedRun
+    process: Process | None
+    log_size: int
 
 
 @dataclass
@@ -53,7 +47,8 @@ class Pool:
 
     Args:
         jobs: Runs at once.
-        devices: GPUs by number; a run gets one of them. None are on the CPU, or take what there is.
+        devices: Names of GPUs, as in `CUDA_VISIBLE_DEVICES`; a run gets one of them. Without any, a
+            run has the CPU, or takes what there is.
         console: Where finished and failed runs are told.
 
     Attributes:
@@ -61,7 +56,7 @@ class Pool:
     """
 
     jobs: int
-    devices: Sequence[int] = ()
+    devices: Sequence[str] = ()
     console: Console = field(default_factory=Console)
     failures: list[Failure] = field(default_factory=list)
 
@@ -75,102 +70,91 @@ class Pool:
             KeyboardInterrupt: After all processes were ended in order.
         """
         waiting = deque(run for run in plan if state_of(run) is not State.FINISHED)
-        active: Active = {}
+        active: dict[int, _Slot] = {}
         # A study that is asked to end, ends its runs as it does for Ctrl-C.
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-        with self._progress() as progress:
-            bars = {"all": progress.add_task("study", total=sum(run.epochs for run in plan))}
-            try:
+        try:
+            with StudyProgress(plan, waiting, self.console) as progress:
                 while waiting or active:
-                    self._collect(active, waiting)
+                    self._collect(active, waiting, progress)
                     self._fill(active, waiting)
-                    self._show(progress, bars, plan, active)
+                    progress.show([slot.run for slot in active.values()])
                     time.sleep(_POLL_SECONDS)
-            finally:
-                signal.signal(signal.SIGTERM, before)
-                _end([process for _, process in active.values()])
+        finally:
+            self._end([slot.process for slot in active.values() if slot.process])
+            signal.signal(signal.SIGTERM, before)
 
-    def _fill(
-        self,
-        active: Active,
-        waiting: deque[PlannedRun],
-    ) -> None:
+    def _fill(self, active: dict[int, _Slot], waiting: deque[PlannedRun]) -> None:
         """Gives free slots to runs that wait; one that is busy elsewhere goes to the end."""
-        for slot in set(range(self.jobs)) - set(active):
+        for number in set(range(self.jobs)) - set(active):
             for _ in range(len(waiting)):
                 run = waiting.popleft()
-                process = start(run, self._environment(slot))
+                log = book_of(run, "log")
+                size = log.stat().st_size if log.is_file() else 0
+                process = start(run, self._environment(number))
                 if process is not None:
-                    active[slot] = (run, process)
+                    active[number] = _Slot(run, process, size)
+                    break
+                if is_running(run) and runs_here(run):
+                    # It has cores or a GPU of this machine, so it takes a slot.
+                    self._say(f"waiting for {run.name}, which another process trains")
+                    active[number] = _Slot(run, None, size)
                     break
                 if state_of(run) is not State.FINISHED:
                     waiting.append(run)
 
     def _collect(
-        self,
-        active: Active,
-        waiting: deque[PlannedRun],
+        self, active: dict[int, _Slot], waiting: deque[PlannedRun], progress: StudyProgress
     ) -> None:
-        for slot, (run, process) in list(active.items()):
-            code = process.poll()
-            if code is None:
+        for number, (run, process, log_size) in list(active.items()):
+            if is_running(run) if process is None else process.poll() is None:
                 continue
-            del active[slot]
-            if code == 0 and state_of(run) is State.FINISHED:
-                self.console.print(f"finished {run.name}")
-                continue
-            failure = Failure(run, _last_words(run, code), code == _REFUSED)
-            self.console.print(f"[red]failed[/red] {run.name}: {failure.reason}", highlight=False)
-            self.failures.append(failure)
-            if failure.refused and self._refused_before(failure):
-                # What was refused twice in the same words is wrong for all runs.
-                waiting.clear()
+            del active[number]
+            if state_of(run) is State.FINISHED:
+                self._say(f"finished {run.name} ({progress.finish(run)} of {progress.total})")
+            elif process is None:
+                waiting.append(run)
+            else:
+                failure = Failure(run, _last_words(run, process.returncode, log_size))
+                self._say(f"failed {run.name}: {failure.reason}")
+                self.failures.append(failure)
 
-    def _refused_before(self, failure: Failure) -> bool:
-        return any(old.refused and old.reason == failure.reason for old in self.failures[:-1])
-
-    def _environment(self, slot: int) -> dict[str, str]:
+    def _environment(self, number: int) -> dict[str, str]:
         if self.devices:
-            return {"CUDA_VISIBLE_DEVICES": str(self.devices[slot % len(self.devices)])}
+            return {"CUDA_VISIBLE_DEVICES": self.devices[number % len(self.devices)]}
         threads = max(1, (os.cpu_count() or 1) // self.jobs)
         return {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)}
 
-    def _progress(self) -> Progress:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        return Progress(*columns, TextColumn("epochs"), TimeElapsedColumn(), console=self.console)
+    def _say(self, text: str) -> None:
+        # Names and errors may hold brackets, which are no markup.
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def _show(
-        self,
-        progress: Progress,
-        bars: dict[str, TaskID],
-        plan: Sequence[PlannedRun],
-        active: Active,
-    ) -> None:
-        """Moves the bar of the study, and one of each run that is at work."""
-        running = {run.name: run for run, _ in active.values()}
-        for name in set(bars) - {"all", *running}:
-            progress.remove_task(bars.pop(name))
-        for name, run in running.items():
-            if name not in bars:
-                bars[name] = progress.add_task(f"  {name}", total=run.epochs)
-            progress.update(bars[name], completed=epochs_done(run))
-        progress.update(bars["all"], completed=sum(map(epochs_done, plan)))
+    def _end(self, processes: Sequence[Process]) -> None:
+        """Asks processes to end, and waits for them; nothing stops it half-way."""
+        left = [process for process in processes if process.poll() is None]
+        if not left:
+            return
+        seconds = f"{_PATIENCE_SECONDS:.0f}"
+        self._say(f"Ending {len(left)} runs, which may take up to {seconds} s …")
+        ignored = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        for process in left:
+            process.terminate()
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        for process in left:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+        signal.signal(signal.SIGINT, ignored)
 
 
-def _last_words(run: PlannedRun, code: int) -> str:
-    text = book_of(run, "log").read_text(encoding="utf-8", errors="replace")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+def _last_words(run: PlannedRun, code: int, log_size: int) -> str:
+    """The last line of what a run said since its log had a size."""
     if code < 0:
         return f"ended by signal {signal.Signals(-code).name}"
+    with book_of(run, "log").open("rb") as log:
+        log.seek(log_size)
+        text = log.read().decode(errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else f"ended with code {code}"
-
-
-def _end(processes: Sequence[Process]) -> None:
-    for process in processes:
-        if process.poll() is None:
-            process.terminate()
-    for process in processes:
-        try:
-            process.wait(_PATIENCE_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()

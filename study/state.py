@@ -3,10 +3,14 @@
 import csv
 import json
 import shutil
+import zipfile
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
-from robust_flatness.reporting.json_file import write_json
+from robust_flatness.reporting.json_file import jsonable, write_json
+from robust_flatness.reporting.runs import read_run
 from robust_flatness.study.plan import PlannedRun
 
 
@@ -21,12 +25,17 @@ class State(Enum):
 def state_of(run: PlannedRun) -> State:
     """Returns whether a run has finished, can go on, or starts anew.
 
+    Results that no report could read are none, and a damaged checkpoint is none.
+
     Args:
         run: Of a plan.
     """
-    if (run.folder / "results.json").is_file():
-        return State.FINISHED
-    return State.CUT_OFF if checkpoint_of(run).is_file() else State.NEW
+    try:
+        read_run(run.folder)
+    except (ValueError, OSError):
+        # PyTorch's checkpoints are ZIP files, whose directory is at their end.
+        return State.CUT_OFF if zipfile.is_zipfile(checkpoint_of(run)) else State.NEW
+    return State.FINISHED
 
 
 def checkpoint_of(run: PlannedRun) -> Path:
@@ -36,11 +45,9 @@ def checkpoint_of(run: PlannedRun) -> Path:
 
 def epochs_done(run: PlannedRun) -> int:
     """Epochs that the run's table holds."""
-    if state_of(run) is State.FINISHED:
-        return run.epochs
     try:
         with (run.folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
-            return sum(1 for _ in csv.DictReader(file))
+            return min(run.epochs, sum(1 for _ in csv.DictReader(file)))
     except OSError:
         return 0
 
@@ -51,7 +58,7 @@ def book_of(run: PlannedRun, ending: str) -> Path:
 
 
 def check_same_study(run: PlannedRun) -> None:
-    """Refuses to take a run that was made with other arguments for this one.
+    """Refuses to take a run that was made with other settings for this one.
 
     Args:
         run: Of a plan.
@@ -62,16 +69,18 @@ def check_same_study(run: PlannedRun) -> None:
     if not run.folder.exists():
         return
     path = book_of(run, "json")
-    before = json.loads(path.read_text(encoding="utf-8"))["arguments"] if path.is_file() else None
-    if before is None:
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(
-            f"Expected `--root` to be free for the study but {run.folder} is a run of its own: "
-            "choose another root."
-        )
-    if before != list(run.arguments):
+            f"Expected `--root` to be free for the study but {run.folder} is a run that it did not "
+            "start: choose another root."
+        ) from None
+    apart = _differing(before, jsonable(run.settings))
+    if apart:
         raise ValueError(
-            f"Expected the arguments that {run.folder} was trained with, {' '.join(before[1:])}, "
-            f"but got {' '.join(run.arguments[1:])}: choose another root."
+            f"Expected the settings that {run.folder} was trained with but {', '.join(apart)} "
+            "differ: choose another root."
         )
 
 
@@ -87,5 +96,14 @@ def arguments_now(run: PlannedRun) -> list[str]:
         return ["fit", f"--ckpt_path={checkpoint_of(run)}"]
     if run.folder.exists():
         shutil.rmtree(run.folder)
-    write_json(book_of(run, "json"), {"arguments": list(run.arguments)})
+    write_json(book_of(run, "json"), {"arguments": run.arguments, "settings": run.settings})
     return [*run.arguments, f"--folder={run.folder}"]
+
+
+def _differing(before: Any, now: Any, name: str = "") -> list[str]:
+    """Names of settings that are not the same."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        keys = dict.fromkeys([*before, *now])
+        inner = (_differing(before.get(k), now.get(k), f"{name}.{k}".lstrip(".")) for k in keys)
+        return [found for names in inner for found in names]
+    return [] if before == now else [name.removeprefix("files.")]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from robust_flatness.configs.compose import CONFIGS
 from robust_flatness.study import make_plan
 from robust_flatness.study.plan import ROWS
 
@@ -56,22 +57,62 @@ def test_files_of_the_user_are_runs_by_their_names(tmp_path):
 
 def test_the_study_adds_its_measures_below_everything_else():
     (run,) = make_plan(rows=["at"], root=ROOT, options=["--final.extras=[clean]"])
-    assert run.arguments.index("--config=study.yaml") < run.arguments.index(
-        "--config=table1/at.yaml"
-    )
-    assert run.arguments.index("--final.extras=[clean]") > 2
+    files = [argument for argument in run.arguments if argument.startswith("--config=")]
+    assert [Path(file).name for file in files] == ["study.yaml", "at.yaml"]
+    assert run.settings["files"]["final"]["extras"] == ["worst"]
+    assert run.settings["typed"] == ["--final.extras=[clean]"]
+
+
+def test_a_file_of_the_user_is_not_taken_for_the_packages(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("study.yaml").write_text("method: grid\n")
+    Path("table1").mkdir()
+    Path("table1/at.yaml").write_text("name: mine\n")
+    (run,) = make_plan(rows=["at"], root=ROOT)
+    assert run.method == "at"
+    assert "landscape" in run.settings["files"]
+
+
+def test_the_data_is_what_a_file_names_unless_it_is_typed(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("name: mine\ndata: CIFAR10\n")
+    assert make_plan(configs=[str(file)], root=ROOT)[0].name == "mine-CIFAR10-s0"
+    assert make_plan(configs=[str(file)], root=ROOT, data="Digits")[0].data == "Digits"
+
+
+@pytest.mark.parametrize("sweep", sorted(p.stem for p in (CONFIGS / "sweeps").glob("*.yaml")))
+def test_every_sweep_of_the_package_is_a_plan(sweep):
+    names = [run.name for run in make_plan(sweeps=[sweep], root=ROOT)]
+    assert len(names) == len(set(names)) >= 2
+    assert all(name.startswith(f"{sweep}-") and "yaml" not in name for name in names)
+
+
+def test_a_config_that_is_swept_is_named_by_its_leaves():
+    names = [run.stem for run in make_plan(sweeps=["cyclic"], root=ROOT)]
+    assert names[0] == "cyclic-epochs_share0.5-cycles1-Digits"
 
 
 @pytest.mark.parametrize(
     ("asked", "sentence"),
     [
         ({}, "Expected `--rows`, `--sweep` or `--configs` to say what to train but got none."),
-        ({"rows": ["att"]}, "Expected `--rows` to be all or some of at, .* but got att."),
+        ({"rows": ["att"]}, "Expected `--rows` to be all, or some of at, .* but got att."),
         ({"sweeps": ["nothing"]}, "Expected `--sweep` to be a sweep file or one of .* got nothing"),
-        ({"rows": ["at"], "seeds": []}, "Expected `--seeds` to name at least one but got none."),
+        (
+            {"rows": ["at"], "seeds": []},
+            r"Expected `--seeds` to be different numbers but got \[\].",
+        ),
+        ({"rows": ["at"], "seeds": [0, 0]}, r"to be different numbers but got \[0, 0\]."),
+        ({"rows": ["all", "at"]}, "Expected `--rows` to be all, or some of .* but got all, at."),
+        ({"rows": ["at"], "options": ["--name=x"]}, "to be for all runs but got --name, which"),
+        ({"rows": ["at"], "options": ["--seed_everything", "1"]}, "but got --seed_everything,"),
+        (
+            {"rows": ["at"], "options": ["--trainer.max_epochs=a"]},
+            "`trainer.max_epochs` to be >= 1",
+        ),
         ({"configs": ["no.yaml"]}, "Expected `--config` to be a YAML file but got no.yaml."),
         ({"rows": ["at"], "data": "MNIST"}, "Expected `--data` to be one of .* but got MNIST."),
-        ({"rows": ["at", "at"]}, "several called at-Digits-s0: give their files a `name` each."),
+        ({"rows": ["at", "at"]}, "several called at-Digits-s0: name each once, or give"),
     ],
 )
 def test_bad_input_is_one_sentence(asked, sentence):
@@ -79,8 +120,18 @@ def test_bad_input_is_one_sentence(asked, sentence):
         make_plan(root=ROOT, **asked)
 
 
-def test_a_sweep_that_is_no_grid_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    "content",
+    [
+        "method: random\ncommand: [fit, '${args}']\nparameters: {a: {values: [1]}}\n",
+        "method: grid\ncommand: [fit, '${args}']\nparameters: [a]\n",
+        "method: grid\ncommand: [fit, '${args}']\nparameters: {a: {parameters: {b: 1}}}\n",
+        "method: grid\nparameters: {a: {values: [1]}}\n",
+        "grid",
+    ],
+)
+def test_a_sweep_that_is_no_grid_is_refused(tmp_path, content):
     file = tmp_path / "random.yaml"
-    file.write_text("method: random\ncommand: [fit, '${args}']\nparameters: {a: {values: [1]}}\n")
-    with pytest.raises(ValueError, match="to be a grid whose command holds fit"):
+    file.write_text(content)
+    with pytest.raises(ValueError, match="to be a grid of values whose command"):
         make_plan(sweeps=[str(file)], root=ROOT)

@@ -1,6 +1,7 @@
 """Studies that are killed, fail and go on, with a stand-in for training."""
 
 import io
+import math
 import os
 import signal
 import subprocess
@@ -8,13 +9,17 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from threading import Timer
 
 import pytest
+import torch
 from rich.console import Console
 
 from robust_flatness.study import State, launch, make_plan, state_of
-from robust_flatness.study.estimate import estimate, plan_table
+from robust_flatness.study.devices import visible_devices
+from robust_flatness.study.estimate import plan_table, seconds_left
 from robust_flatness.study.pool import Pool
+from robust_flatness.study.progress import StudyProgress
 from robust_flatness.study.state import book_of, check_same_study, epochs_done
 
 STAND_IN = str(Path(__file__).with_name("stand_in.py"))
@@ -63,14 +68,14 @@ def test_a_study_finishes_and_then_has_nothing_to_do(plan, tmp_path):
 
 def test_no_more_than_the_given_jobs_are_at_work(plan, monkeypatch):
     peak = 0
-    show = Pool._show
+    show = StudyProgress.show
 
-    def watch(self, progress, bars, all_runs, active):
+    def watch(self, active):
         nonlocal peak
         peak = max(peak, len(active))
-        show(self, progress, bars, all_runs, active)
+        show(self, active)
 
-    monkeypatch.setattr(Pool, "_show", watch)
+    monkeypatch.setattr(StudyProgress, "show", watch)
     quiet_pool(jobs=2).run(plan)
     assert peak == 2
 
@@ -92,15 +97,23 @@ def study_process(root: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL)
 
 
-def test_killed_with_its_runs_it_goes_on_where_they_were(plan, tmp_path):
+@pytest.fixture
+def half_way(plan, tmp_path):
+    """A study in a process of its own, whose first two runs are held after two epochs."""
+    (tmp_path / "hold").touch()
     process = study_process(tmp_path)
-    wait_for(lambda: epochs_done(plan[0]) >= 1 and epochs_done(plan[1]) >= 2)
+    wait_for(lambda: epochs_done(plan[0]) == epochs_done(plan[1]) == 2)
+    yield process
     process.kill()
-    process.wait()
+
+
+def test_killed_with_its_runs_it_goes_on_where_they_were(plan, tmp_path, half_way):
+    half_way.kill()
+    half_way.wait()
     # A power cut ends the runs as well; they are sessions of their own.
     for path in tmp_path.glob("*/pid"):
         os.kill(int(path.read_text()), signal.SIGKILL)
-    time.sleep(0.2)
+    (tmp_path / "hold").unlink()
     assert state_of(plan[1]) is State.CUT_OFF
     quiet_pool().run(plan)
     assert all(rows(run) == ["epoch", "0", "1", "2", "3"] for run in plan)
@@ -109,25 +122,25 @@ def test_killed_with_its_runs_it_goes_on_where_they_were(plan, tmp_path):
     assert all(starts[f"{run.name} starts"] == 1 for run in plan)
 
 
-def test_killed_alone_its_runs_end_and_are_not_run_twice(plan, tmp_path):
-    process = study_process(tmp_path)
-    wait_for(lambda: epochs_done(plan[0]) >= 1 and epochs_done(plan[1]) >= 1)
-    process.kill()
-    process.wait()
-    # Its two runs are still at work while a second study begins.
-    quiet_pool().run(plan)
+def test_killed_alone_its_runs_end_and_are_not_run_twice(plan, tmp_path, half_way):
+    half_way.kill()
+    half_way.wait()
+    # Its two runs are still at work while a second study begins, and take its slots.
+    Timer(1.0, (tmp_path / "hold").unlink).start()
+    pool = quiet_pool()
+    pool.run(plan)
+    said = pool.console.file.getvalue()
+    assert f"waiting for {plan[0].name}, which another process trains" in said
     assert all(rows(run) == ["epoch", "0", "1", "2", "3"] for run in plan)
     assert journal(tmp_path) == {f"{run.name} starts": 1 for run in plan}
 
 
-def test_ending_the_study_ends_its_runs(plan, tmp_path):
-    process = study_process(tmp_path)
-    wait_for(lambda: epochs_done(plan[0]) >= 1)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) != 0
-    before = rows(plan[0])
+def test_ending_the_study_ends_its_runs(plan, tmp_path, half_way):
+    half_way.send_signal(signal.SIGTERM)
+    assert half_way.wait(timeout=60) != 0
+    (tmp_path / "hold").unlink()
     time.sleep(0.5)
-    assert rows(plan[0]) == before
+    assert rows(plan[0]) == ["epoch", "0", "1"]
     assert state_of(plan[0]) is State.CUT_OFF
 
 
@@ -149,41 +162,73 @@ def test_a_failing_run_does_not_stop_the_others(plan, tmp_path):
     assert "Traceback" in book_of(broken[0], "log").read_text()
 
 
-def test_arguments_that_are_refused_twice_stop_the_study(tmp_path):
-    plan = make_plan(rows=["all"], root=tmp_path, options=[*FOUR, "--refuse"])
+def test_a_file_that_is_refused_does_not_stop_the_others_nor_do_brackets(plan, tmp_path):
+    refused = make_plan(rows=["mart"], seeds=[0, 1], root=tmp_path, options=[*FOUR, "--refuse"])
     pool = quiet_pool(jobs=1)
-    pool.run(plan)
-    assert len(pool.failures) == 2
-    assert "Expected `--refuse` to be unknown." in pool.failures[0].reason
+    pool.run([*refused, *plan])
+    assert all(state_of(run) is State.FINISHED for run in plan)
+    assert [failure.reason for failure in pool.failures] == [
+        "error: Expected `--refuse` to be [/unknown]."
+    ] * 2
+    assert "to be [/unknown]." in pool.console.file.getvalue()
+    assert "finished trades-Digits-s1 (4 of 6)" in pool.console.file.getvalue()
 
 
-def test_runs_of_other_arguments_are_not_taken_for_these(plan, tmp_path):
+def test_runs_of_other_settings_are_not_taken_for_these(plan, tmp_path):
     quiet_pool().run(plan[:1])
     check_same_study(plan[0])
-    (other,) = make_plan(rows=["at"], root=tmp_path, options=["--trainer.max_epochs=5"])
-    with pytest.raises(ValueError, match="max_epochs=4.* but got .*max_epochs=5.*: choose another"):
+    file = tmp_path / "mine.yaml"
+    file.write_text("name: at\nmodel: {class_path: AT, init_args: {steps: 7}}\n")
+    (other,) = make_plan(configs=[str(file)], root=tmp_path, options=FOUR)
+    with pytest.raises(ValueError, match="trained with but model.init_args.steps differ: choose"):
         check_same_study(other)
-    book_of(plan[0], "json").unlink()
-    with pytest.raises(ValueError, match="is a run of its own: choose another root"):
-        check_same_study(plan[0])
+    (longer,) = make_plan(rows=["at"], root=tmp_path, options=["--trainer.max_epochs=5"])
+    with pytest.raises(ValueError, match="trained with but typed differ: choose another root"):
+        check_same_study(longer)
+    for content in ("", "{}", "[]"):
+        book_of(plan[0], "json").write_text(content)
+        with pytest.raises(ValueError, match="is a run that it did not start: choose another"):
+            check_same_study(plan[0])
+
+
+def test_damaged_results_and_checkpoints_are_none(plan):
+    quiet_pool().run(plan[:1])
+    (plan[0].folder / "results.json").write_text("")
+    assert state_of(plan[0]) is State.CUT_OFF
+    (plan[0].folder / "checkpoints" / "last.ckpt").write_bytes(b"PK\x03\x04 half")
+    assert state_of(plan[0]) is State.NEW
+    quiet_pool().run(plan[:1])
+    assert state_of(plan[0]) is State.FINISHED
 
 
 def test_each_run_gets_a_gpu_or_its_share_of_the_cores(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     assert quiet_pool(jobs=2)._environment(1) == {"OMP_NUM_THREADS": "4"}
-    gpus = quiet_pool(jobs=4, devices=[5, 6])
+    gpus = quiet_pool(jobs=4, devices=["5", "6"])
     assert [gpus._environment(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(4)] == list("5656")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert quiet_pool()._environment(0) == {}
 
 
+def test_gpus_are_numbered_among_those_that_are_visible(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    assert visible_devices([1], jobs=1) == ["5"]
+    assert visible_devices(None, jobs=2) == ["4", "5"]
+    assert visible_devices(None, jobs=1) == []
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert visible_devices([1, 0], jobs=2) == ["1", "0"]
+    with pytest.raises(ValueError, match=r"some of this machine's 2 GPUs, from 0, but got \[2\]"):
+        visible_devices([2], jobs=1)
+
+
 def test_how_long_it_takes_is_read_from_finished_runs(plan, tmp_path):
-    assert estimate(tmp_path, "Digits").by_method == {}
+    assert all(map(math.isnan, seconds_left(plan).values()))
     quiet_pool().run(plan[:1])
-    measured = estimate(tmp_path, "Digits")
-    assert measured.by_method == {"at": 2.0}  # 8 s for 4 epochs
-    assert measured.seconds(plan) == pytest.approx(3 * 4 * 2.0)
+    left = seconds_left(plan)
+    # 8 s for each of the three that are left; the others' method has not finished.
+    assert list(left.values()) == [0.0, 8.0, 8.0, 8.0]
     console = Console(file=io.StringIO(), width=100)
     console.print(plan_table(plan, jobs=2))
-    assert "About 12 s for what is left, 2 at once" in console.file.getvalue()
+    assert "About 16 s with 2 at once" in console.file.getvalue()

@@ -1,6 +1,8 @@
 """The command, its errors, and the same runs on other machines."""
 
 import json
+import pickle
+import signal
 import sys
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import yaml
 
 from robust_flatness.cli import main
 from robust_flatness.study import launch, make_plan
-from robust_flatness.study.elsewhere import work
+from robust_flatness.study.elsewhere import Work
 
 STAND_IN = str(Path(__file__).with_name("stand_in.py"))
 # A real run in seconds.
@@ -54,6 +56,7 @@ def test_rows_and_seeds_are_trained_and_counted(capsys):
 
 @pytest.mark.usefixtures("trains_nothing")
 def test_a_dry_run_trains_nothing(capsys):
+    assert "0 of 1 runs" not in said("--rows=at", "--dry_run", "true", capsys=capsys)
     text = said("--rows", "all", "--seeds", "3", "--dry_run", capsys=capsys)
     assert "57 runs on Digits" in text
     assert "known once a run has finished" in text
@@ -73,11 +76,14 @@ def test_failures_are_told_at_the_end_and_are_the_exit_status(capsys):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--rows=att"], "Expected `--rows` to be all or some of at"),
+        (["--rows=att"], "Expected `--rows` to be all, or some of at"),
         (["--rows=at", "--only=b"], "to name runs of the plan, such as at-Digits-s0, but got b."),
         (["--rows=at", "--jobs=0"], "Expected `jobs` to be >= 1 but got 0."),
         (["--rows=at", "--seed=3"], "--seed"),
+        (["--rows=at", "--devices=[99]"], "Expected `--devices` to number some of this machine's"),
         (["--rows=at", "--slurm={no_such: 1, cluster: local}"], "Expected `--slurm` to hold"),
+        (["--rows=at", "--slurm={timeout_min: 5}"], 'Could not detect "srun"'),
+        (["--rows=at", "--slurm={tasks_per_node: 2}"], "to give a run one task but got tasks_per_"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments, sentence, capsys):
@@ -95,6 +101,7 @@ def test_a_wandb_sweep_is_the_same_list_and_each_agent_trains_one(capsys):
     typed = ["--rows=at", "--sweep=trades", "--seeds=2", "--root=many"]
     text = said(*typed, "--sweep_file=all.yaml", "--", "--trainer.max_epochs=4", capsys=capsys)
     assert "Wrote 10 runs to all.yaml. Start it with: wandb sweep all.yaml" in text
+    assert "the same command without --sweep_file finishes" in text
     content = yaml.safe_load(Path("all.yaml").read_text())
     names = content["parameters"]["only"]["values"]
     plan = make_plan(rows=["at"], sweeps=["trades"], seeds=[0, 1], root=Path("many"))
@@ -111,17 +118,29 @@ def test_a_wandb_sweep_is_the_same_list_and_each_agent_trains_one(capsys):
     ]
 
 
+def test_at_the_time_limit_a_run_is_ended_and_submitted_again(tmp_path, monkeypatch):
+    helpers = pytest.importorskip("submitit.helpers")
+    monkeypatch.setattr(launch, "PROGRAM", (sys.executable, "-c", "import time; time.sleep(60)"))
+    (run,) = make_plan(rows=["at"], root=tmp_path)
+    work = Work()
+    work._process = launch.start(run)
+    again = work.checkpoint(run)
+    assert isinstance(again, helpers.DelayedSubmission)
+    assert work._process.returncode == -signal.SIGTERM
+    assert pickle.loads(pickle.dumps(work))._process is None
+
+
 @pytest.mark.usefixtures("trains_nothing")
 def test_a_node_trains_one_run_and_its_failure_is_the_jobs(tmp_path):
     run, broken = (
         make_plan(rows=[row], root=tmp_path, options=options)[0]
         for row, options in (("at", []), ("mart", ["--fail"]))
     )
-    assert work(run) == 0
+    Work()(run)
     assert (run.folder / "results.json").is_file()
-    assert work(run) == 0
+    Work()(run)
     with pytest.raises(RuntimeError, match="mart-Digits-s0 ended with code 1."):
-        work(broken)
+        Work()(broken)
 
 
 @pytest.mark.slow

@@ -14,38 +14,19 @@ from functools import partial
 
 import torch
 import torchattacks
-from rounds import Goal, Rounds, begin, benchmark_parser, print_goals, random_images, warmed
-from textbook import textbook_pgd
+from problems import Problem, digits, resnet
+from rounds import Goal, Rounds, begin, benchmark_parser, print_goals
+from textbook import TEXTBOOK, textbook_pgd
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from robust_flatness.datamodules import Digits
 from robust_flatness.functional.attack import PGD, Keep
 from robust_flatness.functional.noise import random_start
-from robust_flatness.lightning_modules import AT
-from robust_flatness.networks import ResNet18, SmallResNet
 
-TEXTBOOK, THEIRS = "textbook", "torchattacks"
-Problem = tuple[nn.Module, Tensor, Tensor, float]
+THEIRS = "torchattacks"
 
 
-def resnet(batch: int, width: int) -> Problem:
-    """The paper's network, images of CIFAR's size, labels, and the radius."""
-    images, labels = random_images(batch)
-    return warmed(AT(partial(ResNet18, width=width)), images), images, labels, 8 / 255
-
-
-def digits(batch: int) -> Problem:
-    """The network of the Digits preset, images, labels, and the radius."""
-    chosen = [Digits().split_dataset("train")[i] for i in range(batch)]
-    images, labels = torch.stack([image for image, _ in chosen]), [label for _, label in chosen]
-    module = AT(SmallResNet, in_channels=1, mean=[0.3], std=[0.4])
-    return warmed(module, images), images, torch.tensor(labels), 0.2
-
-
-def variants(
-    problem: Problem, steps: int, same_layout: bool
-) -> dict[str, Callable[[], Tensor]]:
+def variants(problem: Problem, steps: int, same_layout: bool) -> dict[str, Callable[[], Tensor]]:
     """The attacks by name; each returns its adversarial examples."""
     ours, images, labels, eps = problem
     layout = torch.channels_last if same_layout else torch.contiguous_format

@@ -78,7 +78,9 @@ def variants(count: int, batch: int) -> dict[str, Variant]:
         OURS: batched(images, batch, "flip_crop"),
         "ours, AutoAugment": batched(images, batch, "autoaugment"),
         "transforms v1, PIL": single(pictures, batch, old),
-        "transforms v2, PIL": single(pictures, batch, v2.Compose([v2.RandomCrop(*crop), flip, *floats])),
+        "transforms v2, PIL": single(
+            pictures, batch, v2.Compose([v2.RandomCrop(*crop), flip, *floats])
+        ),
         "transforms v2, tensors": single(
             list(images), batch, v2.Compose([v2.RandomCrop(*crop), flip, floats[1]])
         ),

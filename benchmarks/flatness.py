@@ -11,9 +11,9 @@ import copy
 from collections.abc import Callable, Sequence
 
 import torch
-from crafting import TEXTBOOK, Problem, digits, resnet
+from problems import Problem, digits, resnet
 from rounds import Goal, Rounds, begin, benchmark_parser, print_goals
-from textbook import textbook_pgd
+from textbook import TEXTBOOK, textbook_pgd
 from torch import Tensor
 
 from robust_flatness.functional import (
@@ -79,7 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     large = f"ResNet-18 of width {given.width}, {given.batch} images"
     goal = compare(large, resnet(given.batch, given.width), *settings)
     # The ratio on the small network is shown, but the goal is on the paper's.
-    compare(f"Digits, SmallResNet, {given.digits_batch} images", digits(given.digits_batch), *settings)
+    compare(
+        f"Digits, SmallResNet, {given.digits_batch} images", digits(given.digits_batch), *settings
+    )
     print_goals([goal])
 
 

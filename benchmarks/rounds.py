@@ -1,17 +1,17 @@
 """What the benchmarks share: variants that take turns, goals, and tables in Markdown."""
 
 import argparse
-import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
-from pathlib import Path
+from functools import partial
 from statistics import median
 
 import lightning
 import torch
-from torch import Tensor, nn
+
+from robust_flatness.reporting.environment import hardware
 
 Variant = Callable[[], object]
 
@@ -27,30 +27,33 @@ class Rounds:
     seconds: Mapping[str, Sequence[float]]
 
     @classmethod
-    def of(
-        cls,
-        variants: Mapping[str, Variant],
-        rounds: int,
-        *,
-        clock: Callable[[], float] = time.process_time,
-    ) -> "Rounds":
-        """Times variants in turns, after running each of them once to warm up.
-
-        Their order is reversed every round, so that a machine that slows down does so for all.
+    def of(cls, variants: Mapping[str, Variant], rounds: int) -> "Rounds":
+        """Times variants in turns, see `told`.
 
         Args:
             variants: What to run, by name.
             rounds: Number of times that each is timed.
-            clock: Tells seconds.
+        """
+        return cls.told(
+            {name: partial(_cpu_seconds, run) for name, run in variants.items()}, rounds
+        )
+
+    @classmethod
+    def told(cls, variants: Mapping[str, Callable[[], float]], rounds: int) -> "Rounds":
+        """Runs variants that tell their seconds in turns, after each has run once to warm up.
+
+        Their order is reversed every round, so that a machine that slows down does so for all.
+
+        Args:
+            variants: What to run, by name; each returns its seconds.
+            rounds: Number of times that each is timed.
         """
         for run in variants.values():
             run()
         seconds: dict[str, list[float]] = {name: [] for name in variants}
         for number in range(rounds):
             for name in list(variants)[:: -1 if number % 2 else 1]:
-                start = clock()
-                variants[name]()
-                seconds[name].append(clock() - start)
+                seconds[name].append(variants[name]())
         return cls(seconds)
 
     @property
@@ -97,6 +100,12 @@ class Rounds:
             print(f"| {' | '.join(cells)} |")
 
 
+def _cpu_seconds(run: Variant) -> float:
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
 @dataclass(frozen=True)
 class Goal:
     """A figure that was to be reached by the median of the rounds.
@@ -123,7 +132,9 @@ class Goal:
         sign = "≤" if self.at_most else "≥"
         digits = 2 if self.limit < 100 else 0
         found = spread(self.values, digits)
-        return f"{'met' if self.met else 'MISSED'}: {self.figure} {found}, goal {sign} {self.limit:g}"
+        return (
+            f"{'met' if self.met else 'MISSED'}: {self.figure} {found}, goal {sign} {self.limit:g}"
+        )
 
 
 def print_goals(goals: Iterable[Goal]) -> None:
@@ -143,15 +154,7 @@ def setting() -> str:
     """Day, processor, threads and versions, for the head of a table."""
     versions = f"torch {torch.__version__}, lightning {lightning.__version__}"
     threads = f"{torch.get_num_threads()} threads"
-    return f"{date.today()}, {processor()}, {threads}, {versions}"
-
-
-def processor() -> str:
-    """The processor's name, as far as the system tells it."""
-    told = Path("/proc/cpuinfo")
-    lines = told.read_text().splitlines() if told.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    return f"{date.today()}, {hardware()['cpu']}, {threads}, {versions}"
 
 
 def benchmark_parser(description: str | None, rounds: int = 7) -> argparse.ArgumentParser:
@@ -169,18 +172,3 @@ def begin(given: argparse.Namespace) -> None:
     torch.set_num_threads(given.threads)
     torch.manual_seed(0)
     print(setting())
-
-
-def random_images(count: int, channels: int = 3, side: int = 32) -> tuple[Tensor, Tensor]:
-    """Random images `(count, channels, side, side)` in [0, 1] and labels of ten classes."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.rand(count, channels, side, side, generator=generator)
-    return images, torch.randint(10, (count,), generator=generator)
-
-
-def warmed(model: nn.Module, images: Tensor) -> nn.Module:
-    """The model in eval mode with statistics of real activations, without which losses explode."""
-    with torch.no_grad():
-        for _ in range(20):
-            model.train()(images)
-    return model.eval()

@@ -1,115 +1,20 @@
-"""The rows of Table 1 on one data set: what they cost, and the table of what they reached.
+"""The rows of Table 1 on one data set: the table of what they reached and what they cost.
 
 for row in configs/table1/*.yaml; do
   python cli.py fit --config $row --without=[autoattack,wandb]; done
-python benchmarks/table1.py cost runs/costs.json
-python benchmarks/table1.py table runs runs/costs.json
+python benchmarks/steps.py --write runs/costs.json
+python benchmarks/table1.py runs runs/costs.json
 """
 
 import argparse
 import json
-import tempfile
-import time
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from rich.progress import track
-from torch import nn
-from typing_extensions import override
+from steps import ORDER
 
-from robust_flatness import cli
-from robust_flatness.configs.components import LEAVABLE
 from robust_flatness.configs.compose import CONFIGS
-
-ORDER = [
-    *("at", "unlabeled", "cyclic", "autoaugment", "at_awp", "label_noise", "weight_clipping"),
-    *("trades", "self_supervision", "weight_decay", "entropy_sgd", "mish", "late_multi_step"),
-    *("silu", "weight_averaging", "larger_eps", "mart", "gelu", "label_smoothing"),
-]
-EPOCHS, ROUNDS = 4, 3
-
-
-class Cost(Callback):
-    """Counts images through the first layer, and seconds of the epochs after the first."""
-
-    def __init__(self) -> None:
-        self.forwards = self.backwards = self.examples = 0
-        self.seconds: list[float] = []
-
-    @override
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        layer = next(m for m in pl_module.modules() if isinstance(m, nn.Conv2d))
-        layer.register_forward_hook(self._forward)
-        layer.register_full_backward_hook(self._backward)
-
-    def _forward(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
-        self.forwards += len(output)
-
-    def _backward(self, module: nn.Module, into: Any, out: tuple[torch.Tensor, ...]) -> None:
-        self.backwards += len(out[0])
-
-    @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, index: int
-    ) -> None:
-        self.examples += len(batch[0])
-
-    @override
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._started = time.perf_counter()
-
-    @override
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.current_epoch:
-            self.seconds.append(time.perf_counter() - self._started)
-
-
-def cost_of(row: str, data: str, folder: str) -> dict[str, float]:
-    """Passes for each image of a step and seconds of an epoch, training alone."""
-    found = Cost()
-
-    class Watched(cli.CLI):
-        def _default_callbacks(self) -> list[Callback]:
-            return [*super()._default_callbacks(), found]
-
-    original, cli.CLI = cli.CLI, Watched  # type: ignore[misc]
-    quiet = ["enable_progress_bar=false", "enable_checkpointing=false", f"max_epochs={EPOCHS}"]
-    try:
-        cli.main(
-            [
-                "fit",
-                f"--config=table1/{row}.yaml",
-                f"--data={data}",
-                f"--without=[{','.join(LEAVABLE)}]",
-                *(f"--trainer.{setting}" for setting in quiet),
-                f"--trainer.default_root_dir={folder}",
-            ]
-        )
-    finally:
-        cli.CLI = original  # type: ignore[misc]
-    return {
-        "forwards": found.forwards / found.examples,
-        "backwards": found.backwards / found.examples,
-        "seconds": median(found.seconds),
-    }
-
-
-def measure_costs(data: str) -> dict[str, dict[str, float]]:
-    """Costs of all rows, interleaved over rounds."""
-    rounds: list[dict[str, dict[str, float]]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for _ in range(ROUNDS):
-            rounds.append({row: cost_of(row, data, folder) for row in track(ORDER)})
-    costs = {row: dict(rounds[0][row]) for row in ORDER}
-    for row in ORDER:
-        costs[row]["seconds"] = median(found[row]["seconds"] for found in rounds)
-        costs[row]["relative"] = median(
-            found[row]["seconds"] / found["at"]["seconds"] for found in rounds
-        )
-    return costs
 
 
 def evidence(row: str, run: Path, results: dict[str, Any]) -> str:
@@ -173,7 +78,7 @@ def print_table(runs: Path, data: str, seed: int, costs: dict[str, dict[str, flo
     """Prints the table in Markdown, in the paper's order behind AT."""
     heads = (
         "row | clean error | RErr | RErr, train | RErr, early-stopped | RLoss | flatness, test | "
-        "flatness, train | passes a step | time an epoch | wall, s | evidence"
+        "flatness, train | passes a step | time a step | wall, s | evidence"
     )
     print(f"| {heads} |")
     print("|" + "---|" * len(heads.split("|")))
@@ -205,27 +110,19 @@ def print_table(runs: Path, data: str, seed: int, costs: dict[str, dict[str, flo
 
 
 def main() -> None:
-    """Measures costs, or prints the table."""
+    """Prints the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True)
-    cost, table = commands.add_parser("cost"), commands.add_parser("table")
-    table.add_argument("runs", type=Path)
-    table.add_argument("--seed", type=int, default=0)
-    for command in (cost, table):
-        command.add_argument("costs", type=Path)
-        command.add_argument("--data", default="Digits")
-    arguments = parser.parse_args()
-    if arguments.command == "cost":
-        arguments.costs.parent.mkdir(parents=True, exist_ok=True)
-        arguments.costs.write_text(json.dumps(measure_costs(arguments.data), indent=1))
-        return
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("costs", type=Path, help="what `benchmarks/steps.py --write` wrote")
+    parser.add_argument("--data", default="Digits")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
     missing = {path.stem for path in (CONFIGS / "table1").glob("*.yaml")} ^ set(ORDER)
     if missing:
         raise SystemExit(f"Expected the rows of configs/table1 but got a difference: {missing}.")
-    costs = json.loads(arguments.costs.read_text())
-    print_table(arguments.runs, arguments.data, arguments.seed, costs)
+    print_table(given.runs, given.data, given.seed, json.loads(given.costs.read_text()))
 
 
 if __name__ == "__main__":

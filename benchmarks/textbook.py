@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+TEXTBOOK = "textbook"
+
 
 def textbook_pgd(
     model: nn.Module, images: Tensor, labels: Tensor, *, eps: float, step_size: float, steps: int

@@ -35,7 +35,7 @@ def ranks(tmp_path_factory):
         [sys.executable, str(SCRIPT), str(folder)],
         env=environment,
         check=True,
-        timeout=240,
+        timeout=600,
         cwd=folder,
         capture_output=True,
     )
@@ -51,7 +51,12 @@ def test_two_processes_train_as_one(ranks, variant):
 
 
 def test_variants_train_to_other_weights(ranks):
-    ends = [ranks[0][variant]["network.0.weight"] for variant in list(VARIANTS)[:-1]]
+    ends = [
+        weights["network.0.weight"]
+        for weights in ranks[0].values()
+        if "network.0.weight" in weights
+    ]
+    assert len(ends) == len(VARIANTS) - 2
     assert all(not torch.allclose(a, b) for i, a in enumerate(ends) for b in ends[:i])
 
 

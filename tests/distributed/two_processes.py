@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback
+from torch import nn
+from torch.distributed.nn.functional import all_reduce
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -22,6 +24,7 @@ from robust_flatness.callbacks import (
     WorstCaseFlatness,
 )
 from robust_flatness.lightning_modules import (
+    AT,
     ATAWP,
     MART,
     TRADESAWP,
@@ -73,6 +76,18 @@ VARIANTS = {
     "mart": (EvalBatchNormMART, {}),
     "entropy sgd": (EvalBatchNormEntropySGD, {"optimizer": noisy_walk}),
     "self-supervision": (EvalBatchNormSelfSupervision, {"network": narrow_resnet, "hidden": 8}),
+    "at, accumulated": (EvalBatchNorm, {"label_noise": 0.5}),
+    "awp, accumulated": (EvalBatchNormAWP, {"order": "awp"}),
+    "synchronised": (AT, {}),
+    "synchronised awp": (ATAWP, {"craft_mode": "train", "awp_mode": "train"}),
+    "synchronised trades awp": (TRADESAWP, {"warmup": 0.0, "network": narrow_resnet}),
+}
+ACCUMULATED = {"accumulate_grad_batches": 2}
+SYNCHRONISED = {"sync_batchnorm": True}
+TRAINERS = {
+    name: ACCUMULATED if "accumulated" in name else SYNCHRONISED
+    for name in VARIANTS
+    if "accumulated" in name or "synchronised" in name
 }
 
 
@@ -105,7 +120,8 @@ class Recorder(Callback):
 def trained_weights(variant, devices):
     """Weights after training in float64 with the same global batches."""
     torch.manual_seed(0)
-    trainer = quiet_trainer(max_epochs=2, devices=devices, strategy=strategy(devices))
+    given = {"devices": devices, "strategy": strategy(devices), **TRAINERS.get(variant, {})}
+    trainer = quiet_trainer(max_epochs=2, **given)
     cls, arguments = VARIANTS[variant]
     built = module(cls, **arguments).double()
     trainer.fit(built, ToyData(double=True))
@@ -138,8 +154,34 @@ def measured(devices):
     }
 
 
+def synchronised_forward(norm, inputs):
+    """What `SyncBatchNorm.forward` computes on GPUs alone: PyTorch has no kernel for the CPU."""
+    if not norm.training:
+        return nn.BatchNorm2d.forward(norm, inputs)
+    rows = inputs.transpose(0, 1).flatten(1)
+    sums = torch.stack([rows.sum(1), rows.square().sum(1)])
+    count = rows.shape[1] * torch.distributed.get_world_size()
+    mean, square = all_reduce(sums) / count
+    variance = square - mean**2
+    norm.num_batches_tracked.add_(1)
+    with torch.no_grad():
+        norm.running_mean.lerp_(mean, norm.momentum)
+        norm.running_var.lerp_(variance * count / (count - 1), norm.momentum)
+    normal = (inputs - _of_channel(mean)) / (_of_channel(variance) + norm.eps).sqrt()
+    if norm.weight is None:
+        return normal
+    return normal * _of_channel(norm.weight) + _of_channel(norm.bias)
+
+
+def _of_channel(values):
+    return values.view(1, -1, 1, 1)
+
+
 def main(folder):
     torch.set_num_threads(1)
+    nn.SyncBatchNorm.forward = synchronised_forward
+    # It refuses the layer on CPUs.
+    nn.parallel.DistributedDataParallel._passing_sync_batchnorm_handle = lambda *_: None
     results = {variant: trained_weights(variant, 2) for variant in VARIANTS}
     results["measured"] = measured(2)
     rank = torch.distributed.get_rank()

@@ -1,0 +1,138 @@
+"""Run as a script on two gloo processes, of which one has fewer images than the other, or none."""
+
+import sys
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback
+from torch.utils.data import DataLoader, TensorDataset
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from networks_for_tests import snapshot, tiny_body
+from trainers import PLAIN, dataset, loader, quiet_trainer
+
+from robust_flatness.callbacks import (
+    AutoAttack,
+    Curvature,
+    Flatness,
+    Landscape,
+    RobustEarlyStopping,
+    RobustEvaluation,
+    WorstCaseFlatness,
+)
+from robust_flatness.lightning_modules import ATAWP
+from robust_flatness.loggers import EpochCSVLogger
+
+CHUNK, FEW, ODD, EPS = 4, 3, 21, 0.02
+
+
+def module():
+    torch.manual_seed(0)
+    return ATAWP(network=tiny_body, **PLAIN)
+
+
+def measuring_callbacks():
+    """Measures of a set that is a single chunk: the second process has no image."""
+    few = {"dataset": dataset(FEW, seed=5), "batch_size": CHUNK}
+    light = {**few, "steps": 2, "eps": 0.1}
+    shape = {"num_steps": 2, "num_directions": 1, "surface_steps": 2}
+    return {
+        "evaluation": RobustEvaluation(restarts=2, **light),
+        "flatness": Flatness(num_perturbations=2, **light),
+        "worst": WorstCaseFlatness(restarts=2, xi=0.05, **light),
+        "curvature": Curvature(**few),
+        # Every image is misclassified under such an attack, so the first epoch stays the best.
+        "stopping": RobustEarlyStopping(patience=1, **{**light, "eps": 1.0}),
+        "landscape": Landscape(directions=["random", "adversarial"], **shape, **light),
+        "autoattack": Attack(dataset=few["dataset"]),
+    }
+
+
+class Attack(AutoAttack):
+    """Counts the chunks that this process attacks, and those that are kept."""
+
+    def __init__(self, **kwargs):
+        settings = {"version": "custom", "attacks": ["apgd-ce"], "chunk_size": CHUNK, "eps": EPS}
+        super().__init__(**{**settings, **kwargs})
+        self.attacked, self.kept = 0, -1
+
+    def _attack(self, *args):
+        self.attacked += 1
+        return super()._attack(*args)
+
+    def teardown(self, trainer, pl_module, stage):
+        # All have measured, and none has cleared away yet.
+        trainer.strategy.barrier()
+        folder = self.measurements[0].kept.folder
+        self.kept = len(list(folder.glob("*.npz"))) if folder is not None else 0
+        trainer.strategy.barrier()
+        super().teardown(trainer, pl_module, stage)
+
+
+class Recorder(Callback):
+    """The network as it is measured at the end of each epoch."""
+
+    def __init__(self):
+        self.weights = []
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.weights.append(snapshot(pl_module))
+
+
+def attacked_data():
+    """21 images that the network is right about, in 6 chunks, the last of one image."""
+    images, _ = dataset(ODD, seed=5)[:]
+    network = module().eval()
+    with torch.no_grad():
+        return TensorDataset(images, network(images).argmax(1))
+
+
+def attack(folder, callback=None, **trainer):
+    """AutoAttack with a run folder, as `test` runs it; the callback, and its figures."""
+    callback = Attack(dataset=attacked_data()) if callback is None else callback
+    tester = quiet_trainer(logger=EpochCSVLogger(folder), callbacks=[callback], **trainer)
+    tester.test(module(), DataLoader(attacked_data(), CHUNK), verbose=False)
+    return callback
+
+
+def trained():
+    """Training on 21 images in batches of 8, which two processes cannot share evenly."""
+    before, callbacks = Recorder(), measuring_callbacks()
+    folder = Path(sys.argv[1]) / "trained"
+    trainer = quiet_trainer(
+        max_epochs=5,
+        devices=2,
+        strategy="ddp",
+        callbacks=[before, *callbacks.values()],
+        default_root_dir=folder,
+    )
+    built = module()
+    trainer.fit(built, loader(ODD))
+    return {
+        "epochs": trainer.current_epoch,
+        "logged": {name: value.item() for name, value in trainer.callback_metrics.items()},
+        "autoattack": callbacks["autoattack"].final_results["final"],
+        "attacked": callbacks["autoattack"].attacked,
+        "best_epoch": callbacks["stopping"].best_epoch,
+        "before": before.weights[-1],
+        "weights": {name: p.detach().clone() for name, p in built.named_parameters()},
+    }
+
+
+def main(folder):
+    torch.set_num_threads(1)
+    results = {"trained": trained()}
+    # The run folder is that of rank 0: the other's name for it is wrong on purpose.
+    rank = torch.distributed.get_rank()
+    resumed = attack(Path(folder) / ("run" if rank == 0 else "wrong"), devices=2, strategy="ddp")
+    results["resumed"] = {
+        "attacked": resumed.attacked,
+        "kept": resumed.kept,
+        "verdicts": resumed.final_arrays["final/test/autoattack_correct"],
+    }
+    torch.save(results, Path(folder) / f"rank{rank}.pt")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

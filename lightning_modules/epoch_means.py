@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
 
+import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
@@ -12,8 +13,8 @@ from torchmetrics import MeanMetric
 class EpochMeans(nn.Module):
     """Gathers values on the device and logs their means once an epoch.
 
-    Each `log` call costs time in every step, so values are only added up there; NaN is kept, as
-    it tells of a broken batch.
+    Each `log` call, and each update of a metric, costs time in every step and may wait for the
+    device, so values are only added up there; NaN is kept, as it tells of a broken batch.
 
     Example:
         >>> import torch
@@ -28,10 +29,17 @@ class EpochMeans(nn.Module):
         # By place, as modules cannot have all names that a figure can.
         self._metrics = nn.ModuleList()
         self._places: dict[str, int] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
         self._paused = False
 
     def __getitem__(self, name: str) -> MeanMetric:
-        return cast(MeanMetric, self._metrics[self._places[name]])
+        """The mean of what was added since it was last logged, weighted by count over ranks."""
+        metric = cast(MeanMetric, self._metrics[self._places[name]])
+        if count := self._counts.pop(name, 0):
+            total = self._sums.pop(name)
+            metric.update(total / count, count)
+        return metric
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -54,7 +62,9 @@ class EpochMeans(nn.Module):
         if name not in self._places:
             self._places[name] = len(self._metrics)
             self._metrics.append(MeanMetric(nan_strategy="disable").to(values.device))
-        self[name].update(values.detach().float())
+        total = values.detach().sum(dtype=torch.float32)
+        self._sums[name] = total + self._sums[name] if name in self._sums else total
+        self._counts[name] = self._counts.get(name, 0) + values.numel()
 
     def log(self, module: LightningModule) -> None:
         """Logs what was gathered since the last time.
@@ -62,6 +72,5 @@ class EpochMeans(nn.Module):
         Args:
             module: Whose `log` is called.
         """
-        for name in self._places:
-            if self[name].update_called:
-                module.log(name, self[name], prog_bar=name == "train/robust_loss")
+        for name in list(self._counts):
+            module.log(name, self[name], prog_bar=name == "train/robust_loss")

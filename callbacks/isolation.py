@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor, nn
 
+from robust_flatness.functional.arithmetic import fast_crafting, float32_forwards
 from robust_flatness.functional.modes import differentiable
 
 Weights = dict[str, Tensor]
@@ -26,7 +27,8 @@ def isolated(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     The module holds the averaged weights where training averages them, see `averaged_weights`.
     Modes are saved per module and restored, global random state is forked, gradients are allowed
     even in Lightning's inference mode, and all ranks use rank 0's buffers: BatchNorm statistics
-    drift apart in training, and a measure must be that of one network.
+    drift apart in training, and a measure must be that of one network. Forwards are in float32;
+    where the module is `fast`, attacks search in bfloat16, see `fast_crafting`.
 
     Args:
         trainer: The trainer.
@@ -37,6 +39,8 @@ def isolated(trainer: Trainer, module: LightningModule) -> Iterator[None]:
         torch.random.fork_rng(devices=devices),
         averaged_weights(trainer, module),
         differentiable(module, "eval"),
+        float32_forwards(module.device),
+        fast_crafting(bool(getattr(module, "fast", False))),
         _buffers_of_rank_zero(trainer, module),
     ):
         yield

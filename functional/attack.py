@@ -1,13 +1,13 @@
 """Projected gradient descent, with the paper's choices as defaults and the field's as arguments."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
+from robust_flatness.functional.arithmetic import bfloat16_forwards, crafts_fast
 from robust_flatness.functional.checks import (
     check_choice,
     check_count,
@@ -15,31 +15,11 @@ from robust_flatness.functional.checks import (
     check_number,
     upcast,
 )
+from robust_flatness.functional.iterate import Criterion, Iterate, example_losses
 from robust_flatness.functional.modes import Mode, Model, differentiable
 from robust_flatness.functional.noise import Norm, Start, example_starts, per_example_norm
 
-Criterion = Callable[[Tensor, Tensor], Tensor]
 Keep = Literal["best", "last"]
-
-
-def example_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of each example, `(N,)`: what an attack ascends by default."""
-    return cross_entropy(logits, labels, reduction="none")
-
-
-class Iterate(NamedTuple):
-    """The iterate that an attack keeps for each example.
-
-    Attributes:
-        images: Adversarial examples `(N, C, H, W)` in [0, 1].
-        losses: The attack's objective there, `(N,)`; `None` where the last iterate is kept, which
-            saves the forward that would tell it.
-        predictions: Predicted classes there, `(N,)`, or `None` likewise.
-    """
-
-    images: Tensor
-    losses: Tensor | None
-    predictions: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -99,7 +79,7 @@ class PGD:
         """Runs the attack from given perturbations.
 
         A batch costs `steps` forwards and `steps` backwards to the input alone, plus one forward
-        where the best iterate is kept.
+        where the best iterate is kept, and one more inside `fast_crafting`.
 
         Args:
             model: Maps images `(N, C, H, W)` in [0, 1] to logits `(N, K)`.
@@ -114,23 +94,32 @@ class PGD:
         with differentiable(model, self.mode):
             # Tensors made under inference mode cannot be saved for backward, their clones can.
             images, labels = images.detach().clone(), labels.clone()
-            # Without a step there is no attack, so a random start must not count as one.
-            adversarial = self.begin(images, start if self.steps else torch.zeros_like(images))
-            best: Iterate | None = None
-            for _ in range(self.steps):
-                adversarial.requires_grad_()
-                logits = upcast(model(adversarial))
-                losses = criterion(logits, labels)
-                (gradient,) = torch.autograd.grad(losses.sum(), adversarial)
-                adversarial = adversarial.detach()
-                if self.keep == "best":
-                    best = _better(best, adversarial, losses.detach(), logits.detach())
-                adversarial = self.move(adversarial, gradient, images)
-            if self.keep == "last":
-                return Iterate(adversarial, None, None)
-            with torch.no_grad():
-                logits = upcast(model(adversarial))
-                return _better(best, adversarial, criterion(logits, labels), logits)
+            if not crafts_fast(images.device):
+                return self._kept(model, images, labels, start, criterion)
+            with bfloat16_forwards(images.device):
+                found = self._kept(model, images, labels, start, criterion)
+            return found.told_anew(model, labels, criterion)
+
+    def _kept(
+        self, model: Model, images: Tensor, labels: Tensor, start: Tensor, criterion: Criterion
+    ) -> Iterate:
+        # Without a step there is no attack, so a random start must not count as one.
+        adversarial = self.begin(images, start if self.steps else torch.zeros_like(images))
+        best = Iterate(adversarial, None, None)
+        for _ in range(self.steps):
+            adversarial.requires_grad_()
+            logits = upcast(model(adversarial))
+            losses = criterion(logits, labels)
+            (gradient,) = torch.autograd.grad(losses.sum(), adversarial)
+            adversarial = adversarial.detach()
+            if self.keep == "best":
+                best = best.or_better(adversarial, losses.detach(), logits.detach())
+            adversarial = self.move(adversarial, gradient, images)
+        if self.keep == "last":
+            return Iterate(adversarial, None, None)
+        with torch.no_grad():
+            logits = upcast(model(adversarial))
+            return best.or_better(adversarial, criterion(logits, labels), logits)
 
     def starts(self, images: Tensor, indices: Sequence[int], *, seed: int, restart: int) -> Tensor:
         """Starts `(N, C, H, W)` that depend on (seed, example index, restart) alone.
@@ -176,19 +165,6 @@ class PGD:
             delta = delta * (self.eps / length).clamp_max(1)
         # Clamping to the box moves each pixel towards the image, so the ball is kept.
         return (images + delta).clamp(0, 1)
-
-
-def _better(best: Iterate | None, images: Tensor, losses: Tensor, logits: Tensor) -> Iterate:
-    """For each example the iterate of higher loss, the earlier one on ties."""
-    predictions = logits.argmax(1)
-    if best is None or best.losses is None or best.predictions is None:
-        return Iterate(images, losses, predictions)
-    higher = losses > best.losses
-    return Iterate(
-        torch.where(higher.view(-1, *[1] * (images.ndim - 1)), images, best.images),
-        torch.where(higher, losses, best.losses),
-        torch.where(higher, predictions, best.predictions),
-    )
 
 
 def pgd_attack(

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robust_flatness.functional.attack import PGD, Criterion, Iterate, example_losses
+from robust_flatness.functional.attack import PGD
 from robust_flatness.functional.checks import check_count, upcast
+from robust_flatness.functional.iterate import Criterion, Iterate, example_losses
 from robust_flatness.functional.modes import Model, differentiable
 
 

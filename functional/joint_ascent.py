@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from robust_flatness.functional.attack import PGD, Keep, example_losses
+from robust_flatness.functional.attack import PGD, Keep
 from robust_flatness.functional.checks import upcast
+from robust_flatness.functional.iterate import example_losses
 from robust_flatness.functional.modes import trainable
 from robust_flatness.functional.noise import stream
 from robust_flatness.functional.weight_perturbation import (

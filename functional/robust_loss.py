@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robust_flatness.functional.attack import PGD, Criterion, example_losses
+from robust_flatness.functional.attack import PGD
 from robust_flatness.functional.checks import check_count, check_examples, upcast
+from robust_flatness.functional.iterate import Criterion, example_losses
 from robust_flatness.functional.modes import Model, differentiable
 from robust_flatness.functional.noise import Norm, Start
 

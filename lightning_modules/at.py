@@ -16,6 +16,7 @@ from robust_flatness.functional.labels import Smoothing, TrainingLabels
 from robust_flatness.functional.modes import Mode
 from robust_flatness.functional.noise import Norm, Start
 from robust_flatness.lightning_modules.epoch_means import EpochMeans
+from robust_flatness.lightning_modules.fast_mixin import Fast, FastMixin
 from robust_flatness.lightning_modules.pgd_mixin import PGDMixin
 from robust_flatness.lightning_modules.schedules import MultiStep, prepare_schedule
 from robust_flatness.lightning_modules.walk_mixin import WalkMixin
@@ -26,7 +27,7 @@ Incorrect = Literal["attack", "ignore", "predicted"]
 CLASS_KEY, SEED_KEY = "robust_flatness_class", "robust_flatness_seed"
 
 
-class AT(PGDMixin, WalkMixin):
+class AT(FastMixin, PGDMixin, WalkMixin):
     """Adversarial training (Madry et al., 2018): minimises cross-entropy on PGD examples alone.
 
     The base of all variants: a variant overrides `objective`, `attack`, or `perturb`, which comes
@@ -59,6 +60,8 @@ class AT(PGDMixin, WalkMixin):
         optimizer: Builds the optimizer from the parameters.
         lr_scheduler: Builds the schedule from the optimizer; stepped once an epoch, `Cyclic` after
             each step.
+        fast: bfloat16 and fused steps on GPUs that have them, see `FastMixin`; `graph` adds a CUDA
+            graph of the attack; off trains and measures in float32 throughout.
 
     Raises:
         ValueError: If a number is out of range.
@@ -95,6 +98,7 @@ class AT(PGDMixin, WalkMixin):
             params, lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4
         ),
         lr_scheduler: LRSchedulerCallable = MultiStep,
+        fast: Fast = True,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -115,7 +119,7 @@ class AT(PGDMixin, WalkMixin):
         # Convolutions are faster on CPU and GPU alike with channels innermost in memory.
         self.network = network(num_classes, in_channels).to(memory_format=torch.channels_last)
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
-        self.means = EpochMeans()
+        self.means, self.fast = EpochMeans(), fast
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits `(N, num_classes)` of images `(N, C, H, W)` in [0, 1]."""
@@ -126,9 +130,11 @@ class AT(PGDMixin, WalkMixin):
         """One step: craft, draw label noise, perturb weights (nothing here), take the objective."""
         images, labels = batch[:2]
         self._learning_rate = float(self.trainer.optimizers[0].param_groups[0]["lr"])
-        with self.own_dropout():
+        with self.own_dropout(), self.arithmetic():
             adversarial = self._attacked(images, labels)
             noisy = self._noisy(labels)
+            # Autocast may keep casts of the weights that were made without a graph.
+            torch.clear_autocast_cache()
             self.perturb(images, adversarial, noisy)
             loss, logits = self.objective(images, adversarial, noisy)
         self._record(loss.detach(), logits.detach(), labels[: len(logits)])
@@ -209,7 +215,7 @@ class AT(PGDMixin, WalkMixin):
         Raises:
             ValueError: If the schedule counts in shares and the number of epochs is unlimited.
         """
-        optimizer = self._optimizer(self.parameters())
+        optimizer = self.fused(self._optimizer(self.parameters()))
         scheduler = self._lr_scheduler(optimizer)
         prepare_schedule(scheduler, self.trainer)
         return {

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from robust_flatness.functional.attack import example_losses
 from robust_flatness.functional.checks import check_choice, check_count, check_number, upcast
+from robust_flatness.functional.iterate import example_losses
 from robust_flatness.functional.modes import module_modes
 from robust_flatness.functional.rotation import rotate
 from robust_flatness.lightning_modules.at import AT

@@ -32,6 +32,7 @@ class External(LightningModule):
             code on your machine, so only ever one whose makers you trust.
         dataset: Of RobustBench: `cifar10`, `cifar100` or `imagenet`.
         threat_model: Of RobustBench: `Linf`, `L2` or `corruptions`.
+        fast: Whether measures attack in bfloat16 on GPUs that have it, as those of `AT` do.
 
     Raises:
         ValueError: If there is no network, the file cannot be read, or does not fit the network.
@@ -52,8 +53,10 @@ class External(LightningModule):
         trust_weights: bool = False,
         dataset: str = "cifar10",
         threat_model: str = "Linf",
+        fast: bool = True,
     ) -> None:
         super().__init__()
+        self.fast = fast
         if (input_mean is None) != (input_std is None):
             raise ValueError(
                 "Expected `input_mean` and `input_std` together but got "

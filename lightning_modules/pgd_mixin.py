@@ -9,8 +9,9 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from robust_flatness.functional.attack import PGD, Criterion, example_losses
+from robust_flatness.functional.attack import PGD
 from robust_flatness.functional.checks import check_examples, upcast
+from robust_flatness.functional.iterate import Criterion, example_losses
 from robust_flatness.functional.modes import Model, module_modes
 from robust_flatness.functional.noise import random_start, stream, stream_seed
 
@@ -137,4 +138,10 @@ class PGDMixin:
             generator=self.generator(purpose, images.device),
         )[trainer.global_rank :: trainer.world_size]
         attacked = cast(nn.Module, self) if model is None else model
-        return self.pgd.attack(attacked, images, labels, start, criterion).images
+        return self.search(attacked, images, labels, start, criterion)
+
+    def search(
+        self, model: Model, images: Tensor, labels: Tensor, start: Tensor, criterion: Criterion
+    ) -> Tensor:
+        """Runs the attack; arguments and result are those of `PGD.attack`."""
+        return self.pgd.attack(model, images, labels, start, criterion).images

@@ -25,3 +25,10 @@ def _seeded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seeds the test and hides pytest's own arguments from LightningCLI."""
     torch.manual_seed(0)
     monkeypatch.setattr(sys, "argv", ["cli.py"])
+
+
+@pytest.fixture
+def cpu_as_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the CPU count as a device with bfloat16, which it computes slowly but truly."""
+    for module in ("functional.arithmetic", "lightning_modules.fast_mixin"):
+        monkeypatch.setattr(f"robust_flatness.{module}.has_bfloat16", lambda device: True)

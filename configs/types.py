@@ -1,9 +1,8 @@
 """Annotations that the command line gives a meaning of its own."""
 
 from fractions import Fraction
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
-
-from jsonargparse.typing import register_type
 
 if TYPE_CHECKING:
     Eps = float
@@ -34,10 +33,14 @@ def read_number(value: Any) -> float:
         ) from None
 
 
-register_type(
-    Eps,
-    serializer=float,
-    deserializer=read_number,
-    # Values stay plain floats: an Eps object in a checkpoint could not be loaded safely.
-    type_check=lambda value, _: type(value) is float,
-)
+# Only the command line needs it: modules and callbacks work on a machine that lacks it.
+if find_spec("jsonargparse"):
+    from jsonargparse.typing import register_type
+
+    register_type(
+        Eps,
+        serializer=float,
+        deserializer=read_number,
+        # Values stay plain floats: an Eps object in a checkpoint could not be loaded safely.
+        type_check=lambda value, _: type(value) is float,
+    )

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from torchvision.transforms.functional import to_pil_image
 
 ONCE = ["--rounds=1"]
 SMALL = ["--width=2", "--digits_batch=2", "--steps=1"]
@@ -53,3 +54,27 @@ def test_a_step_of_each_row_with_its_passes(command, tmp_path, capsys):
     assert costs["at"]["relative"] == 1.0
     assert all(cost["seconds"] > 0 for cost in costs.values())
     assert "| trades_awp |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_all_that_a_gpu_is_asked_for(command, tmp_path, capsys):
+    for number in range(48):
+        folder = tmp_path / "images" / ("test" if number < 24 else "train") / "ab"[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(256, (3, 8, 8), dtype=torch.uint8)
+        to_pil_image(pixels).save(folder / f"{number}.png")
+    file = tmp_path / "gpu.json"
+    small = ["--steps=1", "--warm_up=1", "--width=2", "--batch=8", "--measured=8"]
+    short = ["--measure_steps=1", "--no_compile", "--images", str(tmp_path / "images")]
+    command("gpu", [str(file), "--device=cpu", *small, *short, "--epochs=2"])
+    found = json.loads(file.read_text())
+    assert len(found["seconds_a_step"]) == 6
+    assert all(seconds[0] > 0 for seconds in found["seconds_a_step"].values())
+    # On a CPU `fast` changes nothing, so its value is that of float32.
+    fast, plain = (found["measures"]["robust_loss"][way]["value"] for way in ("fast", "float32"))
+    assert fast == plain > 0
+    assert [row["epoch"] for row in found["training"]["trajectory"]] == [0, 1]
+    assert "flatness/average/test" in found["training"]["trajectory"][-1]
+    assert found["training"]["paper"]["method"] == "at"
+    assert len(found["goals"]) == 5
+    assert "MISSED" in capsys.readouterr().out

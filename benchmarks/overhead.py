@@ -11,12 +11,14 @@ device and logs them once an epoch, as `AT` does with three of them.
 
 import argparse
 import cProfile
+import io
 import logging
 import pstats
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -169,7 +171,8 @@ def variants(batches: Batches, folder: str) -> dict[str, Timed]:
         # What the command line adds to a trainer: its table of epochs and its progress bar.
         table = EpochCSVLogger(Path(folder))
         settings = {"logger": table, "log_every_n_steps": 1, "enable_progress_bar": True}
-        return fitted(Means, batches, callbacks=[RichProgressBar()], **settings)
+        with redirect_stdout(io.StringIO()):
+            return fitted(Means, batches, callbacks=[RichProgressBar()], **settings)
 
     return {
         BARE: partial(looped, batches),

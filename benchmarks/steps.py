@@ -37,7 +37,11 @@ ORDER = [
     *("trades", "self_supervision", "weight_decay", "entropy_sgd", "mish", "late_multi_step"),
     *("silu", "weight_averaging", "larger_eps", "mart", "gelu", "label_smoothing"),
 ]
-VARIANTS = {"trades_awp": "TRADESAWP", "mart_awp": "MARTAWP"}
+# Warm-up epochs would be without their perturbation.
+VARIANTS = {
+    "trades_awp": ["--model=TRADESAWP", "--model.warmup=0"],
+    "mart_awp": ["--model=MARTAWP", "--model.warmup=0"],
+}
 
 
 class Cost(Callback):
@@ -124,12 +128,12 @@ class Row:
     """
 
     def __init__(self, name: str, data: str, folder: str, more: Sequence[str]) -> None:
-        chosen = f"--model={VARIANTS[name]}" if name in VARIANTS else f"--config=table1/{name}.yaml"
+        chosen = VARIANTS.get(name, [f"--config=table1/{name}.yaml"])
         quiet = ["enable_progress_bar=false", "enable_checkpointing=false", "logger=false"]
         self.trainer, self.module, self.data = built(
             [
                 "fit",
-                chosen,
+                *chosen,
                 f"--data={data}",
                 f"--name={name}",
                 f"--without=[{','.join(LEAVABLE)}]",

@@ -8,7 +8,10 @@ import pytest
 import torch
 from torchvision.transforms.functional import to_pil_image
 
+from robust_flatness.cli import main
+
 ONCE = ["--rounds=1"]
+WITHOUT = "--without=[autoattack,wandb,final,flatness,train_flatness,trajectory]"
 SMALL = ["--width=2", "--digits_batch=2", "--steps=1"]
 COMMANDS = {
     "crafting": [*SMALL, "--batches", "2"],
@@ -16,6 +19,7 @@ COMMANDS = {
     "speed": ["--width=2", "--steps=1", "--batches", "2"],
     "data": ["--images=16", "--batch=8"],
     "overhead": ["--steps=4"],
+    "epoch": ["--images=8", "--batch=4", "--width=2"],
 }
 
 
@@ -50,7 +54,8 @@ def test_a_step_of_each_row_with_its_passes(command, tmp_path, capsys):
     # Best iterate: one forward more than steps; then the objective, with AWP twice.
     assert passes["at"] == (4, 3)
     assert passes["at_awp"] == (5, 4)
-    assert passes["trades_awp"][0] > passes["at_awp"][0]
+    # A clean forward for the attack, and the objective on clean and adversarial images, twice.
+    assert passes["trades_awp"] == (8, 6)
     assert costs["at"]["relative"] == 1.0
     assert all(cost["seconds"] > 0 for cost in costs.values())
     assert "| trades_awp |" in capsys.readouterr().out
@@ -78,3 +83,24 @@ def test_all_that_a_gpu_is_asked_for(command, tmp_path, capsys):
     assert found["training"]["paper"]["method"] == "at"
     assert len(found["goals"]) == 5
     assert "MISSED" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_scaling_compares_one_process_and_two(command, capsys):
+    tiny = ["--images=16", "--batch=8", "--width=2", "--epochs=1", "--attacked=4"]
+    command("scaling", tiny)
+    printed = capsys.readouterr().out
+    assert printed.count("| 1 process |") == printed.count("| 2 processes |") == 3
+
+
+@pytest.mark.slow
+def test_autoattack_by_three(command, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("torchattacks")
+    monkeypatch.chdir(tmp_path)
+    short = ["--trainer.max_epochs=1", "--data.num_train=64", "--model.steps=1"]
+    quiet = ["--trainer.enable_progress_bar=false"]
+    main(["fit", "--model=AT", "--data=Digits", "--folder=run", *short, *quiet, WITHOUT])
+    command("autoattack", ["run", "--images=2"])
+    printed = capsys.readouterr().out
+    assert len(set(re.findall(r"\| ([\d.]+ %) \|", printed))) == 1
+    assert printed.count(" % |") == 4

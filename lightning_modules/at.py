@@ -116,7 +116,7 @@ class AT(FastMixin, PGDMixin, WalkMixin):
         self.pgd = PGD(*settings) if tau is None else FriendlyPGD(*settings, tau)
         self.training_labels = TrainingLabels(label_noise, label_smoothing, smoothing_spread)
         self.normalize = Normalize(mean, std)
-        # Convolutions are faster on CPU and GPU alike with channels innermost in memory.
+        # Channels innermost in memory suit GPUs in bfloat16, and narrow networks on CPUs.
         self.network = network(num_classes, in_channels).to(memory_format=torch.channels_last)
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self.means, self.fast = EpochMeans(), fast

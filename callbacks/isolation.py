@@ -26,9 +26,9 @@ def isolated(trainer: Trainer, module: LightningModule) -> Iterator[None]:
 
     The module holds the averaged weights where training averages them, see `averaged_weights`.
     Modes are saved per module and restored, global random state is forked, gradients are allowed
-    even in Lightning's inference mode, and all ranks use rank 0's buffers: BatchNorm statistics
-    drift apart in training, and a measure must be that of one network. Forwards are in float32;
-    where the module is `fast`, attacks search in bfloat16, see `fast_crafting`.
+    even in Lightning's inference mode, and all ranks use rank 0's buffers: after a step their
+    BatchNorm statistics differ, and a measure must be that of one network. Forwards are in
+    float32; where the module is `fast`, attacks search in bfloat16, see `fast_crafting`.
 
     Args:
         trainer: The trainer.

@@ -26,6 +26,7 @@ from robust_flatness.callbacks.examples import (
 from robust_flatness.callbacks.isolation import averaged_weights, copy_weights, own_weights
 from robust_flatness.callbacks.logs import log_equal
 from robust_flatness.callbacks.measurement import SPLITS
+from robust_flatness.functional.arithmetic import float32_forwards
 from robust_flatness.functional.checks import check_choice, check_count, check_number
 
 BatchNormChoice = Literal["average", "reestimate"]
@@ -222,7 +223,9 @@ class WeightAveraging(LightningWeightAveraging):
         network: nn.Module = self._average_model.module
         if self.normalization is not None:
             network = PixelInput(network, self.normalization)
-        reestimate_batch_norm(network, self._read_images(trainer, pl_module), self.batch_size)
+        images = self._read_images(trainer, pl_module)
+        with float32_forwards(pl_module.device):
+            reestimate_batch_norm(network, images, self.batch_size)
         self._reestimated_at = self._updates
 
     def _read_images(self, trainer: Trainer, pl_module: LightningModule) -> Tensor:

@@ -1,8 +1,9 @@
 """Where bfloat16 is good enough, and where float32 is kept."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 
@@ -19,12 +20,17 @@ def has_bfloat16(device: torch.device) -> bool:
         >>> has_bfloat16(torch.device("cpu"))
         False
     """
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cuda":
+        return False
+    # AMD's have it since long before these numbers.
+    return bool(torch.version.hip) or torch.cuda.get_device_properties(device).major >= 8
 
 
 @contextmanager
 def bfloat16_forwards(device: torch.device) -> Iterator[None]:
-    """Convolutions and matrix products in bfloat16; weights, images and sums stay float32.
+    """Convolutions, matrix products and what lies between them in bfloat16.
+
+    Weights, their gradients, images and perturbations stay float32.
 
     Args:
         device: Where the network is.
@@ -49,18 +55,37 @@ def float32_forwards(device: torch.device) -> Iterator[None]:
         device: Where the network is.
 
     Example:
-        >>> with float32_forwards(torch.device("cpu")):
-        ...     torch.backends.cudnn.allow_tf32
-        False
+        >>> network, images = torch.nn.Linear(4, 2), torch.rand(3, 4)
+        >>> with torch.autocast("cpu", dtype=torch.bfloat16), float32_forwards(images.device):
+        ...     network(images).dtype
+        torch.float32
     """
-    convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = convolutions.allow_tf32, products.allow_tf32
+    tf32 = without_tf32() if device.type == "cuda" else nullcontext()
+    with tf32, torch.autocast(device.type, enabled=False):
+        yield
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Products and convolutions of GPUs in full float32, whatever they were set to before."""
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    # Since PyTorch 2.9 a setting made this way cannot be read the older way, nor the reverse.
+    settings: list[tuple[Any, str, Any]] = (
+        [(part, "fp32_precision", "ieee") for part in (products, convolutions.conv)]
+        if hasattr(convolutions, "conv")
+        else [(part, "allow_tf32", False) for part in (products, convolutions)]
+    )
+    before = [getattr(part, name) for part, name, _ in settings]
+    level = None if hasattr(convolutions, "conv") else torch.get_float32_matmul_precision()
     try:
-        convolutions.allow_tf32 = products.allow_tf32 = False
-        with torch.autocast(device.type, enabled=False):
-            yield
+        for part, name, value in settings:
+            setattr(part, name, value)
+        yield
     finally:
-        convolutions.allow_tf32, products.allow_tf32 = before
+        for (part, name, _), value in zip(settings, before):
+            setattr(part, name, value)
+        if level is not None:
+            torch.set_float32_matmul_precision(level)
 
 
 @contextmanager

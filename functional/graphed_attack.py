@@ -1,6 +1,5 @@
 """PGD as one CUDA graph."""
 
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -24,6 +23,9 @@ def cuda_graph(run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]
 
     Returns:
         What launches the same again, and the tensor that the result is written to.
+
+    Raises:
+        RuntimeError: If it does what cannot be recorded.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -32,9 +34,16 @@ def cuda_graph(run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]
             run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    # Other threads, such as NCCL's, go on calling CUDA meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        output = run()
+    try:
+        # Other threads, such as NCCL's, go on calling CUDA meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            output = run()
+    except RuntimeError as error:
+        # Nothing goes on from here: a broken recording leaves CUDA in an unknown state.
+        raise RuntimeError(
+            f"Expected an attack that a CUDA graph can hold for `fast` graph but got: {error}. "
+            "`--model.fast true` trains without a graph."
+        ) from error
     return graph.replay, output
 
 
@@ -43,18 +52,20 @@ class GraphedAttack:
 
     A PGD-7 step on ResNet-18 launches about two thousand kernels. The graph reads weights and
     buffers where they lie, so it sees every update that is made in place; it is recorded anew for
-    another shape, another criterion, or weights that lie elsewhere. Where recording fails, a
-    warning says why and the attack runs as it would without a graph.
+    another shape, another criterion, or weights that lie elsewhere. Everything else, such as what
+    hooks do, is as it was when it was recorded.
 
     Args:
         pgd: The attack, in `eval` mode: recording would move statistics once more.
         record: What records; a test puts another in its place.
+
+    Raises:
+        RuntimeError: When called, if the network does what a graph cannot hold.
     """
 
     def __init__(self, pgd: PGD, record: Recorder = cuda_graph) -> None:
         self.pgd, self._record = pgd, record
         self._recorded: tuple[object, Given, Callable[[], object], Tensor] | None = None
-        self._failed = False
 
     def __reduce__(self) -> tuple[type["GraphedAttack"], tuple[PGD, Recorder]]:
         # A graph belongs to the memory that it was recorded on: copies record their own.
@@ -86,30 +97,16 @@ class GraphedAttack:
 
         given = images.detach(), labels.detach(), start
         key = (criterion, *((t.shape, t.dtype, t.device) for t in given), _places(model))
-        if not self._failed and (self._recorded is None or self._recorded[0] != key):
-            self._try_to_record(key, run, given)
-        if self._recorded is None:
-            return run(given)
+        if self._recorded is None or self._recorded[0] != key:
+            # The old graph's memory is free for the new one.
+            self._recorded = None
+            fixed = images.clone(), labels.clone(), start.clone()
+            self._recorded = key, fixed, *self._record(lambda: run(fixed))
         _, fixed, replay, output = self._recorded
         for target, source in zip(fixed, given):
             target.copy_(source)
         replay()
         return output.clone()
-
-    def _try_to_record(self, key: object, run: Callable[[Given], Tensor], given: Given) -> None:
-        # The old graph's memory is free for the new one.
-        self._recorded = None
-        images, labels, start = given
-        fixed = images.clone(), labels.clone(), start.clone()
-        try:
-            replay, output = self._record(lambda: run(fixed))
-        except RuntimeError as error:
-            self._failed = True
-            warnings.warn(
-                f"The attack runs without a CUDA graph, which failed: {error}", stacklevel=2
-            )
-        else:
-            self._recorded = key, fixed, replay, output
 
 
 def _places(model: nn.Module) -> tuple[int, ...]:

@@ -61,7 +61,7 @@ class AT(FastMixin, PGDMixin, WalkMixin):
         lr_scheduler: Builds the schedule from the optimizer; stepped once an epoch, `Cyclic` after
             each step.
         fast: bfloat16 and fused steps on GPUs that have them, see `FastMixin`; `graph` adds a CUDA
-            graph of the attack; off trains and measures in float32 throughout.
+            graph of the attack.
 
     Raises:
         ValueError: If a number is out of range.
@@ -133,7 +133,7 @@ class AT(FastMixin, PGDMixin, WalkMixin):
         with self.own_dropout(), self.arithmetic():
             adversarial = self._attacked(images, labels)
             noisy = self._noisy(labels)
-            # Autocast may keep casts of the weights that were made without a graph.
+            # Older versions of PyTorch keep casts of the weights that were made without a graph.
             torch.clear_autocast_cache()
             self.perturb(images, adversarial, noisy)
             loss, logits = self.objective(images, adversarial, noisy)
@@ -198,6 +198,7 @@ class AT(FastMixin, PGDMixin, WalkMixin):
     def on_train_start(self) -> None:
         """Tells a schedule that counts steps how many there are."""
         super().on_train_start()
+        self.means.reset()
         prepare_schedule(self.lr_schedulers(), self.trainer)
 
     def on_train_epoch_end(self) -> None:

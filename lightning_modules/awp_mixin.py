@@ -193,8 +193,9 @@ class AWPMixin(AT):
         if self.trainer.world_size == 1:
             return gradients
         flat = torch.cat([gradient.flatten() for gradient in gradients])
-        flat = self.trainer.strategy.reduce(flat, reduce_op="sum") / self.trainer.world_size
-        parts = flat.split([gradient.numel() for gradient in gradients])
+        # The strategy's own reduction waits for all ranks first.
+        torch.distributed.all_reduce(flat)
+        parts = (flat / self.trainer.world_size).split([gradient.numel() for gradient in gradients])
         return [part.view_as(gradient) for part, gradient in zip(parts, gradients)]
 
 

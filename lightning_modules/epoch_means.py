@@ -1,5 +1,6 @@
 """Means over an epoch's examples."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
@@ -61,7 +62,8 @@ class EpochMeans(nn.Module):
             return
         if name not in self._places:
             self._places[name] = len(self._metrics)
-            self._metrics.append(MeanMetric(nan_strategy="disable").to(values.device))
+            # NaN stays NaN; the strategy `disable` would ignore weights (torchmetrics 1.9).
+            self._metrics.append(MeanMetric(nan_strategy=math.nan).to(values.device))
         total = values.detach().sum(dtype=torch.float32)
         self._sums[name] = total + self._sums[name] if name in self._sums else total
         self._counts[name] = self._counts.get(name, 0) + values.numel()
@@ -72,5 +74,12 @@ class EpochMeans(nn.Module):
         Args:
             module: Whose `log` is called.
         """
-        for name in list(self._counts):
-            module.log(name, self[name], prog_bar=name == "train/robust_loss")
+        for name in self._places:
+            if name in self._counts or self[name].update_called:
+                module.log(name, self[name], prog_bar=name == "train/robust_loss")
+
+    def reset(self) -> None:
+        """Forgets what a training that failed has left."""
+        self._sums, self._counts = {}, {}
+        for metric in self._metrics:
+            cast(MeanMetric, metric).reset()

@@ -14,5 +14,7 @@ node() {
 
 node 1 "$@" &
 second=$!
+# A node that failed leaves the other waiting.
+trap 'kill "$second" 2>/dev/null || true' EXIT
 node 0 "$@"
 wait "$second"

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 from networks_for_tests import PassCounter, images_and_labels, tiny_network
@@ -123,17 +126,51 @@ def test_weights_that_changed_are_cast_anew():
             assert not torch.equal(network(images), before)
 
 
-def test_tf32_is_given_back():
-    backends = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = [backend.allow_tf32 for backend in backends]
-    try:
-        for allowed in ([True, False], [False, True]):
-            for backend, value in zip(backends, allowed):
-                backend.allow_tf32 = value
-            with pytest.raises(RuntimeError), float32_forwards(CPU):
-                assert [backend.allow_tf32 for backend in backends] == [False, False]
-                raise RuntimeError
-            assert [backend.allow_tf32 for backend in backends] == allowed
-    finally:
-        for backend, value in zip(backends, before):
-            backend.allow_tf32 = value
+SETTINGS = [
+    "pass",
+    "torch.set_float32_matmul_precision('high')",
+    "torch.set_float32_matmul_precision('medium')",
+    "torch.backends.cudnn.allow_tf32 = False",
+    "torch.backends.cuda.matmul.allow_tf32 = True",
+    "torch.backends.fp32_precision = 'tf32'",
+    "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "torch.backends.cudnn.conv.fp32_precision = 'ieee'",
+]
+# In a process of its own: settings of the two kinds cannot all be taken back.
+SCRIPT = """
+import torch
+from robust_flatness.functional.arithmetic import without_tf32
+{setting}
+def state():
+    found = []
+    for read in (
+        torch.get_float32_matmul_precision,
+        lambda: torch.backends.cuda.matmul.allow_tf32,
+        lambda: torch.backends.cudnn.allow_tf32,
+        lambda: torch.backends.cuda.matmul.fp32_precision,
+        lambda: torch.backends.cudnn.conv.fp32_precision,
+    ):
+        try:
+            found.append(read())
+        except (RuntimeError, AttributeError) as error:
+            found.append(type(error).__name__)
+    return found
+before = state()
+try:
+    with without_tf32():
+        inside = state()
+        raise ValueError
+except ValueError:
+    assert state() == before, (before, state())
+assert not any("tf32" == value for value in inside[3:]), inside
+assert True not in inside[1:3], inside
+"""
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_tf32_is_given_back(setting):
+    if "fp32_precision" in setting and not hasattr(torch.backends.cudnn, "conv"):
+        pytest.skip("PyTorch before 2.9 knows one way to say it")
+    script = SCRIPT.format(setting=setting)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -73,17 +73,6 @@ def test_records_anew_where_the_graph_would_not_see_what_changed():
     assert recorder.recordings == 4
 
 
-def test_runs_without_a_graph_where_none_can_be_recorded():
-    def fails(run):
-        raise RuntimeError("not on this device")
-
-    network = tiny_network()
-    graphed = GraphedAttack(PGD_3, fails)
-    with pytest.warns(UserWarning, match="without a CUDA graph, which failed: not on this device"):
-        check(graphed, network, given())
-    check(graphed, network, given(2))
-
-
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_copies_record_their_own(duplicate):
     network = tiny_network()

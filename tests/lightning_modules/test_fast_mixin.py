@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from networks_for_tests import tiny_body
@@ -5,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trainers import PLAIN, ToyData, loader, quiet_trainer
 
 from robust_flatness.callbacks import RobustEvaluation
+from robust_flatness.datamodules import ResidentImages, RobustDataModule
 from robust_flatness.functional.graphed_attack import GraphedAttack
 from robust_flatness.lightning_modules import (
     AT,
@@ -115,6 +118,33 @@ def test_entropy_sgd_walks_fused(cpu_as_gpu):
     assert 0 < apart(module, plain) < 0.2
 
 
+def test_adagrad_and_frozen_weights_step_as_before(cpu_as_gpu):
+    class Frozen(AT):
+        def configure_optimizers(self):
+            self.network[0].requires_grad_(False)
+            return super().configure_optimizers()
+
+    _, _, adagrad = trained(optimizer=lambda p: torch.optim.Adagrad(p, lr=0.01))
+    _, _, frozen = trained(Frozen)
+    for trainer in (adagrad, frozen):
+        assert not trainer.optimizers[0].param_groups[0]["fused"]
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize("before", [True, False])
+def test_a_resumed_run_steps_as_it_was_told_to(before, optimizer, cpu_as_gpu, tmp_path):
+    def build(params):
+        return optimizer(params, lr=0.01)
+
+    _, _, trainer = trained(fast=before, optimizer=build)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    module = AT(tiny_body, **PLAIN, fast=not before, optimizer=build)
+    resumed = quiet_trainer(max_epochs=2)
+    resumed.fit(module, loader(16), ckpt_path=tmp_path / "a.ckpt", weights_only=False)
+    assert bool(resumed.optimizers[0].param_groups[0]["fused"]) is not before
+    assert resumed.current_epoch == 2
+
+
 @pytest.mark.parametrize("fast", [True, False])
 def test_measures_search_as_the_module_does_and_tell_in_float32(fast, cpu_as_gpu):
     module = AT(tiny_body, **PLAIN, fast=fast)
@@ -157,10 +187,40 @@ def test_a_graph_trains_as_fast_does_without(cls, cpu_as_gpu, monkeypatch):
     assert apart(graphed, eager) == 0
 
 
-def test_crafting_in_train_mode_is_not_recorded(cpu_as_gpu):
-    # Its warm-ups and the recording would move BatchNorm's statistics.
-    module, _, _ = trained(fast="graph", craft_mode="train")
-    assert module._graphed is None
+def test_an_attack_that_changes_is_recorded_anew(cpu_as_gpu, monkeypatch):
+    class Growing(AT):
+        def on_train_batch_start(self, batch, batch_idx):
+            super().on_train_batch_start(batch, batch_idx)
+            self.pgd = replace(self.pgd, eps=0.05 * (batch_idx + 1))
+
+    monkeypatch.setattr(
+        "robust_flatness.lightning_modules.fast_mixin.GraphedAttack",
+        lambda pgd: GraphedAttack(pgd, Replays()),
+    )
+    graphed, eager = (trained(Growing, batches=3, fast=fast)[0] for fast in ("graph", True))
+    assert apart(graphed, eager) == 0
+    # Its memory is free for what is measured at the end.
+    assert graphed._graphed is None
+
+
+@pytest.mark.parametrize("settings", [{"craft_mode": "train"}, {}])
+def test_no_graph_where_it_has_no_effect(settings, request):
+    # Warm-ups and the recording would move BatchNorm's statistics; a CPU has no graphs.
+    if settings:
+        request.getfixturevalue("cpu_as_gpu")
+    with pytest.warns(UserWarning, match="`fast` graph has no effect here"):
+        trained(fast="graph", **settings)
+
+
+class Resident(RobustDataModule):
+    """Random images on the device."""
+
+    num_classes, in_channels, mean, std = 10, 3, [0.5] * 3, [0.25] * 3
+
+    def sources(self):
+        images = torch.randint(256, (96, 3, 8, 8), dtype=torch.uint8)
+        found = ResidentImages(images, torch.arange(96) % 10)
+        return found, found
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -168,17 +228,16 @@ def test_crafting_in_train_mode_is_not_recorded(cpu_as_gpu):
 @pytest.mark.parametrize("cls", CLASSES)
 def test_on_a_gpu_no_step_waits_for_it(cls, fast):
     class Watched(cls):
-        def on_train_batch_start(self, batch, batch_idx):
-            super().on_train_batch_start(batch, batch_idx)
-            # The first batches are checked, and a graph is recorded.
-            torch.cuda.set_sync_debug_mode("error" if batch_idx >= 2 else "default")
-
-        def on_train_batch_end(self, *given):
-            torch.cuda.set_sync_debug_mode("default")
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            super().on_train_batch_end(outputs, batch, batch_idx)
+            # From here to the end of the next step: fetching, augmenting, crafting, stepping. The
+            # first batches are checked, and a graph is recorded.
+            torch.cuda.set_sync_debug_mode("error" if 2 <= batch_idx <= 9 else "default")
 
     module = Watched(network=tiny_body, **PLAIN, fast=fast)
+    data = Resident(batch_size=8, num_val=8, num_test=8)
     try:
-        quiet_trainer(accelerator="gpu", devices=1).fit(module, loader(48))
+        quiet_trainer(accelerator="gpu", devices=1).fit(module, datamodule=data)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

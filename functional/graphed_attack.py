@@ -50,7 +50,7 @@ def cuda_graph(run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]
 class GraphedAttack:
     """Replays a recorded attack in place of launching its kernels one by one.
 
-    A PGD-7 step on ResNet-18 launches about two thousand kernels. The graph reads weights and
+    A PGD-7 step on ResNet-18 launches some two thousand kernels. The graph reads weights and
     buffers where they lie, so it sees every update that is made in place; it is recorded anew for
     another shape, another criterion, or weights that lie elsewhere. Everything else, such as what
     hooks do, is as it was when it was recorded.

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from robust_flatness.callbacks import Results
 from robust_flatness.configs.commands import run_command
@@ -86,14 +87,14 @@ class CLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Puts presets, files and options into one order first."""
         arguments = list(sys.argv[1:] if args is None else args)
-        commands = set(self.subcommands())
+        commands = [*self.subcommands(), *COMMANDS]
         try:
             if arguments and arguments[0] in commands:
                 arguments = compose(arguments, known_classes())
-            elif commands & set(arguments):
+            elif not {"-h", "--help"} & set(arguments):
                 raise ValueError(
-                    f"Expected the subcommand ({', '.join(sorted(commands))}) to come first but "
-                    f"got {arguments[0]}."
+                    f"Expected one of {', '.join(commands)} to come first but got "
+                    f"{arguments[0] if arguments else 'nothing'}."
                 )
         except ValueError as error:
             parser.error(str(error))
@@ -120,11 +121,18 @@ class CLI(LightningCLI):
         path = self.config[self.config.subcommand].get("ckpt_path")
         if not path and self.config.subcommand == "test" and not self._external:
             self.parser.error("Expected `--ckpt_path` to name a checkpoint to test but got none.")
-        if not path or path in ("last", "best", "hpc", "registry"):
+        if not path:
             return
+        # Lightning would go on with an untrained network where it finds no `last` or `best`.
         if not Path(path).is_file():
             self.parser.error(f"Expected `--ckpt_path` to be a checkpoint file but got {path}.")
-        written = torch.load(path, map_location="cpu", weights_only=True).get(CLASS_KEY)
+        try:
+            written = torch.load(path, map_location="cpu", weights_only=True).get(CLASS_KEY)
+        except Exception as error:
+            self.parser.error(
+                f"Expected `--ckpt_path` to be a checkpoint but {path} is something else or "
+                f"broken: {type(error).__name__}."
+            )
         asked = self.config[self.config.subcommand].model.class_path.rsplit(".", 1)[-1]
         if written is not None and written != asked:
             self.parser.error(
@@ -144,14 +152,14 @@ class CLI(LightningCLI):
         self._folder: Path | None = None
         try:
             super().instantiate_classes()
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, MisconfigurationException) as error:
             self._refuse(error)
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Runs it; what is found to be wrong before anything is trained ends in one sentence."""
         try:
             super()._run_subcommand(subcommand)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, MisconfigurationException) as error:
             if self.trainer.global_step > 0:
                 raise
             self._refuse(error)
@@ -276,6 +284,8 @@ def main(args: Sequence[str] | None = None) -> None:
         parser_class=Parser,
         parser_kwargs={
             **{name: {"default_config_files": [str(DEFAULTS)]} for name in CLI.subcommands()},
+            # A share of a name would also be a misspelt one.
+            "allow_abbrev": False,
             "epilog": f"Also, with a --help of their own: {', '.join(COMMANDS)}.",
         },
         args=None if args is None else list(args),

@@ -11,6 +11,7 @@ can be shorter than the baseline on any data. Files of the package are found by 
 """
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -126,9 +127,9 @@ def _on_data(layer: Mapping[str, Any], data: str, known: Mapping[str, str]) -> M
 def _share(merged: Mapping[str, Any], share: Any) -> int:
     """The epochs that the layers so far ask for, times a share, at least one."""
     try:
-        check_number("epochs_share", float(share))
+        check_number("epochs_share", float(share), low=sys.float_info.min)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"Expected `epochs_share` to be >= 0 but got {share}.") from error
+        raise ValueError(f"Expected `epochs_share` to be a number > 0 but got {share}.") from error
     return max(1, round(merged["trainer"]["max_epochs"] * float(share)))
 
 

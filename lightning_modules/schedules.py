@@ -103,5 +103,9 @@ def prepare_schedule(schedule: Any, trainer: Trainer) -> None:
         )
     if not by_step:
         schedule.total = epochs
+        if isinstance(schedule, MultiStep):
+            # A checkpoint's rate is that of a run which was to end with it.
+            for group, rate in zip(schedule.optimizer.param_groups, schedule.get_lr()):
+                group["lr"] = rate
     elif trainer.train_dataloader is not None:
         schedule.total = int(trainer.estimated_stepping_batches)

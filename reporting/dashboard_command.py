@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from robust_flatness.reporting.dashboard import save_dashboard
+from robust_flatness.reporting.wandb_login import offline_mode
 
 
 def dashboard(
@@ -34,7 +35,7 @@ def dashboard(
         written = " and ".join(map(str, saved.files.values()))
         console.print(
             f"Weights & Biases {saved.reason}, so the dashboard is written to {written}. To upload "
-            f"it: {shlex.join(later)}",
+            f"it: {'WANDB_MODE=online ' * offline_mode()}{shlex.join(later)}",
             soft_wrap=True,
             highlight=False,
             markup=False,

@@ -297,6 +297,33 @@ def test_a_checkpoint_outside_a_run_folder_brings_its_own_network(trainers):
 def test_the_subcommand_comes_first_and_test_needs_a_checkpoint(capsys):
     assert "to come first" in refused("--seed_everything=1", "fit", capsys=capsys)
     assert "name a checkpoint to test but got none" in refused("test", capsys=capsys)
+    every = "Expected one of fit, test, study, report, dashboard to come first but got "
+    assert every + "nothing." in refused(capsys=capsys)
+    assert every + "ft." in refused("ft", "--model=AT", capsys=capsys)
+
+
+@pytest.mark.parametrize("command", ["fit", "test"])
+@pytest.mark.parametrize("path", ["last", "best", "broken.ckpt", "results.json"])
+def test_what_is_no_checkpoint_is_refused(command, path, capsys):
+    # Lightning would measure an untrained network where it finds no `last`.
+    Path("results.json").write_text("{}")
+    Path("broken.ckpt").write_bytes(b"PK and no more")
+    said = refused(command, f"--ckpt_path={path}", capsys=capsys)
+    assert "Expected `--ckpt_path` to be a checkpoint" in said
+    assert path in said
+    assert "weights_only" not in said
+
+
+def test_a_shortened_option_is_refused(capsys):
+    said = refused("fit", "--trainer.max_epoch=1", QUIET, capsys=capsys)
+    assert "--trainer.max_epoch" in said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_device_that_is_not_there_is_one_sentence(capsys):
+    said = refused("fit", *TINY, QUIET, "--trainer.accelerator=gpu", capsys=capsys)
+    assert "Traceback" not in said
+    assert "gpu" in said
 
 
 def test_bad_images_found_in_fit_are_one_sentence_and_leave_no_folder(capsys, monkeypatch):

@@ -132,6 +132,9 @@ def test_a_share_of_the_epochs_that_the_layers_below_ask_for():
     assert epochs(share, "--config={epochs_share: 0.5}") == 16
     assert epochs("--epochs_share=0.25", share) == 8
     assert epochs("--epochs_share", "0.001") == 1
+    for share_of_none in ("0", "-1", "half"):
+        with pytest.raises(ValueError, match="`epochs_share` to be a number > 0 but got"):
+            epochs(f"--epochs_share={share_of_none}")
     assert epochs("--config={on_data: {Digits: {epochs_share: 2}}}") == 160
     assert "epochs_share" not in composed(share)[0]
 
@@ -176,9 +179,9 @@ def test_presets_are_found_by_name_from_anywhere(tmp_path, monkeypatch):
     [
         ("--config={model: [}", "to be YAML"),
         ("--config=table1/nothing.yaml", "to be a YAML file but got table1/nothing.yaml"),
-        ("--epochs_share=-1", "`epochs_share` to be >= 0 but got -1"),
-        ("--config={epochs_share: half}", "`epochs_share` to be >= 0 but got half"),
-        ("--config={epochs_share: null}", "`epochs_share` to be >= 0 but got None"),
+        ("--epochs_share=-1", "`epochs_share` to be a number > 0 but got -1"),
+        ("--config={epochs_share: half}", "`epochs_share` to be a number > 0 but got half"),
+        ("--config={epochs_share: null}", "`epochs_share` to be a number > 0 but got None"),
         ("--config={on_data: null}", "`on_data` to hold a mapping a data set but got None"),
         ("--config={on_data: {Digits: 3}}", "`on_data` to hold a mapping a data set"),
         ("--config={on_data: {digits: {}}}", "`on_data` to name some of CIFAR10, Digits"),

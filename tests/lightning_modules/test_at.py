@@ -2,6 +2,7 @@ from functools import partial
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from networks_for_tests import PassCounter, images_and_labels, tiny_body
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -222,3 +223,25 @@ def test_a_resumed_run_keeps_its_noise_under_another_global_seed(tmp_path):
     torch.manual_seed(6)
     quiet_trainer(max_epochs=2).fit(module, loader(8), ckpt_path=path)
     assert module._run_seed == 5
+
+
+class Rates(Callback):
+    """Learning rates of the steps, by epoch."""
+
+    def __init__(self):
+        self.found = {}
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.found[trainer.current_epoch] = trainer.optimizers[0].param_groups[0]["lr"]
+
+
+def test_a_run_that_goes_on_for_longer_has_the_rates_of_the_longer_run(tmp_path):
+    rates, settings = Rates(), {"network": tiny_body, **PLAIN}
+    settings["lr_scheduler"] = lambda optimizer: MultiStep(optimizer, milestones=[0.5])
+    short = quiet_trainer(max_epochs=4)
+    short.fit(AT(**settings), loader(8))
+    short.save_checkpoint(tmp_path / "a.ckpt")
+    longer = quiet_trainer(max_epochs=10, callbacks=[rates])
+    longer.fit(AT(**settings), loader(8), ckpt_path=tmp_path / "a.ckpt", weights_only=False)
+    assert list(rates.found) == [4, 5, 6, 7, 8, 9]
+    assert list(rates.found.values()) == pytest.approx([0.05] + [0.005] * 5)

@@ -104,6 +104,9 @@ class CLI(LightningCLI):
         """Checks names, and lets `test` leave the run's config.yaml alone."""
         if self._external and self.subcommand == "fit":
             self.parser.error("Expected `test` for External, which is only measured, but got fit.")
+        if self.config[self.subcommand].trainer.max_epochs == 0:
+            # Found later, it would leave an empty run on W&B.
+            self.parser.error("Expected `--trainer.max_epochs` to be >= 1 but got 0.")
         name = self.config[self.subcommand].name
         if name is not None and Path(name).name != name:
             self.parser.error(f"Expected `--name` to be a folder's name but got {name!r}.")

@@ -36,6 +36,8 @@ _MEASURED = ("train/", "train_eval/", "val/", "test/", "flatness/", "hessian/")
 class Results(Callback):
     """Writes `results.json` after `fit` and `results_test.json` after `test`, and prints a table.
 
+    The test of another checkpoint than `last.ckpt` has a file of its own, `results_best.json`.
+
     Figures come from the callbacks that have an attribute `final_results`, a dictionary with
     `final` and `early_stopped` (figures by name) and `num_examples` (images by the same names).
     What these found of each example, their `final_arrays`, is written to `examples.npz` (and
@@ -81,7 +83,12 @@ class Results(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
             seconds = time.monotonic() - self._started
-            self._finish(trainer, pl_module, "results_test.json", seconds)
+            name = _checkpoint(trainer) or "last"
+            # A checkpoint from elsewhere has this folder to itself.
+            parents = Path(trainer.ckpt_path or "").resolve().parents
+            own = self._folder is not None and self._folder.resolve() in parents
+            name = name if own and name != "last" else "test"
+            self._finish(trainer, pl_module, f"results_{name}.json", seconds)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -112,7 +119,9 @@ class Results(Callback):
             "early_stopped_epoch": early_stopped_epoch(trainer),
             "trajectory": _rows(trainer),
         }
-        if trainer.state.fn == "fit":
+        if trainer.state.fn != "fit":
+            results["checkpoint"] = _checkpoint(trainer)
+        else:
             results["epochs"] = trainer.current_epoch
             _fill_in(results)
         if self._folder is not None:
@@ -137,6 +146,11 @@ class Results(Callback):
             "hardware": hardware(trainer.world_size),
             "split_indices": data.split_indices() if hasattr(data, "split_indices") else None,
         }
+
+
+def _checkpoint(trainer: Trainer) -> str | None:
+    """The name of the file whose weights are tested, without its ending."""
+    return Path(trainer.ckpt_path).stem if trainer.ckpt_path else None
 
 
 def _gather(trainer: Trainer) -> dict[str, dict[str, Any]]:

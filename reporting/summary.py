@@ -70,7 +70,9 @@ def summary_table(results: Mapping[str, Any], *, folder: str | Path | None = Non
         caption_justify="left",
     )
     table.add_column("")
-    table.add_column("final\nweights", justify="right", no_wrap=True)
+    tested = results.get("checkpoint") or "last"
+    own = "final\nweights" if tested == "last" else f"weights of\n{tested}.ckpt"
+    table.add_column(own, justify="right", no_wrap=True)
     note = "" if epoch is None else f"(epoch {epoch})"
     table.add_column(f"early-stopped\n{note}", justify="right", no_wrap=True)
     images = results.get("num_examples") or {}

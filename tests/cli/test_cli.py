@@ -132,6 +132,18 @@ def test_test_measures_a_checkpoint_with_the_settings_of_its_run(trainers):
     assert [p.name for p in Path("runs").iterdir()] == ["ATAWP-Digits-s0"]
 
 
+def test_a_test_of_other_weights_has_a_file_and_a_heading_of_its_own(trainers, capsys):
+    main(["fit", "--model", "AT", *TINY, QUIET])
+    folder = Path("runs/AT-Digits-s0")
+    for name in ("last", "best"):
+        main(["test", "--model=AT", f"--ckpt_path={folder}/checkpoints/{name}.ckpt", QUIET])
+        heading = " ".join(capsys.readouterr().out.split())
+        assert ("best.ckpt" in heading) == (name == "best")
+    files = {path.name for path in folder.glob("results*.json")}
+    assert files == {"results.json", "results_test.json", "results_best.json"}
+    assert json.loads((folder / "results_best.json").read_text())["checkpoint"] == "best"
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -312,6 +324,12 @@ def test_what_is_no_checkpoint_is_refused(command, path, capsys):
     assert "Expected `--ckpt_path` to be a checkpoint" in said
     assert path in said
     assert "weights_only" not in said
+
+
+def test_training_for_no_epoch_is_refused_before_anything_is_made(capsys):
+    said = refused("fit", *TINY, QUIET, "--trainer.max_epochs=0", capsys=capsys)
+    assert "Expected `--trainer.max_epochs` to be >= 1 but got 0." in said
+    assert not list(Path().glob("runs/*"))
 
 
 def test_a_shortened_option_is_refused(capsys):

@@ -27,12 +27,16 @@ def report(
     console = Console()
     made = write_report(runs, folder, data=data, published=published)
     console.print(terminal_table(made.table, console.width))
+    for model in made.models:
+        if model.untold:
+            console.print(f"{model.label}: {model.untold}", highlight=False, markup=False)
     if made.correlation is not None:
         found = made.correlation
-        low, high = found.pearson_interval or (float("nan"), float("nan"))
+        interval = found.pearson_interval
+        bounds = " [{:.2f}, {:.2f}]".format(*interval) if interval else ""
         console.print(
-            f"RLoss and flatness over {found.num_models} models: Pearson {found.pearson:.2f} "
-            f"[{low:.2f}, {high:.2f}], Spearman {found.spearman:.2f}",
+            f"RLoss and flatness: Pearson {found.pearson:.2f}{bounds}, "
+            f"Spearman {found.spearman:.2f}; {found.over}",
             highlight=False,
         )
     for left_out, reason in made.left_out:

@@ -23,6 +23,8 @@ Interval = tuple[float, float]
 _Quantity = str | Callable[[Point], float | None]
 
 _FEWEST = 3  # models, and methods that an interval resamples
+# Models that an interval needs: resamples of fewer are close to a line by chance.
+_FEWEST_FOR_INTERVAL = 8
 _LEVEL = 0.95
 
 
@@ -33,7 +35,8 @@ class Correlation:
     Attributes:
         pearson: Pearson's coefficient, in [-1, 1].
         spearman: Spearman's coefficient, in [-1, 1].
-        pearson_interval: 95 % bootstrap interval over methods; None for fewer than three methods.
+        pearson_interval: 95 % bootstrap interval over methods; None for fewer than eight models or
+            three methods.
         spearman_interval: The same of Spearman's coefficient.
         num_models: Models that have both figures.
         num_methods: Methods that these are of.
@@ -45,6 +48,12 @@ class Correlation:
     spearman_interval: Interval | None
     num_models: int
     num_methods: int
+
+    @property
+    def over(self) -> str:
+        """What it is over, and that there is no interval where these are too few."""
+        text = f"{self.num_models} models"
+        return text if self.pearson_interval else f"{text}: too few for an interval"
 
 
 def correlate(
@@ -122,7 +131,7 @@ def _intervals(
 ) -> tuple[Interval | None, Interval | None]:
     """Intervals of Pearson's and of Spearman's coefficient."""
     names, method_of = np.unique(methods, return_inverse=True)
-    if len(names) < _FEWEST:
+    if len(x) < _FEWEST_FOR_INTERVAL or len(names) < _FEWEST:
         return None, None
     share = np.full(len(names), 1 / len(names))
     drawn = np.random.default_rng(seed).multinomial(len(names), share, size=resamples)

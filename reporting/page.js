@@ -96,7 +96,7 @@
     const notes = {
       arrows: "An arrow points from the last to the early-stopped weights of a model.",
       kink: "Dotted: least-squares lines on both sides of the loss of guessing, over your models that are switched on, where there are three.",
-      trend: "Dotted: least-squares line of each method with three models or more.",
+      trend: "Dotted: least-squares line of each sweep of three models or more, which differ in one number of their training alone.",
       diagonal: "Dotted: equal on both.",
     };
     const text = data.correlations.final[`${view.x} ${view.y}`];
@@ -202,17 +202,19 @@
   const headOf = ({ label, name }) => label + (data.names[name].unit && ",\u00a0%");
 
   function drawRows() {
-    const rows = state.sources().flatMap(({ models, published }) =>
-      models.map((model) => ({ ...model, published })));
-    get("rows").replaceChildren(...rows.sort(compare).map(rowOf));
+    // Published figures are of other data, so they stand below and not among one's own.
+    const rows = state.sources().reverse().flatMap(({ models, published }) =>
+      models.map((model) => ({ ...model, published })).sort(compare));
+    get("rows").replaceChildren(...rows.map(rowOf));
   }
 
   function rowOf(model) {
     const row = element("tr"), first = element("td");
     row.classList.toggle("published", model.published);
     const whole = element("div", "", { class: "model" }), name = element("span", model.label);
-    if (model.published) name.append(element("small", "published"));
-    else if (model.num_seeds > 1) name.append(element("small", `${model.num_seeds} seeds`));
+    if (model.published) name.append(element("small", "published (CIFAR-10)"));
+    if (model.settings) name.append(element("small", model.settings, { class: "settings" }));
+    if (model.num_seeds > 1) name.append(element("small", `${model.num_seeds} seeds`));
     whole.append(symbol(state.method(model.method), model.published), name);
     first.append(whole);
     row.append(first, ...data.columns.map((column) => cell(model, column)));
@@ -260,6 +262,7 @@
     const owners = new Set(surfaces.flatMap(([, drawn]) => drawn.map((one) => one.label)));
     options(get("surface"), [...owners].map((label) => [label, label]));
     get("published_label").hidden = !data.published.length && !data.trajectories.some((p) => p.published);
+    for (const note of document.querySelectorAll(".published_note")) note.hidden = !data.published.length;
     get("other_methods").hidden = data.methods.every((method) => method.trained);
     get("relation").hidden = !data.x.length || !data.y.length;
     get("paths").hidden = !data.trajectories.length;
@@ -288,6 +291,7 @@
     get("table_caption").textContent = "Mean over seeds" +
       (data.models.some((model) => model.num_seeds > 1) ? " ± standard deviation" : "") +
       "; a dash is what was not measured. A click on a column sorts." +
+      (data.published.length ? " Published figures are of CIFAR-10 and stand below your own." : "") +
       (data.columns.some((column) => column.limits)
         ? " Green and bold are the best 30 % of your models by test RErr, orange the worst 30 %, as the paper groups them." : "");
     get("guessing_note").textContent = data.guessing

@@ -13,10 +13,13 @@ from typing import Any
 
 from robust_flatness.reporting.canvas import method_style
 from robust_flatness.reporting.correlation import correlate
-from robust_flatness.reporting.models import Model, Point, flat_settings, method_label
+from robust_flatness.reporting.models import Model, Point, method_label
 from robust_flatness.reporting.page_points import FIGURES, PagePoint, number
 from robust_flatness.reporting.page_series import CURVES, curves, landscapes, paths
 from robust_flatness.reporting.runs import LeftOut, Weights
+from robust_flatness.reporting.scatter import PUBLISHED
+from robust_flatness.reporting.settings import flat_settings
+from robust_flatness.reporting.sweeps import find_sweeps
 from robust_flatness.reporting.table1 import group_thresholds
 
 Rows = Sequence[Mapping[str, float]]
@@ -36,7 +39,7 @@ _VIEWS = (
     ("Early stopping: RLoss", _FLATNESS, (_LOSS,), "arrows"),
     ("Early stopping: RErr", _FLATNESS, (_Y[2], _Y[1]), "arrows"),
     ("RErr against RLoss, with the kink at guessing", _LOSS, (_Y[2], _Y[1]), "kink"),
-    ("Hyper-parameters: a trend for each method", _FLATNESS, (_LOSS,), "trend"),
+    ("Hyper-parameters: a trend for each sweep", _FLATNESS, (_LOSS,), "trend"),
     ("Flatness on training against test images", _FLATNESS, (_X[2],), "diagonal"),
     ("Generalisation gap", _FLATNESS, ("gap/robust_loss",), ""),
     ("Last minus early-stopped RLoss", _FLATNESS, ("last_minus_best/robust_loss",), ""),
@@ -54,6 +57,7 @@ _COLUMNS: tuple[tuple[str, str, Weights], ...] = (
     ("RLoss test", _LOSS, "final"),
     ("Error test, clean", "test/error", "final"),
 )
+_MOST_LINES = 12  # of settings in a hover
 _SYMBOLS = {"o": "circle", "s": "square", "^": "triangle-up", "D": "diamond", "v": "triangle-down"}
 
 
@@ -79,11 +83,13 @@ def page_data(
     ours = [PagePoint(model) for model in models]
     theirs = [PagePoint(point) for point in published]
     x, y = _measured(_X, ours or theirs), _measured(_Y, ours or theirs)
-    views = _views(ours or theirs)
+    views = _views(ours or theirs, has_sweep=bool(find_sweeps(models or published)))
     pairs = [*product(x, y), *((view["x"], view["y"]) for view in views)]
     return {
         "methods": _methods(models, published, trajectories),
-        "models": [_model(model, point) for model, point in zip(models, ours)],
+        "models": [
+            _model(model, point) | _place(model, models) for model, point in zip(models, ours)
+        ],
         "published": [_published(point) for point in theirs],
         "names": {name: {"label": label, "unit": unit} for name, (label, unit) in FIGURES.items()},
         "x": x,
@@ -123,22 +129,17 @@ def _measured(names: Iterable[str], points: Sequence[PagePoint]) -> list[str]:
     return [name for name in names if any(point.mean(name) is not None for point in points)]
 
 
-def _views(points: Sequence[PagePoint]) -> list[dict[str, str]]:
+def _views(points: Sequence[PagePoint], *, has_sweep: bool) -> list[dict[str, str]]:
     views = []
     for title, x, choices, kind in _VIEWS:
         found = [y for y in choices if any(_has(point, x, y) for point in points)]
-        if found and (kind != "trend" or _has_sweep(points)):
+        if found and (kind != "trend" or has_sweep):
             views.append({"title": title, "x": x, "y": found[0], "kind": kind})
     return views
 
 
 def _has(point: PagePoint, *names: str) -> bool:
     return all(point.mean(name) is not None for name in names)
-
-
-def _has_sweep(points: Sequence[PagePoint]) -> bool:
-    methods = [point.method for point in points]
-    return len(set(methods)) < len(methods)
 
 
 def _methods(
@@ -160,6 +161,7 @@ def _model(model: Model, point: PagePoint) -> dict[str, Any]:
     return {
         "method": model.method,
         "label": model.label,
+        "settings": model.untold,
         "about": _about(model),
         "num_seeds": len(model.runs),
         "figures": _figures(point),
@@ -168,12 +170,20 @@ def _model(model: Model, point: PagePoint) -> dict[str, Any]:
     }
 
 
+def _place(model: Model, models: Sequence[Model]) -> dict[str, int | None]:
+    """Its number within its method, by which its lines are dashed, and that of its sweep."""
+    same = [other.label for other in models if other.method == model.method]
+    sweeps = [[step.point for step in sweep] for sweep in find_sweeps(models)]
+    found = (index for index, sweep in enumerate(sweeps) if any(p is model for p in sweep))
+    return {"rank": same.index(model.label), "sweep": next(found, None)}
+
+
 def _published(point: PagePoint) -> dict[str, Any]:
     about = [text for text in (point.source, point.statistic) if text]
     return {
         "method": point.method,
         "label": point.label,
-        "about": ["published", *about],
+        "about": [PUBLISHED, *about],
         "figures": _figures(point),
     }
 
@@ -186,6 +196,8 @@ def _about(model: Model) -> list[str]:
     always = {"eps": settings.get("model.eps"), "epochs": model.runs[0].epochs}
     always["seeds"] = ", ".join(str(run.seed) for run in model.runs if run.seed is not None)
     differs = [f"{name} = {_short(value)}" for name, value in model.differs.items()]
+    if len(differs) > _MOST_LINES:
+        differs = [*differs[:_MOST_LINES], f"… ({len(differs)} settings differ)"]
     rest = [f"{name} {_short(value)}" for name, value in always.items() if value not in (None, "")]
     return [", ".join(shown), *differs, " · ".join(rest)]
 
@@ -225,14 +237,18 @@ def _correlation(
     x: str, y: str, weights: Weights, ours: Sequence[PagePoint], theirs: Sequence[PagePoint]
 ) -> str:
     sentences = []
-    for who, points in (("Your runs", ours), ("Published", theirs)):
+    for who, points in (("Your runs", ours), (_capital(PUBLISHED), theirs)):
         found = correlate(points, x, y, weights=weights)
         if found is not None:
             pearson = _with_interval(found.pearson, found.pearson_interval)
             spearman = _with_interval(found.spearman, found.spearman_interval)
-            over = f"{found.num_models} models of {found.num_methods} methods"
+            over = f"of {found.num_methods} methods, {found.over}"
             sentences.append(f"{who}: Pearson {pearson}, Spearman {spearman}; {over}.")
     return "\n".join(sentences)
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def _with_interval(value: float, interval: tuple[float, float] | None) -> str:

@@ -3,6 +3,7 @@
 
 const FLATNESS = "flatness/average/test";
 const LOSS = "test/robust_loss";
+const PUBLISHED = ", published (CIFAR-10)";
 const DARK = { "#000000": "#E4E7EC", "#0072B2": "#5B8FF9", "#009E73": "#2BC59A", "#666666": "#A0A7B4" };
 
 const isDark = () => matchMedia("(prefers-color-scheme: dark)").matches;
@@ -88,6 +89,13 @@ function hover(model, names, shown, weights) {
   return lines.join("<br>");
 }
 
+// Models of one method share a colour; the second and later ones have other strokes.
+const DASHES = ["solid", "dash", "dashdot", "longdash", "longdashdot"];
+const MARKS = ["", "circle", "square", "diamond", "cross", "x"];
+const modelOf = (state, label) => state.data.models.find((model) => model.label === label);
+const rankOf = (state, label) => modelOf(state, label)?.rank ?? 0;
+const dashOf = (state, label) => DASHES[rankOf(state, label) % DASHES.length];
+
 // Models as points, a trace for each method and source.
 function scatterTraces(state, x, y, weights) {
   const { names } = state.data;
@@ -101,7 +109,7 @@ function scatterTraces(state, x, y, weights) {
       });
       return {
         x: points.map((p) => p.x), y: points.map((p) => p.y), mode: "markers",
-        name: plain(method.label), meta: published ? "published" : "run",
+        name: plain(method.label) + (published ? PUBLISHED : ""), meta: published ? "published" : "run",
         text: points.map((p) => hover(p.model, names, [x, y], weights)),
         hovertemplate: "%{text}<extra></extra>", error_x: bar("dx"), error_y: bar("dy"),
         marker: {
@@ -166,8 +174,12 @@ function kink(state, { x, y }, traces, shape) {
 function trends(state, { x, y }, traces) {
   for (const { models } of state.sources()) {
     for (const [method, own] of state.byMethod(models)) {
-      const line = trend(pointsOf(own, x, y, "final"));
-      if (line) traces.push(lineTrace(line, colourOf(method)));
+      // Published models, which have no settings to compare, are a sweep where they are of one method.
+      for (const sweep of new Set(own.map((model) => model.sweep))) {
+        if (sweep === null) continue;
+        const line = trend(pointsOf(own.filter((model) => model.sweep === sweep), x, y, "final"));
+        if (line) traces.push(lineTrace(line, colourOf(method)));
+      }
     }
   }
 }
@@ -188,16 +200,16 @@ function trajectoryFigure(state, progress) {
     const last = shown - 1;
     return {
       x: path.x.slice(0, shown), y: path.y.slice(0, shown), mode: "lines+markers",
-      name: plain(path.label), meta: path.published ? "published" : "run",
+      name: plain(path.label) + (path.published ? PUBLISHED : ""), meta: path.published ? "published" : "run",
       opacity: path.published ? 0.5 : 1,
-      line: { color: faded(colour, paths.length > 8 ? 0.3 : 0.6), width: 1.3, dash: path.published ? "dot" : "solid" },
+      line: { color: faded(colour, paths.length > 8 ? 0.3 : 0.6), width: 1.3, dash: path.published ? "dot" : dashOf(state, path.label) },
       marker: {
         symbol: method.symbol + (path.published ? "-open" : ""), color: colour, opacity: 1,
         size: path.x.slice(0, shown).map((_, i) => (i === last ? 12 : 3)),
         line: { width: path.published ? 1 : 0.7, color: path.published ? colour : css("--card") },
       },
       text: path.progress.slice(0, shown).map((share) =>
-        `<b>${plain(path.label)}</b>${path.published ? " (published)" : ""}<br>` +
+        `<b>${plain(path.label)}</b>${path.published ? PUBLISHED : ""}<br>` +
         `${Math.round(100 * share)} % of training`),
       hovertemplate:
         "%{text}<br>average-case flatness: %{x:.2f}<br>RLoss on test images: %{y:.2f}<extra></extra>",
@@ -235,8 +247,10 @@ function curveFigure(state, models, panel) {
     for (const model of models.filter((model) => model.curves[kind.name])) {
       const { epoch, value } = model.curves[kind.name];
       const unit = panel === "RErr" ? " %" : "";
+      const mark = MARKS[model.rank % MARKS.length];
       traces.push({
-        x: epoch, y: value, mode: "lines", legendgroup: kind.name, showlegend: false,
+        x: epoch, y: value, mode: mark ? "lines+markers" : "lines", legendgroup: kind.name, showlegend: false,
+        marker: { symbol: mark || "circle", size: 7, maxdisplayed: 6 },
         name: plain(model.label), meta: "run",
         line: { color: colourOf(state.method(model.method)), dash: kind.dash, width: kind.width },
         hovertemplate:
@@ -272,7 +286,7 @@ function landscapeFigure(state, name, label) {
       { ...edge, y: cut(one.high), fill: "tonexty", fillcolor: faded(colour, 0.12) },
       {
         ...shared, y: cut(one.line), name: plain(one.label + errorOf(state, one, name)), meta: "run",
-        line: { color: colour, width: 2 },
+        line: { color: colour, width: 2, dash: dashOf(state, one.label) },
         hovertemplate:
           `<b>${plain(one.label)}</b><br>step %{x:.2f}: RLoss %{y:.3g}<extra></extra>`,
       },
@@ -291,8 +305,7 @@ function landscapeFigure(state, name, label) {
 
 // RErr stands beside the landscape of the same weights, as in the paper.
 function errorOf(state, { label }, name) {
-  const model = state.data.models.find((model) => model.label === label);
-  const figures = model.figures[name.startsWith("early_stopped") ? "early_stopped" : "final"];
+  const figures = modelOf(state, label).figures[name.startsWith("early_stopped") ? "early_stopped" : "final"];
   const [error] = figures["test/autoattack_error"] ?? figures["test/robust_error"] ?? [];
   return error === undefined ? "" : `, RErr ${format(error, "%")} %`;
 }

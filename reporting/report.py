@@ -10,10 +10,11 @@ from typing import TypeVar
 from matplotlib.figure import Figure
 from rich.progress import track
 
+from robust_flatness.reporting.copies import without_copies
 from robust_flatness.reporting.correlation import Correlation, correlate
 from robust_flatness.reporting.measure_figure import schematic_figure
 from robust_flatness.reporting.method_landscapes import landscapes_figure
-from robust_flatness.reporting.models import Model, Point, group_models, without_copies
+from robust_flatness.reporting.models import Model, Point, group_models
 from robust_flatness.reporting.page import write_page
 from robust_flatness.reporting.published import published_models, published_trajectories
 from robust_flatness.reporting.run_figures import curves_figure, epochs_figure

@@ -20,7 +20,7 @@ from robust_flatness.reporting.canvas import FONT, GREY, method_style
 from robust_flatness.reporting.models import Point, method_label
 from robust_flatness.reporting.runs import Weights
 
-PUBLISHED = "paper, CIFAR-10"
+PUBLISHED = "published (CIFAR-10)"
 METHOD = "method"  # marks what stands for models of a method
 _LABELS = {
     "flatness/average/test": "average-case flatness in RLoss",

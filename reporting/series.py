@@ -13,8 +13,9 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from robust_flatness.reporting.models import METHOD_LABELS, Model, flat_settings
+from robust_flatness.reporting.models import METHOD_LABELS, Model
 from robust_flatness.reporting.runs import Run
+from robust_flatness.reporting.settings import flat_settings
 
 ADAM, BATCH_SIZE = "Adam", "another batch size"
 

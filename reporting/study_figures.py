@@ -1,7 +1,7 @@
 """Figures over models, a point each (Figs. 1 and 7 of the paper, and those of its long version).
 
 Models that lack what is shown are left out, and where all do, there is no figure. Published models
-are faint rings behind ours, on the same axes; they are of another data set, so compare shapes
+are faint rings behind ours, on the same axes; they are of CIFAR-10, so compare shapes
 rather than places.
 
 Example:
@@ -241,7 +241,7 @@ def _correlation(points: Points, x: str, y: str, who: str = "") -> str | None:
         return None
     pearson = _with_interval(found.pearson, found.pearson_interval)
     spearman = _with_interval(found.spearman, found.spearman_interval)
-    return f"{who}Pearson {pearson}, Spearman {spearman}, {found.num_models} models"
+    return f"{who}Pearson {pearson}, Spearman {spearman}, {found.over}"
 
 
 def _with_interval(value: float, interval: tuple[float, float] | None) -> str:

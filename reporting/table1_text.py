@@ -1,6 +1,10 @@
 """The words and numbers of Table 1 that its file formats and the terminal share."""
 
+from collections.abc import Sequence
+
 from rich import box
+from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -24,7 +28,16 @@ _NARROWER = {
     "early-stopped": "early stop",
 }
 
+# The terminal drops the first of these first.
+_KEPT_LAST = (
+    "early_stopped_robust_error",
+    "worst_flatness",
+    "train_robust_error",
+    "average_flatness",
+    "test_robust_error",
+)
 _WIDE = 100
+_LABEL = 16  # columns that a name has at least, over which it folds
 
 
 def published_columns(table: Table1) -> list[Column]:
@@ -80,6 +93,7 @@ def notes(table: Table1) -> list[str]:
         f"Mean ± standard deviation over seeds, of n where fewer than were trained have it; {DASH} "
         "is what was not measured. Flatness is of RLoss on test images, lower is flatter; train "
         "RErr is on training images with the weights fixed. AA is AutoAttack.",
+        *_settings_note(table),
         *_groups_note(table),
         *_images_note(table),
     ]
@@ -95,10 +109,11 @@ def notes(table: Table1) -> list[str]:
 
 
 def terminal_table(table: Table1, width: int = 100) -> Table:
-    """Puts the table into 100 columns, or into 80.
+    """Puts the table into a terminal.
 
     Clean error and most of the paper's columns are left to the files; below 100 columns, so are
-    seeds and all that is the paper's.
+    seeds and all that is the paper's, and then as many others as there is no room for, the least
+    important first. The caption says which.
 
     Args:
         table: The table.
@@ -107,33 +122,59 @@ def terminal_table(table: Table1, width: int = 100) -> Table:
     Returns:
         A table to be printed with `rich`.
     """
-    title = f"Table 1 on {table.data}"
-    caption = _MIXED if any(_is_mixed(table, column) for column in COLUMNS) else None
+    columns = [column for column in COLUMNS if column.key not in _LEFT_TO_FILES]
+    is_wide = width >= _WIDE
+    drawn = _draw(table, columns, is_wide)
+    while _width(drawn) > width and (is_wide or len(columns) > 1):
+        is_wide, columns = False, columns if is_wide else _without_least(columns)
+        drawn = _draw(table, columns, is_wide)
+    return drawn
+
+
+def _draw(table: Table1, columns: Sequence[Column], is_wide: bool) -> Table:
+    title, caption = f"Table 1 on {table.data}", " ".join(_below(table, columns)) or None
     drawn = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
-    drawn.add_column("", overflow="fold", min_width=16)
-    for column in _narrow():
+    drawn.add_column("", overflow="fold", min_width=_LABEL)
+    for column in columns:
         lines = [_NARROWER.get(line, line) for line in heading(table, column)]
         drawn.add_column("\n".join(lines), justify="right", no_wrap=True)
-    more = ["seeds"] if width >= _WIDE else []
+    more = ["seeds"] if is_wide else []
     if more and published_columns(table):
         more.append("\n".join([*PAPER.split(" "), "test RErr"]))
     for head in more:
         drawn.add_column(head, justify="right", no_wrap=True)
     for group in table.groups:
-        _add_group(drawn, table, group, len(more))
+        _add_group(drawn, table, group, columns, len(more))
     return drawn
 
 
-def _narrow() -> list[Column]:
-    return [column for column in COLUMNS if column.key not in _LEFT_TO_FILES]
+def _width(drawn: Table) -> int:
+    """Columns of a terminal that a table takes when only its labels fold."""
+    console = Console(width=10_000)
+    return Measurement.get(console, console.options, drawn).minimum
 
 
-def _add_group(drawn: Table, table: Table1, group: Group, more: int) -> None:
+def _without_least(columns: Sequence[Column]) -> list[Column]:
+    least = min(columns, key=lambda column: _KEPT_LAST.index(column.key))
+    return [column for column in columns if column is not least]
+
+
+def _below(table: Table1, columns: Sequence[Column]) -> list[str]:
+    """Sentences of the caption."""
+    left = [c for c in COLUMNS if c not in columns and c.key not in _LEFT_TO_FILES]
+    names = ", ".join(column.heading.replace("\n", " ") for column in left)
+    found = [_MIXED] if any(_is_mixed(table, column) for column in columns) else []
+    return [*found, *([f"No room for {names}: see table1.md."] if names else [])]
+
+
+def _add_group(
+    drawn: Table, table: Table1, group: Group, columns: Sequence[Column], more: int
+) -> None:
     name, means = Text(group_text(table, group)), means_text(group)
-    drawn.add_row(name, *(means[COLUMNS.index(column)] for column in _narrow()), style="bold")
+    drawn.add_row(name, *(means[COLUMNS.index(column)] for column in columns), style="bold")
     for row in group.rows:
         texts = [text.replace(" ", "") for text in cells_text(table, row)]
-        own = [texts[COLUMNS.index(column)] for column in _narrow()]
+        own = [texts[COLUMNS.index(column)] for column in columns]
         first = row.published.get(COLUMNS[0].key)
         paper = _cell_text(first, COLUMNS[0], 1, is_mixed=False)
         drawn.add_row(Text(f"  {row.model.label}"), *own, *[str(len(row.model.runs)), paper][:more])
@@ -161,6 +202,11 @@ def _cell_text(cell: Cell | None, column: Column, num_runs: int, is_mixed: bool)
 
 def _number(value: float, column: Column) -> str:
     return f"{100 * value:.1f}" if column.is_error else f"{value:.2f}"
+
+
+def _settings_note(table: Table1) -> list[str]:
+    """What the letters of labels stand for."""
+    return [f"{row.model.label}: {row.model.untold}." for row in table.rows if row.model.untold]
 
 
 def _groups_note(table: Table1) -> list[str]:

@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator, MultipleLocator, PercentFormatter
 from robust_flatness.reporting.canvas import BLACK, GREY, add_legend, sequential, set_title
 from robust_flatness.reporting.models import Model
 from robust_flatness.reporting.multiples import COLUMNS, SMALL, Ruler, share_axes, small_multiples
+from robust_flatness.reporting.scatter import PUBLISHED
 from robust_flatness.reporting.series import model_series, select_models
 
 MOST_PANELS = 20
@@ -74,7 +75,7 @@ def _draw_published(axes: Axes, points: Points) -> None:
     if points:
         _, flatness, losses = zip(*points)
         look: dict[str, Any] = {"markersize": 2.2, "linewidth": 0.6, "zorder": 1}
-        axes.plot(flatness, losses, "o-", color=_PALE, label="published (CIFAR10)", **look)
+        axes.plot(flatness, losses, "o-", color=_PALE, label=PUBLISHED, **look)
 
 
 def _fit(axes: Axes, model: Model, published: Points) -> None:

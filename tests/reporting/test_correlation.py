@@ -83,6 +83,15 @@ def test_two_methods_have_coefficients_but_no_interval():
     assert found.spearman_interval is None
 
 
+def test_fewer_than_eight_models_have_no_interval():
+    models = [point(f"m{index}", index, index % 3) for index in range(8)]
+    few, enough = correlate(models[1:], "x", "y"), correlate(models, "x", "y")
+    assert few.pearson_interval is few.spearman_interval is None
+    assert few.over == "7 models: too few for an interval"
+    assert None not in (enough.pearson_interval, enough.spearman_interval)
+    assert enough.over == "8 models"
+
+
 def test_interval_is_that_of_all_resamples_of_whole_methods():
     points = [
         *(point("a", x, y) for x, y in [(0.1, 0.5), (0.2, 0.4), (0.2, 0.9)]),
@@ -134,7 +143,7 @@ def test_models_of_one_method_are_no_independent_models():
 def test_resamples_in_which_a_figure_is_constant_are_left_out():
     # 0.1 in sums of threes is not 0.3: a variance of nearly zero must not pass for one.
     rows = [("a", 0.1, 0.3), ("b", 0.1, 0.7), ("c", 0.1, 0.2), ("d", 0.9, 0.9)]
-    found = correlate([point(*row) for row in rows], "x", "y")
+    found = correlate([point(*row) for row in rows * 2], "x", "y")
     for interval in (found.pearson_interval, found.spearman_interval):
         # In any resample that holds `d`, it is the largest in both.
         assert 0 < interval[0] <= interval[1] <= 1

@@ -1,16 +1,8 @@
-from dataclasses import replace
-from pathlib import Path
-
 import pytest
 from run_factory import make_run
 
-from robust_flatness.reporting.models import (
-    METHOD_LABELS,
-    flat_settings,
-    group_models,
-    method_label,
-    without_copies,
-)
+from robust_flatness.reporting.models import METHOD_LABELS, group_models, method_label
+from robust_flatness.reporting.settings import flat_settings
 
 
 def settings(lam=6.0, **others) -> dict:
@@ -72,7 +64,7 @@ def test_an_option_that_an_older_version_lacks_is_one_that_is_not_set():
     newer = {"final": {"extras": None}}
     assert labels([trades(0), trades(1, settings=newer)]) == ["TRADES"]
     set_ = {"final": {"extras": ["worst"]}}
-    assert labels([trades(0), trades(0, settings=set_)]) == [
+    assert labels([trades(0), trades(1, settings=set_)]) == [
         "TRADES final.extras=None",
         "TRADES final.extras=['worst']",
     ]
@@ -99,30 +91,34 @@ def test_a_number_that_two_settings_share_is_shown_once():
     assert labels(runs) == ["TRADES eps=0.1", "TRADES eps=0.2"]
 
 
-def test_long_labels_show_what_was_trained_first_and_are_cut_where_they_stay_distinct():
-    def run(value, last):
-        options = {f"a{index}": value for index in range(4)}
-        return trades(0, value, settings={"evaluation": options, "flatness": {"z": last}})
+def test_labels_show_what_was_trained_and_else_alone_what_was_measured():
+    def run(seed, lam, images):
+        return trades(seed, lam, settings={"autoattack": {"num_examples": images}})
 
-    assert labels([run(1, 1), run(2, 1)])[0] == "TRADES lam=1 evaluation.a0=1 evaluation.a1=1 …"
-    cut = labels([run(1, 1), run(1, 2), run(2, 1)])
-    assert len(set(cut)) == 3
-    assert cut[0].endswith("evaluation.a3=1 flatness.z=1")
-
-
-def test_the_same_seed_again_is_no_replica():
-    first = trades(0, folder="runs/a", final={"test/error": 0.1})
-    again = replace(first, folder=Path("copies/a"))
-    unseeded = [trades(None, folder=f"runs/{name}") for name in "bc"]
-    other = trades(0, 9.0)
-    kept, left_out = without_copies([first, again, *unseeded, other])
-    assert kept == [first, *unseeded, other]
-    assert [(folder, first.name in reason) for folder, reason in left_out] == [
-        (Path("copies/a"), True)
+    assert labels([run(0, 6, 64), run(0, 9, 200)]) == ["TRADES lam=6", "TRADES lam=9"]
+    assert labels([run(0, 6, 64), run(1, 6, 200)]) == [
+        "TRADES autoattack.num_examples=64",
+        "TRADES autoattack.num_examples=200",
     ]
-    (model,) = group_models([first, again])
-    assert model.runs == (first,)
-    assert model.deviation("test/error") is None
+
+
+def test_many_settings_are_cut_where_three_tell_models_apart():
+    runs = [trades(0, lam, settings={"data": dict.fromkeys("abc", lam)}) for lam in (1, 2)]
+    assert labels(runs)[0] == "TRADES lam=1 a=1 b=1 …"
+
+
+def test_letters_stand_for_long_labels_and_their_settings_are_told():
+    def run(lam):
+        options = {f"a_long_name_{index}": lam for index in range(12)}
+        return trades(0, lam, settings={"data": options})
+
+    models = group_models([run(10.0), run(9.0), make_run("at")])
+    assert [model.label for model in models] == ["AT", "TRADES (a)", "TRADES (b)"]
+    at, a, b = models
+    assert at.untold == ""
+    assert a.untold.startswith("lam=9, a_long_name_0=9, ")
+    assert b.untold.endswith(", 3 more")
+    assert group_models([trades(0, 6.0), trades(0, 9.0)])[0].untold == ""
 
 
 def test_flat_settings_are_named_as_on_the_command_line():

@@ -107,7 +107,38 @@ def test_correlations_are_those_of_correlate(tmp_path: Path) -> None:
     published = published_models()
     data = read_data(write_page(tmp_path / "index.html", models=[], published=published))
     text = data["correlations"]["final"]["flatness/average/test test/robust_loss"]
-    assert re.match(r"Published: Pearson 0.85 \[.*\], Spearman 0.86 \[.*\]; 74 models of 28", text)
+    assert re.match(
+        r"Published \(CIFAR-10\): Pearson 0.85 \[.*\], Spearman 0.86 \[.*\]; of 28 .*, 74 models\.",
+        text,
+    )
+
+
+def test_published_models_say_that_they_are_of_cifar10(tmp_path: Path) -> None:
+    path = write_page(tmp_path / "index.html", models=[], published=published_models())
+    assert {row["about"][0] for row in read_data(path)["published"]} == {"published (CIFAR-10)"}
+
+
+def test_models_of_one_method_are_numbered_and_only_sweeps_have_a_trend(tmp_path: Path) -> None:
+    data = read_data(write_page(tmp_path / "index.html", models=some_models()))
+    found = {row["label"]: (row["rank"], row["sweep"]) for row in data["models"]}
+    assert (found["TRADES lam=6"], found["TRADES lam=9"]) == ((0, 0), (1, 0))
+    assert found["AT"] == found["MART"] == (0, None)
+    assert any(view["kind"] == "trend" for view in data["views"])
+    others = [
+        make_run("at", settings=settings(lam=lam, steps=lam), folder=str(lam)) for lam in (1, 2)
+    ]
+    data = read_data(write_page(tmp_path / "index.html", models=group_models(others)))
+    assert not any(view["kind"] == "trend" for view in data["views"])
+
+
+def test_settings_stand_in_the_table_where_labels_have_letters(tmp_path: Path) -> None:
+    many = [settings(**{f"a_long_name_{i}": lam for i in range(20)}) for lam in (1, 2)]
+    models = group_models([make_run("at", settings=given) for given in many])
+    a, _ = read_data(write_page(tmp_path / "index.html", models=models))["models"]
+    assert a["label"] == "AT (a)"
+    assert a["settings"].startswith("a_long_name_0=1, a_long_name_1=1, ")
+    assert a["about"][-2] == "… (20 settings differ)"
+    assert len(a["about"]) < 20
 
 
 def test_curves_and_paths_are_means_over_seeds(tmp_path: Path) -> None:

@@ -120,6 +120,26 @@ def test_published_points_switch_on_and_off(page: Any) -> None:
     assert page.locator("#scatter .points path").count() == 4 + 73
 
 
+def test_published_rows_stand_below_ones_own_and_say_their_data(page: Any) -> None:
+    own = labels(page)
+    page.check("#published")
+    assert labels(page)[: len(own)] == own
+    page.locator("#head button", has_text="Model").click()
+    assert set(labels(page)[: len(own)]) == set(own)
+    small = page.eval_on_selector_all(
+        "#rows tr.published small", "s => s.map(one => one.innerText)"
+    )
+    assert small.count("published (CIFAR-10)") == 74
+    names = page.evaluate("scatter.data.filter(t => t.meta === 'published').map(t => t.name)")
+    assert "AT, published (CIFAR-10)" in names
+    page.locator("#head button", has_text="RErr test, AutoAttack").click()
+
+
+def test_models_of_one_method_have_strokes_of_their_own(page: Any) -> None:
+    found = page.evaluate("trajectories.data.filter(t => t.name.startsWith('TRADES'))")
+    assert [trace["line"]["dash"] for trace in found] == ["solid", "dash"]
+
+
 def test_slider_moves_the_trajectories_and_play_runs_to_the_end(page: Any) -> None:
     at_end = points(page, "trajectories")["AT"]
     page.fill("#progress", "50")

@@ -70,7 +70,7 @@ def test_the_heading_holds_the_correlations_of_both() -> None:
     low, high = found.spearman_interval
     assert ours.startswith(f"Pearson {found.pearson:.2f} [{found.pearson_interval[0]:.2f}, ")
     assert ours.endswith(f"Spearman {found.spearman:.2f} [{low:.2f}, {high:.2f}], 19 models")
-    assert theirs.startswith("paper, CIFAR-10: Pearson 0.85 [")
+    assert theirs.startswith("published (CIFAR-10): Pearson 0.85 [")
     assert theirs.endswith("74 models")
 
 
@@ -81,8 +81,9 @@ def test_two_methods_have_a_correlation_without_interval() -> None:
     ]
     heading = flatness_figure(models).axes[0].get_title(loc="left")
     found = correlate(models, FLATNESS, LOSS)
-    expected = f"Pearson {found.pearson:.2f}, Spearman {found.spearman:.2f}, 6 models"
+    expected = f"Pearson {found.pearson:.2f}, Spearman {found.spearman:.2f}, {found.over}"
     assert heading == expected
+    assert heading.endswith(", 6 models: too few for an interval")
     assert flatness_figure(models[:1]).axes[0].get_title(loc="left") == ""
 
 

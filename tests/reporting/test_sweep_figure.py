@@ -38,9 +38,9 @@ def test_a_sweep_has_shades_in_the_order_of_its_values_and_a_line() -> None:
     assert drawn.get_facecolor()[-1, :3] == pytest.approx(to_rgb(method_style("trades").colour))
     (line,) = [line.get_xydata() for line in axes.lines]
     assert slope(line) == pytest.approx(np.polyfit(0.5 * losses**2, losses, 1)[0])
-    assert places["other methods"] == pytest.approx(np.array([[3.0, 2.0]]))
+    assert set(places) == {"TRADES"}  # other models do not appear
     assert sorted(names(axes)) == ["lam=1", "lam=3", "lam=9"]
-    assert legend(figure) == ["TRADES", "other methods"]
+    assert legend(figure) == ["TRADES"]
 
 
 def test_many_models_are_named_at_the_ends_of_their_sweep() -> None:
@@ -51,6 +51,18 @@ def test_many_models_are_named_at_the_ends_of_their_sweep() -> None:
     assert "ξ=0.005" not in named
     assert scatters(axes)["TRADES"].shape == (4, 2)
     assert scatters(axes)["Weight decay"][0] == pytest.approx([2.53, 4.17])  # no weight decay
+
+
+def test_models_that_were_measured_otherwise_are_no_sweep() -> None:
+    def run(epochs, images):
+        settings = {"trainer": {"max_epochs": epochs}, "autoattack": {"num_examples": images}}
+        final = {FLATNESS: epochs, LOSS: 1.0 + epochs}
+        return make_run("at", settings=settings, final=final, folder=f"at-{epochs}")
+
+    assert hyperparameter_figure(group_models([run(3, 64), run(5, 8)])) is None
+    figure = hyperparameter_figure(group_models([run(3, 64), run(5, 64), run(9, 8)]))
+    assert sorted(names(figure.axes[0])) == ["max_epochs=3", "max_epochs=5"]
+    assert len(scatters(figure.axes[0])["AT"]) == 2
 
 
 def test_methods_with_one_model_each_are_no_sweep() -> None:

@@ -2,7 +2,7 @@ import csv
 import io
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from rich.console import Console
@@ -15,6 +15,7 @@ from robust_flatness.reporting.table1_files import write_table
 from robust_flatness.reporting.table1_rows import COLUMNS
 from robust_flatness.reporting.table1_text import notes, terminal_table
 
+FLATNESS = "flatness/average/test"
 AA, PGD = "test/autoattack_error", "test/robust_error"
 
 
@@ -52,9 +53,9 @@ def records(table, folder) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(written(table, folder)[".csv"])))
 
 
-def printed(table) -> str:
-    console = Console(file=io.StringIO(), width=100)
-    console.print(terminal_table(table))
+def printed(table, width=100) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(terminal_table(table, width))
     return console.file.getvalue()
 
 
@@ -259,6 +260,33 @@ def test_terminal_table_fits_into_100_columns():
     assert "“Late” multi-step " in text
     assert "60.0±10.0" in text
     assert "…" not in text
+
+
+@pytest.mark.parametrize("width", [80, 60, 50])
+def test_a_narrow_terminal_leaves_whole_columns_out_and_says_so(width):
+    many = {FLATNESS: 1234.5, "flatness/worst/test": 4321.5}
+    runs = [run("at", 0.5 + 0.1 * s, s) for s in range(3)]
+    runs = [
+        replace(r, final={**r.final, **{n: x * (r.seed + 1) for n, x in many.items()}})
+        for r in runs
+    ]
+    text = printed(of(*runs), width)
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= width
+    assert "…" not in text
+    assert "60.0±10.0" in text
+    words = " ".join(text.split())
+    assert re.search(r"No room for .*early-stopped RErr: see table1\.md\.", words)
+    assert "early-stopped" not in printed(of(run("at", 0.5)), 80)
+    assert "2469.00±1234.50" in text
+
+
+def test_letters_of_labels_are_explained(tmp_path):
+    options = [{f"a_long_name_{index}": value for index in range(5)} for value in (1, 2)]
+    table = of(*(run("at", 0.5, settings={"model": given}) for given in options))
+    assert "AT (b): a_long_name_0=2, a_long_name_1=2" in written(table, tmp_path)[".md"].replace(
+        "\\_", "_"
+    )
 
 
 def test_terminal_table_leaves_brackets_alone():

@@ -73,7 +73,7 @@ def test_published_points_are_pale_behind_models_of_their_method() -> None:
     assert pale.get_zorder() < at.collections[0].get_zorder()
     assert at.get_ylim()[1] > 3.8
     assert len(unlabeled.lines) == len(at.lines) - 1
-    assert "published (CIFAR10)" in [text.get_text() for text in figure.legends[0].get_texts()]
+    assert "published (CIFAR-10)" in [text.get_text() for text in figure.legends[0].get_texts()]
 
 
 def test_nothing_to_draw_is_no_figure() -> None:

@@ -35,6 +35,8 @@ def one_sentence(message: str) -> str:
         'Expected `w_max` to be > 0 but got -1.'
         >>> one_sentence("class_path 'pkg.AT':\n  Option 'lam' is not accepted\nGiven value")
         'Expected arguments that AT takes but got `lam`.'
+        >>> one_sentence("Parser key 'model':\n  - Option 'epss' is not accepted")
+        'Expected `epss` to be an argument of the chosen class but it is none.'
     """
     ours = re.findall(r"^\s*(?:- )?(Expected `.*)$", message, re.MULTILINE)
     if ours:
@@ -43,4 +45,8 @@ def one_sentence(message: str) -> str:
     if refused:
         path, option = refused[-1]
         return f"Expected arguments that {path.rsplit('.', 1)[-1]} takes but got `{option}`."
+    unknown = re.findall(r"Option '([^']+)' is not accepted", message)
+    # Without the key it is a part of the account, to which the class is still to come.
+    if unknown and "Parser key" in message:
+        return f"Expected `{unknown[-1]}` to be an argument of the chosen class but it is none."
     return message

@@ -7,10 +7,11 @@ from typing import Any
 from rich.console import Console
 
 from robust_flatness.functional.checks import check_count
+from robust_flatness.study.check import check_arguments
 from robust_flatness.study.devices import visible_devices
 from robust_flatness.study.elsewhere import submit, write_sweep
 from robust_flatness.study.estimate import plan_table
-from robust_flatness.study.plan import PlannedRun, make_plan
+from robust_flatness.study.plan import PlannedRun, counted, make_plan
 from robust_flatness.study.pool import Failure, Pool
 from robust_flatness.study.state import State, book_of, check_same_study, state_of
 
@@ -66,12 +67,13 @@ def study(
         configs=asked["configs"],
         data=data,
         seeds=chosen_seeds,
-        root=root.expanduser().resolve(),
+        root=_folder(root),
         options=options or [],
     )
     plan = _only(plan, _names(only))
     for run in plan:
         check_same_study(run)
+    check_arguments(plan)
     if sweep_file is not None:
         same: dict[str, Sequence[Any]] = {**asked, "seeds": chosen_seeds, "root": [root]}
         same["data"] = _names(data or "")
@@ -97,6 +99,14 @@ def _names(given: list[str] | str) -> list[str]:
     return [name.strip() for name in names if name.strip()]
 
 
+def _folder(root: Path) -> Path:
+    folder = root.expanduser().resolve()
+    above = next(path for path in (folder, *folder.parents) if path.exists())
+    if not above.is_dir():
+        raise ValueError(f"Expected `--root` to be a folder but {above} is a file.")
+    return folder
+
+
 def _only(plan: list[PlannedRun], names: Sequence[str]) -> list[PlannedRun]:
     unknown = sorted(set(names) - {run.name for run in plan})
     if unknown:
@@ -109,7 +119,7 @@ def _only(plan: list[PlannedRun], names: Sequence[str]) -> list[PlannedRun]:
 
 def _tell(console: Console, plan: Sequence[PlannedRun], failures: Sequence[Failure]) -> None:
     finished = sum(state_of(run) is State.FINISHED for run in plan)
-    console.print(f"{finished} of {len(plan)} runs have finished.")
+    console.print(f"{finished} of {counted(len(plan))} finished.")
     if not failures:
         return
     for run, reason in failures:

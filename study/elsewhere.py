@@ -8,7 +8,7 @@ import yaml
 from rich.console import Console
 
 from robust_flatness.study.launch import Process, start
-from robust_flatness.study.plan import PlannedRun
+from robust_flatness.study.plan import PlannedRun, counted
 from robust_flatness.study.state import State, state_of
 
 # Several tasks or nodes would train one run together; that is Lightning's own affair.
@@ -87,7 +87,7 @@ def submit(plan: Sequence[PlannedRun], parameters: Mapping[str, Any], console: C
         raise ValueError(
             f"Expected `--slurm` to hold parameters of submitit but got {dict(parameters)}: {error}"
         ) from error
-    text = f"Submitted {len(jobs)} runs as {jobs[0].job_id.split('_')[0]}; logs: {folder}"
+    text = f"Submitted {counted(len(jobs))} as {jobs[0].job_id.split('_')[0]}; logs: {folder}"
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -106,7 +106,12 @@ def write_sweep(
         asked: Arguments of `study` that make the plan.
         options: Of `fit`, for all runs.
         console: Where is told how to start it.
+
+    Raises:
+        ValueError: If there is a folder in the file's place.
     """
+    if path.is_dir():
+        raise ValueError(f"Expected `--sweep_file` to be a file to write but {path} is a folder.")
     same = [f"--{name}={_written(name, values)}" for name, values in asked.items() if values]
     command = ["${env}", "${interpreter}", "${program}", "study", *same, "${args}"]
     left = [run.name for run in plan if state_of(run) is not State.FINISHED]
@@ -120,7 +125,7 @@ def write_sweep(
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     text = (
-        f"Wrote {len(left)} runs to {path}. Start it with: wandb sweep {path}\n"
+        f"Wrote {counted(len(left))} to {path}. Start it with: wandb sweep {path}\n"
         "Agents try each run once; what is cut off, the same command without --sweep_file finishes."
     )
     console.print(text, markup=False, highlight=False, soft_wrap=True)

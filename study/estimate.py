@@ -5,32 +5,51 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from rich.table import Table
 
-from robust_flatness.reporting.runs import read_runs
-from robust_flatness.study.plan import PlannedRun
+from robust_flatness.reporting.runs import Run, read_runs
+from robust_flatness.study.plan import PlannedRun, counted
 from robust_flatness.study.state import State, epochs_done, state_of
+
+
+class _Pace(NamedTuple):
+    """Seconds that a run takes.
+
+    Attributes:
+        epoch: For one epoch, with what is measured in it.
+        end: For what it measures at its end.
+    """
+
+    epoch: float
+    end: float
 
 
 def seconds_left(plan: Sequence[PlannedRun]) -> dict[PlannedRun, float]:
     """Seconds that each run still takes, from those below the same root that have finished.
 
-    An epoch counts with all of a run's measures, its last ones included: the median of runs that
-    differ in their seed alone, else that over all others on the same data; NaN without any.
+    Epochs and what a run measures at its end count apart: the median of runs that differ in their
+    seed or length alone, else that over all others on the same data; NaN without any.
 
     Args:
         plan: Runs of one root.
     """
     root = plan[0].folder.parent
-    measured = _seconds_an_epoch(root) if root.is_dir() else {}
+    states = {run: state_of(run) for run in plan}
+    if all(state is State.FINISHED for state in states.values()):
+        return dict.fromkeys(plan, 0.0)
+    measured = _paces(root) if root.is_dir() else {}
     left = {}
-    for run in plan:
-        others = [value for (data, _, _), value in measured.items() if data == run.data]
-        overall = statistics.median(others) if others else math.nan
-        epochs = 0 if state_of(run) is State.FINISHED else run.epochs - epochs_done(run)
-        known = measured.get((run.data, run.stem, run.epochs), overall)
-        left[run] = epochs * known if epochs else 0.0
+    for run, state in states.items():
+        others = [pace for (data, _), pace in measured.items() if data == run.data]
+        pace = measured.get((run.data, run.stem)) or _median(others)
+        # What is recorded of a run that starts anew is repeated.
+        epochs = run.epochs - (epochs_done(run) if state is State.CUT_OFF else 0)
+        # Until there are results, something is still to do.
+        rest = max(epochs * pace.epoch + pace.end, pace.epoch)
+        left[run] = 0.0 if state is State.FINISHED else rest
     return left
 
 
@@ -55,7 +74,7 @@ def plan_table(plan: Sequence[PlannedRun], jobs: int) -> Table:
         jobs: Runs at once.
     """
     left, states = seconds_left(plan), {run: state_of(run) for run in plan}
-    table = Table(title=f"{len(plan)} runs on {', '.join(sorted({run.data for run in plan}))}")
+    table = Table(title=f"{counted(len(plan))} on {', '.join(sorted({run.data for run in plan}))}")
     table.add_column("method", no_wrap=True)
     for column in ("runs", *(state.value for state in State), "epochs", "left"):
         table.add_column(column, justify="right")
@@ -69,20 +88,39 @@ def plan_table(plan: Sequence[PlannedRun], jobs: int) -> Table:
         "How long it takes is known once a run has finished."
         if math.isnan(total)
         else f"About {_duration(total)} with {jobs} at once, as long as the finished runs took "
-        "an epoch with their measures; others count with the median of all."
+        "for an epoch and for the measures at their end; others count with the median of all."
     )
     return table
 
 
-def _seconds_an_epoch(root: Path) -> dict[tuple[str, str, int], float]:
-    """By data, name without the seed, and epochs."""
-    found: dict[tuple[str, str, int], list[float]] = {}
+def _paces(root: Path) -> dict[tuple[str, str], _Pace]:
+    """By data, and name without the seed."""
+    found: dict[tuple[str, str], list[_Pace]] = {}
     for run in read_runs(root)[0]:
-        seconds = run.wall_time_seconds / max(run.epochs, 1)
-        if math.isfinite(seconds):
+        if math.isfinite(run.wall_time_seconds) and run.epochs > 0:
             stem = run.name.rsplit("-s", 1)[0]
-            found.setdefault((run.data, stem, run.epochs), []).append(seconds)
-    return {key: statistics.median(values) for key, values in found.items()}
+            found.setdefault((run.data, stem), []).append(_pace(run))
+    return {key: _median(paces) for key, paces in found.items()}
+
+
+def _pace(run: Run) -> _Pace:
+    """Of a finished run, whose last checkpoint tells when its epochs were over."""
+    path = run.folder / "checkpoints" / "last.ckpt"
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        seconds = float(content["callbacks"]["Results"]["wall_time_seconds"])
+        whole = content["epoch"] + 1 == run.epochs
+    except Exception:
+        # Without a checkpoint, or with one of other versions, the end counts with the epochs.
+        whole = False
+    seconds = seconds if whole else run.wall_time_seconds
+    return _Pace(seconds / run.epochs, max(0.0, run.wall_time_seconds - seconds))
+
+
+def _median(paces: Sequence[_Pace]) -> _Pace:
+    if not paces:
+        return _Pace(math.nan, math.nan)
+    return _Pace(*(statistics.median(values) for values in zip(*paces)))
 
 
 def _add_row(

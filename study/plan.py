@@ -94,7 +94,7 @@ def make_plan(
     chosen = [
         *_rows(rows),
         *(_Chosen(*run) for sweep in sweeps for run in sweep_runs(sweep)),
-        *(_Chosen((f"--config={file}",)) for file in configs),
+        *_files(configs),
     ]
     if not chosen:
         raise ValueError(
@@ -118,6 +118,16 @@ def make_plan(
     return plan
 
 
+def counted(runs: int) -> str:
+    """A number of runs in words.
+
+    Example:
+        >>> counted(1), counted(57)
+        ('1 run', '57 runs')
+    """
+    return f"{runs} run{'' if runs == 1 else 's'}"
+
+
 def _rows(rows: Sequence[str]) -> Iterator[_Chosen]:
     for row in ROWS if list(rows) == ["all"] else rows:
         if row not in ROWS:
@@ -126,6 +136,15 @@ def _rows(rows: Sequence[str]) -> Iterator[_Chosen]:
                 f"{', '.join(rows)}."
             )
         yield _Chosen((f"--config={CONFIGS / 'table1' / f'{row}.yaml'}",))
+
+
+def _files(configs: Sequence[str]) -> Iterator[_Chosen]:
+    for file in configs:
+        inside = CONFIGS / file.removeprefix("configs/")
+        places = (Path(file).expanduser(), inside, inside.with_name(f"{inside.name}.yaml"))
+        if not any(place.is_file() for place in places):
+            raise ValueError(f"Expected `--configs` to name files but {file} does not exist.")
+        yield _Chosen((f"--config={file}",))
 
 
 def _split(options: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from rich.console import Console
 
 from robust_flatness.study.launch import Process, is_running, runs_here, start
-from robust_flatness.study.plan import PlannedRun
+from robust_flatness.study.plan import PlannedRun, counted
 from robust_flatness.study.progress import StudyProgress
 from robust_flatness.study.state import State, book_of, state_of
 
@@ -135,7 +135,7 @@ class Pool:
         if not left:
             return
         seconds = f"{_PATIENCE_SECONDS:.0f}"
-        self._say(f"Ending {len(left)} runs, which may take up to {seconds} s …")
+        self._say(f"Ending {counted(len(left))}, which may take up to {seconds} s …")
         ignored = signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         for process in left:

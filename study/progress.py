@@ -69,5 +69,10 @@ class StudyProgress:
             self._done[run] = epochs_done(run)
             if run not in self._tasks:
                 self._tasks[run] = self._bars.add_task(f"  {run.name}", total=run.epochs)
-            self._bars.update(self._tasks[run], completed=self._done[run])
+            measuring = ", measuring its end" if self._done[run] == run.epochs else ""
+            self._bars.update(
+                self._tasks[run],
+                completed=self._done[run],
+                description=f"  {run.name}{measuring}",
+            )
         self._bars.update(self._all, completed=sum(self._done.values()))

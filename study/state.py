@@ -9,9 +9,14 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from robust_flatness.configs.options import read_options
 from robust_flatness.reporting.json_file import jsonable, write_json
 from robust_flatness.reporting.runs import read_run
 from robust_flatness.study.plan import PlannedRun
+
+# Differences in settings that an error tells one by one.
+_TOLD = 3
+_NONE = object()
 
 
 class State(Enum):
@@ -66,21 +71,22 @@ def check_same_study(run: PlannedRun) -> None:
     Raises:
         ValueError: If the folder holds such a run, or one that no study made.
     """
-    if not run.folder.exists():
+    if not run.folder.exists() or _is_bare(run.folder):
         return
     path = book_of(run, "json")
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        before = _by_name(json.loads(path.read_text(encoding="utf-8"))["settings"])
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(
             f"Expected `--root` to be free for the study but {run.folder} is a run that it did not "
             "start: choose another root."
         ) from None
-    apart = _differing(before, jsonable(run.settings))
+    apart = _differing(before, _by_name(jsonable(run.settings)))
     if apart:
+        more = f"; and {len(apart) - _TOLD} more" if len(apart) > _TOLD else ""
         raise ValueError(
-            f"Expected the settings that {run.folder} was trained with but {', '.join(apart)} "
-            "differ: choose another root."
+            f"Expected the same settings for {run.folder} but it was trained "
+            f"{'; '.join(apart[:_TOLD])}{more}: choose another root."
         )
 
 
@@ -100,10 +106,32 @@ def arguments_now(run: PlannedRun) -> list[str]:
     return [*run.arguments, f"--folder={run.folder}"]
 
 
+def _is_bare(folder: Path) -> bool:
+    """Whether a folder holds no file at any depth, as after a start that failed."""
+    inside = folder.rglob("*")
+    return folder.is_dir() and all(path.is_dir() and not path.is_symlink() for path in inside)
+
+
+def _by_name(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of files, and typed options by their names with dashes."""
+    typed: dict[str, list[str]] = {}
+    for name, value, _ in read_options(settings["typed"]):
+        # What is typed more than once, such as `--list+=…`, may add up.
+        typed.setdefault(f"--{name}", []).append("true" if value is None else value)
+    return {**settings["files"], **{name: ",".join(values) for name, values in typed.items()}}
+
+
 def _differing(before: Any, now: Any, name: str = "") -> list[str]:
-    """Names of settings that are not the same."""
+    """Says of settings that are not the same what they were and are."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         keys = dict.fromkeys([*before, *now])
-        inner = (_differing(before.get(k), now.get(k), f"{name}.{k}".lstrip(".")) for k in keys)
+        inner = (
+            _differing(before.get(k, _NONE), now.get(k, _NONE), f"{name}.{k}".lstrip("."))
+            for k in keys
+        )
         return [found for names in inner for found in names]
-    return [] if before == now else [name.removeprefix("files.")]
+    if before == now:
+        return []
+    if before is _NONE:
+        return [f"without {name}, now {now}"]
+    return [f"with {name}={before}, now {'without' if now is _NONE else now}"]

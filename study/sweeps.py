@@ -20,30 +20,25 @@ def sweep_runs(sweep: str) -> Iterator[tuple[tuple[str, ...], str]]:
         Arguments of `fit` that an agent would give, and what is swept in them as a short text.
 
     Raises:
-        ValueError: If there is no such file, or it is no grid whose command calls `fit`.
+        ValueError: If there is no such file, or it is no grid whose command calls `fit`, with what
+            is at fault.
 
     Example:
         >>> [text for _, text in sweep_runs("trades")]
         ['lam1.0', 'lam3.0', 'lam6.0', 'lam9.0']
     """
     file = _find(sweep)
-    content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    try:
-        command = [str(part) for part in content["command"]]
-        start, place = command.index("fit") + 1, command.index("${args}")
-        axes = [[(name, v) for v in _values(c)] for name, c in content["parameters"].items()]
-        grid = content["method"] == "grid" and bool(axes)
-    except (AttributeError, KeyError, TypeError, ValueError):
-        grid = False
-    if not grid:
+    content = _read(file)
+    if content.get("method") != "grid":
         raise ValueError(
-            "Expected `--sweep` to be a grid of values whose command holds fit and ${args} but got "
-            f"{file}."
+            f"Expected `--sweep` to have the method grid but {file} has {content.get('method')}."
         )
+    before, behind = _command(content.get("command"), file)
+    axes = _axes(content.get("parameters"), file)
     for swept in itertools.product(*axes):
         given = (f"--{name}={value}" for name, value in swept)
-        arguments = (*command[start:place], *given, *command[place + 1 :])
-        yield arguments, "-".join(itertools.chain(*(_shown(*axis) for axis in swept)))
+        text = "-".join(itertools.chain(*(_shown(*axis) for axis in swept)))
+        yield (*before, *given, *behind), text
 
 
 def _find(sweep: str) -> Path:
@@ -54,6 +49,54 @@ def _find(sweep: str) -> Path:
             return file
     known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
     raise ValueError(f"Expected `--sweep` to be a sweep file or one of {known} but got {sweep}.")
+
+
+def _read(file: Path) -> Mapping[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f" in line {error.problem_mark.line + 1}"
+        raise ValueError(
+            f"Expected `--sweep` to be YAML but got {file}: {error.problem}{line}."
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"Expected `--sweep` to be YAML but {file} is no text.") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(
+            f"Expected `--sweep` to hold method, command and parameters but got {file}."
+        )
+    return content
+
+
+def _command(given: Any, file: Path) -> tuple[list[str], list[str]]:
+    """Arguments of `fit` before and behind the swept ones."""
+    if not isinstance(given, list):
+        raise ValueError(
+            "Expected `--sweep` to have a list as command that holds fit and ${args} but "
+            f"{file} has {'none' if given is None else given}."
+        )
+    command = [str(part) for part in given]
+    for part in ("fit", "${args}"):
+        if part not in command:
+            raise ValueError(
+                f"Expected the command of `--sweep` to hold {part} but that of {file} does not."
+            )
+    start, place = command.index("fit") + 1, command.index("${args}")
+    return command[start:place], command[place + 1 :]
+
+
+def _axes(given: Any, file: Path) -> list[list[tuple[str, Any]]]:
+    """The values of each parameter, with its name."""
+    try:
+        axes = [[(name, value) for value in _values(choice)] for name, choice in given.items()]
+    except (AttributeError, KeyError, TypeError):
+        axes = []
+    if not axes:
+        raise ValueError(
+            f"Expected the parameters of `--sweep` to hold `values` or a `value` each but those of "
+            f"{file} do not."
+        )
+    return axes
 
 
 def _values(choice: Mapping[str, Any]) -> list[Any]:

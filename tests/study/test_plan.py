@@ -110,7 +110,10 @@ def test_a_config_that_is_swept_is_named_by_its_leaves():
             {"rows": ["at"], "options": ["--trainer.max_epochs=a"]},
             "`trainer.max_epochs` to be >= 1",
         ),
-        ({"configs": ["no.yaml"]}, "Expected `--config` to be a YAML file but got no.yaml."),
+        (
+            {"configs": ["no.yaml"]},
+            "Expected `--configs` to name files but no.yaml does not exist",
+        ),
         ({"rows": ["at"], "data": "MNIST"}, "Expected `--data` to be one of .* but got MNIST."),
         ({"rows": ["at", "at"]}, "several called at-Digits-s0: name each once, or give"),
     ],
@@ -120,18 +123,26 @@ def test_bad_input_is_one_sentence(asked, sentence):
         make_plan(root=ROOT, **asked)
 
 
+GRID, FIT = "method: grid\n", "command: [fit, '${args}']\n"
+VALUES = "parameters: {a: {values: [1]}}\n"
+
+
 @pytest.mark.parametrize(
-    "content",
+    ("content", "sentence"),
     [
-        "method: random\ncommand: [fit, '${args}']\nparameters: {a: {values: [1]}}\n",
-        "method: grid\ncommand: [fit, '${args}']\nparameters: [a]\n",
-        "method: grid\ncommand: [fit, '${args}']\nparameters: {a: {parameters: {b: 1}}}\n",
-        "method: grid\nparameters: {a: {values: [1]}}\n",
-        "grid",
+        (f"method: random\n{FIT}{VALUES}", "have the method grid but .*mine.yaml has random"),
+        (f"{GRID}{FIT}parameters: [a]\n", "the parameters of `--sweep` to hold `values`"),
+        (f"{GRID}{FIT}parameters: {{a: {{parameters: 1}}}}\n", "the parameters of `--sweep`"),
+        (f"{GRID}{VALUES}", "to have a list as command .* but .*mine.yaml has none"),
+        (f"{GRID}command: ['${{args}}']\n{VALUES}", "to hold fit but that of .* does not"),
+        (f"{GRID}command: [fit]\n{VALUES}", r"to hold \${args} but that of .* does not"),
+        ("grid", "to hold method, command and parameters but got .*mine.yaml."),
+        (f"{GRID}command: [fit\n", r"to be YAML but got .*mine.yaml: expected .* in line 3\."),
     ],
 )
-def test_a_sweep_that_is_no_grid_is_refused(tmp_path, content):
-    file = tmp_path / "random.yaml"
+def test_what_is_wrong_in_a_sweep_file_is_named(tmp_path, content, sentence):
+    file = tmp_path / "mine.yaml"
     file.write_text(content)
-    with pytest.raises(ValueError, match="to be a grid of values whose command"):
+    with pytest.raises(ValueError, match=sentence) as refused:
         make_plan(sweeps=[str(file)], root=ROOT)
+    assert "\n" not in str(refused.value)

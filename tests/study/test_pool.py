@@ -38,6 +38,7 @@ def plan(tmp_path):
 
 
 FOUR = ["--trainer.max_epochs=4"]
+LONG = ["--trainer.max_epochs=10"]
 
 
 def quiet_pool(jobs: int = 2, **settings) -> Pool:
@@ -180,15 +181,30 @@ def test_runs_of_other_settings_are_not_taken_for_these(plan, tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("name: at\nmodel: {class_path: AT, init_args: {steps: 7}}\n")
     (other,) = make_plan(configs=[str(file)], root=tmp_path, options=FOUR)
-    with pytest.raises(ValueError, match="trained with but model.init_args.steps differ: choose"):
+    with pytest.raises(ValueError, match="without model.init_args.steps, now 7: choose another"):
         check_same_study(other)
     (longer,) = make_plan(rows=["at"], root=tmp_path, options=["--trainer.max_epochs=5"])
-    with pytest.raises(ValueError, match="trained with but typed differ: choose another root"):
+    with pytest.raises(ValueError, match="with --trainer.max_epochs=4, now 5: choose another"):
         check_same_study(longer)
+    more = [*FOUR, *(f"--model.{name}=1" for name in ("eps", "steps", "alpha", "momentum"))]
+    (other,) = make_plan(rows=["at"], root=tmp_path, options=more)
+    with pytest.raises(ValueError, match="trained without --model.eps, now 1; .*; and 1 more: cho"):
+        check_same_study(other)
     for content in ("", "{}", "[]"):
         book_of(plan[0], "json").write_text(content)
         with pytest.raises(ValueError, match="is a run that it did not start: choose another"):
             check_same_study(plan[0])
+
+
+def test_a_folder_without_files_is_taken(plan):
+    (plan[0].folder / "wandb" / "logs").mkdir(parents=True)
+    check_same_study(plan[0])
+    quiet_pool().run(plan[:1])
+    assert state_of(plan[0]) is State.FINISHED
+    (plan[1].folder / "wandb").mkdir(parents=True)
+    (plan[1].folder / "wandb" / "mine.txt").touch()
+    with pytest.raises(ValueError, match="is a run that it did not start: choose another"):
+        check_same_study(plan[1])
 
 
 def test_damaged_results_and_checkpoints_are_none(plan):
@@ -232,3 +248,28 @@ def test_how_long_it_takes_is_read_from_finished_runs(plan, tmp_path):
     console = Console(file=io.StringIO(), width=100)
     console.print(plan_table(plan, jobs=2))
     assert "About 16 s with 2 at once" in console.file.getvalue()
+
+
+def test_what_a_run_measures_at_its_end_counts_apart_from_its_epochs(plan, tmp_path):
+    quiet_pool().run(plan[:3])
+    # As Lightning writes it: 2 of the 8 s are those of the four epochs.
+    content = {"epoch": 3, "callbacks": {"Results": {"wall_time_seconds": 2.0}}}
+    for run in plan[:2]:
+        torch.save(content, run.folder / "checkpoints" / "last.ckpt")
+    (longer,) = make_plan(rows=["at"], seeds=[7], root=tmp_path, options=LONG)
+    assert seconds_left([longer]) == {longer: 10 * 0.5 + 6.0}
+    # Cut off while it measured its end, and with a checkpoint that is no more.
+    for run in plan[1:3]:
+        (run.folder / "results.json").unlink()
+    (plan[2].folder / "checkpoints" / "last.ckpt").write_bytes(b"PK half")
+    assert list(seconds_left(plan).values()) == [0.0, 6.0, 8.0, 8.0]
+
+
+def test_a_run_that_measures_its_end_is_shown_as_such(plan):
+    with StudyProgress(plan, plan, Console(file=io.StringIO())) as progress:
+        plan[0].folder.mkdir()
+        for recorded, shown in ((3, ""), (4, ", measuring its end")):
+            (plan[0].folder / "metrics.csv").write_text("epoch\n" + "0\n" * recorded)
+            progress.show(plan[:1])
+            task = progress._bars.tasks[-1]
+            assert (task.description, task.completed) == (f"  {plan[0].name}{shown}", recorded)

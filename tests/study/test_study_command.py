@@ -1,6 +1,7 @@
 """The command, its errors, and the same runs on other machines."""
 
 import json
+import os
 import pickle
 import signal
 import sys
@@ -41,6 +42,12 @@ def trains_nothing(monkeypatch):
     monkeypatch.setattr(launch, "PROGRAM", (sys.executable, STAND_IN))
 
 
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Lets options through that only the stand-in, or nothing, knows."""
+    monkeypatch.setattr("robust_flatness.study.command.check_arguments", lambda plan: None)
+
+
 def said(*arguments: str, capsys) -> str:
     main(["study", *arguments])
     return " ".join(capsys.readouterr().out.split())
@@ -50,25 +57,27 @@ def said(*arguments: str, capsys) -> str:
 def test_rows_and_seeds_are_trained_and_counted(capsys):
     text = said("--rows=at,trades", "--seeds=[3,4]", "--", "--trainer.max_epochs=4", capsys=capsys)
     assert "4 runs on Digits" in text
-    assert "4 of 4 runs have finished." in text
+    assert "4 of 4 runs finished." in text
     assert Path("runs/trades-Digits-s4/results.json").is_file()
 
 
 @pytest.mark.usefixtures("trains_nothing")
 def test_a_dry_run_trains_nothing(capsys):
-    assert "0 of 1 runs" not in said("--rows=at", "--dry_run", "true", capsys=capsys)
+    text = said("--rows=at", "--dry_run", "true", capsys=capsys)
+    assert "1 run on Digits" in text
+    assert "0 of 1 run" not in text
     text = said("--rows", "all", "--seeds", "3", "--dry_run", capsys=capsys)
     assert "57 runs on Digits" in text
     assert "known once a run has finished" in text
     assert not list(Path("runs").glob("*-Digits-*"))
 
 
-@pytest.mark.usefixtures("trains_nothing")
+@pytest.mark.usefixtures("trains_nothing", "unchecked")
 def test_failures_are_told_at_the_end_and_are_the_exit_status(capsys):
     with pytest.raises(SystemExit, match="1 failed; the same command tries them again."):
         main(["study", "--rows=at", "--", "--trainer.max_epochs=4", "--fail"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "0 of 1 runs have finished." in text
+    assert "0 of 1 run finished." in text
     assert "at-Digits-s0: RuntimeError: It broke." in text
     assert "study/at-Digits-s0.log" in text
 
@@ -94,6 +103,35 @@ def test_bad_input_is_one_sentence(arguments, sentence, capsys):
     assert sentence in " ".join(text.split())
     assert "Traceback" not in text
     assert not list(Path("runs").glob("*-Digits-*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--rows=at", "--root=file/deeper"], "Expected `--root` to be a folder but "),
+        (["--rows=at", "--sweep_file=."], "to be a file to write but . is a folder."),
+        (["--rows=at", "--", "foo"], "at-Digits-s0: unrecognized arguments: foo"),
+        (["--rows=at", "--", "--model.epss=1"], "epss"),
+        (["--rows=at", "--", "--model.eps=-1"], "at-Digits-s0: Expected `eps` to be >= 0 but got"),
+        (
+            ["--rows=all", "--sweep=mine.yaml"],
+            "mine-num_workers-1-Digits-s0: Expected `num_workers` to be >= 0 but got -1.",
+        ),
+    ],
+)
+def test_what_runs_would_refuse_is_refused_before_there_is_a_plan(arguments, sentence, capsys):
+    Path("file").touch()
+    content = {"method": "grid", "command": ["fit", "--name=mine", "${args}"]}
+    content |= {"parameters": {"data.num_workers": {"values": [-1, 0]}}}
+    Path("mine.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(SystemExit) as stopped:
+        main(["study", "--dry_run", *arguments])
+    assert stopped.value.code == 2
+    printed, text = capsys.readouterr()
+    assert not printed
+    assert sentence in " ".join(text.split())
+    assert not Path("runs").exists()
+    assert "PL_GLOBAL_SEED" not in os.environ
 
 
 @pytest.mark.usefixtures("trains_nothing")
@@ -144,6 +182,7 @@ def test_a_node_trains_one_run_and_its_failure_is_the_jobs(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
 def test_an_array_of_submitit_trains_the_runs(capsys, monkeypatch):
     submitit = pytest.importorskip("submitit")
     made = []

@@ -265,17 +265,18 @@ class CLI(LightningCLI):
         return folder
 
 
-def main(args: Sequence[str] | None = None) -> None:
+def main(args: Sequence[str] | None = None, cli_class: type[CLI] = CLI) -> None:
     """Runs the command line.
 
     Args:
         args: Arguments; `None` takes those of the process.
+        cli_class: What `fit` and `test` are built by.
     """
     arguments = list(sys.argv[1:] if args is None else args)
     if arguments and arguments[0] in COMMANDS:
         run_command(resolve_name(COMMANDS[arguments[0]]), arguments)
         return
-    CLI(
+    cli_class(
         LightningModule,
         LightningDataModule,
         subclass_mode_model=True,

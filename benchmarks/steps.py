@@ -109,11 +109,7 @@ class Built(cli.CLI):
 
 def built(arguments: Sequence[str]) -> tuple[Trainer, LightningModule, LightningDataModule]:
     """What the command line makes of its arguments."""
-    original, cli.CLI = cli.CLI, Built  # type: ignore[misc]
-    try:
-        cli.main(arguments)
-    finally:
-        cli.CLI = original  # type: ignore[misc]
+    cli.main(arguments, Built)
     return Built.built
 
 

@@ -5,7 +5,7 @@ from typing import Any, NoReturn
 
 from typing_extensions import override
 
-from robust_flatness import cli
+from robust_flatness.cli import CLI, main
 from robust_flatness.configs.options import read_options
 from robust_flatness.configs.parser import Parser, one_sentence
 from robust_flatness.study.plan import PlannedRun
@@ -26,7 +26,7 @@ class _Parser(Parser):
         raise _RefusedError(one_sentence(message))
 
 
-class _Asked(cli.CLI):
+class _Asked(CLI):
     """The command line up to where it would make a trainer, and with it a run folder.
 
     A trainer may need GPUs that only the nodes of a cluster have.
@@ -67,7 +67,7 @@ def check_arguments(plan: Sequence[PlannedRun]) -> None:
     alone = list(firsts.values())
     for run in [alone[0], *alone[1:][1 - _ASKED :]]:
         try:
-            _ask(run.arguments)
+            main(run.arguments, _Asked)
         except _RefusedError as error:
             raise ValueError(f"{run.name}: {error}") from None
 
@@ -76,11 +76,3 @@ def _kind(run: PlannedRun) -> tuple[str, ...]:
     """Its files, and the names of its other options."""
     options = read_options(run.arguments[1:])
     return tuple(str(o.value) if o.name == "config" else o.name for o in options)
-
-
-def _ask(arguments: Sequence[str]) -> None:
-    original, cli.CLI = cli.CLI, _Asked  # type: ignore[misc]
-    try:
-        cli.main(arguments)
-    finally:
-        cli.CLI = original  # type: ignore[misc]

@@ -20,8 +20,7 @@ class Remembered(cli.CLI):
 
 def main(folder, arguments):
     torch.set_num_threads(1)
-    cli.CLI = Remembered
-    cli.main(arguments)
+    cli.main(arguments, Remembered)
     (trainer,) = made
     weights = {name: p.detach() for name, p in trainer.lightning_module.named_parameters()}
     logged = {name: value.item() for name, value in trainer.callback_metrics.items()}

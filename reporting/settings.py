@@ -18,6 +18,8 @@ _HARDWARE |= {"data.num_workers", "data.in_memory"}
 _LOOK = {"without", "trainer.logger", "trainer.callbacks", "trainer.profiler"}
 _LOOK |= {"trainer.enable_progress_bar", "trainer.enable_model_summary"}
 _LOOK |= {"trainer.log_every_n_steps", "trajectory.figures"}
+# Older runs lack it, and are no other models for that.
+_LATER = {"model.fast": True}
 _IGNORED = _PLACE | _HARDWARE | _LOOK
 # Sections that only watch, and images that are only measured on.
 _MEASURES = {"evaluation", "train_evaluation", "flatness", "train_flatness", "worst_flatness"}
@@ -56,7 +58,7 @@ def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, An
 def set_values(run: Run) -> dict[str, Any]:
     """Settings that have a value: an option that an older version lacks is one that is not set."""
     flat = {"data": run.data} | flat_settings(run.settings)
-    return {name: value for name, value in flat.items() if value is not None}
+    return {n: value for n, value in flat.items() if value not in (None, _LATER.get(n))}
 
 
 def is_training(name: str) -> bool:

@@ -69,3 +69,17 @@ def test_other_trainings_all_stay(settings):
 def test_another_measure_is_no_other_training(section):
     settings = {section: {"num_examples": 9}}
     assert kept(run("a", settings={}), run("b", settings=settings)) == ["b"]
+
+
+def test_a_run_from_before_fast_is_the_model_of_one_that_is():
+    plain = make_run().settings
+    model = plain["model"]
+
+    def with_fast(value):
+        arguments = {**model.get("init_args", {}), "fast": value}
+        return {**plain, "model": {**model, "init_args": arguments}}
+
+    before, after = run("a", seed=0), run("b", seed=1, settings=with_fast(True))
+    assert len(group_models([before, after])) == 1
+    assert len(group_models([before, run("c", seed=1, settings=with_fast(False))])) == 2
+    assert kept(before, run("d", seed=0, settings=with_fast(True))) == ["d"]

@@ -1,5 +1,6 @@
 """The command line: `python cli.py fit --model ATAWP`, or `robust-flatness fit --model ATAWP`."""
 
+import logging
 import shutil
 import sys
 import warnings
@@ -33,6 +34,10 @@ from robust_flatness.loggers import EpochCSVLogger, make_wandb_logger
 for message in (".*LeafSpec.*", ".*does not have many workers.*"):
     # Said by Lightning about itself, and about data that is in memory already.
     warnings.filterwarnings("ignore", message=message)
+# Lightning's advertisement of a logger, in every run.
+logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+    lambda record: "litlogger" not in record.getMessage()
+)
 
 # Functions beside `fit` and `test`, which these need not wait for.
 COMMANDS = {

@@ -119,7 +119,11 @@ def test_bad_input_is_one_sentence(arguments, sentence, capsys):
         ),
     ],
 )
-def test_what_runs_would_refuse_is_refused_before_there_is_a_plan(arguments, sentence, capsys):
+def test_what_runs_would_refuse_is_refused_before_there_is_a_plan(
+    arguments, sentence, capsys, monkeypatch
+):
+    # Other tests of the process may have left theirs.
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
     Path("file").touch()
     content = {"method": "grid", "command": ["fit", "--name=mine", "${args}"]}
     content |= {"parameters": {"data.num_workers": {"values": [-1, 0]}}}

@@ -119,7 +119,7 @@ def trained(given: argparse.Namespace) -> dict[str, Any]:
     sizes = {"num_test": count, "num_train_eval": count, "num_val": count // 2}
     data = ImageFolder(given.images, batch_size=given.batch, **sizes)
     module = AT(partial(ResNet18, width=given.width), fast="graph" if given.graph else True)
-    table = EpochCSVLogger("unused", write=False)
+    table = EpochCSVLogger(given.file.parent, write=False)
     trainer = Trainer(
         accelerator=given.device,
         devices=1,

@@ -9,7 +9,6 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, NoReturn
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
@@ -28,7 +27,7 @@ from robust_flatness.configs.components import (
 )
 from robust_flatness.configs.compose import DEFAULTS, EXTERNAL, compose, run_folder_of
 from robust_flatness.configs.parser import Parser
-from robust_flatness.lightning_modules.at import CLASS_KEY
+from robust_flatness.lightning_modules.loading import class_written
 from robust_flatness.loggers import EpochCSVLogger, make_wandb_logger
 
 for message in (".*LeafSpec.*", ".*does not have many workers.*"):
@@ -45,6 +44,9 @@ COMMANDS = {
     "report": "robust_flatness.reporting.command:report",
     "dashboard": "robust_flatness.reporting.dashboard_command:dashboard",
 }
+
+# What is raised where arguments or the machine are not as they should be.
+REFUSALS = (ValueError, OSError, MisconfigurationException)
 
 
 class CLI(LightningCLI):
@@ -92,15 +94,13 @@ class CLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Puts presets, files and options into one order first."""
         arguments = list(sys.argv[1:] if args is None else args)
-        commands = [*self.subcommands(), *COMMANDS]
         try:
-            if arguments and arguments[0] in commands:
+            if arguments and arguments[0] in self.subcommands():
                 arguments = compose(arguments, known_classes())
             elif not {"-h", "--help"} & set(arguments):
-                raise ValueError(
-                    f"Expected one of {', '.join(commands)} to come first but got "
-                    f"{arguments[0] if arguments else 'nothing'}."
-                )
+                commands = ", ".join([*self.subcommands(), *COMMANDS])
+                came = arguments[0] if arguments else "nothing"
+                raise ValueError(f"Expected one of {commands} to come first but got {came}.")
         except ValueError as error:
             parser.error(str(error))
         self.config = parser.parse_args(arguments)
@@ -135,12 +135,9 @@ class CLI(LightningCLI):
         if not Path(path).is_file():
             self.parser.error(f"Expected `--ckpt_path` to be a checkpoint file but got {path}.")
         try:
-            written = torch.load(path, map_location="cpu", weights_only=True).get(CLASS_KEY)
-        except Exception as error:
-            self.parser.error(
-                f"Expected `--ckpt_path` to be a checkpoint but {path} is something else or "
-                f"broken: {type(error).__name__}."
-            )
+            written = class_written(path, "--ckpt_path")
+        except ValueError as error:
+            self.parser.error(str(error))
         asked = self.config[self.config.subcommand].model.class_path.rsplit(".", 1)[-1]
         if written is not None and written != asked:
             self.parser.error(
@@ -160,14 +157,14 @@ class CLI(LightningCLI):
         self._folder: Path | None = None
         try:
             super().instantiate_classes()
-        except (ValueError, OSError, MisconfigurationException) as error:
+        except REFUSALS as error:
             self._refuse(error)
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Runs it; what is found to be wrong before anything is trained ends in one sentence."""
         try:
             super()._run_subcommand(subcommand)
-        except (ValueError, OSError, MisconfigurationException) as error:
+        except REFUSALS as error:
             if self.trainer.global_step > 0:
                 raise
             self._refuse(error)

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 import torchattacks
-from lightning.pytorch import Trainer
 from measures import EPS, images_of, load
 from pyautoattack import AutoAttack as Official
 from rounds import Rounds, begin, benchmark_parser
+from timed_trainers import quiet_trainer
 from torch import Tensor, nn
 
 from robust_flatness.callbacks import AutoAttack
@@ -44,8 +44,7 @@ def theirs(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 def ours(model: nn.Module, count: int) -> float:
     """Robust error by the callback in `trainer.test`."""
     callback = AutoAttack(num_examples=count)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = Trainer(accelerator="cpu", callbacks=[callback], **quiet)
+    trainer = quiet_trainer(callbacks=[callback])
     figures = trainer.test(model, Digits(), verbose=False)  # type: ignore[arg-type]
     return figures[0]["test/autoattack_error"]
 

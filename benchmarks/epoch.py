@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 from gpu_ways import RandomImages
-from lightning.pytorch import Trainer
 from rounds import Rounds, begin, benchmark_parser
 from textbook import TEXTBOOK, textbook_pgd
+from timed_trainers import quiet_trainer, train_on
 from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, Dataset
@@ -81,20 +81,8 @@ def textbook(count: int, batch: int, width: int) -> Callable[[], object]:
 def ours(count: int, batch: int, width: int, folder: str) -> Callable[[], object]:
     """An epoch in a trainer, with all that comes before and after it."""
     module, data = AT(partial(ResNet18, width=width)), RandomImages(count, batch_size=batch)
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=0,
-        logger=EpochCSVLogger(Path(folder)),
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-
-    def epoch() -> None:
-        trainer.fit_loop.max_epochs += 1  # type: ignore[operator]
-        trainer.fit(module, datamodule=data)
-
-    return epoch
+    trainer = quiet_trainer(max_epochs=0, logger=EpochCSVLogger(Path(folder)))
+    return partial(train_on, trainer, module, data)
 
 
 def print_profile(run: Callable[[], object], lines: int) -> None:

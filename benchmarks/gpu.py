@@ -33,8 +33,9 @@ except ImportError:
     sys.modules["robust_flatness"] = package
 
 from gpu_ways import Way, constant, timed, ways
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from rounds import Goal, Rounds, print_goals, setting
+from timed_trainers import quiet_trainer
 from torch import Tensor
 
 from robust_flatness.callbacks import AutoAttack, Flatness, RobustEvaluation
@@ -120,15 +121,8 @@ def trained(given: argparse.Namespace) -> dict[str, Any]:
     data = ImageFolder(given.images, batch_size=given.batch, **sizes)
     module = AT(partial(ResNet18, width=given.width), fast="graph" if given.graph else True)
     table = EpochCSVLogger(given.file.parent, write=False)
-    trainer = Trainer(
-        accelerator=given.device,
-        devices=1,
-        max_epochs=given.epochs,
-        callbacks=callbacks,
-        logger=table,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-    )
+    settings = {"accelerator": given.device, "max_epochs": given.epochs, "callbacks": callbacks}
+    trainer = quiet_trainer(**settings, logger=table)
     seconds, _ = timed(torch.device(given.device), lambda: trainer.fit(module, datamodule=data))
     final = {name: float(value) for name, value in trainer.callback_metrics.items()}
     paper = next(model for model in published_models() if model.method == "at")

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from timed_trainers import quiet_trainer, train_on
 
 from robust_flatness.datamodules import ResidentImages, RobustDataModule
 from robust_flatness.lightning_modules import AT, ATAWP
@@ -72,22 +73,12 @@ class Way:
             module.network.compile()
         count = given.batch * (given.steps + given.warm_up)
         self.data = RandomImages(count, batch_size=given.batch)
-        self.trainer = Trainer(
-            accelerator=given.device,
-            devices=1,
-            max_epochs=0,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[self.timer],
-            **settings,
-        )
+        settings |= {"accelerator": given.device, "callbacks": [self.timer]}
+        self.trainer = quiet_trainer(max_epochs=0, **settings)
 
     def __call__(self) -> float:
         """Wall-clock seconds of a step."""
-        self.trainer.fit_loop.max_epochs += 1  # type: ignore[operator]
-        self.trainer.fit(self.module, datamodule=self.data)
+        train_on(self.trainer, self.module, self.data)
         return self.timer.seconds
 
 

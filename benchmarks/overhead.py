@@ -28,6 +28,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from rounds import Goal, Rounds, begin, benchmark_parser, print_goals
+from timed_trainers import quiet_trainer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
@@ -139,15 +140,7 @@ def fitted(make: Callable[[], LightningModule], batches: Batches, **settings: An
     """Seconds of one epoch in a trainer."""
     watch = Stopwatch()
     callbacks = [watch, *settings.pop("callbacks", [])]
-    quiet = {"logger": False, "enable_progress_bar": False, **settings}
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        callbacks=callbacks,
-        **quiet,
-    )
+    trainer = quiet_trainer(max_epochs=1, callbacks=callbacks, **settings)
     trainer.fit(make(), batches)
     return watch.seconds
 

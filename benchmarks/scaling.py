@@ -27,6 +27,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from rich.progress import track
 from rounds import Rounds, benchmark_parser, setting
+from timed_trainers import quiet_trainer
 
 from robust_flatness.callbacks import AutoAttack, Flatness
 from robust_flatness.datamodules import Digits
@@ -55,18 +56,10 @@ class Clock(Callback):
 
 
 def trainer_of(devices: int, callbacks: Sequence[Callback], **settings: Any) -> Trainer:
-    """A trainer on CPUs that is silent."""
-    return Trainer(
-        accelerator="cpu",
-        devices=devices,
-        strategy=DDPStrategy(process_group_backend="gloo") if devices > 1 else "auto",
-        callbacks=list(callbacks),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **settings,
-    )
+    """A trainer on so many processes."""
+    strategy = DDPStrategy(process_group_backend="gloo") if devices > 1 else "auto"
+    settings |= {"devices": devices, "strategy": strategy, "callbacks": list(callbacks)}
+    return quiet_trainer(**settings)
 
 
 def seconds_of(given: argparse.Namespace) -> dict[str, float]:

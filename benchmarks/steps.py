@@ -25,6 +25,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from rich.progress import track
 from rounds import Rounds, begin, benchmark_parser
+from timed_trainers import train_on
 from torch import nn
 from typing_extensions import override
 
@@ -149,8 +150,7 @@ class Row:
     def train(self, epochs: int) -> float:
         """CPU seconds of a step, over some more epochs."""
         self.cost.seconds, self.cost.steps = 0.0, 0
-        self.trainer.fit_loop.max_epochs += epochs  # type: ignore[operator]
-        self.trainer.fit(self.module, datamodule=self.data)
+        train_on(self.trainer, self.module, self.data, epochs)
         return self.cost.seconds / self.cost.steps
 
 

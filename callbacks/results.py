@@ -83,12 +83,7 @@ class Results(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
             seconds = time.monotonic() - self._started
-            name = _checkpoint(trainer) or "last"
-            # A checkpoint from elsewhere has this folder to itself.
-            parents = Path(trainer.ckpt_path or "").resolve().parents
-            own = self._folder is not None and self._folder.resolve() in parents
-            name = name if own and name != "last" else "test"
-            self._finish(trainer, pl_module, f"results_{name}.json", seconds)
+            self._finish(trainer, pl_module, self._name_of_test(trainer), seconds)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -104,6 +99,12 @@ class Results(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._seconds_before = float(state_dict["wall_time_seconds"])
+
+    def _name_of_test(self, trainer: Trainer) -> str:
+        path = Path(trainer.ckpt_path or "").resolve()
+        own = self._folder is not None and self._folder.resolve() in path.parents
+        # A checkpoint from elsewhere has this folder to itself.
+        return f"results_{path.stem}.json" if own and path.stem != "last" else "results_test.json"
 
     def _fit_seconds(self) -> float:
         now = time.monotonic() - self._started if self._fitting else 0.0

@@ -94,7 +94,7 @@ class PGD:
         with differentiable(model, self.mode):
             # Tensors made under inference mode cannot be saved for backward, their clones can.
             images, labels = images.detach().clone(), labels.clone()
-            if not crafts_fast(images.device):
+            if not (self.steps and crafts_fast(images.device)):
                 return self._kept(model, images, labels, start, criterion)
             with bfloat16_forwards(images.device):
                 found = self._kept(model, images, labels, start, criterion)

@@ -9,6 +9,28 @@ import torch
 from robust_flatness.lightning_modules.at import AT, CLASS_KEY
 
 
+def class_written(path: str | Path, argument: str) -> Any:
+    """The name of the class that wrote a checkpoint.
+
+    Args:
+        path: A file.
+        argument: What names the file, for the message.
+
+    Returns:
+        The name, or `None` in a checkpoint of something else.
+
+    Raises:
+        ValueError: If the file is no checkpoint.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True).get(CLASS_KEY)
+    except Exception as error:
+        raise ValueError(
+            f"Expected `{argument}` to be a checkpoint but {path} is something else or broken: "
+            f"{type(error).__name__}."
+        ) from error
+
+
 def load_checkpoint(path: str | Path, **kwargs: Any) -> AT:
     """Loads a checkpoint as the variant that wrote it.
 
@@ -25,8 +47,7 @@ def load_checkpoint(path: str | Path, **kwargs: Any) -> AT:
     Raises:
         ValueError: If the file is no checkpoint of a variant of this package.
     """
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    name = checkpoint.get(CLASS_KEY)
+    name = class_written(path, "path")
     classes = importlib.import_module("robust_flatness.lightning_modules")
     variant = getattr(classes, name, None) if isinstance(name, str) else None
     if variant is None:

@@ -11,7 +11,7 @@ import torch
 from rich.table import Table
 
 from robust_flatness.reporting.runs import Run, read_runs
-from robust_flatness.study.plan import PlannedRun, counted
+from robust_flatness.study.plan import PlannedRun, counted, stem_of
 from robust_flatness.study.state import State, epochs_done, state_of
 
 
@@ -36,10 +36,13 @@ def seconds_left(plan: Sequence[PlannedRun]) -> dict[PlannedRun, float]:
     Args:
         plan: Runs of one root.
     """
-    root = plan[0].folder.parent
-    states = {run: state_of(run) for run in plan}
+    return _seconds_left({run: state_of(run) for run in plan})
+
+
+def _seconds_left(states: Mapping[PlannedRun, State]) -> dict[PlannedRun, float]:
+    root = next(iter(states)).folder.parent
     if all(state is State.FINISHED for state in states.values()):
-        return dict.fromkeys(plan, 0.0)
+        return dict.fromkeys(states, 0.0)
     measured = _paces(root) if root.is_dir() else {}
     left = {}
     for run, state in states.items():
@@ -73,7 +76,8 @@ def plan_table(plan: Sequence[PlannedRun], jobs: int) -> Table:
         plan: All of its runs.
         jobs: Runs at once.
     """
-    left, states = seconds_left(plan), {run: state_of(run) for run in plan}
+    states = {run: state_of(run) for run in plan}
+    left = _seconds_left(states)
     table = Table(title=f"{counted(len(plan))} on {', '.join(sorted({run.data for run in plan}))}")
     table.add_column("method", no_wrap=True)
     for column in ("runs", *(state.value for state in State), "epochs", "left"):
@@ -98,8 +102,7 @@ def _paces(root: Path) -> dict[tuple[str, str], _Pace]:
     found: dict[tuple[str, str], list[_Pace]] = {}
     for run in read_runs(root)[0]:
         if math.isfinite(run.wall_time_seconds) and run.epochs > 0:
-            stem = run.name.rsplit("-s", 1)[0]
-            found.setdefault((run.data, stem), []).append(_pace(run))
+            found.setdefault((run.data, stem_of(run.name)), []).append(_pace(run))
     return {key: _median(paces) for key, paces in found.items()}
 
 

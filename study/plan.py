@@ -57,7 +57,7 @@ class PlannedRun:
     @property
     def stem(self) -> str:
         """The name without the seed."""
-        return self.name.rsplit("-s", 1)[0]
+        return stem_of(self.name)
 
 
 class _Chosen(NamedTuple):
@@ -116,6 +116,16 @@ def make_plan(
             f"{', '.join(doubled)}: name each once, or give their files a `name` each."
         )
     return plan
+
+
+def stem_of(name: str) -> str:
+    """The name of a run without its seed.
+
+    Example:
+        >>> stem_of("at_awp-Digits-s0")
+        'at_awp-Digits'
+    """
+    return name.rsplit("-s", 1)[0]
 
 
 def counted(runs: int) -> str:

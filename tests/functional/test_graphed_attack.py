@@ -4,7 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from networks_for_tests import images_and_labels, tiny_network
+from networks_for_tests import Recorder, images_and_labels, tiny_network
 
 from robust_flatness.functional import PGD
 from robust_flatness.functional.graphed_attack import GraphedAttack
@@ -12,23 +12,6 @@ from robust_flatness.functional.iterate import example_losses
 from robust_flatness.functional.trades import divergences
 
 PGD_3 = PGD(0.1, steps=3)
-
-
-class Recorder:
-    """Stands in for CUDA: a replay computes from, and writes to, the tensors of the recording."""
-
-    def __init__(self):
-        self.recordings = self.replays = 0
-
-    def __call__(self, run):
-        self.recordings += 1
-        output = run()
-
-        def replay():
-            self.replays += 1
-            output.copy_(run())
-
-        return replay, output
 
 
 def given(seed=1, count=8):

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from networks_for_tests import tiny_body
+from networks_for_tests import Recorder, tiny_body
 from torch.utils._python_dispatch import TorchDispatchMode
 from trainers import PLAIN, ToyData, loader, quiet_trainer
 
@@ -157,32 +157,16 @@ def test_measures_search_as_the_module_does_and_tell_in_float32(fast, cpu_as_gpu
     assert types.seen[: -len(search)].count(torch.bfloat16) == 0
 
 
-class Replays:
-    """Stands in for CUDA's graphs."""
-
-    def __init__(self):
-        self.count = 0
-
-    def __call__(self, run):
-        output = run()
-
-        def replay():
-            self.count += 1
-            output.copy_(run())
-
-        return replay, output
-
-
 @pytest.mark.parametrize("cls", CLASSES)
 def test_a_graph_trains_as_fast_does_without(cls, cpu_as_gpu, monkeypatch):
-    replays = Replays()
+    recorder = Recorder()
     monkeypatch.setattr(
         "robust_flatness.lightning_modules.fast_mixin.GraphedAttack",
-        lambda pgd: GraphedAttack(pgd, replays),
+        lambda pgd: GraphedAttack(pgd, recorder),
     )
     graphed, seen, _ = trained(cls, batches=3, fast="graph")
     eager, _, _ = trained(cls, batches=3)
-    assert replays.count == 3
+    assert recorder.replays == 3
     assert set(seen) == {torch.bfloat16}
     assert apart(graphed, eager) == 0
 
@@ -195,7 +179,7 @@ def test_an_attack_that_changes_is_recorded_anew(cpu_as_gpu, monkeypatch):
 
     monkeypatch.setattr(
         "robust_flatness.lightning_modules.fast_mixin.GraphedAttack",
-        lambda pgd: GraphedAttack(pgd, Replays()),
+        lambda pgd: GraphedAttack(pgd, Recorder()),
     )
     graphed, eager = (trained(Growing, batches=3, fast=fast)[0] for fast in ("graph", True))
     assert apart(graphed, eager) == 0

@@ -107,3 +107,21 @@ def upcast(logits: Tensor) -> Tensor:
         torch.float32
     """
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+def predicted_classes(logits: Tensor) -> Tensor:
+    """The predicted class of each example, or -1 if any of its logits is not finite.
+
+    `argmax` of NaN is class 0, so a diverged network would be right on that class.
+
+    Args:
+        logits: `(N, K)`.
+
+    Returns:
+        Classes `(N,)`, -1 for an example that counts as misclassified whatever its label is.
+
+    Example:
+        >>> predicted_classes(torch.tensor([[0.0, 1.0], [float("nan"), 1.0]]))
+        tensor([ 1, -1])
+    """
+    return torch.where(logits.isfinite().all(1), logits.argmax(1), -1)

@@ -20,7 +20,7 @@ from robust_flatness.lightning_modules.fast_mixin import Fast, FastMixin
 from robust_flatness.lightning_modules.pgd_mixin import PGDMixin
 from robust_flatness.lightning_modules.schedules import MultiStep, prepare_schedule
 from robust_flatness.lightning_modules.walk_mixin import WalkMixin
-from robust_flatness.networks import Normalize, ResNet18
+from robust_flatness.networks import Normalize, ResNet18, channels_last
 
 NetworkCallable = Callable[[int, int], nn.Module]
 Incorrect = Literal["attack", "ignore", "predicted"]
@@ -116,8 +116,7 @@ class AT(FastMixin, PGDMixin, WalkMixin):
         self.pgd = PGD(*settings) if tau is None else FriendlyPGD(*settings, tau)
         self.training_labels = TrainingLabels(label_noise, label_smoothing, smoothing_spread)
         self.normalize = Normalize(mean, std)
-        # Channels innermost in memory suit GPUs in bfloat16, and narrow networks on CPUs.
-        self.network = network(num_classes, in_channels).to(memory_format=torch.channels_last)
+        self.network = channels_last(network(num_classes, in_channels))
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self.means, self.fast = EpochMeans(), fast
 

@@ -6,6 +6,7 @@ a layer of its own, `Normalize`, put before any of them.
 """
 
 from robust_flatness.networks.activations import Activation, make_activation
+from robust_flatness.networks.memory_format import channels_last
 from robust_flatness.networks.normalization import Normalize
 from robust_flatness.networks.norms import Norm, make_norm
 from robust_flatness.networks.reparameterized_batch_norm import ReparameterizedBatchNorm2d
@@ -27,6 +28,7 @@ __all__ = [
     "WideResNet",
     "WideResNet28x10",
     "WideResNet34x10",
+    "channels_last",
     "make_activation",
     "make_norm",
 ]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import RichProgressBar
@@ -10,10 +11,15 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+# Lightning takes a task's number for its place in the list, so none of its tasks may move: the one
+# added here is hidden between measures, not removed.
+_TASKS: WeakKeyDictionary[Progress, TaskID] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -37,11 +43,15 @@ def measuring(trainer: Trainer, what: str, total: int) -> Iterator[Callable[[], 
     progress: Progress = borrowed or Progress(*_columns(), transient=True)
     if not borrowed:
         progress.start()
-    task = progress.add_task(what, total=total)
+    if progress in _TASKS:
+        progress.reset(_TASKS[progress], description=what, total=total, visible=True)
+    else:
+        _TASKS[progress] = progress.add_task(what, total=total)
+    task = _TASKS[progress]
     try:
         yield lambda: progress.update(task, advance=1, refresh=True)
     finally:
-        progress.remove_task(task)
+        progress.update(task, visible=False, refresh=True)
         if not borrowed:
             progress.stop()
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from robust_flatness.lightning_modules import AT
 from robust_flatness.networks import ResNet18, SmallResNet, channels_last
 
-# The smallest case, whose weight gradients corrupted the heap in channels_last, and narrow networks.
+# The smallest case, whose weight gradients corrupted the heap in channels_last, and narrow nets.
 CODE = """
 import torch
 from functools import partial

@@ -6,9 +6,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from robust_flatness.callbacks.examples import FixedImages
 from robust_flatness.callbacks.isolation import averaged_weights, swapped_weights
 from robust_flatness.callbacks.logs import log_equal, log_final
 from robust_flatness.callbacks.measurement import Measurement
@@ -17,7 +18,7 @@ from robust_flatness.callbacks.robust_early_stopping import early_stopping_of
 Figures = dict[str, float]
 
 
-class FinalMeasurement(Callback, ABC):
+class FinalMeasurement(FixedImages, ABC):
     """Measures at the end of `fit` and in `test`, on last and early-stopped weights.
 
     Early-stopped weights are those of a `RobustEarlyStopping` beside it, in `test` too, whose
@@ -52,6 +53,7 @@ class FinalMeasurement(Callback, ABC):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forgets what an earlier run found."""
+        super().setup(trainer, pl_module, stage)
         for part in (*self.final_results.values(), self.final_arrays):
             part.clear()
         for measurement in self.measurements:
@@ -61,6 +63,10 @@ class FinalMeasurement(Callback, ABC):
         """Reads the images, so that bad ones are refused before anything is trained."""
         for measurement in self.measurements:
             measurement.on_train_start(trainer, pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Reads the images, so that bad ones are refused before anything is measured."""
+        self.on_train_start(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures and hands the figures to the loggers; also if a finished run is resumed."""

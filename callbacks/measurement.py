@@ -7,16 +7,18 @@ from contextlib import contextmanager
 from typing import Any, get_args
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from robust_flatness.callbacks.examples import (
     Examples,
+    FixedImages,
     Normalization,
     PixelInput,
-    find_dataset,
-    read_examples,
+    find_examples,
+    has_examples,
+    warn_of_one_class,
 )
 from robust_flatness.callbacks.isolation import averaged_weights, isolated
 from robust_flatness.callbacks.logs import log_equal
@@ -37,7 +39,7 @@ SPLITS = ("train", "val", "test")
 PREFIX = {"train": "train_eval", "val": "val", "test": "test"}
 
 
-class Measurement(Callback, ABC):
+class Measurement(FixedImages, ABC):
     """Measures the network at the end of epochs, on fixed images, without touching training.
 
     A subclass says what in `measure`; this class says when and on what, and logs it. It serves any
@@ -101,6 +103,7 @@ class Measurement(Callback, ABC):
         self.batch_size, self.seed, self.normalization = batch_size, seed, normalization
         self.arrays: dict[str, Tensor] = {}
         self._examples: Examples | None = None
+        self._fitted: Examples | None = None
 
     @abstractmethod
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
@@ -120,7 +123,9 @@ class Measurement(Callback, ABC):
         return f"{type(self).__name__}[{self.split}]"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forgets the images of an earlier run."""
+        """Forgets the images of an earlier run, but for a test that brings no such split."""
+        super().setup(trainer, pl_module, stage)
+        self._fitted = None if stage == "fit" else self._examples or self._fitted
         self._examples = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -133,6 +138,11 @@ class Measurement(Callback, ABC):
         with self.network(trainer, pl_module) as network, torch.no_grad():
             classes = network(examples.images[:1].to(pl_module.device)).shape[1]
         check_examples(examples.images, examples.labels, classes)
+        warn_of_one_class(examples, classes, self.split)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Reads the images, so that bad ones are refused before anything is measured."""
+        self.on_train_start(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures and logs, if this epoch is one to measure."""
@@ -152,12 +162,19 @@ class Measurement(Callback, ABC):
 
     def examples(self, trainer: Trainer, pl_module: LightningModule) -> Examples:
         """The measured images, read once."""
+        if self._examples is None and self._fitted is not None and self.dataset is None:
+            # `trainer.test` forgets the loaders of `fit`.
+            self._examples = None if has_examples(trainer, self.split) else self._fitted
         if self._examples is None:
             with isolated(trainer, pl_module):
-                dataset = self.dataset
-                if dataset is None:
-                    dataset = find_dataset(trainer, pl_module, self.split)
-                self._examples = read_examples(dataset, self.num_examples, self.normalization)
+                self._examples = find_examples(
+                    trainer,
+                    pl_module,
+                    split=self.split,
+                    count=self.num_examples,
+                    dataset=self.dataset,
+                    normalization=self.normalization,
+                )
         return self._examples
 
     def radius(self, trainer: Trainer) -> float:

@@ -90,6 +90,9 @@ class RobustEarlyStopping(RobustEvaluation):
             self.best_epoch, self.best_error, self._since_best = epoch, error, 0
             self.best_weights = _on_cpu(pl_module)
 
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Nothing: a test need not have the images to select on."""
+
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Nothing: there is nothing to select in a test."""
 

@@ -18,10 +18,10 @@ from robust_flatness.callbacks.averages import (
     scaled_decay,
 )
 from robust_flatness.callbacks.examples import (
+    FixedImages,
     Normalization,
     PixelInput,
-    find_dataset,
-    read_examples,
+    find_examples,
 )
 from robust_flatness.callbacks.isolation import averaged_weights, copy_weights, own_weights
 from robust_flatness.callbacks.logs import log_equal
@@ -33,7 +33,7 @@ BatchNormChoice = Literal["average", "reestimate"]
 PAPER_STEPS = 58_650
 
 
-class WeightAveraging(LightningWeightAveraging):
+class WeightAveraging(FixedImages, LightningWeightAveraging):
     """Averages the weights after each optimizer step, w̄ ← τ w̄ + (1 - τ) w, beginning with w̄ = w.
 
     The paper's row "weight averaging" (Table 1; Izmailov et al., 2018) takes τ = 0.9975 from the
@@ -231,11 +231,16 @@ class WeightAveraging(LightningWeightAveraging):
     def _read_images(self, trainer: Trainer, pl_module: LightningModule) -> Tensor:
         if self._images is None:
             with isolate_rng():
-                dataset = self.dataset
-                if dataset is None:
-                    dataset = find_dataset(trainer, pl_module, self.split)
-                found = read_examples(dataset, self.num_examples, self.normalization)
-            self._images = found.images
+                # Statistics may be those of augmented images.
+                self._images = find_examples(
+                    trainer,
+                    pl_module,
+                    split=self.split,
+                    count=self.num_examples,
+                    dataset=self.dataset,
+                    normalization=self.normalization,
+                    fixed=False,
+                ).images
         return self._images
 
     @override

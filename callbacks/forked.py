@@ -1,0 +1,86 @@
+"""Code of the user, called without a trace."""
+
+import logging
+import multiprocessing
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+
+class Refusal(ValueError):
+    """Says in a sentence why something is not read."""
+
+
+def in_fork(read: Callable[[], Any], what: str) -> Any:
+    """Calls a function in a fork of this process, which keeps whatever else the function does.
+
+    Args:
+        read: Runs without gradients, on one thread and no GPU, and may not exchange anything with
+            other ranks. What it returns is pickled.
+        what: What it reads, for the message.
+
+    Returns:
+        What `read` returned.
+
+    Raises:
+        ValueError: With the sentence of a `Refusal`, or if `read` fails in another way.
+
+    Example:
+        >>> log = []
+        >>> in_fork(lambda: log.append(1) or len(log), "a log"), log
+        (1, [])
+    """
+    answer, problem = None, "forks are not available here"
+    if "fork" in multiprocessing.get_all_start_methods():
+        context = multiprocessing.get_context("fork")
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_answer, args=(read, sender))
+        with warnings.catch_warnings():
+            # Python warns of forks beside other threads; loaders with workers take the same risk.
+            warnings.simplefilter("ignore")
+            process.start()
+        sender.close()
+        try:
+            answer, refusal, problem = receiver.recv()
+        except EOFError:
+            refusal, problem = None, "its process died"
+        finally:
+            receiver.close()
+            process.join()
+        if refusal:
+            raise ValueError(refusal)
+    if problem:
+        raise ValueError(
+            f"Expected to read {what} in a fork of this process, so that training does not "
+            f"notice, but that failed ({problem}); pass `dataset=`."
+        )
+    return answer
+
+
+def _answer(read: Callable[[], Any], sender: Connection) -> None:
+    # What a loader says, it says in training.
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    logging.disable()
+    warnings.simplefilter("ignore")
+    # A fork has one thread, and other ranks do not wait for it.
+    torch.set_num_threads(1)
+    for name in ("all_gather", "all_gather_object", "all_reduce", "barrier", "broadcast"):
+        setattr(torch.distributed, name, _refuse_exchange)
+    answer = refusal = problem = None
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            answer = read()
+    except Refusal as error:
+        refusal = str(error)
+    except BaseException as error:
+        problem = f"{type(error).__name__}: {error}"
+    sender.send((answer, refusal, problem))
+
+
+def _refuse_exchange(*_: Any, **__: Any) -> None:
+    raise RuntimeError("a loader or hook exchanges tensors with other ranks")

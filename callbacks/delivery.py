@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.plugins.precision import DoublePrecision
 from lightning.pytorch.trainer.connectors.data_connector import (
     _DataLoaderSource,
     _process_dataloader,
@@ -98,8 +99,8 @@ def read_delivery(
         ValueError: If there is no such loader, it cannot be read, or its images are not fixed.
     """
     state = {}
-    if module.device.type != "cpu":
-        # The fork has no GPU: hooks find the weights and buffers on the CPU.
+    if module.device.type != "cpu" and has_own_hooks(trainer):
+        # A fork has no GPU: hooks find weights and buffers on the CPU.
         tensors = [*module.named_parameters(), *module.named_buffers()]
         state = {name: tensor.detach().cpu() for name, tensor in tensors}
 
@@ -117,18 +118,22 @@ def read_delivery(
         images, labels = _read(trainer, module, loader, drawn, count)
         if fixed:
             _go_on(trainer, loader)
-            again, _ = _read(trainer, module, loader, drawn, count)
-            if not torch.equal(images, again):
-                raise Refusal(
-                    f"Expected the images of `split` {split} to be the same whenever they are "
-                    "read but got others the second time, as random augmentation gives; pass "
-                    "`dataset=` without it."
-                )
+            again = _read(trainer, module, loader, drawn, count)
+            if not all(map(torch.equal, (images, labels), again)):
+                raise Refusal(changing(split))
         del held
         return images.numpy(), labels.numpy(), drawn if custom else None
 
     images, labels, drawn = in_fork(read, f"the loader of `split` {split}")
     return Delivery(torch.from_numpy(images), torch.from_numpy(labels), drawn)
+
+
+def changing(split: str) -> str:
+    """Says that the images of a split are not the same whenever they are read."""
+    return (
+        f"Expected the images of `split` {split} to be the same whenever they are read but got "
+        "others the second time, as random augmentation gives; pass `dataset=` without it."
+    )
 
 
 def _loop(trainer: Trainer, split: str) -> Any:
@@ -192,7 +197,9 @@ def _read(
     images: list[Tensor] = []
     labels: list[Tensor] = []
     for batch in _collated(loader, batches):
-        batch = trainer.precision_plugin.convert_input(batch)
+        if isinstance(trainer.precision_plugin, DoublePrecision):
+            # Half precision would round pixels before normalisation is undone.
+            batch = trainer.precision_plugin.convert_input(batch)
         batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
         batch = module._apply_batch_transfer_handler(batch, torch.device("cpu"), dataloader_idx=0)
         pair = list(batch[:2]) if isinstance(batch, (list, tuple)) else []
@@ -240,11 +247,12 @@ def _go_on(trainer: Trainer, loader: DataLoader[Any]) -> None:
 
 
 def _move(module: LightningModule, state: dict[str, Tensor]) -> list[Tensor]:
-    """Puts tensors on the CPU in place of those of a module, and returns the latter to be kept."""
+    """Puts tensors on the CPU in place of a module's own, and returns these to be kept."""
     held = []
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if name in state:
             held.append(tensor.data)
             tensor.data = state[name]
-    module.cpu()
+    if state:
+        module._device = torch.device("cpu")
     return held

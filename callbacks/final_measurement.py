@@ -9,9 +9,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from robust_flatness.callbacks.examples import FixedImages
 from robust_flatness.callbacks.isolation import averaged_weights, swapped_weights
 from robust_flatness.callbacks.logs import log_equal, log_final
+from robust_flatness.callbacks.measured_images import FixedImages
 from robust_flatness.callbacks.measurement import Measurement
 from robust_flatness.callbacks.robust_early_stopping import early_stopping_of
 

@@ -40,18 +40,21 @@ def in_fork(read: Callable[[], Any], what: str) -> Any:
         context = multiprocessing.get_context("fork")
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=_answer, args=(read, sender))
-        with warnings.catch_warnings():
-            # Python warns of forks beside other threads; loaders with workers take the same risk.
-            warnings.simplefilter("ignore")
-            process.start()
-        sender.close()
+        refusal = None
         try:
+            with warnings.catch_warnings():
+                # Python warns of forks beside other threads; loaders with workers fork as well.
+                warnings.simplefilter("ignore")
+                process.start()
+            sender.close()
             answer, refusal, problem = receiver.recv()
+            process.join()
         except EOFError:
-            refusal, problem = None, "its process died"
+            problem = "its process died"
+        except (AssertionError, OSError) as error:
+            problem = str(error)
         finally:
             receiver.close()
-            process.join()
         if refusal:
             raise ValueError(refusal)
     if problem:
@@ -69,7 +72,14 @@ def _answer(read: Callable[[], Any], sender: Connection) -> None:
     warnings.simplefilter("ignore")
     # A fork has one thread, and other ranks do not wait for it.
     torch.set_num_threads(1)
-    for name in ("all_gather", "all_gather_object", "all_reduce", "barrier", "broadcast"):
+    for name in (
+        "all_gather",
+        "all_gather_object",
+        "all_reduce",
+        "barrier",
+        "broadcast",
+        "broadcast_object_list",
+    ):
         setattr(torch.distributed, name, _refuse_exchange)
     answer = refusal = problem = None
     try:
@@ -78,7 +88,7 @@ def _answer(read: Callable[[], Any], sender: Connection) -> None:
     except Refusal as error:
         refusal = str(error)
     except BaseException as error:
-        problem = f"{type(error).__name__}: {error}"
+        problem = " ".join(f"{type(error).__name__}: {error}".split())
     sender.send((answer, refusal, problem))
 
 

@@ -13,15 +13,13 @@ from torch.utils.data import Dataset
 
 from robust_flatness.callbacks.examples import (
     Examples,
-    FixedImages,
     Normalization,
     PixelInput,
-    find_examples,
-    has_examples,
     warn_of_one_class,
 )
 from robust_flatness.callbacks.isolation import averaged_weights, isolated
 from robust_flatness.callbacks.logs import log_equal
+from robust_flatness.callbacks.measured_images import FixedImages, find_examples, has_examples
 from robust_flatness.callbacks.progress import measuring
 from robust_flatness.callbacks.sharding import measure_sharded
 from robust_flatness.configs.types import Eps

@@ -17,14 +17,10 @@ from robust_flatness.callbacks.averages import (
     relative_distance,
     scaled_decay,
 )
-from robust_flatness.callbacks.examples import (
-    FixedImages,
-    Normalization,
-    PixelInput,
-    find_examples,
-)
+from robust_flatness.callbacks.examples import Normalization, PixelInput
 from robust_flatness.callbacks.isolation import averaged_weights, copy_weights, own_weights
 from robust_flatness.callbacks.logs import log_equal
+from robust_flatness.callbacks.measured_images import FixedImages, find_examples
 from robust_flatness.callbacks.measurement import SPLITS
 from robust_flatness.functional.arithmetic import float32_forwards
 from robust_flatness.functional.checks import check_choice, check_count, check_number

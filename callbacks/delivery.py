@@ -115,7 +115,10 @@ def read_delivery(
             limit = 1.0 if dataset is not None else getattr(trainer, f"limit_{split}_batches")
             drawn, custom = delivered_batches(loader, limit, count, trainer.world_size)
         seed_all(0)
+        shared = _shared_tensors(loader, module)
         images, labels = _read(trainer, module, loader, drawn, count)
+        if any(tensor._version != version for tensor, version in shared):
+            raise RuntimeError("it changes shared memory")
         if fixed:
             _go_on(trainer, loader)
             again = _read(trainer, module, loader, drawn, count)
@@ -217,6 +220,16 @@ def _read(
     if not images:
         raise Refusal("Expected the loader to deliver images but got an empty one.")
     return torch.cat(images)[:count], torch.cat(labels)[:count]
+
+
+def _shared_tensors(loader: DataLoader[Any], module: LightningModule) -> list[tuple[Tensor, int]]:
+    """Tensors in shared memory that the user's objects hold, with their versions."""
+    owners = [loader.sampler, loader.batch_sampler, loader.collate_fn, module, loader.dataset]
+    while (inner := getattr(owners[-1], "dataset", None)) is not None:
+        owners.append(inner)
+    values = [value for owner in owners for value in getattr(owner, "__dict__", {}).values()]
+    shared = [value for value in values if isinstance(value, Tensor) and value.is_shared()]
+    return [(tensor, tensor._version) for tensor in shared]
 
 
 def _collated(loader: DataLoader[Any], batches: Batches) -> Iterator[Any]:

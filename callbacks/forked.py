@@ -1,5 +1,7 @@
 """Code of the user, called without a trace."""
 
+import builtins
+import io
 import logging
 import multiprocessing
 import os
@@ -7,9 +9,13 @@ import sys
 import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.heap import BufferWrapper
 from typing import Any
 
 import torch
+
+_OPEN = open
+EXCHANGES = ("all_gather", "all_gather_object", "all_reduce", "broadcast", "broadcast_object_list")
 
 
 class Refusal(ValueError):
@@ -20,8 +26,8 @@ def in_fork(read: Callable[[], Any], what: str) -> Any:
     """Calls a function in a fork of this process, which keeps whatever else the function does.
 
     Args:
-        read: Runs without gradients, on one thread and no GPU, and may not exchange anything with
-            other ranks. What it returns is pickled.
+        read: Runs without gradients, on one thread and no GPU. It may not exchange anything with
+            other ranks, nor change files or shared memory. What it returns is pickled.
         what: What it reads, for the message.
 
     Returns:
@@ -72,24 +78,35 @@ def _answer(read: Callable[[], Any], sender: Connection) -> None:
     warnings.simplefilter("ignore")
     # A fork has one thread, and other ranks do not wait for it.
     torch.set_num_threads(1)
-    for name in (
-        "all_gather",
-        "all_gather_object",
-        "all_reduce",
-        "barrier",
-        "broadcast",
-        "broadcast_object_list",
-    ):
+    for name in EXCHANGES:
         setattr(torch.distributed, name, _refuse_exchange)
+    torch.distributed.barrier = lambda *_, **__: None
+    # What a fork writes to files or to shared memory stays.
+    builtins.open = io.open = _open_to_read  # type: ignore[assignment]
     answer = refusal = problem = None
     try:
+        before = _shared_numbers()
         with torch.inference_mode(False), torch.no_grad():
             answer = read()
+        if _shared_numbers() != before:
+            raise RuntimeError("it changes shared memory")
     except Refusal as error:
         refusal = str(error)
     except BaseException as error:
         problem = " ".join(f"{type(error).__name__}: {error}".split())
     sender.send((answer, refusal, problem))
+
+
+def _open_to_read(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+    if set(mode) & set("wax+") and file != os.devnull:
+        raise RuntimeError(f"it writes to {file}")
+    return _OPEN(file, mode, *args, **kwargs)
+
+
+def _shared_numbers() -> list[bytes]:
+    """What is in the `Value`s and `Array`s of multiprocessing."""
+    arenas = getattr(getattr(BufferWrapper, "_heap", None), "_arenas", [])
+    return [bytes(arena.buffer) for arena in arenas]
 
 
 def _refuse_exchange(*_: Any, **__: Any) -> None:

@@ -45,10 +45,18 @@ class Measurement(FixedImages, ABC):
     `(images, labels)`. Measuring is in float32, outside autocast, in eval mode, sharded over ranks
     by global index; where training averages weights, what is measured are the averaged ones.
 
+    The images of a loader are those that it delivers first: its sampler or batch sampler, its
+    `collate_fn`, the transfer hooks of module and datamodule, `limit_*_batches` and
+    `overfit_batches` apply. A shuffle does not; images that a sampler draws at random are drawn
+    once for a run and kept in its checkpoints. They are read in a fork of the process, so that
+    training does not notice. What is not sure is refused: drawing with replacement, iterable
+    datasets, training images that change (random augmentation), ranks that read different images.
+
     Args:
-        split: `train` (without augmentation), `val` or `test`.
-        dataset: Where the images come from; `None` takes the datamodule's `split_dataset(split)` or
-            the dataset of the trainer's loader for that stage.
+        split: `train`, `val` or `test`.
+        dataset: Items `(image, label)`, read as they are; `None` takes the datamodule's
+            `split_dataset(split)` if it has one, else the trainer's loader for that stage. In
+            `trainer.test` after `fit`, a split that the test does not bring is that of `fit`.
         num_examples: The first so many images are measured, or all there are.
         every_n_epochs: Measured in epochs 0, n, 2n, ... and in the last.
         eps: Radius of the attack, say 8/255; `None` takes the datamodule's `eps`, else 8/255.
@@ -65,7 +73,8 @@ class Measurement(FixedImages, ABC):
         arrays: What the last measurement found of each example, `(N,)` by name; may be empty.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range; before training, if the images are not sure, or
+            labels are not one class index for each image.
     """
 
     def __init__(

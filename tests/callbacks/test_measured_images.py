@@ -1,5 +1,7 @@
 """Promise 14: measures look at the images that the trainer's loader delivers, or refuse."""
 
+import multiprocessing
+import os
 import random
 from collections import Counter
 
@@ -475,6 +477,40 @@ def test_reading_leaves_no_trace(workers):
     assert alone[1:] == watched[1:]
     # Averages replace the weights at the end, and nothing else.
     assert alone[1:] == run(measures[2:])[1:]
+
+
+def write(path):
+    with open(path, "a") as file:
+        file.write("read")
+
+
+def add(shared):
+    shared.value += 1
+
+
+@pytest.mark.parametrize(
+    ("leave", "message"),
+    [
+        (lambda d: write(d.path), "writes to .*log"),
+        (lambda d: add(d.value), "changes shared memory"),
+        (lambda d: d.tensor.add_(1), "changes shared memory"),
+        (lambda d: os._exit(1), "its process died"),
+    ],
+)
+def test_a_trace_that_a_fork_would_leave_is_refused(leave, message, tmp_path):
+    class Leaving(TensorDataset):
+        path = tmp_path / "log"
+        value = multiprocessing.Value("i", 0)
+
+        def __getitem__(self, index):
+            leave(self)
+            return super().__getitem__(index)
+
+    data = Leaving(*dataset(8).tensors)
+    data.tensor = torch.zeros(1).share_memory_()
+    with pytest.raises(ValueError, match=f"failed .*{message}.*; pass `dataset=`"):
+        fitted(watch(), None, DataLoader(data, 4), num_sanity_val_steps=0)
+    assert not data.path.exists()
 
 
 def test_a_test_after_a_fit_has_the_images_of_the_fit():

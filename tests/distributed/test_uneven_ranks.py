@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed.uneven_ranks import Attack, attack, attacked_data, measuring_callbacks, module
+from distributed.uneven_ranks import (
+    FOREIGN,
+    Attack,
+    attack,
+    attacked_data,
+    measuring_callbacks,
+    module,
+)
 from networks_for_tests import same
 from trainers import quiet_trainer
 
@@ -83,3 +90,11 @@ def test_two_processes_take_kept_verdicts_and_attack_the_rest(ranks, folder, tmp
         assert torch.equal(rank["resumed"]["verdicts"], verdicts)
     assert not (folder / "run" / FOLDER).exists()
     assert not (folder / "wrong" / FOLDER).exists()
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_ranks_measure_the_images_of_a_foreign_loader_once_or_refuse_together(ranks, case):
+    _, _, expected = FOREIGN[case]
+    for rank in ranks:
+        found = rank["foreign"][case]
+        assert found == expected if isinstance(expected, list) else expected in found

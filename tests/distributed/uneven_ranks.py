@@ -1,11 +1,19 @@
 """Run as a script on two gloo processes, of which one has fewer images than the other, or none."""
 
+import random
 import sys
 from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    Sampler,
+    SubsetRandomSampler,
+    TensorDataset,
+)
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -120,9 +128,115 @@ def trained():
     }
 
 
+class Backwards(Sampler):
+    """Somebody else's sampler."""
+
+    def __iter__(self):
+        return iter(range(ODD - 1, -1, -1))
+
+    def __len__(self):
+        return ODD
+
+
+class Unseeded(Backwards):
+    """Draws what no other process draws."""
+
+    def __iter__(self):
+        return iter(random.Random().sample(range(ODD), ODD))
+
+
+class Validating(ATAWP):
+    """Validates, on a loader for which ranks wait for each other, or which they agree on."""
+
+    val, agrees = None, False
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def val_dataloader(self):
+        self.trainer.strategy.barrier()
+        if self.agrees:
+            torch.distributed.all_reduce(torch.zeros(1))
+        return self.val
+
+
+PART = [7, 2, 9, 4, 1]
+# How a loader is made from 21 images and the rank, what the trainer is told, and what is measured.
+FOREIGN = {
+    "in order": (lambda d, r: DataLoader(d, 4), {}, list(range(ODD))),
+    "shuffled": (lambda d, r: DataLoader(d, 4, shuffle=True), {}, list(range(ODD))),
+    "part": (lambda d, r: DataLoader(d, 2, sampler=SubsetRandomSampler(PART)), {}, PART),
+    "custom": (lambda d, r: DataLoader(d, 4, sampler=Backwards()), {}, list(range(20, -1, -1))),
+    "limited": (lambda d, r: DataLoader(d, 4), {"limit_val_batches": 2}, list(range(16))),
+    "last dropped": (lambda d, r: DataLoader(d, 4, drop_last=True), {}, list(range(16))),
+    "not injected": (
+        lambda d, r: DataLoader(d, sampler=DistributedSampler(d, 2, r, seed=3), batch_size=4),
+        {},
+        list(range(ODD)),
+    ),
+    "batch sampler": (
+        lambda d, r: DataLoader(d, batch_sampler=BatchSampler(SubsetRandomSampler(PART), 2, False)),
+        {"use_distributed_sampler": False},
+        PART,
+    ),
+    "custom batch sampler": (
+        lambda d, r: DataLoader(
+            d, batch_sampler=Reversed(DistributedSampler(d, 2, r, shuffle=False), 3, False)
+        ),
+        {"use_distributed_sampler": False},
+        # Batches 0, 2, 4 and 1, 3, 5 of the ranks backwards, row by row.
+        [4, 5, 2, 3, 0, 1, 10, 11, 8, 9, 6, 7, 16, 17, 14, 15, 12, 13, 20, 18, 19],
+    ),
+    "shares": (
+        lambda d, r: DataLoader(dataset(12, seed=r), 4),
+        {"use_distributed_sampler": False},
+        "all ranks to measure the same images",
+    ),
+    "unseeded": (
+        lambda d, r: DataLoader(d, 4, sampler=Unseeded()),
+        {},
+        "all ranks to measure the same images",
+    ),
+    "one broken": (
+        lambda d, r: DataLoader(TensorDataset(d.tensors[0] + r, d.tensors[1]), 4),
+        {},
+        "pixels in [0, 1]",
+    ),
+    "late": (lambda d, r: DataLoader(d, 4), {"limit_val_batches": 0}, list(range(ODD))),
+    "agreeing": (lambda d, r: DataLoader(d, 4), {"limit_val_batches": 0}, "with other ranks"),
+}
+
+
+class Reversed(BatchSampler):
+    """Turns each batch around."""
+
+    def __iter__(self):
+        return (batch[::-1] for batch in super().__iter__())
+
+
+def foreign_images():
+    """Which of 21 images two processes measure, or why they do not."""
+    found, data = {}, dataset(ODD, seed=5)
+    for name, (make, options, _) in FOREIGN.items():
+        measure = RobustEvaluation(split="val", steps=1, eps=0.1)
+        settings = {"limit_train_batches": 1, "devices": 2, "strategy": "ddp", **options}
+        trainer = quiet_trainer(callbacks=[measure], **settings)
+        built = Validating(network=tiny_body, **PLAIN)
+        built.val, built.agrees = make(data, trainer.global_rank), name == "agreeing"
+        try:
+            trainer.fit(built, loader(8))
+        except ValueError as error:
+            found[name] = str(error)
+        else:
+            images = measure.examples(trainer, built).images
+            same_pixels = (data.tensors[0] == image for image in images)
+            found[name] = [int(same.flatten(1).all(1).nonzero()) for same in same_pixels]
+    return found
+
+
 def main(folder):
     torch.set_num_threads(1)
-    results = {"trained": trained()}
+    results = {"trained": trained(), "foreign": foreign_images()}
     # The run folder is that of rank 0: the other's name for it is wrong on purpose.
     rank = torch.distributed.get_rank()
     resumed = attack(Path(folder) / ("run" if rank == 0 else "wrong"), devices=2, strategy="ddp")

@@ -153,7 +153,8 @@ def _loader(trainer: Trainer, split: str) -> DataLoader[Any]:
         loaders = _request(trainer, loop._data_source, stage)
         is_combined = isinstance(loaders, CombinedLoader)
         combined = loaders if is_combined else CombinedLoader(loaders, "sequential")
-        if trainer.overfit_batches > 0 and split != "test":
+        overfit: float = trainer.overfit_batches  # type: ignore[attr-defined]
+        if overfit > 0 and split != "test":
             _resolve_overfit_batches(combined, stage)
         fn: Any = trainer.state.fn
         combined.flattened = [

@@ -80,9 +80,9 @@ def _answer(read: Callable[[], Any], sender: Connection) -> None:
     torch.set_num_threads(1)
     for name in EXCHANGES:
         setattr(torch.distributed, name, _refuse_exchange)
-    torch.distributed.barrier = lambda *_, **__: None
+    setattr(torch.distributed, "barrier", lambda *_, **__: None)  # noqa: B010
     # What a fork writes to files or to shared memory stays.
-    builtins.open = io.open = _open_to_read  # type: ignore[assignment]
+    builtins.open = io.open = _open_to_read
     answer = refusal = problem = None
     try:
         before = _shared_numbers()

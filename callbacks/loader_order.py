@@ -111,7 +111,8 @@ def _order(sampler: Any, count: int, world_size: int) -> tuple[list[Any], bool, 
     iterates = type(sampler).__iter__
     if isinstance(sampler, DistributedSamplerWrapper):
         # Lightning's: it shares the indices of another sampler among the processes.
-        return _order(sampler.dataset._sampler, count, world_size)
+        shared: Any = sampler.dataset
+        return _order(shared._sampler, count, world_size)
     if iterates is SequentialSampler.__iter__:
         return list(range(len(sampler.data_source))), False, False
     if iterates is SubsetRandomSampler.__iter__:
@@ -157,7 +158,8 @@ def _drawn(
     for rank in range(ranks):
         if ranks > 1:
             sampler.rank = rank
-        for part in (iterable, sampler):
+        parts: tuple[Any, ...] = (iterable, sampler)
+        for part in parts:
             if callable(getattr(part, "set_epoch", None)):
                 part.set_epoch(0)
             if isinstance(getattr(part, "generator", None), torch.Generator):

@@ -187,7 +187,7 @@ def has_examples(trainer: Trainer, split: str) -> bool:
 
 def _digest(examples: Examples | Delivery) -> list[str]:
     parts = (examples.images, examples.labels)
-    return [hashlib.sha256(part.contiguous().numpy()).hexdigest() for part in parts]
+    return [hashlib.sha256(part.contiguous().numpy().data).hexdigest() for part in parts]
 
 
 def _same_on_all_ranks(trainer: Trainer, read: Callable[[], Examples]) -> Examples:

@@ -172,7 +172,8 @@ def _loader(trainer: Trainer, split: str) -> DataLoader[Any]:
             f"Expected the loader of `split` {split} to have a dataset with indices but got the "
             f"IterableDataset {type(loader.dataset).__name__}; {ways}"
         )
-    if type(loader).__iter__ is not DataLoader.__iter__:
+    iterates = (getattr(type(loader), name) for name in ("__iter__", "_get_iterator"))
+    if (*iterates,) != (DataLoader.__iter__, DataLoader._get_iterator):
         raise Refusal(
             f"Expected the loader of `split` {split} to iterate as DataLoader does but got a "
             f"{kind}, which may change the batches; {ways}"

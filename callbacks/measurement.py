@@ -48,8 +48,8 @@ class Measurement(FixedImages, ABC):
     The images of a loader are those that it delivers first: its sampler or batch sampler, its
     `collate_fn`, the transfer hooks of module and datamodule, `limit_*_batches` and
     `overfit_batches` apply. A shuffled set counts in its own order; a part that is drawn at random
-    is drawn once for a run and kept in its checkpoints. They are read in a fork of the process, so that
-    training does not notice. What is not sure is refused: drawing with replacement, iterable
+    is drawn once for a run and kept in its checkpoints. They are read in a fork of the process, so
+    that training does not notice. What is not sure is refused: drawing with replacement, iterable
     datasets, training images that change (random augmentation), ranks that read different images.
 
     Args:

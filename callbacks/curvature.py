@@ -73,7 +73,11 @@ class Curvature(Measurement):
         values = trainer.strategy.broadcast(values)
         prefix = "hessian/" if self.split == "test" else f"hessian/{self.split}/"
         names = ("max_eigenvalue", "min_eigenvalue", "convexity")
-        return {prefix + name: value for name, value in zip(names, values)}
+        figures = {prefix + name: value for name, value in zip(names, values)}
+        if found.max_eigenvalue == 0:
+            # Nothing can be told relative to it.
+            del figures[f"{prefix}convexity"]
+        return figures
 
     def evaluate(self, trainer: Trainer, pl_module: LightningModule) -> HessianResult:
         """Eigenvalues and eigenvectors, on every rank."""

@@ -10,7 +10,15 @@ from torch.nn.functional import cross_entropy
 
 from robust_flatness.configs.types import Eps
 from robust_flatness.functional.attack import PGD, Keep
-from robust_flatness.functional.checks import check_choice, check_count, check_number, upcast
+from robust_flatness.functional.checks import (
+    check_choice,
+    check_count,
+    check_number,
+    check_radius,
+    losses_of_finite,
+    predicted_classes,
+    upcast,
+)
 from robust_flatness.functional.friendly_attack import FriendlyPGD
 from robust_flatness.functional.labels import Smoothing, TrainingLabels
 from robust_flatness.functional.modes import Mode
@@ -108,10 +116,12 @@ class AT(FastMixin, PGDMixin, WalkMixin):
                 self.hparams.pop(name)
         check_count("num_classes", num_classes, low=2)
         check_number("eps_scale", eps_scale)
+        check_radius("eps", eps, norm)
+        check_radius("eps * eps_scale", eps * eps_scale, norm)
         check_choice("incorrect", incorrect, get_args(Incorrect))
         self.num_classes, self.incorrect = num_classes, incorrect
         if eps_scale != 1:
-            step_size = PGD(eps, steps, step_size).length
+            step_size = PGD(eps, steps, step_size, norm).length
         settings = (eps * eps_scale, steps, step_size, norm, keep, start, craft_mode)
         self.pgd = PGD(*settings) if tau is None else FriendlyPGD(*settings, tau)
         self.training_labels = TrainingLabels(label_noise, label_smoothing, smoothing_spread)
@@ -174,9 +184,10 @@ class AT(FastMixin, PGDMixin, WalkMixin):
     def _attacked(self, images: Tensor, labels: Tensor) -> Tensor:
         if self.incorrect == "attack":
             return self.attack(images, labels)
-        predicted = self.clean_logits(images).argmax(1)
+        predicted = predicted_classes(self.clean_logits(images))
         if self.incorrect == "predicted":
-            return self.attack(images, predicted)
+            # Without a prediction the label is attacked.
+            return self.attack(images, torch.where(predicted < 0, labels, predicted))
         correct = (predicted == labels).view(-1, 1, 1, 1)
         return torch.where(correct, self.attack(images, labels), images)
 
@@ -191,8 +202,9 @@ class AT(FastMixin, PGDMixin, WalkMixin):
     def _record(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         # Once for each example, so that every example weighs the same in the epoch's mean.
         self.means.add("train/loss", loss.expand(len(labels)))
-        self.means.add("train/robust_loss", cross_entropy(logits, labels, reduction="none"))
-        self.means.add("train/robust_error", logits.argmax(1) != labels)
+        losses = cross_entropy(logits, labels, reduction="none")
+        self.means.add("train/robust_loss", losses_of_finite(losses, logits))
+        self.means.add("train/robust_error", predicted_classes(logits) != labels)
 
     def on_train_start(self) -> None:
         """Tells a schedule that counts steps how many there are."""

@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from robust_flatness.functional.checks import check_choice, check_count, check_number, upcast
+from robust_flatness.functional.checks import (
+    check_choice,
+    check_count,
+    check_number,
+    predicted_classes,
+    upcast,
+)
 from robust_flatness.functional.iterate import example_losses
 from robust_flatness.functional.modes import module_modes
 from robust_flatness.functional.rotation import rotate
@@ -122,7 +128,7 @@ class ATSelfSupervision(AT):
             turns = self._turns(images)
             turn_logits = self.rotation_logits(adversarial[classified:])
             self.means.add("train/rotation_loss", example_losses(turn_logits, turns))
-            self.means.add("train/rotation_error", turn_logits.argmax(1) != turns)
+            self.means.add("train/rotation_error", predicted_classes(turn_logits) != turns)
             loss = loss + self.lam * cross_entropy(turn_logits, turns)
         return loss, logits[:hit]
 

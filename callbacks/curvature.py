@@ -65,6 +65,10 @@ class Curvature(Measurement):
         check_number("tolerance", tolerance, low=1e-12, high=1)
         self.tolerance = tolerance
 
+    def radius(self, trainer: Trainer) -> float:
+        """Nothing is attacked, whatever radius the data says."""
+        return 0.0
+
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         """Largest and smallest eigenvalue, and their ratio."""
         found = self.evaluate(trainer, pl_module)

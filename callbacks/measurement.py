@@ -139,9 +139,14 @@ class Measurement(Callback, ABC):
         return f"{type(self).__name__}[{self.split}]"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forgets the images and figures of an earlier run."""
+        """Forgets the images and figures of an earlier run.
+
+        Raises:
+            ValueError: If the radius that the datamodule says is out of range.
+        """
         self._examples = None
         self._begin()
+        self.radius(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Reads the images, so that bad ones are refused before anything is trained.
@@ -151,7 +156,6 @@ class Measurement(Callback, ABC):
                 returns is no logits.
         """
         examples = self.examples(trainer, pl_module)
-        self.radius(trainer)
         images = examples.images[:LOOKED_AT].to(pl_module.device)
         with self.network(trainer, pl_module) as network, torch.no_grad():
             classes = logits_function(network, images)(images).shape[1]

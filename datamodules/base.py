@@ -39,7 +39,8 @@ class RobustDataModule(LightningDataModule, ABC):
     selects on **test** images; `val_from="train"` avoids it.
 
     Args:
-        eps: radius of the L-infinity ball that measures use on these images, in pixels of [0, 1].
+        eps: radius of the ball that measures use on these images, in pixels of [0, 1]; measures in
+            L-infinity refuse more than 1 before anything is trained.
         batch_size: images in a global batch, shared among the processes.
         augment: `"none"`; `"flip_crop"`, which pads by an eighth of the side (4 pixels at 32);
             `"autoaugment"`, which adds AutoAugment and Cutout; `"autoaugment_batch"`, with one

@@ -258,8 +258,7 @@ def test_the_radius_of_the_data_is_refused_before_training():
     with pytest.raises(ValueError, match=r"`data.eps` .* is 8/255"):
         quiet_trainer(callbacks=[Flatness(num_examples=4)]).fit(module, datamodule=data)
     assert torch.equal(before, module.net[0].weight)
-    quiet_trainer(callbacks=[RobustEvaluation(num_examples=4, norm="l2", steps=1)]).fit(
-        Foreign(), datamodule=data
-    )
+    measures = [RobustEvaluation(num_examples=4, norm="l2", steps=1), Curvature(num_examples=4)]
+    quiet_trainer(callbacks=measures).fit(Foreign(), datamodule=data)
 
 

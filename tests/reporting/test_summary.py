@@ -71,7 +71,7 @@ def test_table_of_nothing_is_dashes() -> None:
 def test_table_of_a_diverged_run_says_so_and_has_no_early_stopped_column() -> None:
     figures = {"test/robust_error": 1.0, "test/robust_loss": None, "flatness/average/test": None}
     table = lines({"method": "AT", "data": "Digits", "final": figures, "diverged_epoch": 3})
-    assert "AT on Digits: diverged, not finite from epoch 3" in table["text"]
+    assert "AT on Digits: diverged, not finite from epoch 3" in " ".join(table["text"].split())
     assert table["RErr PGD, test"] == ["100.0 %"]
     assert table["RLoss, test"] == table["average flatness, test"] == ["not finite"]
     assert "early-stopped" not in table["text"]

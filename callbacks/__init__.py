@@ -6,6 +6,7 @@ from robust_flatness.callbacks.evaluate import evaluate
 from robust_flatness.callbacks.final_evaluation import FinalEvaluation
 from robust_flatness.callbacks.flatness import Flatness
 from robust_flatness.callbacks.landscape import Landscape
+from robust_flatness.callbacks.measured_checkpoint import MeasuredCheckpoint
 from robust_flatness.callbacks.results import Results
 from robust_flatness.callbacks.robust_early_stopping import RobustEarlyStopping
 from robust_flatness.callbacks.robust_evaluation import RobustEvaluation
@@ -20,6 +21,7 @@ __all__ = [
     "FinalEvaluation",
     "Flatness",
     "Landscape",
+    "MeasuredCheckpoint",
     "Results",
     "RobustEarlyStopping",
     "RobustEvaluation",

@@ -45,7 +45,7 @@ def reestimate_batch_norm(network: nn.Module, images: Tensor, batch_size: int) -
         batch_size: Images in a batch, at most.
     """
     parameters = list(network.parameters())
-    images = images.to(parameters[0].device) if parameters else images
+    images = images.to(parameters[0]) if parameters else images
     # Batches count alike, so they are of one size, up to one image.
     batches = images.tensor_split(math.ceil(len(images) / batch_size))
     with torch.inference_mode(False), isolate_rng():

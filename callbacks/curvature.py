@@ -65,6 +65,10 @@ class Curvature(Measurement):
         check_number("tolerance", tolerance, low=1e-12, high=1)
         self.tolerance = tolerance
 
+    def radius(self, trainer: Trainer) -> float:
+        """Nothing is attacked, whatever radius the data says."""
+        return 0.0
+
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         """Largest and smallest eigenvalue, and their ratio."""
         found = self.evaluate(trainer, pl_module)
@@ -73,7 +77,11 @@ class Curvature(Measurement):
         values = trainer.strategy.broadcast(values)
         prefix = "hessian/" if self.split == "test" else f"hessian/{self.split}/"
         names = ("max_eigenvalue", "min_eigenvalue", "convexity")
-        return {prefix + name: value for name, value in zip(names, values)}
+        figures = {prefix + name: value for name, value in zip(names, values)}
+        if found.max_eigenvalue == 0:
+            # Nothing can be told relative to it.
+            del figures[f"{prefix}convexity"]
+        return figures
 
     def evaluate(self, trainer: Trainer, pl_module: LightningModule) -> HessianResult:
         """Eigenvalues and eigenvectors, on every rank."""

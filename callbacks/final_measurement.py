@@ -75,6 +75,10 @@ class FinalMeasurement(FixedImages, ABC):
         with _on_its_device(trainer, pl_module):
             log_final(trainer, self._run(trainer, pl_module))
 
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Reads the images, so that bad ones are refused before anything is tested."""
+        self.on_train_start(trainer, pl_module)
+
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures and logs, so that `trainer.test` returns the figures."""
         figures = self._run(trainer, pl_module)
@@ -105,8 +109,7 @@ class FinalMeasurement(FixedImages, ABC):
             found = measurement.measure(trainer, pl_module)
             arrays = measurement.arrays.items()
             self.final_arrays |= {f"{weights}/{name}": values for name, values in arrays}
-            # NaN marks a mean over nothing, say of no incorrect examples: there is no such figure.
-            figures |= {name: value for name, value in found.items() if value == value}
+            figures |= found
             count = len(measurement.examples(trainer, pl_module))
             self.final_results["num_examples"] |= dict.fromkeys(found, count)
         return figures

@@ -105,12 +105,14 @@ class Flatness(Measurement):
         self.num_perturbations, self.xi, self.protocol = num_perturbations, xi, protocol
 
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
-        """Value and standard error of the average-case flatness."""
+        """Value and, of several directions, standard error of the average-case flatness."""
         found = self.evaluate(trainer, pl_module)
         kind = "average" if self.loss == "robust" else "clean_average"
         name = f"flatness/{kind}/{self.split}"
         self.arrays = {name: found.increases.mean(dim=0)}
-        return {name: found.value, f"{name}_sem": found.standard_error}
+        # One direction has no standard error.
+        error = {f"{name}_sem": found.standard_error} if self.num_perturbations > 1 else {}
+        return {name: found.value, **error}
 
     def evaluate(self, trainer: Trainer, pl_module: LightningModule) -> FlatnessResult:
         """Reference and perturbed losses of each example, on every rank."""

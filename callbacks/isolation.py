@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor, nn
 
 from robust_flatness.functional.arithmetic import fast_crafting, float32_forwards
-from robust_flatness.functional.modes import differentiable
+from robust_flatness.functional.evaluation_context import evaluation_context
 
 Weights = dict[str, Tensor]
 
@@ -25,24 +25,26 @@ def isolated(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     """What happens inside leaves no trace in training.
 
     The module holds the averaged weights where training averages them, see `averaged_weights`.
-    Modes are saved per module and restored, global random state is forked, gradients are allowed
-    even in Lightning's inference mode, and all ranks use rank 0's buffers: after a step their
-    BatchNorm statistics differ, and a measure must be that of one network. Forwards are in
-    float32; where the module is `fast`, attacks search in bfloat16, see `fast_crafting`.
+    Modes, weights, buffers and random states are restored, and gradients are allowed even in
+    Lightning's inference mode, see `evaluation_context`. All ranks use rank 0's buffers: after a
+    step their BatchNorm statistics differ, and a measure must be that of one network. Forwards are
+    in float32, or in float64 with the trainer's precision 64-true; if the module is `fast`, attacks
+    search in bfloat16, see `fast_crafting`.
 
     Args:
         trainer: The trainer.
         module: The module, in eval mode inside.
     """
-    devices = [module.device] if module.device.type == "cuda" else []
     with (
-        torch.random.fork_rng(devices=devices),
         averaged_weights(trainer, module),
-        differentiable(module, "eval"),
+        evaluation_context(module),
+        _default_type_of_training(trainer, module),
         float32_forwards(module.device),
         fast_crafting(bool(getattr(module, "fast", False))),
-        _buffers_of_rank_zero(trainer, module),
     ):
+        if trainer.world_size > 1:
+            for buffer in module.buffers():
+                torch.distributed.broadcast(buffer, src=0)
         yield
 
 
@@ -128,18 +130,21 @@ def _given_back(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _buffers_of_rank_zero(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    if trainer.world_size == 1:
+def _default_type_of_training(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """Has forwards make tensors of the type that they make in training, if that is float64."""
+    if trainer.precision != "64-true":
         yield
         return
-    buffers = dict(module.named_buffers())
-    own = {name: buffer.clone() for name, buffer in buffers.items()}
-    for buffer in buffers.values():
-        torch.distributed.broadcast(buffer, src=0)
+    default = torch.get_default_dtype()
+    hooks = (
+        module.register_forward_pre_hook(lambda *_: torch.set_default_dtype(torch.float64)),
+        module.register_forward_hook(lambda *_: torch.set_default_dtype(default), always_call=True),
+    )
     try:
         yield
     finally:
-        _copy(buffers, own)
+        for hook in hooks:
+            hook.remove()
 
 
 def _tensors(module: nn.Module) -> Weights:

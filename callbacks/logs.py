@@ -1,23 +1,36 @@
 """Logging figures of the epochs, and of the end."""
 
-import math
 from collections.abc import Mapping
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
 
 def log_equal(pl_module: LightningModule, figures: Mapping[str, float]) -> None:
-    """Logs figures that every rank knows; undefined ones (NaN) are left out.
+    """Logs figures that every rank knows, also those that are not finite.
 
     Args:
         pl_module: The module to log through, so that stock callbacks can monitor the figures.
         figures: Values by logged name.
     """
     for name, value in figures.items():
-        if not math.isnan(value):
-            # The largest of equal values is exact on any number of ranks, as their mean is not.
-            pl_module.log(name, value, sync_dist=True, reduce_fx="max")
+        # The largest of equal values is exact on any number of ranks, as their mean is not.
+        pl_module.log(name, value, sync_dist=True, reduce_fx="max")
+
+
+def log_after_epochs(trainer: Trainer, figures: Mapping[str, float], epoch: int) -> None:
+    """Logs figures of the last epoch when training has ended, where a module can no longer log.
+
+    Args:
+        trainer: The trainer, whose `callback_metrics` have the figures afterwards.
+        figures: Values by logged name, the same on every rank.
+        epoch: The epoch that they belong to.
+    """
+    trainer.callback_metrics.update({name: torch.tensor(v) for name, v in figures.items()})
+    for logger in trainer.loggers if trainer.is_global_zero else []:
+        logger.log_metrics({**figures, "epoch": epoch}, step=trainer.global_step)
+        logger.save()
 
 
 def log_final(trainer: Trainer, figures: Mapping[str, float]) -> None:

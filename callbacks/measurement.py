@@ -18,7 +18,7 @@ from robust_flatness.callbacks.examples import (
     warn_of_one_class,
 )
 from robust_flatness.callbacks.isolation import averaged_weights, isolated
-from robust_flatness.callbacks.logs import log_equal
+from robust_flatness.callbacks.logs import log_after_epochs, log_equal
 from robust_flatness.callbacks.measured_images import FixedImages, find_examples, has_examples
 from robust_flatness.callbacks.progress import measuring
 from robust_flatness.callbacks.sharding import measure_sharded
@@ -27,12 +27,15 @@ from robust_flatness.functional.checks import (
     check_choice,
     check_count,
     check_examples,
-    check_number,
+    check_radius,
 )
+from robust_flatness.functional.logits import first_logits
 from robust_flatness.functional.noise import Norm
 
 DEFAULT_EPS = 8 / 255
 SPLITS = ("train", "val", "test")
+# Images whose logits are looked at before training.
+LOOKED_AT = 8
 # What is measured on training images must not be mistaken for what training batches gave.
 PREFIX = {"train": "train_eval", "val": "val", "test": "test"}
 
@@ -42,8 +45,11 @@ class Measurement(FixedImages, ABC):
 
     A subclass says what in `measure`; this class says when and on what, and logs it. It serves any
     LightningModule whose `forward` maps images to logits and whose batches are
-    `(images, labels)`. Measuring is in float32, outside autocast, in eval mode, sharded over ranks
-    by global index; where training averages weights, what is measured are the averaged ones.
+    `(images, labels)`. Measuring is in float32 (float64 if the weights are), outside autocast, in
+    eval mode, sharded over ranks by global index; where training averages weights, what is measured
+    are the averaged ones. The last epoch is measured however training ends: if it turns out to be
+    the last only afterwards, its figures are logged when training has ended. A figure that is not
+    finite is logged as it is.
 
     The images of a loader are those that it delivers first: its sampler or batch sampler, its
     `collate_fn`, the transfer hooks of module and datamodule, `limit_*_batches` and
@@ -59,7 +65,8 @@ class Measurement(FixedImages, ABC):
             `trainer.test` after `fit`, a split that the test does not bring is that of `fit`.
         num_examples: The first so many images are measured, or all there are.
         every_n_epochs: Measured in epochs 0, n, 2n, ... and in the last.
-        eps: Radius of the attack, say 8/255; `None` takes the datamodule's `eps`, else 8/255.
+        eps: Radius of the attack, say 8/255, at most 1 with `linf`; `None` takes the datamodule's
+            `eps`, else 8/255.
         steps: Steps of the attack.
         step_size: Length of a step; `None` is the paper's 0.007 at 8/255, in proportion elsewhere.
         norm: `linf` or `l2`.
@@ -71,6 +78,9 @@ class Measurement(FixedImages, ABC):
 
     Attributes:
         arrays: What the last measurement found of each example, `(N,)` by name; may be empty.
+        figures: Figures of the last measurement in `fit`, by logged name.
+        measured_step: Optimizer steps before it, -1 if there was none.
+        measured_late: Whether it came when training had ended.
 
     Raises:
         ValueError: If an argument is out of range; before training, if the images are not sure, or
@@ -103,7 +113,9 @@ class Measurement(FixedImages, ABC):
         }.items():
             check_count(name, value, low=1)
         check_count("steps", steps)
-        check_number("eps", DEFAULT_EPS if eps is None else eps)
+        for name, number in {"eps": eps, "step_size": step_size}.items():
+            if number is not None:
+                check_radius(name, number, norm)
         self.split, self.dataset, self.num_examples = split, dataset, num_examples
         self.every_n_epochs, self.eps, self.steps = every_n_epochs, eps, steps
         self.step_size, self.norm, self.restarts = step_size, norm, restarts
@@ -111,6 +123,12 @@ class Measurement(FixedImages, ABC):
         self.arrays: dict[str, Tensor] = {}
         self._examples: Examples | None = None
         self._fitted: Examples | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        self.figures: dict[str, float] = {}
+        self.measured_step, self.measured_late = -1, False
+        self._unmeasured_epoch: int | None = None
 
     @abstractmethod
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
@@ -121,7 +139,8 @@ class Measurement(FixedImages, ABC):
             pl_module: The module.
 
         Returns:
-            Figures by logged name, the same on every rank.
+            Figures by logged name, the same on every rank; what is undefined, such as a mean over
+            nothing, is left out.
         """
 
     @property
@@ -130,20 +149,28 @@ class Measurement(FixedImages, ABC):
         return f"{type(self).__name__}[{self.split}]"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forgets the images of an earlier run, but for a test that brings no such split."""
+        """Forgets the figures of an earlier run, and its images unless a test brings no such split.
+
+        Raises:
+            ValueError: If the radius that the datamodule says is out of range.
+        """
         super().setup(trainer, pl_module, stage)
         self._fitted = None if stage == "fit" else self._examples or self._fitted
         self._examples = None
+        self._begin()
+        self.radius(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Reads the images, so that bad ones are refused before anything is trained.
 
         Raises:
-            ValueError: If there are no images, or they do not fit the network.
+            ValueError: If there are no images, if they do not fit the network, or if what it
+                returns is no logits.
         """
         examples = self.examples(trainer, pl_module)
+        images = examples.images[:LOOKED_AT].to(pl_module.device)
         with self.network(trainer, pl_module) as network, torch.no_grad():
-            classes = network(examples.images[:1].to(pl_module.device)).shape[1]
+            classes = first_logits(network, images).shape[1]
         check_examples(examples.images, examples.labels, classes)
         warn_of_one_class(examples, classes, self.split)
 
@@ -153,10 +180,35 @@ class Measurement(FixedImages, ABC):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures and logs, if this epoch is one to measure."""
+        epoch = trainer.current_epoch
         if self.is_due(trainer):
-            with averaged_weights(trainer, pl_module):
-                figures = self.measure(trainer, pl_module)
-            log_equal(pl_module, figures)
+            self._unmeasured_epoch = None
+            log_equal(pl_module, self.take(trainer, pl_module, epoch))
+        else:
+            self._unmeasured_epoch = epoch
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measures the last epoch, if nobody knew at its end that it was the last."""
+        epoch, self._unmeasured_epoch = self._unmeasured_epoch, None
+        if epoch is not None:
+            self.measured_late = True
+            log_after_epochs(trainer, self.take(trainer, pl_module, epoch), epoch)
+
+    def take(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> dict[str, float]:
+        """Measures the weights that an epoch ended with.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The module.
+            epoch: The epoch; the trainer's own is the next one when training has ended.
+
+        Returns:
+            Figures by logged name.
+        """
+        with averaged_weights(trainer, pl_module):
+            self.figures = self.measure(trainer, pl_module)
+        self.measured_step = trainer.global_step
+        return self.figures
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures and logs in `trainer.test`."""
@@ -164,8 +216,12 @@ class Measurement(FixedImages, ABC):
 
     def is_due(self, trainer: Trainer) -> bool:
         """Whether the current epoch is measured: every n-th from the first on, and the last."""
-        epoch, last = trainer.current_epoch, (trainer.max_epochs or 0) - 1
-        return epoch % self.every_n_epochs == 0 or epoch == last
+        epoch, steps = trainer.current_epoch, trainer.global_step
+        stops = trainer.should_stop and (
+            epoch + 1 >= (trainer.min_epochs or 0) and steps >= (trainer.min_steps or 0)
+        )
+        last = epoch + 1 == trainer.max_epochs or steps >= trainer.max_steps > -1 or stops
+        return epoch % self.every_n_epochs == 0 or last
 
     def examples(self, trainer: Trainer, pl_module: LightningModule) -> Examples:
         """The measured images, read once."""
@@ -185,10 +241,16 @@ class Measurement(FixedImages, ABC):
         return self._examples
 
     def radius(self, trainer: Trainer) -> float:
-        """The attack's radius: as given, else the datamodule's, else 8/255."""
+        """The attack's radius: as given, else the datamodule's, else 8/255.
+
+        Raises:
+            ValueError: If the datamodule's is out of range.
+        """
         if self.eps is not None:
             return self.eps
-        return float(getattr(getattr(trainer, "datamodule", None), "eps", DEFAULT_EPS))
+        eps = float(getattr(getattr(trainer, "datamodule", None), "eps", DEFAULT_EPS))
+        check_radius("data.eps", eps, self.norm)
+        return eps
 
     def attack_settings(self, trainer: Trainer) -> dict[str, Any]:
         """What the functions of `functional` that attack a set are given alike."""

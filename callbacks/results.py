@@ -6,8 +6,10 @@ Example:
         Trainer(callbacks=[Flatness(), Trajectory(), Results()])
 """
 
+import math
 import os
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from robust_flatness.reporting.json_file import write_json
 from robust_flatness.reporting.summary import summary_table
 from robust_flatness.reporting.whole_file import write_arrays
 
+_LOSSES = [f"{split}/robust_loss" for split in ("test", "val", "train_eval")]
 _MEASURED = ("train/", "train_eval/", "val/", "test/", "flatness/", "hessian/")
 
 
@@ -44,6 +47,9 @@ class Results(Callback):
     `examples_test.npz`) under names such as `final/test/robust_loss`.
     What they do not give is taken from the trajectory, as the last row holds figures of the final
     weights, and the row of the early-stopped epoch those of the early-stopped ones.
+
+    `diverged_epoch` is the first epoch whose RLoss of fixed images was not finite (without RLoss,
+    its flatness), `null` if there is none. JSON has no numbers that are not finite: they are `null`.
 
     Wall time is that of all parts of a run that was resumed.
 
@@ -120,11 +126,14 @@ class Results(Callback):
             "early_stopped_epoch": early_stopped_epoch(trainer),
             "trajectory": _rows(trainer),
         }
+        results["diverged_epoch"] = _diverged_epoch(results["trajectory"])
         if trainer.state.fn != "fit":
             results["checkpoint"] = _checkpoint(trainer)
         else:
             results["epochs"] = trainer.current_epoch
             _fill_in(results)
+            if results["diverged_epoch"] is None and not _is_finite(results["final"]):
+                results["diverged_epoch"] = results["epochs"] - 1
         if self._folder is not None:
             # Results last: a run that has them has finished.
             _write_arrays(self._folder / name.replace("results", "examples"), trainer)
@@ -179,6 +188,17 @@ def _rows(trainer: Trainer) -> list[dict[str, float]]:
             return callback.rows
     tables = (logger for logger in trainer.loggers if isinstance(logger, EpochCSVLogger))
     return next((table.rows for table in tables), [])
+
+
+def _diverged_epoch(rows: Sequence[Mapping[str, float]]) -> int | None:
+    return next((int(row["epoch"]) for row in rows if not _is_finite(row)), None)
+
+
+def _is_finite(figures: Mapping[str, float]) -> bool:
+    """Whether the measured network was finite; perturbed weights may overflow where it is."""
+    losses = [figures[name] for name in _LOSSES if name in figures]
+    flatness = [value for name, value in figures.items() if name.startswith("flatness/")]
+    return all(map(math.isfinite, losses or flatness))
 
 
 def _fill_in(results: dict[str, Any]) -> None:

@@ -8,7 +8,6 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from robust_flatness.callbacks.isolation import averaged_weights
-from robust_flatness.callbacks.logs import log_equal
 from robust_flatness.callbacks.robust_evaluation import RobustEvaluation
 from robust_flatness.functional.checks import check_count
 
@@ -19,8 +18,9 @@ class RobustEarlyStopping(RobustEvaluation):
     Logs `val/error`, `val/robust_loss` and `val/robust_error`. The earliest epoch wins ties. By
     default training goes on and only the weights are kept, as in the paper, whose early stopping
     selects on the last 500 test images: figures of early-stopped weights are optimistic by that.
-    A stock `ModelCheckpoint(monitor="val/robust_error", mode="min")` keeps the same weights on
-    disk; here they stay in memory and in the callback's state.
+    A network with a weight or a loss that is not finite is never kept.
+    `MeasuredCheckpoint(monitor="val/robust_error", mode="min")` keeps the same weights on disk; here
+    they stay in memory and in the callback's state.
 
     Args:
         split: The images to select on.
@@ -31,9 +31,9 @@ class RobustEarlyStopping(RobustEvaluation):
             `every_n_epochs=5`.
 
     Attributes:
-        best_epoch: Epoch of the kept weights, -1 before the first measurement.
+        best_epoch: Epoch of the kept weights, -1 as long as no measured network was finite.
         best_error: Robust error there, in [0, 1].
-        best_weights: State dict of the module as it was measured there, on the CPU.
+        best_weights: State dict of the module as it was measured there, on the CPU; may be empty.
         trajectory: Robust error by measured epoch.
 
     Raises:
@@ -72,23 +72,26 @@ class RobustEarlyStopping(RobustEvaluation):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures, keeps the weights if they are the best so far, and may end training."""
-        if not self.is_due(trainer):
-            return
-        with averaged_weights(trainer, pl_module):
-            figures = self.measure(trainer, pl_module)
-            error = next(v for name, v in figures.items() if name.endswith("/robust_error"))
-            self._compare(trainer.current_epoch, error, pl_module)
-        log_equal(pl_module, figures)
+        super().on_train_epoch_end(trainer, pl_module)
         if self.patience is not None and self._since_best >= self.patience:
             # Figures are equal on all ranks, so all ranks decide alike.
             trainer.should_stop = True
 
-    def _compare(self, epoch: int, error: float, pl_module: LightningModule) -> None:
-        self.trajectory[epoch] = error
-        self._since_best += 1
-        if error < self.best_error:
-            self.best_epoch, self.best_error, self._since_best = epoch, error, 0
-            self.best_weights = _on_cpu(pl_module)
+    def take(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> dict[str, float]:
+        """Measures the weights of an epoch and keeps them if they are the best so far."""
+        with averaged_weights(trainer, pl_module):
+            figures = super().take(trainer, pl_module, epoch)
+            error = next(v for name, v in figures.items() if name.endswith("/robust_error"))
+            self.trajectory[epoch] = error
+            self._since_best += 1
+            finite = all(map(math.isfinite, figures.values())) and is_finite(trainer, pl_module)
+            if finite and error < self.best_error:
+                self.best_epoch, self.best_error, self._since_best = epoch, error, 0
+                self.best_weights = _on_cpu(pl_module)
+        return figures
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Nothing: there is nothing to select in a test."""
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Nothing: a test need not have the images to select on."""
@@ -123,6 +126,20 @@ class RobustEarlyStopping(RobustEvaluation):
 @torch.no_grad()
 def _on_cpu(module: LightningModule) -> dict[str, Tensor]:
     return {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
+
+
+def is_finite(trainer: Trainer, module: LightningModule) -> bool:
+    """Whether all weights of a module are finite, on all ranks, and no buffer holds NaN.
+
+    Args:
+        trainer: The trainer.
+        module: Its module.
+    """
+    # Masks and minima begin at infinity.
+    finite = all(bool(weight.isfinite().all()) for weight in module.parameters())
+    finite = finite and not any(bool(buffer.isnan().any()) for buffer in module.buffers())
+    # Buffers of ranks differ, and ranks must decide alike.
+    return bool(trainer.strategy.reduce_boolean_decision(finite))
 
 
 def early_stopping_of(trainer: Trainer) -> RobustEarlyStopping | None:

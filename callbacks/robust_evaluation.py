@@ -12,7 +12,8 @@ class RobustEvaluation(Measurement):
 
     The paper's Fig. 2 over epochs. Names are `test/error`, `test/robust_loss`,
     `test/robust_error`, `test/robust_loss_correct`, `test/robust_loss_incorrect`; for the training
-    images `train_eval/…`.
+    images `train_eval/…`. Without correct, or incorrect, examples theirs is left out. Logits that
+    are not finite count as misclassified, and make RLoss not finite.
 
     Args are those of `Measurement`.
 
@@ -35,9 +36,12 @@ class RobustEvaluation(Measurement):
             "error": found.error,
             "robust_loss": found.robust_loss,
             "robust_error": found.robust_error,
-            "robust_loss_correct": found.robust_loss_correct,
-            "robust_loss_incorrect": found.robust_loss_incorrect,
         }
+        # Without such examples their mean is undefined.
+        if found.clean_correct.any():
+            figures["robust_loss_correct"] = found.robust_loss_correct
+        if not found.clean_correct.all():
+            figures["robust_loss_incorrect"] = found.robust_loss_incorrect
         return {f"{PREFIX[self.split]}/{name}": value for name, value in figures.items()}
 
     def evaluate(self, trainer: Trainer, pl_module: LightningModule) -> RobustnessResult:

@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging as LightningWeightAveraging
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -23,7 +24,7 @@ from robust_flatness.callbacks.logs import log_equal
 from robust_flatness.callbacks.measured_images import FixedImages, find_examples
 from robust_flatness.callbacks.measurement import SPLITS
 from robust_flatness.functional.arithmetic import float32_forwards
-from robust_flatness.functional.checks import check_choice, check_count, check_number
+from robust_flatness.functional.checks import HALF, check_choice, check_count, check_number
 
 BatchNormChoice = Literal["average", "reestimate"]
 PAPER_STEPS = 58_650
@@ -126,6 +127,12 @@ class WeightAveraging(FixedImages, LightningWeightAveraging):
         for ours, theirs in zip(*(chain(n.parameters(), n.buffers()) for n in networks)):
             # Only now has the trainer's precision chosen a type.
             ours.data = ours.data.to(theirs)
+        if any(weight.dtype in HALF for weight in pl_module.parameters()):
+            rank_zero_warn(
+                "WeightAveraging with weights in half precision: an average that moves by "
+                f"1 - {self.decay:g} of a difference moves less than these resolve, and may stand "
+                "still; precision 32-true or bf16-mixed averages float32 weights."
+            )
         # It is asked for in each step, which must not wait for a device.
         average.n_averaged = average.n_averaged.cpu()
 

@@ -6,7 +6,6 @@ from types import ModuleType
 import lightning.pytorch.callbacks
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -33,8 +32,8 @@ DEFAULT_CALLBACKS: dict[str, type[Callback]] = {
     "trajectory": callbacks.Trajectory,
     "final": callbacks.FinalEvaluation,
     "autoattack": callbacks.AutoAttack,
-    "best_checkpoint": ModelCheckpoint,
-    "last_checkpoint": ModelCheckpoint,
+    "best_checkpoint": callbacks.MeasuredCheckpoint,
+    "last_checkpoint": callbacks.MeasuredCheckpoint,
 }
 # Light measures of the epochs, which `test` replaces by the full protocol.
 ONLY_IN_FIT = ("evaluation", "train_evaluation", "flatness", "train_flatness")

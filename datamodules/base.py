@@ -39,7 +39,8 @@ class RobustDataModule(LightningDataModule, ABC):
     selects on **test** images; `val_from="train"` avoids it.
 
     Args:
-        eps: radius of the L-infinity ball that measures use on these images, in pixels of [0, 1].
+        eps: radius of the ball that measures use on these images, in pixels of [0, 1]; measures in
+            L-infinity refuse more than 1 before anything is trained.
         batch_size: images in a global batch, shared among the processes.
         augment: `"none"`; `"flip_crop"`, which pads by an eighth of the side (4 pixels at 32);
             `"autoaugment"`, which adds AutoAugment and Cutout; `"autoaugment_batch"`, with one
@@ -154,8 +155,10 @@ class RobustDataModule(LightningDataModule, ABC):
             ValueError: if the images do not fit the splits, the classes, the channels, the batch
                 size, the augmentation, or each other.
         """
-        if not self._images:
-            self._read()
+        # `test` needs no images for early stopping.
+        with_val = stage != "test"
+        if not self._images or (with_val and not self._splits.val):
+            self._read(with_val=with_val)
         if stage != "fit" or self.trainer is None:
             return
         strategy = self.trainer.strategy
@@ -184,7 +187,7 @@ class RobustDataModule(LightningDataModule, ABC):
         """
         if split not in ("train", "val", "test"):
             raise ValueError(f"Expected `split` to be 'train', 'val' or 'test' but got {split!r}.")
-        if not self._images:
+        if not self._images or (split == "val" and not self._splits.val):
             self.setup()
         return EvaluationImages(self._images[split])
 
@@ -252,12 +255,13 @@ class RobustDataModule(LightningDataModule, ABC):
         if self.seed is None:
             self._run_seed = state_dict["seed"]
 
-    def _read(self) -> None:
+    def _read(self, *, with_val: bool) -> None:
         """Read the splits into memory, or remember where their images are."""
         train, test = self.sources()
         self._check(train, name="training")
         self._check(test, name="test")
-        splits = make_splits(*self.orders(len(train), len(test)), self.sizes)
+        orders = self.orders(len(train), len(test))
+        splits = make_splits(*orders, self.sizes, with_val=with_val)
         self._images = read_splits(
             train, test, splits, val_from=self.sizes.val_from, in_memory=self.in_memory
         )

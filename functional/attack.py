@@ -1,6 +1,6 @@
 """Projected gradient descent, with the paper's choices as defaults and the field's as arguments."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -12,10 +12,11 @@ from robust_flatness.functional.checks import (
     check_choice,
     check_count,
     check_examples,
-    check_number,
+    check_radius,
     upcast,
 )
 from robust_flatness.functional.iterate import Criterion, Iterate, example_losses
+from robust_flatness.functional.logits import logits_function
 from robust_flatness.functional.modes import Mode, Model, differentiable
 from robust_flatness.functional.noise import Norm, Start, example_starts, per_example_norm
 
@@ -38,7 +39,7 @@ class PGD:
             batch statistics and moves the running ones (Rice et al.).
 
     Raises:
-        ValueError: If a number is negative or a choice unknown.
+        ValueError: If a number is negative, above 1 with `linf`, or a choice unknown.
 
     Example:
         >>> round(PGD(eps=8 / 255).length, 6)
@@ -54,11 +55,11 @@ class PGD:
     mode: Mode = "eval"
 
     def __post_init__(self) -> None:
-        check_number("eps", self.eps)
+        check_choice("norm", self.norm, get_args(Norm))
+        check_radius("eps", self.eps, self.norm)
         check_count("steps", self.steps)
         if self.step_size is not None:
-            check_number("step_size", self.step_size)
-        check_choice("norm", self.norm, get_args(Norm))
+            check_radius("step_size", self.step_size, self.norm)
         check_choice("keep", self.keep, get_args(Keep))
         check_choice("start", self.start, get_args(Start))
         check_choice("mode", self.mode, get_args(Mode))
@@ -79,7 +80,9 @@ class PGD:
         """Runs the attack from given perturbations.
 
         A batch costs `steps` forwards and `steps` backwards to the input alone, plus one forward
-        where the best iterate is kept, and one more inside `fast_crafting`.
+        where the best iterate is kept, and one more inside `fast_crafting`. Images and perturbations
+        are in float32, or in float64 if the images are; the network gets them in the type of its
+        weights. A gradient that is not a number moves nothing.
 
         Args:
             model: Maps images `(N, C, H, W)` in [0, 1] to logits `(N, K)`.
@@ -92,23 +95,29 @@ class PGD:
             The kept iterate of each example, without a graph.
         """
         with differentiable(model, self.mode):
+            network = logits_function(model, images)
             # Tensors made under inference mode cannot be saved for backward, their clones can.
-            images, labels = images.detach().clone(), labels.clone()
+            images, labels = upcast(images.detach()).clone(), labels.clone()
             if not (self.steps and crafts_fast(images.device)):
-                return self._kept(model, images, labels, start, criterion)
+                return self._kept(network, images, labels, start, criterion)
             with bfloat16_forwards(images.device):
-                found = self._kept(model, images, labels, start, criterion)
-            return found.told_anew(model, labels, criterion)
+                found = self._kept(network, images, labels, start, criterion)
+            return found.told_anew(network, labels, criterion)
 
     def _kept(
-        self, model: Model, images: Tensor, labels: Tensor, start: Tensor, criterion: Criterion
+        self,
+        network: Callable[[Tensor], Tensor],
+        images: Tensor,
+        labels: Tensor,
+        start: Tensor,
+        criterion: Criterion,
     ) -> Iterate:
         # Without a step there is no attack, so a random start must not count as one.
         adversarial = self.begin(images, start if self.steps else torch.zeros_like(images))
         best = Iterate(adversarial, None, None)
         for _ in range(self.steps):
             adversarial.requires_grad_()
-            logits = upcast(model(adversarial))
+            logits = network(adversarial)
             losses = criterion(logits, labels)
             (gradient,) = torch.autograd.grad(losses.sum(), adversarial)
             adversarial = adversarial.detach()
@@ -118,7 +127,7 @@ class PGD:
         if self.keep == "last":
             return Iterate(adversarial, None, None)
         with torch.no_grad():
-            logits = upcast(model(adversarial))
+            logits = network(adversarial)
             return best.or_better(adversarial, criterion(logits, labels), logits)
 
     def starts(self, images: Tensor, indices: Sequence[int], *, seed: int, restart: int) -> Tensor:
@@ -151,9 +160,10 @@ class PGD:
     def _step(self, gradient: Tensor) -> Tensor:
         if self.norm == "linf":
             return self.length * gradient.sign()
-        # A zero gradient has no direction: it stays zero instead of turning into NaN.
+        # A gradient of zeros has no direction, nor has one that is not finite: both give zeros.
         tiny = torch.finfo(gradient.dtype).tiny
-        return self.length * gradient / per_example_norm(gradient, "l2").clamp_min(tiny)
+        step = self.length * gradient / per_example_norm(gradient, "l2").clamp_min(tiny)
+        return step.nan_to_num(0.0, 0.0, 0.0)
 
     def _project(self, adversarial: Tensor, images: Tensor) -> Tensor:
         delta = adversarial - images
@@ -185,7 +195,8 @@ def pgd_attack(
     """Adversarial examples by projected gradient descent (Madry et al., 2018).
 
     Modes of the modules, `.grad`, BatchNorm buffers (in `eval` mode) and global random state are
-    left as they were; works under `torch.no_grad` and `torch.inference_mode` too.
+    left as they were, unless `forward` itself moves them in eval mode; works under `torch.no_grad`
+    and `torch.inference_mode` too.
 
     Args:
         model: Maps images in [0, 1] to logits `(N, K)`.
@@ -202,7 +213,8 @@ def pgd_attack(
         seed: Of the starts; example i has a generator of its own, whatever the batch.
 
     Returns:
-        Adversarial examples `(N, C, H, W)` in [0, 1], at most `eps` from the images.
+        Adversarial examples `(N, C, H, W)` in [0, 1], at most `eps` from the images; in float32 if
+        the images are of half precision, which is too coarse for a ball.
 
     Raises:
         ValueError: If pixels, shapes, or an argument are not as above.
@@ -217,6 +229,6 @@ def pgd_attack(
     pgd = PGD(eps, steps, step_size, norm, keep, start, mode)
     check_examples(images, labels)
     if eps == 0 or steps == 0:
-        return images.clone()
+        return upcast(images).clone()
     starts = pgd.starts(images, range(len(images)), seed=seed, restart=0)
     return pgd.attack(model, images, labels, starts, criterion).images

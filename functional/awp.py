@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from robust_flatness.functional.checks import check_choice, check_count, check_number, upcast
+from robust_flatness.functional.checks import check_choice, check_count, check_number
+from robust_flatness.functional.logits import logits_function
 from robust_flatness.functional.modes import Mode, differentiable
 from robust_flatness.functional.weight_perturbation import (
     onto_ball,
@@ -22,7 +23,7 @@ Objective = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 def mean_cross_entropy(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy of a batch: what AT-AWP's weights ascend."""
-    return cross_entropy(upcast(model(images)), labels)
+    return cross_entropy(logits_function(model, images)(images), labels)
 
 
 def adversarial_weight_perturbation(

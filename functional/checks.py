@@ -1,10 +1,13 @@
 """What an argument must be, said in one sentence when it is not."""
 
 import math
+from collections.abc import Sized
 from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+
+HALF = (torch.float16, torch.bfloat16)
 
 
 def check_number(name: str, value: float, *, low: float = 0.0, high: float = math.inf) -> None:
@@ -29,6 +32,37 @@ def check_number(name: str, value: float, *, low: float = 0.0, high: float = mat
         return
     wanted = f">= {low:g}" if math.isinf(high) else f"in [{low:g}, {high:g}]"
     raise ValueError(f"Expected `{name}` to be {wanted} but got {value}.")
+
+
+def check_radius(name: str, value: float, norm: str) -> None:
+    """Raises if the radius or the step of an attack is no number for pixels in [0, 1].
+
+    In `linf` every image is within 1 of every other, so a larger number is meant for pixels in
+    0 ... 255.
+
+    Args:
+        name: The argument's name, for the message.
+        value: What came.
+        norm: `linf`, or `l2`, whose radii may exceed 1.
+
+    Raises:
+        ValueError: If `value` is no finite number >= 0, or above 1 with `linf`.
+
+    Example:
+        >>> check_radius("eps", 8, "linf")
+        Traceback (most recent call last):
+        ...
+        ValueError: Expected `eps` to be in [0, 1] for norm linf, as pixels are in [0, 1], but got 8; \
+8 of 255 levels is 8/255.
+    """
+    check_number(name, value)
+    if norm != "linf" or value <= 1:
+        return
+    meant = f"; {value:g} of 255 levels is {value:g}/255" if value <= 255 else ""
+    raise ValueError(
+        f"Expected `{name}` to be in [0, 1] for norm linf, as pixels are in [0, 1], but got "
+        f"{value:g}{meant}."
+    )
 
 
 def check_count(name: str, value: int, *, low: int = 0) -> None:
@@ -99,14 +133,85 @@ def check_examples(images: Tensor, labels: Tensor, num_classes: int | None = Non
         raise ValueError(f"Expected `labels` to be >= 0{end} but got {first} to {last}.")
 
 
+def check_logits(output: object, count: int) -> None:
+    """Raises if what a network returned is not what losses and errors are computed from.
+
+    Args:
+        output: What it returned.
+        count: Number N of images.
+
+    Raises:
+        ValueError: If it is no floating-point tensor of shape (N, K) with at least two classes.
+
+    Example:
+        >>> check_logits((torch.zeros(4, 10), torch.zeros(4, 64)), 4)
+        Traceback (most recent call last):
+        ...
+        ValueError: Expected `model` to return logits of shape (N, K), one row for each of the 4 \
+images, but got a tuple of 2; return the logits alone from `forward`.
+    """
+    if not isinstance(output, Tensor):
+        length = f" of {len(output)}" if isinstance(output, Sized) else ""
+        came = f"a {type(output).__name__}{length}; return the logits alone from `forward`"
+    elif output.ndim != 2 or len(output) != count:
+        came = f"a tensor of shape {tuple(output.shape)}"
+    elif output.shape[1] < 2:
+        came = f"{tuple(output.shape)}; a binary classifier needs a logit for each of its 2 classes"
+    elif not output.is_floating_point():
+        came = f"a tensor of {output.dtype}"
+    else:
+        return
+    raise ValueError(
+        f"Expected `model` to return logits of shape (N, K), one row for each of the {count} "
+        f"images, but got {came}."
+    )
+
+
+def check_outputs(logits: Tensor, num_classes: int) -> None:
+    """Raises if a network has another number of outputs than there are classes.
+
+    Args:
+        logits: `(N, K)`.
+        num_classes: Number of classes.
+
+    Raises:
+        ValueError: If K is another number.
+
+    Example:
+        >>> check_outputs(torch.zeros(2, 1000), 10)
+        Traceback (most recent call last):
+        ...
+        ValueError: Expected `network` to return 10 logits, one for each class, but got 1000.
+    """
+    if logits.shape[1] != num_classes:
+        raise ValueError(
+            f"Expected `network` to return {num_classes} logits, one for each class, but got "
+            f"{logits.shape[1]}."
+        )
+
+
+def are_probabilities(output: Tensor) -> bool:
+    """Whether each row is in [0, 1] and sums to 1, as after a softmax.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, -1.0]])
+        >>> are_probabilities(logits), are_probabilities(logits.softmax(1))
+        (False, True)
+    """
+    tolerance = 1e-2 if output.dtype in HALF else 1e-4
+    within = (output >= 0) & (output <= 1)
+    sums = output.sum(1, dtype=torch.float64)
+    return bool(within.all() and ((sums - 1).abs() <= tolerance).all())
+
+
 def upcast(logits: Tensor) -> Tensor:
-    """Half-precision logits as float32, so that losses lose nothing to autocast.
+    """Half-precision logits, or images, as float32, so that losses lose nothing to autocast.
 
     Example:
         >>> upcast(torch.zeros(2, 3, dtype=torch.bfloat16)).dtype
         torch.float32
     """
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    return logits.float() if logits.dtype in HALF else logits
 
 
 def predicted_classes(logits: Tensor) -> Tensor:
@@ -125,3 +230,19 @@ def predicted_classes(logits: Tensor) -> Tensor:
         tensor([ 1, -1])
     """
     return torch.where(logits.isfinite().all(1), logits.argmax(1), -1)
+
+
+def losses_of_finite(losses: Tensor, logits: Tensor) -> Tensor:
+    """Losses, NaN for an example if any of its logits is not finite.
+
+    A loss may be finite all the same: cross-entropy does not see a logit of minus infinity.
+
+    Args:
+        losses: `(N,)`.
+        logits: `(N, K)`.
+
+    Example:
+        >>> losses_of_finite(torch.zeros(2), torch.tensor([[0.0, 1.0], [-math.inf, 1.0]]))
+        tensor([0., nan])
+    """
+    return torch.where(logits.isfinite().all(1), losses, math.nan)

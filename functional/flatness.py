@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from robust_flatness.functional.attack import PGD
 from robust_flatness.functional.checks import check_choice, check_count, check_examples
+from robust_flatness.functional.evaluation_context import evaluation_context
 from robust_flatness.functional.noise import Norm, Start
 from robust_flatness.functional.robust_loss import worst_losses
 from robust_flatness.functional.weight_perturbation import (
@@ -97,7 +98,9 @@ def average_case_flatness(
     Adversarial examples are computed anew at w + ν. The measure is invariant to the scale of
     layers that a BatchNorm follows, unless lengths are relative to the whole network. A batch costs
     `(K + 1) · restarts · (steps + 1)` forwards and `(K + 1) · restarts · steps` backwards to the
-    input, on clean images `K + 1` forwards.
+    input, on clean images `K + 1` forwards. Nothing is left behind in the network, and one of half
+    precision is measured in float32, see `evaluation_context`. If an example's logits are not finite
+    at w or at some w + ν, neither is the value.
 
     Args:
         model: Maps images in [0, 1] to logits `(N, K)`.
@@ -183,11 +186,13 @@ def average_case_flatness(
     units = perturbed_units(where, batch_size, per_batch)
     paper = protocol == "paper"
     first = range(PAPER_REFERENCE_RESTARTS if paper else restarts)
-    reference = losses([part for _, parts in units for part in parts], first)
     perturbed = []
-    for k in range(num_perturbations):
-        fresh = PAPER_REFERENCE_RESTARTS + k
-        perturbed.append(perturbed_losses(k, range(fresh, fresh + 1) if paper else range(restarts)))
+    with evaluation_context(model):
+        reference = losses([part for _, parts in units for part in parts], first)
+        for k in range(num_perturbations):
+            fresh = PAPER_REFERENCE_RESTARTS + k
+            attempts = range(fresh, fresh + 1) if paper else range(restarts)
+            perturbed.append(perturbed_losses(k, attempts))
     return FlatnessResult(reference, torch.stack(perturbed))
 
 

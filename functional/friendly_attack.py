@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from robust_flatness.functional.attack import PGD
-from robust_flatness.functional.checks import check_count, upcast
+from robust_flatness.functional.checks import check_count, predicted_classes, upcast
 from robust_flatness.functional.iterate import Criterion, Iterate, example_losses
+from robust_flatness.functional.logits import logits_function
 from robust_flatness.functional.modes import Model, differentiable
 
 
@@ -58,27 +59,30 @@ class FriendlyPGD(PGD):
             The kept iterate of each example, without a graph.
         """
         with differentiable(model, self.mode):
-            images, labels = images.detach().clone(), labels.clone()
-            classes = labels if labels.ndim == 1 else labels.argmax(1)
+            network = logits_function(model, images)
+            images, labels = upcast(images.detach()).clone(), labels.clone()
+            classes = labels if labels.ndim == 1 else predicted_classes(labels)
             adversarial = self.begin(images, start)
             kept, fooled = images, torch.zeros(len(images), dtype=torch.long, device=images.device)
             for _ in range(self.steps):
                 adversarial.requires_grad_()
-                logits = upcast(model(adversarial))
+                logits = network(adversarial)
                 (gradient,) = torch.autograd.grad(criterion(logits, labels).sum(), adversarial)
                 adversarial = adversarial.detach()
                 kept, fooled = self._keep(kept, fooled, adversarial, logits, classes)
                 adversarial = self.move(adversarial, gradient, images)
             if self.steps:
                 with torch.no_grad():
-                    logits = upcast(model(adversarial))
+                    logits = network(adversarial)
                 kept, fooled = self._keep(kept, fooled, adversarial, logits, classes)
             return Iterate(kept, None, None)
 
     def _keep(
         self, kept: Tensor, fooled: Tensor, adversarial: Tensor, logits: Tensor, classes: Tensor
     ) -> tuple[Tensor, Tensor]:
-        wrong = logits.detach().argmax(1) != classes
+        predicted = predicted_classes(logits.detach())
+        # The prediction to leave may be undefined as well.
+        wrong = (predicted != classes) | (predicted < 0)
         take = wrong & (fooled <= self.tau)
         shape = (-1, *[1] * (kept.ndim - 1))
         return torch.where(take.view(shape), adversarial, kept), fooled + wrong

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
-from robust_flatness.functional.checks import check_count, check_examples, check_number, upcast
-from robust_flatness.functional.modes import differentiable, trainable
+from robust_flatness.functional.checks import check_count, check_examples, check_number
+from robust_flatness.functional.evaluation_context import evaluation_context
+from robust_flatness.functional.logits import logits_function
+from robust_flatness.functional.modes import trainable
 from robust_flatness.functional.noise import stream
 from robust_flatness.functional.weight_perturbation import perturbed_parameters, split_like
 
@@ -63,8 +65,9 @@ def hessian_extreme_eigenvalues(
     adversarial examples, for the curvature of the robust loss at fixed attacks.
 
     A Hessian-vector product costs a forward and a backward twice through the network for each
-    image; some 40 to 100 of them are needed. Weights, `.grad`, buffers and random state are left
-    alone; frozen weights are measured like others.
+    image; some 40 to 100 of them are needed. Nothing is left behind in the network, and one of half
+    precision is measured in float32, see `evaluation_context`; frozen weights are measured like
+    others.
 
     Args:
         model: Maps images in [0, 1] to logits `(N, K)`.
@@ -96,7 +99,7 @@ def hessian_extreme_eigenvalues(
         raise ValueError("Expected `images` to hold an image at least but got none.")
     weights = _chosen(model, names)
     # Fused attention has no second derivative.
-    with differentiable(model), trainable(weights), sdpa_kernel(SDPBackend.MATH):
+    with evaluation_context(model), trainable(weights), sdpa_kernel(SDPBackend.MATH):
         # Tensors made under inference mode cannot be saved for backward, their clones can.
         images, labels = images.clone(), labels.clone()
         parts = [slice(i, i + batch_size) for i in range(0, len(images), batch_size)]
@@ -132,7 +135,7 @@ def weight_gradients(
         labels: `(N,)`.
         create_graph: Whether the gradients are to be differentiated again.
     """
-    loss = cross_entropy(upcast(model(images)), labels, reduction="sum")
+    loss = cross_entropy(logits_function(model, images)(images), labels, reduction="sum")
     found = torch.autograd.grad(loss, weights, create_graph=create_graph, materialize_grads=True)
     return list(found)
 

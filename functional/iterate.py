@@ -1,5 +1,6 @@
 """Adversarial examples that an attack keeps."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -7,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from robust_flatness.functional.checks import upcast
-from robust_flatness.functional.modes import Model
+from robust_flatness.functional.checks import losses_of_finite, predicted_classes
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
@@ -25,7 +25,7 @@ class Iterate(NamedTuple):
         images: Adversarial examples `(N, C, H, W)` in [0, 1].
         losses: The attack's objective there, `(N,)`; `None` where the last iterate is kept, which
             saves the forward that would tell it.
-        predictions: Predicted classes there, `(N,)`, or `None` likewise.
+        predictions: Predicted classes there, `(N,)`, -1 if logits are not finite; `None` likewise.
     """
 
     images: Tensor
@@ -35,15 +35,17 @@ class Iterate(NamedTuple):
     def or_better(self, images: Tensor, losses: Tensor, logits: Tensor) -> "Iterate":
         """For each example the iterate of higher loss, the earlier one on ties.
 
+        A loss that is not a number, or that comes from logits that are not finite, is the highest.
+
         Args:
             images: The later iterate `(N, C, H, W)`.
             losses: Its losses `(N,)`.
             logits: Its logits `(N, K)`.
         """
-        predictions = logits.argmax(1)
+        predictions, losses = predicted_classes(logits), losses_of_finite(losses, logits)
         if self.losses is None or self.predictions is None:
             return Iterate(images, losses, predictions)
-        higher = losses > self.losses
+        higher = losses.nan_to_num(math.inf, math.inf) > self.losses.nan_to_num(math.inf, math.inf)
         return Iterate(
             torch.where(higher.view(-1, *[1] * (images.ndim - 1)), images, self.images),
             torch.where(higher, losses, self.losses),
@@ -51,11 +53,13 @@ class Iterate(NamedTuple):
         )
 
     @torch.no_grad()
-    def told_anew(self, model: Model, labels: Tensor, criterion: Criterion) -> "Iterate":
+    def told_anew(
+        self, network: Callable[[Tensor], Tensor], labels: Tensor, criterion: Criterion
+    ) -> "Iterate":
         """The same images with the losses and predictions that the model has there now.
 
         Args:
-            model: Maps images to logits.
+            network: Maps images to logits.
             labels: Handed to `criterion`.
             criterion: Maps logits and labels to losses `(N,)`.
 
@@ -64,5 +68,7 @@ class Iterate(NamedTuple):
         """
         if self.losses is None:
             return self
-        logits = upcast(model(self.images))
-        return Iterate(self.images, criterion(logits, labels), logits.argmax(1))
+        logits = network(self.images)
+        return Iterate(self.images, None, None).or_better(
+            self.images, criterion(logits, labels), logits
+        )

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from robust_flatness.functional.attack import PGD, Keep
-from robust_flatness.functional.checks import upcast
+from robust_flatness.functional.checks import losses_of_finite, upcast
 from robust_flatness.functional.iterate import example_losses
+from robust_flatness.functional.logits import logits_function
 from robust_flatness.functional.modes import trainable
 from robust_flatness.functional.noise import stream
 from robust_flatness.functional.weight_perturbation import (
@@ -56,7 +57,7 @@ class JointAscent:
     gradient, and projects both, ν onto ‖ν_l‖ ≤ ξ‖w_l‖. One ν serves all batches.
 
     Attributes:
-        model: The network, in `differentiable` while this runs; left as it was.
+        model: The network, in `evaluation_context` while this runs; left as it was.
         batches: Of this process.
         pgd: The attack on images.
         xi: Relative radius ξ in each layer.
@@ -94,8 +95,8 @@ class JointAscent:
         iterates.append((height, losses))
         if self.keep == "last":
             return losses
-        # An iterate whose loss is no number has no height.
-        return max(iterates, key=lambda found: -math.inf if math.isnan(found[0]) else found[0])[1]
+        # An iterate whose loss is not a number is the worst.
+        return max(iterates, key=lambda found: math.inf if math.isnan(found[0]) else found[0])[1]
 
     def _start(self, weights: dict[str, nn.Parameter], restart: int) -> Perturbation:
         """Directions uniform, lengths U(0, 1) · ξ‖w_l‖: the start of the paper's code."""
@@ -110,7 +111,7 @@ class JointAscent:
 
     def _attacked(self, batch: Batch, restart: int) -> Tensor:
         start = self.pgd.starts(batch.images, batch.indices, seed=self.seed, restart=restart)
-        return self.pgd.begin(batch.images, start)
+        return self.pgd.begin(upcast(batch.images), start)
 
     def _pass(
         self,
@@ -156,7 +157,8 @@ class JointAscent:
         images, labels, _ = self.batches[turn]
         with torch.set_grad_enabled(ascend):
             moving = adversarial[turn].detach().requires_grad_(ascend)
-            losses = example_losses(upcast(self.model(moving)), labels)
+            logits = logits_function(self.model, images)(moving)
+            losses = losses_of_finite(example_losses(logits, labels), logits)
             if not ascend:
                 return losses, []
             inputs = [moving, *weights.values()]

@@ -20,6 +20,7 @@ from robust_flatness.functional.directions import (
     check_direction,
     weight_directions,
 )
+from robust_flatness.functional.evaluation_context import evaluation_context
 from robust_flatness.functional.flatness import NO_ATTACK, Loss
 from robust_flatness.functional.noise import Norm, Start
 from robust_flatness.functional.robust_loss import worst_losses
@@ -87,7 +88,8 @@ def loss_landscape(
     """The loss along lines through the weights, attacked anew at each step (Fig. 4).
 
     At s = 0 it is the robust loss of the same attack; along random directions, s · `length` is the
-    ξ of average-case flatness. Costs `D · S · restarts` attacks on each image.
+    ξ of average-case flatness. Costs `D · S · restarts` attacks on each image. Nothing is left behind
+    in the network, and one of half precision is measured in float32, see `evaluation_context`.
 
     Args:
         model: Maps images in [0, 1] to logits `(N, K)`.
@@ -129,8 +131,9 @@ def loss_landscape(
     attack = attack_for(loss, PGD(eps, steps, step_size, norm, "best", start))
     view = View(model, images, labels, attack, restarts, seed, batch_size, indices, on_attack)
     points = steps_along(directions, num_steps, extent)
-    found = view.directions(directions, num_directions, relative_to, length)
-    curves = [torch.stack([view.losses((s, direction)) for s in points]) for direction in found]
+    with evaluation_context(model):
+        found = view.directions(directions, num_directions, relative_to, length)
+        curves = [torch.stack([view.losses((s, direction)) for s in points]) for direction in found]
     return LandscapeResult(torch.tensor(points, dtype=torch.float64), torch.stack(curves))
 
 

@@ -5,7 +5,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 
 from robust_flatness.functional.attack import pgd_attack
-from robust_flatness.functional.checks import check_number, upcast
+from robust_flatness.functional.checks import check_number
+from robust_flatness.functional.logits import logits_function
 from robust_flatness.functional.noise import Norm, Start
 
 
@@ -121,4 +122,5 @@ def mart_loss(
         start=start,
         seed=seed,
     )
-    return mart_objective(upcast(model(images)), upcast(model(adversarial)), labels, lam=lam)
+    network = logits_function(model, images)
+    return mart_objective(network(images), network(adversarial), labels, lam=lam)

@@ -130,7 +130,8 @@ def example_starts(
         restart: Number of the restart.
 
     Returns:
-        `(N, C, H, W)`, the same on one process and on many, whatever the batch.
+        `(N, C, H, W)`, the same on one process and on many, whatever the batch; of the images' type
+        but float32 at least.
     """
     shape = (1, *images.shape[1:])
     draws = [
@@ -139,4 +140,7 @@ def example_starts(
         )
         for i in indices
     ]
-    return torch.cat(draws).to(images) if draws else torch.zeros_like(images)
+    # Half precision is too coarse for a perturbation.
+    dtype = torch.promote_types(images.dtype, torch.float32)
+    starts = torch.cat(draws) if draws else torch.zeros(images.shape)
+    return starts.to(images.device, dtype)

@@ -8,9 +8,16 @@ import torch
 from torch import Tensor
 
 from robust_flatness.functional.attack import PGD
-from robust_flatness.functional.checks import check_count, check_examples, upcast
+from robust_flatness.functional.checks import (
+    check_count,
+    check_examples,
+    losses_of_finite,
+    predicted_classes,
+)
+from robust_flatness.functional.evaluation_context import evaluation_context
 from robust_flatness.functional.iterate import Criterion, example_losses
-from robust_flatness.functional.modes import Model, differentiable
+from robust_flatness.functional.logits import logits_function
+from robust_flatness.functional.modes import Model
 from robust_flatness.functional.noise import Norm, Start
 
 
@@ -18,10 +25,14 @@ from robust_flatness.functional.noise import Norm, Start
 class RobustnessResult:
     """What PGD found about each example of a set.
 
+    An example whose logits are not finite, clean or attacked, is incorrect, and its loss there is
+    not finite: so are RLoss and its parts.
+
     Attributes:
         clean_losses: Cross-entropy on the clean images, `(N,)`.
         clean_correct: Whether the clean image is classified correctly, bool `(N,)`.
-        losses: Cross-entropy on the worst restart's adversarial example, `(N,)`.
+        losses: Cross-entropy on the worst restart's adversarial example, `(N,)`; NaN if the logits
+            are not finite there.
         robust_correct: Whether the clean image and the adversarial examples of all restarts are
             classified correctly, bool `(N,)`.
     """
@@ -122,7 +133,8 @@ def evaluate_robustness(
     """RLoss and RErr as the paper estimates them: PGD-20 with 10 restarts (Sec. 3).
 
     The loss of an example is that of its worst restart. A batch costs `restarts · (steps + 1) + 1`
-    forwards and `restarts · steps` backwards to the input.
+    forwards and `restarts · steps` backwards to the input. Nothing is left behind in the network, and
+    one of half precision is measured in float32, see `evaluation_context`.
 
     Args:
         model: Maps images in [0, 1] to logits `(N, K)`.
@@ -158,23 +170,25 @@ def evaluate_robustness(
     check_count("batch_size", batch_size, low=1)
     where = range(len(images)) if indices is None else list(indices)
     columns: list[tuple[Tensor, ...]] = []
-    for begin in range(0, len(images), batch_size):
-        part = slice(begin, begin + batch_size)
-        with differentiable(model), torch.no_grad():
-            logits = upcast(model(images[part].clone()))
-            clean = example_losses(logits, labels[part].clone())
-            clean_correct = logits.argmax(1) == labels[part]
-        losses, correct = worst_losses(
-            model,
-            images[part],
-            labels[part],
-            pgd,
-            restarts=range(restarts),
-            seed=seed,
-            indices=where[part],
-            on_attack=on_attack,
-        )
-        columns.append((clean, clean_correct, losses, clean_correct & correct))
+    with evaluation_context(model):
+        network = logits_function(model, images)
+        for begin in range(0, len(images), batch_size):
+            part = slice(begin, begin + batch_size)
+            with torch.no_grad():
+                logits = network(images[part].clone())
+                clean = losses_of_finite(example_losses(logits, labels[part].clone()), logits)
+                clean_correct = predicted_classes(logits) == labels[part]
+            losses, correct = worst_losses(
+                model,
+                images[part],
+                labels[part],
+                pgd,
+                restarts=range(restarts),
+                seed=seed,
+                indices=where[part],
+                on_attack=on_attack,
+            )
+            columns.append((clean, clean_correct, losses, clean_correct & correct))
     if not columns:
         none, flags = images.new_zeros(0), torch.zeros(0, dtype=torch.bool, device=images.device)
         return RobustnessResult(none, flags, none, flags)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from robust_flatness.functional.attack import PGD
 from robust_flatness.functional.directions import Direction, DirectionKind
+from robust_flatness.functional.evaluation_context import evaluation_context
 from robust_flatness.functional.flatness import Loss
 from robust_flatness.functional.landscape import Extent, View, attack_for, steps_along
 from robust_flatness.functional.noise import Norm, Start
@@ -72,10 +73,11 @@ def loss_surface(
     attack = attack_for(loss, PGD(eps, steps, step_size, norm, "best", start))
     view = View(model, images, labels, attack, restarts, seed, batch_size, indices, on_attack)
     points = steps_along(directions, num_steps, extent)
-    found = list(view.directions(directions, 2, relative_to, length))
-    if len(found) != 2:
-        raise ValueError(f"Expected `directions` to be two for a surface but got {len(found)}.")
-    rows = [
-        torch.stack([view.losses((s, found[0]), (t, found[1])) for t in points]) for s in points
-    ]
+    with evaluation_context(model):
+        found = list(view.directions(directions, 2, relative_to, length))
+        if len(found) != 2:
+            raise ValueError(f"Expected `directions` to be two for a surface but got {len(found)}.")
+        rows = [
+            torch.stack([view.losses((s, found[0]), (t, found[1])) for t in points]) for s in points
+        ]
     return SurfaceResult(torch.tensor(points, dtype=torch.float64), torch.stack(rows))

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from robust_flatness.functional.attack import pgd_attack
-from robust_flatness.functional.checks import check_choice, check_number, upcast
+from robust_flatness.functional.checks import check_choice, check_number
+from robust_flatness.functional.logits import logits_function
 from robust_flatness.functional.modes import module_modes
 from robust_flatness.functional.noise import Norm, Start
 
@@ -100,8 +101,9 @@ def trades_loss(
     """
     check_number("lam", lam)
     check_choice("start", start, STARTS)
+    network = logits_function(model, images)
     with torch.no_grad(), module_modes(model, "eval"):
-        clean = upcast(model(images))
+        clean = network(images)
     attack = partial(pgd_attack, eps=eps, steps=steps, step_size=step_size, norm=norm, start=start)
     adversarial = attack(
         model,
@@ -110,4 +112,4 @@ def trades_loss(
         criterion=lambda logits, _: divergences(logits, clean),
         seed=seed,
     )
-    return trades_objective(upcast(model(images)), upcast(model(adversarial)), labels, lam=lam)
+    return trades_objective(network(images), network(adversarial), labels, lam=lam)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from robust_flatness.functional.attack import PGD
+from robust_flatness.functional.evaluation_context import evaluation_context
 from robust_flatness.functional.hessian import weight_gradients
-from robust_flatness.functional.modes import differentiable, trainable
+from robust_flatness.functional.modes import trainable
 from robust_flatness.functional.weight_perturbation import (
     perturbed_parameters,
     perturbed_weights,
@@ -80,7 +81,7 @@ class WeightAscent:
     ) -> dict[str, Tensor]:
         """Gradient of the summed loss on adversarial examples of these weights."""
         inputs = list(weights.values())
-        with differentiable(model), trainable(weights):
+        with evaluation_context(model), trainable(weights):
             # Tensors made under inference mode cannot be saved for backward, their clones can.
             labels = labels.clone()
             total = [torch.zeros_like(weight) for weight in inputs]

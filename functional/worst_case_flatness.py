@@ -17,7 +17,7 @@ from robust_flatness.functional.checks import (
 )
 from robust_flatness.functional.flatness import NO_ATTACK, Loss, perturbed_units
 from robust_flatness.functional.joint_ascent import Batch, JointAscent, Sharing
-from robust_flatness.functional.modes import differentiable
+from robust_flatness.functional.evaluation_context import evaluation_context
 from robust_flatness.functional.noise import Norm, Start
 from robust_flatness.functional.robust_loss import worst_losses
 
@@ -98,7 +98,9 @@ def worst_case_flatness(
     invariant to the scale of layers that a BatchNorm follows.
 
     A batch costs `2 · restarts · (steps + 1)` forwards and `2 · restarts · steps` backwards, half
-    of them to the weights too; on clean images half of it and one forward.
+    of them to the weights too; on clean images half of it and one forward. Nothing is left behind in
+    the network, and one of half precision is measured in float32, see `evaluation_context`. A loss
+    that is not finite counts as the highest.
 
     Args:
         model: Maps images in [0, 1] to logits `(N, K)`.
@@ -162,7 +164,7 @@ def worst_case_flatness(
     first = range(1 if clean else restarts)
     reference: list[Tensor] = []
     perturbed: list[Tensor] = []
-    with differentiable(model):
+    with evaluation_context(model):
         for number, parts in perturbed_units(where, batch_size, per_batch):
             # Labels made under inference mode cannot be saved for backward, their clones can.
             batches = [Batch(images[p], labels[p].clone(), where[p]) for p in parts]

@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from robust_flatness.functional.checks import check_choice, check_count, check_number, upcast
+from robust_flatness.functional.checks import (
+    check_choice,
+    check_count,
+    check_number,
+    predicted_classes,
+    upcast,
+)
 from robust_flatness.functional.iterate import example_losses
 from robust_flatness.functional.modes import module_modes
 from robust_flatness.functional.rotation import rotate
@@ -33,6 +39,7 @@ class ATSelfSupervision(AT):
         adversarial_fraction: Share of each half, or of each rotation, that is attacked, the rest
             staying clean: 1 is the paper's text, 0.5 its code and, by its clean errors, its table.
         hidden: Units of the rotation head's hidden layer.
+        args: The network, as the first argument of `AT`.
         kwargs: Arguments of `AT`; `incorrect` has no meaning here.
 
     Raises:
@@ -47,14 +54,14 @@ class ATSelfSupervision(AT):
 
     def __init__(
         self,
-        *,
+        *args: Any,
         lam: float = 4.0,
         rotations: Rotations = "half",
         adversarial_fraction: float = 1.0,
         hidden: int = 256,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(*args, **kwargs)
         check_number("lam", lam)
         check_choice("rotations", rotations, get_args(Rotations))
         check_number("adversarial_fraction", adversarial_fraction, high=1.0)
@@ -122,7 +129,7 @@ class ATSelfSupervision(AT):
             turns = self._turns(images)
             turn_logits = self.rotation_logits(adversarial[classified:])
             self.means.add("train/rotation_loss", example_losses(turn_logits, turns))
-            self.means.add("train/rotation_error", turn_logits.argmax(1) != turns)
+            self.means.add("train/rotation_error", predicted_classes(turn_logits) != turns)
             loss = loss + self.lam * cross_entropy(turn_logits, turns)
         return loss, logits[:hit]
 

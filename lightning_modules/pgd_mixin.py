@@ -125,7 +125,7 @@ class PGDMixin:
             purpose: Of the random starts; a second attack in a step needs one of its own.
 
         Returns:
-            `(N, C, H, W)` in [0, 1], without a graph.
+            `(N, C, H, W)` in [0, 1], without a graph, in the type of `images`.
         """
         if len(images) == 0:
             return images
@@ -138,7 +138,8 @@ class PGDMixin:
             generator=self.generator(purpose, images.device),
         )[trainer.global_rank :: trainer.world_size]
         attacked = cast(nn.Module, self) if model is None else model
-        return self.search(attacked, images, labels, start, criterion)
+        # The attack is in float32 at least; training may be in half precision.
+        return self.search(attacked, images, labels, start, criterion).to(images.dtype)
 
     def search(
         self, model: Model, images: Tensor, labels: Tensor, start: Tensor, criterion: Criterion

@@ -1,9 +1,39 @@
 """Normalisation of the input by fixed channel statistics, as the first layer of a network."""
 
 from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+def channel_values(name: str, values: Any) -> list[float]:
+    """Reads one number a channel.
+
+    Args:
+        name: the argument's name, for the message.
+        values: a sequence, a tensor or an array, in any shape.
+
+    Raises:
+        ValueError: if it is something else.
+
+    Example:
+        >>> channel_values("mean", torch.tensor([[0.5]]))
+        [0.5]
+    """
+    if isinstance(values, (property, cached_property)):
+        raise ValueError(
+            f"Expected `{name}` to be one number a channel but got a property of a class; take"
+            f" that of an instance, as in `Digits().{name}`."
+        )
+    numbers = values.reshape(-1).tolist() if hasattr(values, "tolist") else values
+    try:
+        return [float(number) for number in numbers]
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"Expected `{name}` to be one number a channel but got {values}."
+        ) from error
 
 
 class Normalize(nn.Module):
@@ -21,7 +51,8 @@ class Normalize(nn.Module):
         Input and output: `(..., C, H, W)`.
 
     Raises:
-        ValueError: if the lengths differ, if they are empty, or if a `std` is not above 0.
+        ValueError: if the lengths differ, if they are empty, if a `mean` is not finite, or if a
+            `std` is not finite or not above 0.
 
     Example:
         >>> layer = Normalize(mean=[0.5], std=[0.25])
@@ -34,15 +65,22 @@ class Normalize(nn.Module):
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
+        mean, std = channel_values("mean", mean), channel_values("std", std)
         if not mean or len(mean) != len(std):
             raise ValueError(
                 "Expected `mean` and `std` to have one value a channel each"
                 f" but got {len(mean)} and {len(std)} values."
             )
-        if not all(value > 0 for value in std):
-            raise ValueError(f"Expected each value of `std` to be > 0 but got {list(std)}.")
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
+        # As tensors: what is finite and above 0 in float64 may not be so in the weights' precision.
+        mean_tensor, std_tensor = torch.tensor(mean), torch.tensor(std)
+        if not mean_tensor.isfinite().all():
+            raise ValueError(f"Expected each value of `mean` to be finite but got {list(mean)}.")
+        if not (std_tensor.isfinite() & (std_tensor > 0)).all():
+            raise ValueError(
+                f"Expected each value of `std` to be finite and > 0 but got {list(std)}."
+            )
+        self.register_buffer("mean", mean_tensor.view(-1, 1, 1))
+        self.register_buffer("std", std_tensor.view(-1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the channels of `x`.

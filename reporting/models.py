@@ -55,6 +55,15 @@ class Model:
         more = [f"{len(texts) - _MOST_TOLD} more"] if len(texts) > _MOST_TOLD else []
         return ", ".join([*texts[:_MOST_TOLD], *more])
 
+    @property
+    def diverged(self) -> str:
+        """Its runs whose network became not finite, and from which epoch on; else empty."""
+        return ", ".join(
+            f"{run.name} (from epoch {run.diverged_epoch})"
+            for run in self.runs
+            if run.diverged_epoch is not None
+        )
+
     def values(self, name: str, weights: Weights = "final") -> list[float]:
         """A figure of each run that has it."""
         found = (run.figures(weights).get(name) for run in self.runs)

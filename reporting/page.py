@@ -117,6 +117,7 @@ def _facts(models: Sequence[Model], runs: Sequence[Run]) -> list[tuple[str, str]
         ("Runs", f"{len(runs)} ({len(models)} models, {methods} methods)"),
         ("Seeds", ", ".join(map(str, seeds))),
         ("Epochs", _range([run.epochs for run in runs])),
+        ("Diverged", ", ".join(model.diverged for model in models if model.diverged)),
         ("Test images", _num_images(runs)),
         ("Hardware", _list(map(_hardware, runs))),
         ("Versions", _list(map(_versions, runs))),

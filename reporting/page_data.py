@@ -199,7 +199,8 @@ def _about(model: Model) -> list[str]:
     if len(differs) > _MOST_LINES:
         differs = [*differs[:_MOST_LINES], f"… ({len(differs)} settings differ)"]
     rest = [f"{name} {_short(value)}" for name, value in always.items() if value not in (None, "")]
-    return [", ".join(shown), *differs, " · ".join(rest)]
+    diverged = [f"diverged: {model.diverged}"] if model.diverged else []
+    return [", ".join(shown), *diverged, *differs, " · ".join(rest)]
 
 
 def _short(value: Any) -> str:

@@ -44,6 +44,7 @@ class Run:
         num_examples: Images that a figure was measured on.
         trajectory: A row an epoch, with `epoch` and figures by name, only finite ones.
         early_stopped_epoch: Epoch of the early-stopped weights, from 0.
+        diverged_epoch: First epoch, from 0, whose network was measured as not finite.
         epochs: Epochs trained.
         wall_time_seconds: Of training with all its measures.
         num_classes: Number K of classes, where it is known.
@@ -66,6 +67,7 @@ class Run:
     num_classes: int | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     hardware: Mapping[str, Any] = field(default_factory=dict)
+    diverged_epoch: int | None = None
 
     @property
     def name(self) -> str:
@@ -170,6 +172,7 @@ def read_run(folder: Path) -> Run:
             num_classes=content.get("num_classes") or _CLASSES.get(str(content["data"])),
             versions=dict(content.get("versions") or {}),
             hardware=dict(content.get("hardware") or {}),
+            diverged_epoch=content.get("diverged_epoch"),
         )
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{_RESULTS} is of another format ({error})") from error

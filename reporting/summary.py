@@ -19,7 +19,7 @@ from rich.table import Table
 
 from robust_flatness.reporting.intervals import error_interval
 
-_DASH = "–"
+_DASH, _NOT_FINITE = "–", "not finite"
 # Label, and the names that may hold the figure, the most telling first: training images are best
 # judged with the weights at rest.
 _ERRORS = (
@@ -52,20 +52,24 @@ def summary_table(results: Mapping[str, Any], *, folder: str | Path | None = Non
     """Puts the figures of a finished run into a table that fits into 80 columns.
 
     Errors stand in percent, behind them Wilson's 95 % interval where the number of images is known;
-    flatness stands with its standard error; a dash is what was not measured.
+    flatness stands with its standard error; a dash is what was not measured. Without early-stopped
+    weights there is no column of them. The title says if the network became not finite.
 
     Args:
         results: The content of `results.json`: `final` and `early_stopped` (figures by name),
-            `num_examples` (images by the same names), `early_stopped_epoch`, `method` and `data`.
-            All of them may be missing.
+            `num_examples` (images by the same names), `early_stopped_epoch`, `diverged_epoch`,
+            `method` and `data`. All of them may be missing.
         folder: Where the files of the run are, for the caption.
 
     Returns:
         A table to be printed with `rich`.
     """
-    epoch = results.get("early_stopped_epoch")
+    epoch, diverged = results.get("early_stopped_epoch"), results.get("diverged_epoch")
+    title = " on ".join(results[key] for key in ("method", "data") if results.get(key))
+    if diverged is not None:
+        title = f"{title}: diverged, not finite from epoch {diverged}".removeprefix(": ")
     table = Table(
-        title=" on ".join(results[key] for key in ("method", "data") if results.get(key)) or None,
+        title=title or None,
         caption=None if folder is None else f"results, checkpoints and figures: {folder}",
         caption_justify="left",
     )
@@ -73,10 +77,11 @@ def summary_table(results: Mapping[str, Any], *, folder: str | Path | None = Non
     tested = results.get("checkpoint") or "last"
     own = "final\nweights" if tested == "last" else f"weights of\n{tested}.ckpt"
     table.add_column(own, justify="right", no_wrap=True)
-    note = "" if epoch is None else f"(epoch {epoch})"
-    table.add_column(f"early-stopped\n{note}", justify="right", no_wrap=True)
     images = results.get("num_examples") or {}
     columns = _columns(results)
+    if len(columns) > 1:
+        note = "" if epoch is None else f"(epoch {epoch})"
+        table.add_column(f"early-stopped\n{note}", justify="right", no_wrap=True)
     for label, names in _ERRORS:
         counts = [images[name] for column in columns if (name := _find(column, names)[0]) in images]
         table.add_row(
@@ -98,18 +103,20 @@ def summary_table(results: Mapping[str, Any], *, folder: str | Path | None = Non
 Column = Mapping[str, float | None]
 
 
-def _columns(results: Mapping[str, Any]) -> tuple[Column, Column]:
+def _columns(results: Mapping[str, Any]) -> list[Column]:
     final, stopped = results.get("final") or {}, results.get("early_stopped") or {}
     # AutoAttack logs the figure of the early-stopped weights under a name of its own as well.
-    logged = {"test/autoattack_error": final.get("test/autoattack_error_early_stopped")}
-    return final, logged | stopped
+    own = "test/autoattack_error_early_stopped"
+    logged = {"test/autoattack_error": final[own]} if own in final else {}
+    return [final, logged | stopped] if logged or stopped else [final]
 
 
 def _find(column: Column, names: tuple[str, ...]) -> tuple[str, float] | tuple[None, None]:
+    """The first of the figures that was measured; None in JSON is one that is not finite."""
     for name in names:
-        value = column.get(name)
-        if value is not None and math.isfinite(value):
-            return name, value
+        if name in column:
+            value = column[name]
+            return name, math.nan if value is None else value
     return None, None
 
 
@@ -117,6 +124,8 @@ def _error(column: Column, names: tuple[str, ...], images: Mapping[str, int]) ->
     name, value = _find(column, names)
     if name is None or value is None:
         return _DASH
+    if not math.isfinite(value):
+        return _NOT_FINITE
     if name not in images:
         return f"{100 * value:.1f} %"
     low, high = error_interval(round(value * images[name]), images[name])
@@ -125,9 +134,13 @@ def _error(column: Column, names: tuple[str, ...], images: Mapping[str, int]) ->
 
 def _loss(column: Column, names: tuple[str, ...]) -> str:
     value = _find(column, names)[1]
-    return _DASH if value is None else f"{value:.3f}"
+    if value is None:
+        return _DASH
+    return f"{value:.3f}" if math.isfinite(value) else _NOT_FINITE
 
 
 def _flatness(column: Column, names: tuple[str, ...]) -> str:
     text, error = _loss(column, names), column.get(f"{names[0]}_sem")
-    return text if text == _DASH or error is None else f"{text} ± {error:.3f}"
+    if text in (_DASH, _NOT_FINITE) or error is None or not math.isfinite(error):
+        return text
+    return f"{text} ± {error:.3f}"

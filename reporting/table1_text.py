@@ -93,6 +93,7 @@ def notes(table: Table1) -> list[str]:
         f"Mean ± standard deviation over seeds, of n where fewer than were trained have it; {DASH} "
         "is what was not measured. Flatness is of RLoss on test images, lower is flatter; train "
         "RErr is on training images with the weights fixed. AA is AutoAttack.",
+        *_diverged_note(table),
         *_settings_note(table),
         *_groups_note(table),
         *_images_note(table),
@@ -164,7 +165,7 @@ def _below(table: Table1, columns: Sequence[Column]) -> list[str]:
     left = [c for c in COLUMNS if c not in columns and c.key not in _LEFT_TO_FILES]
     names = ", ".join(column.heading.replace("\n", " ") for column in left)
     found = [_MIXED] if any(_is_mixed(table, column) for column in columns) else []
-    return [*found, *([f"No room for {names}: see table1.md."] if names else [])]
+    return [*found, *_diverged_note(table), *([f"No room for {names}: see table1.md."] if names else [])]
 
 
 def _add_group(
@@ -202,6 +203,11 @@ def _cell_text(cell: Cell | None, column: Column, num_runs: int, is_mixed: bool)
 
 def _number(value: float, column: Column) -> str:
     return f"{100 * value:.1f}" if column.is_error else f"{value:.2f}"
+
+
+def _diverged_note(table: Table1) -> list[str]:
+    runs = ", ".join(row.model.diverged for row in table.rows if row.model.diverged)
+    return [f"Diverged: {runs}; means leave out what is not finite there."] if runs else []
 
 
 def _settings_note(table: Table1) -> list[str]:

@@ -82,6 +82,37 @@ def test_training_is_bit_identical_with_and_without_all_callbacks():
     assert not same(snapshot(alone), snapshot(Foreign()))
 
 
+class Restless(Foreign):
+    """Has state that forwards move in eval mode, and draws from all global generators."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("top", torch.zeros(()))
+        self.register_buffer("count", torch.zeros(1), persistent=False)
+        self.calls, self.mean = 0, None
+
+    def forward(self, x):
+        h = self.net(x) * (1 + 0.1 * random.random() + 0.1 * np.random.rand() + 0.1 * torch.rand(()))
+        self.top.copy_(torch.maximum(self.top, h.detach().abs().max()))
+        self.count = self.count + 1
+        self.calls += 1
+        self.mean = h.detach().mean() if self.mean is None else 0.9 * self.mean
+        return h / (1 + 0.01 * (self.top + self.count + self.calls + self.mean))
+
+
+def test_training_is_bit_identical_whatever_a_forward_moves():
+    ends = []
+    for callbacks in ([], measuring_callbacks()):
+        for seed in (torch.manual_seed, np.random.seed, random.seed):
+            seed(0)
+        module = Restless()
+        quiet_trainer(max_epochs=2, callbacks=callbacks).fit(module)
+        draws = random.random(), np.random.rand(), torch.rand(()).item()
+        ends.append((snapshot(module), module.count.item(), module.calls, module.mean, draws))
+    assert same(ends[0][0], ends[1][0])
+    assert ends[0][1:] == ends[1][1:]
+
+
 def test_measuring_leaves_no_trace():
     module, trainer = Foreign(), quiet_trainer()
     module.train()

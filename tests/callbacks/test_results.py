@@ -127,6 +127,36 @@ def test_results_hold_everything_a_report_needs(
     assert tmp_path.name in printed.replace("\n", "")
 
 
+class Diverges(Toy):
+    """Has figures of fixed images that are not finite from the second epoch on."""
+
+    names: tuple[str, ...] = ("val/robust_loss",)
+
+    def on_train_epoch_end(self) -> None:
+        for name in self.names:
+            self.log(name, math.nan if self.current_epoch > 0 else 1.0)
+        # Perturbed weights may overflow where the network is finite.
+        self.log("flatness/average/test", math.inf)
+        self.log("train/loss", math.nan)
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_results_say_from_which_epoch_on_a_network_was_not_finite(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], epochs: int
+) -> None:
+    callbacks = [Trajectory(figures=False), Results()]
+    make_trainer(tmp_path, *callbacks, epochs=epochs).fit(Diverges(), datamodule=Points())
+    results = read(tmp_path / "results.json")
+    assert results["diverged_epoch"] == (1 if epochs > 1 else None)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert ("diverged, not finite from epoch 1" in printed) == (epochs > 1)
+
+
+def test_a_network_that_is_measured_at_the_end_only_has_diverged_by_then(tmp_path: Path) -> None:
+    make_trainer(tmp_path, Measure(), Results()).fit(Toy(), datamodule=Points())
+    assert read(tmp_path / "results.json")["diverged_epoch"] == 2
+
+
 def test_a_bare_module_without_loggers_has_results_too(tmp_path: Path) -> None:
     make_trainer(tmp_path, Results(), logger=False).fit(Toy(), Points().train_dataloader())
     results = read(tmp_path / "results.json")

@@ -1,5 +1,6 @@
 """The variants as LightningModules: what they attack, minimise, log, and spend."""
 
+import math
 from functools import partial
 
 import pytest
@@ -180,6 +181,46 @@ def test_incorrect_images_stay_clean_or_are_attacked_as_what_they_look_like():
     assert torch.equal(module.given[0][2], labels[:8])
 
 
+@pytest.mark.parametrize("incorrect", ["attack", "ignore", "predicted"])
+def test_a_network_that_is_not_finite_is_wrong_on_every_image(incorrect):
+    data, images, labels = fixed_data()
+    module = spied(AT, incorrect=incorrect)
+    with torch.no_grad():
+        module.network[0].weight.fill_(math.nan)
+    trainer = quiet_trainer(limit_train_batches=1)
+    trainer.fit(module, data)
+    clean, adversarial, _ = module.given[0]
+    assert ((adversarial >= 0) & (adversarial <= 1)).all()
+    # Without a prediction there is nothing but the label to attack, and no correct image.
+    assert torch.equal(module.attacked[0][1], labels[:8])
+    assert torch.equal(clean, adversarial) == (incorrect == "ignore")
+    assert trainer.callback_metrics["train/robust_error"] == 1
+    assert trainer.callback_metrics["train/robust_loss"].isnan()
+
+
+def test_a_radius_above_one_is_meant_in_l2():
+    assert built(AT, eps=2.0, norm="l2", eps_scale=1.5).pgd.eps == 3
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "16-true", "bf16-mixed"])
+@pytest.mark.parametrize("cls", [AT, TRADESAWP, MART])
+def test_variants_train_and_attack_exactly_in_every_precision(cls, precision):
+    moved = []
+
+    class Spy(cls):
+        def search(self, model, images, labels, start, criterion):
+            adversarial = super().search(model, images, labels, start, criterion)
+            moved.append((adversarial - images).abs().max().item())
+            assert adversarial.dtype in (torch.float32, torch.float64)
+            return adversarial
+
+    module = built(Spy, **({"warmup": 0.0} if cls is TRADESAWP else {}))
+    before = module.network[0].weight.detach().clone()
+    quiet_trainer(precision=precision).fit(module, loader(16))
+    assert not torch.equal(before.to(module.network[0].weight), module.network[0].weight)
+    assert 0.05 < max(moved) <= PLAIN["eps"] + 1e-6
+
+
 def test_larger_eps_keeps_the_length_of_the_steps():
     module = built(AT, eps=8 / 255, eps_scale=1.125)
     assert module.pgd.eps == pytest.approx(9 / 255)
@@ -291,6 +332,9 @@ def test_entropy_sgd_goes_with_clipping_and_accumulation(precision):
     [
         ({"incorrect": "skip"}, "`incorrect` to be one of attack, ignore, predicted but got skip"),
         ({"eps_scale": -1.0}, "`eps_scale` to be >= 0 but got -1.0"),
+        ({"eps": 8}, r"`eps` to be in \[0, 1\] for norm linf.* but got 8; .* is 8/255"),
+        ({"eps": 0.9, "eps_scale": 1.125}, r"`eps \* eps_scale` to be in \[0, 1\] .* got 1.0125"),
+        ({"step_size": 2}, r"`step_size` to be in \[0, 1\] .* is 2/255"),
         ({"tau": -1}, "`tau` to be >= 0 but got -1"),
         ({"label_noise": 2.0}, r"`label_noise` to be in \[0, 1\] but got 2.0"),
     ],

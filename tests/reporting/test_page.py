@@ -1,6 +1,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,13 @@ def test_hover_names_runs_differing_settings_eps_epochs_and_seeds(tmp_path: Path
     assert at["about"][-1] == "eps 0.2 · epochs 4 · seeds 0, 1"
     assert trades["label"] == "TRADES lam=9"
     assert "model.lam = 9" in trades["about"]
+
+
+def test_diverged_runs_are_named(tmp_path: Path) -> None:
+    run = replace(make_run(settings=settings()), diverged_epoch=2)
+    path = write_page(tmp_path / "index.html", models=group_models([run]))
+    assert "<dt>Diverged</dt><dd>at-Digits-s0 (from epoch 2)</dd>" in without_plotly(path)
+    assert "diverged: at-Digits-s0 (from epoch 2)" in read_data(path)["models"][0]["about"]
 
 
 def test_only_what_was_measured_can_be_chosen(tmp_path: Path) -> None:

@@ -117,6 +117,9 @@ def test_figures_that_are_no_finite_numbers_are_dropped(tmp_path):
     rows = [{"epoch": 0, "test/robust_loss": float("inf"), "test/error": 0.5}]
     change(write_run(tmp_path, make_run()), final=final, early_stopped=final, trajectory=rows)
     run = read_run(tmp_path)
+    assert run.diverged_epoch is None
+    change(tmp_path, diverged_epoch=0)
+    assert read_run(tmp_path).diverged_epoch == 0
     assert run.final == run.early_stopped == {"test/error": 0.1}
     assert run.trajectory == [{"epoch": 0, "test/error": 0.5}]
 

@@ -125,6 +125,16 @@ def test_a_figure_of_fewer_seeds_says_of_how_many(tmp_path):
     assert (record["seeds"], record["test_robust_error_n"]) == ("3", "2")
 
 
+def test_diverged_runs_are_named(tmp_path):
+    broken = replace(make_run("at", 1, final={AA: 1.0}, early_stopped={}), diverged_epoch=3)
+    table = of(run("at", 0.5), broken, run("mart", 0.6))
+    sentence = "Diverged: at-Digits-s1 (from epoch 3); means leave out what is not finite there."
+    assert sentence in notes(table)
+    assert "Diverged" in written(table, tmp_path)[".md"]
+    assert " ".join(sentence.split()) in " ".join(printed(table).split())
+    assert not any("Diverged" in note for note in notes(of(run("at", 0.5))))
+
+
 def test_what_was_not_measured_is_a_dash(tmp_path):
     table = of(
         make_run(final={PGD: 0.5}, early_stopped={}), make_run("mart", final={}, early_stopped={})

@@ -1,0 +1,144 @@
+"""Checkpoints hold weights that were measured, under their own scores."""
+
+import math
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from networks_for_tests import same, tiny_body
+from test_measurement import Stop
+from trainers import PLAIN, dataset, loader, quiet_trainer
+
+from robust_flatness.callbacks import MeasuredCheckpoint, RobustEarlyStopping, WeightAveraging
+from robust_flatness.lightning_modules import AT
+
+
+class Scripted(RobustEarlyStopping):
+    """Early stopping that is told what it measures, epoch by epoch."""
+
+    def __init__(self, errors, **kwargs):
+        super().__init__(dataset=dataset(4), **kwargs)
+        self.errors, self.epoch = errors, 0
+
+    def take(self, trainer, module, epoch):
+        self.epoch = epoch
+        return super().take(trainer, module, epoch)
+
+    def measure(self, trainer, module):
+        return {"val/robust_error": self.errors[self.epoch], "val/robust_loss": 1.0}
+
+
+def fit(folder, measure, epochs=100, others=(), module=AT, **kwargs):
+    def checkpoint(**settings):
+        return MeasuredCheckpoint(folder, enable_version_counter=False, **settings)
+
+    callbacks = [
+        *others,
+        measure,
+        checkpoint(filename="best", monitor="val/robust_error"),
+        checkpoint(filename="{epoch}", monitor="val/robust_error", save_top_k=3, mode="max"),
+        checkpoint(filename="last"),
+    ]
+    trainer = quiet_trainer(
+        max_epochs=epochs, callbacks=callbacks, enable_checkpointing=True, **kwargs
+    )
+    trainer.fit(module(tiny_body, **PLAIN), loader(8))
+    return {path.stem: torch.load(path, weights_only=True) for path in folder.glob("*.ckpt")}
+
+
+def test_only_measured_epochs_are_kept_with_any_number_of_checkpoints(tmp_path):
+    measure = Scripted([0.9, 0, 0.3, 0, 0.5, 0, 0.7], every_n_epochs=2)
+    saved = fit(tmp_path, measure, epochs=7)
+    assert set(saved) == {"best", "last", "epoch=0", "epoch=4", "epoch=6"}
+    assert saved["best"]["epoch"] == measure.best_epoch == 2
+    assert same(saved["best"]["state_dict"], measure.best_weights)
+    (state,) = (s for key, s in saved["last"]["callbacks"].items() if "'max'" in key)
+    scores = sorted(round(score.item(), 3) for score in state["best_k_models"].values())
+    assert scores == [0.5, 0.7, 0.9]
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+@pytest.mark.parametrize("hook", ["on_train_epoch_end", "on_train_batch_end"])
+def test_the_last_epoch_is_a_candidate_however_training_ends(tmp_path, hook, averaged):
+    measure = Scripted([0.9, 0, 0, 0.2], every_n_epochs=5)
+    others = [WeightAveraging(0.5, reference_steps=None)] if averaged else []
+    stop = Stop(hook)
+    if hook == "on_train_epoch_end":
+        # Behind the measure, which cannot know.
+        others, measure.on_train_epoch_end = others, _then(measure.on_train_epoch_end, stop)
+    else:
+        others = [stop, *others]
+    saved = fit(tmp_path, measure, others=others, max_steps=50)
+    assert measure.trajectory == {0: 0.9, 3: 0.2}
+    assert saved["best"]["epoch"] == measure.best_epoch == 3
+    assert same(saved["best"]["state_dict"], measure.best_weights)
+    assert set(saved) == {"best", "last", "epoch=0", "epoch=3"}
+    # What `test --ckpt_path last.ckpt` takes the early-stopped weights from.
+    assert saved["last"]["callbacks"]["Scripted[val]"]["best_epoch"] == 3
+    assert saved["last"]["epoch"] == 3
+
+
+def _then(first, stop):
+    def both(trainer, module):
+        first(trainer, module)
+        stop.on_train_epoch_end(trainer)
+
+    return both
+
+
+class Breaks(AT):
+    """One tensor is not finite at the end of some epochs."""
+
+    broken = (0, 2)
+    part, value = "network.8.weight", math.nan
+
+    def on_train_batch_end(self, *args):
+        self.whole = self.state_dict()[self.part].clone()
+        if self.current_epoch in self.broken:
+            self.state_dict()[self.part].fill_(self.value)
+
+    def on_train_epoch_start(self):
+        if self.current_epoch > 0:
+            self.state_dict()[self.part].copy_(self.whole)
+
+
+class BreaksStatistics(Breaks):
+    part = "network.1.running_var"
+
+
+class Infinite(Breaks):
+    value = math.inf
+
+
+@pytest.mark.parametrize("module", [Breaks, BreaksStatistics, Infinite])
+def test_networks_that_are_not_finite_are_never_kept(tmp_path, module):
+    # By its error alone a diverged network would win.
+    measure = Scripted([0.1, 0.6, 0.2, 0.5])
+    saved = fit(tmp_path, measure, epochs=4, module=module)
+    assert measure.best_epoch == saved["best"]["epoch"] == 3
+    assert set(saved) == {"best", "last", "epoch=1", "epoch=3"}
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_losses_that_are_not_finite_disqualify_too(tmp_path, loss):
+    measure = Scripted([0.1, 0.6])
+    measured = Scripted.measure
+    measure.measure = lambda *args: (
+        measured(measure, *args) | ({"val/robust_loss": loss} if measure.epoch == 0 else {})
+    )
+    assert fit(tmp_path, measure, epochs=2)["best"]["epoch"] == measure.best_epoch == 1
+
+
+def test_without_a_finite_epoch_nothing_is_kept(tmp_path):
+    class Broken(Breaks):
+        broken = range(9)
+
+    measure = Scripted([0.1, 0.2])
+    assert set(fit(tmp_path, measure, epochs=2, module=Broken)) == {"last"}
+    assert (measure.best_epoch, measure.best_weights) == (-1, {})
+
+
+def test_states_of_the_stock_class_go_on(tmp_path):
+    settings = {"monitor": "val/robust_error", "mode": "min"}
+    stock, ours = ModelCheckpoint(tmp_path, **settings), MeasuredCheckpoint(tmp_path, **settings)
+    assert stock.state_key == ours.state_key

@@ -199,7 +199,9 @@ class RobustDataModule(LightningDataModule, ABC):
         return {name: list(getattr(self._splits, name)) for name in ("train", "val", "test")}
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Return this process's share of the shuffled global batches, without an uneven last one.
+        """Return this process's share of the shuffled global batches.
+
+        The last batch of an epoch has the images that remain, up to what cannot be shared evenly.
 
         Raises:
             RuntimeError: if there is no trainer to share batches among the processes of.

@@ -114,6 +114,7 @@ class PGDMixin:
         *,
         model: Model | None = None,
         purpose: str = "start",
+        rows: tuple[Sequence[int], int] | None = None,
     ) -> Tensor:
         """Adversarial examples for this rank's part of the batch.
 
@@ -123,6 +124,8 @@ class PGDMixin:
             criterion: Maps logits and labels to the losses `(N,)` to be raised.
             model: What is attacked; `None` for the module itself.
             purpose: Of the random starts; a second attack in a step needs one of its own.
+            rows: Which rows the images are of how many that this rank has of the batch; `None` for
+                all of it. A row has the same start on any number of processes.
 
         Returns:
             `(N, C, H, W)` in [0, 1], without a graph.
@@ -130,13 +133,14 @@ class PGDMixin:
         if len(images) == 0:
             return images
         trainer = cast(LightningModule, self).trainer
+        chosen, count = (range(len(images)), len(images)) if rows is None else rows
         start = random_start(
-            (trainer.world_size * len(images), *images.shape[1:]),
+            (trainer.world_size * count, *images.shape[1:]),
             eps=self.pgd.eps,
             norm=self.pgd.norm,
             start=self.pgd.start,
             generator=self.generator(purpose, images.device),
-        )[trainer.global_rank :: trainer.world_size]
+        )[trainer.global_rank :: trainer.world_size][list(chosen)]
         attacked = cast(nn.Module, self) if model is None else model
         return self.search(attacked, images, labels, start, criterion)
 

@@ -139,6 +139,7 @@ class ATSelfSupervision(AT):
             self.means.add("train/rotation_error", turn_logits.argmax(1) != turns)
             loss = loss + self.lam * turned_weight * cross_entropy(turn_logits, turns)
         return loss, logits[:hit]
+
     def _parts(self, count: int) -> _Parts:
         """How this rank's `count` images of a batch, every world-th of all, are split.
 

@@ -29,7 +29,9 @@ from robust_flatness.functional.checks import (
     check_examples,
     check_number,
 )
+from robust_flatness.functional.layer_weights import perturbed_parameters
 from robust_flatness.functional.noise import Norm
+from robust_flatness.functional.processes import errors_on_all_ranks
 
 DEFAULT_EPS = 8 / 255
 SPLITS = ("train", "val", "test")
@@ -62,11 +64,14 @@ class Measurement(Callback, ABC):
             act on pixels in [0, 1] all the same.
 
     Attributes:
+        moves_weights: Whether it needs weights that can be perturbed.
         arrays: What the last measurement found of each example, `(N,)` by name; may be empty.
 
     Raises:
         ValueError: If an argument is out of range.
     """
+
+    moves_weights = False
 
     def __init__(
         self,
@@ -127,12 +132,16 @@ class Measurement(Callback, ABC):
         """Reads the images, so that bad ones are refused before anything is trained.
 
         Raises:
-            ValueError: If there are no images, or they do not fit the network.
+            ValueError: On all processes, if there are no images, if they do not fit the network, or
+                if it has weights that cannot be perturbed and this measure would.
         """
         examples = self.examples(trainer, pl_module)
         with self.network(trainer, pl_module) as network, torch.no_grad():
             classes = network(examples.images[:1].to(pl_module.device)).shape[1]
-        check_examples(examples.images, examples.labels, classes)
+        with errors_on_all_ranks():
+            check_examples(examples.images, examples.labels, classes)
+            if self.moves_weights:
+                perturbed_parameters(pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures and logs, if this epoch is one to measure."""
@@ -153,7 +162,7 @@ class Measurement(Callback, ABC):
     def examples(self, trainer: Trainer, pl_module: LightningModule) -> Examples:
         """The measured images, read once."""
         if self._examples is None:
-            with isolated(trainer, pl_module):
+            with isolated(trainer, pl_module), errors_on_all_ranks():
                 dataset = self.dataset
                 if dataset is None:
                     dataset = find_dataset(trainer, pl_module, self.split)

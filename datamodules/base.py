@@ -19,6 +19,7 @@ from robust_flatness.datamodules.splits import Splits, SplitSizes, ValFrom, make
 from robust_flatness.datamodules.training_loader import training_loader
 from robust_flatness.datamodules.unlabeled_files import read_unlabeled
 from robust_flatness.functional.checks import check_choice, check_count, check_number
+from robust_flatness.functional.processes import errors_on_all_ranks
 
 
 class RobustDataModule(LightningDataModule, ABC):
@@ -154,18 +155,21 @@ class RobustDataModule(LightningDataModule, ABC):
             ValueError: if the images do not fit the splits, the classes, the channels, the batch
                 size, the augmentation, or each other.
         """
-        if not self._images:
-            self._read()
         if stage != "fit" or self.trainer is None:
+            if not self._images:
+                self._read()
             return
+        with errors_on_all_ranks():
+            if not self._images:
+                self._read()
+            if self.unlabeled_share and "unlabeled" not in self._images:
+                self._read_unlabeled()
         strategy = self.trainer.strategy
         seed = torch.initial_seed() if self.seed is None else self.seed
         self._run_seed = int(strategy.broadcast(seed))
         self._global_batches().check(len(self._images["training"]))
         mean = self.mean if Augmentation.needs_mean(self.augment) else ()
         self._augmentation = Augmentation(self.augment, self.flip, mean)
-        if self.unlabeled_share and "unlabeled" not in self._images:
-            self._read_unlabeled()
         for name, images in self._images.items():
             if name in ("training", "unlabeled") and self.in_memory:
                 self._images[name] = cast(ResidentImages, images).to(strategy.root_device)

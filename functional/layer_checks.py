@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -48,8 +49,11 @@ def check_layer(prefix: str, module: nn.Module, computed: Container[str]) -> Non
         raise refusal(prefix, module, "the parameters", "initialised", end)
     single = isinstance(module, (_ConvNd, nn.Linear))
     for name in WEIGHT_NAMES:
-        hidden = isinstance(vars(module).get(name), Tensor) and name not in computed
-        if hidden or (single and not isinstance(getattr(module, "weight", None), Tensor)):
+        # Only what is not computed is read here: spectral norm would move its vectors.
+        if name in computed:
+            continue
+        missing = single and name == "weight" and not isinstance(getattr(module, name, 0), Tensor)
+        if missing or isinstance(vars(module).get(name), Tensor):
             wanted = "a parameter, or computed by `torch.nn.utils.parametrize`,"
             raise refusal(prefix, module, f"`{name}`", wanted, "what other code sets")
     for name, parameter in named.items():
@@ -115,9 +119,15 @@ def computes_with_its_weight(layer: _ConvNd | nn.Linear) -> bool | None:
 
 
 def _try(layer: _ConvNd | nn.Linear) -> bool | None:
-    devices = [layer.weight.device] if layer.weight.is_cuda else []
+    devices = {parameter.device for parameter in layer.parameters() if parameter.is_cuda}
     try:
-        with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=devices):
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.random.fork_rng(devices=list(devices)),
+            # A parametrised weight is one tensor inside.
+            parametrize.cached(),
+        ):
             trial = copy.deepcopy(layer).eval()
             before = trial.weight.detach().clone()
             shape = [2, before.shape[1]]

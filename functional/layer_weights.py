@@ -64,7 +64,8 @@ def perturbed_parameters(model: nn.Module, *, biases: bool = True) -> dict[str, 
             sources = computed.get(name)
             tensor = getattr(module, name) if sources is None else _value(module, name, sources)
             key = _memory(tensor) if sources is None else tuple(map(id, sources))
-            if key in owned or not (biases or tensor.ndim > 1):
+            weighs = tensor.ndim > 1 and not name.startswith("bias")
+            if key in owned or not (biases or weighs):
                 continue
             owned[key], found[full] = full, tensor
             if sources is not None:
@@ -302,13 +303,13 @@ def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 def _warn_of_others(model: nn.Module) -> None:
     """Names the weights that belong to no layer that is perturbed."""
-    covered = {id(parameter) for _, layer in _layers(model) for parameter in layer.parameters()}
+    covered = {_memory(p) for _, layer in _layers(model) for p in layer.parameters()}
     others = [
         f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules()
         if not isinstance(module, (NORMALIZATIONS, torch.jit.ScriptModule))
         for name, parameter in module.named_parameters(recurse=False)
-        if id(parameter) not in covered and not is_lazy(parameter) and parameter.ndim > 1
+        if not is_lazy(parameter) and parameter.ndim > 1 and _memory(parameter) not in covered
     ]
     if others:
         more = f" and {len(others) - 5} more" if len(others) > 5 else ""

@@ -121,6 +121,15 @@ class AWPMixin(AT):
         found = perturbed_parameters(self.network, biases=False)
         return {f"network.{name}": weight for name, weight in found.items()}
 
+    def on_train_start(self) -> None:
+        """Refuses a network that cannot be perturbed, also if a warm-up comes first.
+
+        Raises:
+            ValueError: If a layer's weight is not certain.
+        """
+        super().on_train_start()
+        self._perturbed_weights()
+
     @property
     def _warming_up(self) -> bool:
         return self.current_epoch < epochs_of_share(self.warmup, self.trainer.max_epochs or 0)

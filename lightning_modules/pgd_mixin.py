@@ -14,6 +14,7 @@ from robust_flatness.functional.checks import check_examples, upcast
 from robust_flatness.functional.iterate import Criterion, example_losses
 from robust_flatness.functional.modes import Model, module_modes
 from robust_flatness.functional.noise import random_start, stream, stream_seed
+from robust_flatness.functional.processes import errors_on_all_ranks
 
 
 class PGDMixin:
@@ -43,11 +44,37 @@ class PGDMixin:
         """Looks at the first batch before anything is trained on it.
 
         Raises:
-            ValueError: If pixels are outside [0, 1] or labels outside the classes.
+            ValueError: On all processes, if pixels are outside [0, 1] or labels outside the classes
+                on any, or if the last batch of an epoch is one image that the network cannot train
+                on.
         """
         # Once only: the check waits for the device.
         if self.batches_seen == 0:
-            check_examples(batch[0], batch[1], self.num_classes)
+            with errors_on_all_ranks():
+                check_examples(batch[0], batch[1], self.num_classes)
+            self._check_last_batch(batch[0][:1])
+
+    def _check_last_batch(self, image: Tensor) -> None:
+        """Tries a single image if an epoch ends with one: BatchNorm may have one value of it."""
+        module = cast(LightningModule, self)
+        loader = module.trainer.train_dataloader
+        sampler, size = getattr(loader, "sampler", ()), getattr(loader, "batch_size", None) or 1
+        if getattr(loader, "drop_last", True) or len(sampler) % size != 1:
+            return
+        buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        devices = [module.device] if module.device.type == "cuda" else []
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=devices):
+                module(image)
+        except ValueError as error:
+            raise ValueError(
+                f"Expected the last batch of an epoch to have more than one image for the network "
+                f"to train on but got {len(sampler)} images in batches of {size} ({error})."
+            ) from error
+        finally:
+            with torch.no_grad():
+                for name, buffer in module.named_buffers():
+                    buffer.copy_(buffers[name])
 
     @property
     def batches_seen(self) -> int:

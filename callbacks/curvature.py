@@ -41,6 +41,8 @@ class Curvature(Measurement):
         'Curvature[test]'
     """
 
+    moves_weights = True
+
     def __init__(
         self,
         *,

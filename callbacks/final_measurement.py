@@ -75,10 +75,6 @@ class FinalMeasurement(FixedImages, ABC):
         with _on_its_device(trainer, pl_module):
             log_final(trainer, self._run(trainer, pl_module))
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Reads the images, so that bad ones are refused before anything is tested."""
-        self.on_train_start(trainer, pl_module)
-
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures and logs, so that `trainer.test` returns the figures."""
         figures = self._run(trainer, pl_module)

@@ -57,6 +57,8 @@ class Flatness(Measurement):
         'Flatness[test]'
     """
 
+    moves_weights = True
+
     def __init__(
         self,
         *,

@@ -19,8 +19,9 @@ from robust_flatness.configs.types import Eps
 from robust_flatness.functional.checks import check_choice, check_count, check_number
 from robust_flatness.functional.directions import DirectionKind
 from robust_flatness.functional.flatness import Loss
+from robust_flatness.functional.layer_weights import perturbed_parameters
 from robust_flatness.functional.noise import Norm
-from robust_flatness.functional.weight_perturbation import RelativeTo, perturbed_parameters
+from robust_flatness.functional.weight_perturbation import RelativeTo
 from robust_flatness.reporting.landscape_figures import landscape_figure, surface_figure
 from robust_flatness.reporting.landscape_file import Landscape as Measured
 from robust_flatness.reporting.landscape_file import write_landscapes

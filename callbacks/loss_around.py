@@ -42,6 +42,8 @@ class LossAround(Measurement):
         found: For each time it measured, landscapes by kind; the surface is called `surface`.
     """
 
+    moves_weights = True
+
     def __init__(
         self,
         *,

@@ -29,8 +29,10 @@ from robust_flatness.functional.checks import (
     check_examples,
     check_radius,
 )
+from robust_flatness.functional.layer_weights import perturbed_parameters
 from robust_flatness.functional.logits import first_logits
 from robust_flatness.functional.noise import Norm
+from robust_flatness.functional.processes import errors_on_all_ranks
 
 DEFAULT_EPS = 8 / 255
 SPLITS = ("train", "val", "test")
@@ -77,6 +79,7 @@ class Measurement(FixedImages, ABC):
             act on pixels in [0, 1] all the same.
 
     Attributes:
+        moves_weights: Whether it needs weights that can be perturbed.
         arrays: What the last measurement found of each example, `(N,)` by name; may be empty.
         figures: Figures of the last measurement in `fit`, by logged name.
         measured_step: Optimizer steps before it, -1 if there was none.
@@ -86,6 +89,8 @@ class Measurement(FixedImages, ABC):
         ValueError: If an argument is out of range; before training, if the images are not sure, or
             labels are not one class index for each image.
     """
+
+    moves_weights = False
 
     def __init__(
         self,
@@ -164,14 +169,21 @@ class Measurement(FixedImages, ABC):
         """Reads the images, so that bad ones are refused before anything is trained.
 
         Raises:
-            ValueError: If there are no images, if they do not fit the network, or if what it
-                returns is no logits.
+            ValueError: On all processes, if there are no images, if they do not fit the network, if
+                it does not return logits, or if it has weights that cannot be perturbed and this
+                measure would.
         """
         examples = self.examples(trainer, pl_module)
         images = examples.images[:LOOKED_AT].to(pl_module.device)
-        with self.network(trainer, pl_module) as network, torch.no_grad():
+        with (
+            self.network(trainer, pl_module) as network,
+            torch.no_grad(),
+            errors_on_all_ranks(),
+        ):
             classes = first_logits(network, images).shape[1]
-        check_examples(examples.images, examples.labels, classes)
+            check_examples(examples.images, examples.labels, classes)
+            if self.moves_weights:
+                perturbed_parameters(pl_module)
         warn_of_one_class(examples, classes, self.split)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

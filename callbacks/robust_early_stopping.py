@@ -91,9 +91,6 @@ class RobustEarlyStopping(RobustEvaluation):
         return figures
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Nothing: there is nothing to select in a test."""
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Nothing: a test need not have the images to select on."""
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -57,6 +57,8 @@ class WorstCaseFlatness(Measurement):
         'WorstCaseFlatness[test]'
     """
 
+    moves_weights = True
+
     def __init__(
         self,
         *,

@@ -19,6 +19,7 @@ from robust_flatness.datamodules.splits import Splits, SplitSizes, ValFrom, make
 from robust_flatness.datamodules.training_loader import training_loader
 from robust_flatness.datamodules.unlabeled_files import read_unlabeled
 from robust_flatness.functional.checks import check_choice, check_count, check_number
+from robust_flatness.functional.processes import errors_on_all_ranks
 
 
 class RobustDataModule(LightningDataModule, ABC):
@@ -155,20 +156,19 @@ class RobustDataModule(LightningDataModule, ABC):
             ValueError: if the images do not fit the splits, the classes, the channels, the batch
                 size, the augmentation, or each other.
         """
-        # `test` needs no images for early stopping.
-        with_val = stage != "test"
-        if not self._images or (with_val and not self._splits.val):
-            self._read(with_val=with_val)
         if stage != "fit" or self.trainer is None:
+            self._read_once(with_val=stage != "test")
             return
+        with errors_on_all_ranks():
+            self._read_once()
+            if self.unlabeled_share and "unlabeled" not in self._images:
+                self._read_unlabeled()
         strategy = self.trainer.strategy
         seed = torch.initial_seed() if self.seed is None else self.seed
         self._run_seed = int(strategy.broadcast(seed))
         self._global_batches().check(len(self._images["training"]))
         mean = self.mean if Augmentation.needs_mean(self.augment) else ()
         self._augmentation = Augmentation(self.augment, self.flip, mean)
-        if self.unlabeled_share and "unlabeled" not in self._images:
-            self._read_unlabeled()
         for name, images in self._images.items():
             if name in ("training", "unlabeled") and self.in_memory:
                 self._images[name] = cast(ResidentImages, images).to(strategy.root_device)
@@ -202,7 +202,9 @@ class RobustDataModule(LightningDataModule, ABC):
         return {name: list(getattr(self._splits, name)) for name in ("train", "val", "test")}
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Return this process's share of the shuffled global batches, without an uneven last one.
+        """Return this process's share of the shuffled global batches.
+
+        The last batch of an epoch has the images that remain, up to what cannot be shared evenly.
 
         Raises:
             RuntimeError: if there is no trainer to share batches among the processes of.
@@ -255,8 +257,14 @@ class RobustDataModule(LightningDataModule, ABC):
         if self.seed is None:
             self._run_seed = state_dict["seed"]
 
-    def _read(self, *, with_val: bool) -> None:
-        """Read the splits into memory, or remember where their images are."""
+    def _read_once(self, *, with_val: bool = True) -> None:
+        """Read the splits into memory, or remember where their images are.
+
+        Args:
+            with_val: whether there must be images for early stopping, which a test does not need.
+        """
+        if self._images and (self._splits.val or not with_val):
+            return
         train, test = self.sources()
         self._check(train, name="training")
         self._check(test, name="test")

@@ -16,7 +16,8 @@ class GlobalBatches:
 
     Order and noise are drawn for the global batch, from the seed and from where training stands,
     and process r of W takes rows r, r + W, r + 2W, ... of each batch. So the number of processes
-    changes nothing, nor does what was drawn in between, nor the device.
+    changes nothing, nor does what was drawn in between, nor the device. The last batch of an epoch
+    has the images that remain, without the W - 1 at most that cannot be shared evenly.
 
     Args:
         batch_size: number of images in a global batch.

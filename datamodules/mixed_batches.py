@@ -15,11 +15,11 @@ from robust_flatness.functional.noise import stream
 class MixedSampler(DistributedSampler[int]):
     """Positions in `MixedImages` of one process's rows of each batch, batch after batch.
 
-    Each global batch has exactly `round(share * batch_size)` pseudo-labelled images. Either kind
+    Each global batch of B images has exactly `round(share * B)` pseudo-labelled ones. Either kind
     goes through one permutation after the other, so that each image is seen once a pass, and passes
     go on from epoch to epoch. An epoch has the batches that the labelled images alone would give,
-    so a pass through these takes 1 / (1 - share) epochs. Each global batch is shuffled before it is
-    shared out, so that BatchNorm sees a mixture on each process.
+    the last one smaller, so a pass through these takes about 1 / (1 - share) epochs. Each global
+    batch is shuffled before it is shared out, so that BatchNorm sees a mixture on each process.
 
     The code of the paper and of Carmon et al. draws the pseudo-labelled images with replacement;
     without it, how often each was seen is known.
@@ -49,33 +49,39 @@ class MixedSampler(DistributedSampler[int]):
         check_share(share, batches.batch_size)
         self.images = images
         self.batch_size = batches.batch_size
-        self.num_batches = len(images.labelled) // batches.batch_size
-        self.num_unlabeled = round(share * batches.batch_size)
-        self.num_samples = self.num_batches * batches.local_size
-        self.total_size = self.num_batches * batches.batch_size
+        self.num_samples = len(images.labelled) // batches.world_size
+        self.total_size = self.num_samples * batches.world_size
+        whole, rest = divmod(len(images.labelled), batches.batch_size)
+        self.sizes = [batches.batch_size] * whole + [rest] * (rest > 0)
+        self.share = share
 
     def __iter__(self) -> Iterator[int]:
         """Go through this process's positions in the epoch that was set."""
         labelled, unlabeled = self.images.labelled, self.images.unlabeled
-        own = self._take("labelled", len(labelled), self.batch_size - self.num_unlabeled)
-        extra = self._take("unlabelled", len(unlabeled), self.num_unlabeled) + len(labelled)
-        batches = torch.cat([own, extra], 1)
+        extra = [round(self.share * size) for size in self.sizes]
+        own = [size - count for size, count in zip(self.sizes, extra)]
         generator = stream(self.seed, "order", self.epoch)
-        order = torch.rand(batches.shape, generator=generator).argsort(1)
-        shuffled = batches.gather(1, order)
-        return iter(shuffled[:, self.rank :: self.num_replicas].flatten().tolist())
+        for known, guessed in zip(
+            self._take("labelled", len(labelled), own),
+            self._take("unlabelled", len(unlabeled), extra),
+        ):
+            batch = torch.cat([known, guessed + len(labelled)])
+            order = torch.rand(len(batch), generator=generator).argsort()
+            # Without what cannot be shared evenly: the passes still go on as on one process.
+            even = len(batch) - len(batch) % self.num_replicas
+            yield from batch[order][self.rank : even : self.num_replicas].tolist()
 
-    def _take(self, kind: str, population: int, per_batch: int) -> Tensor:
-        """Return `(num_batches, per_batch)` positions, of an endless row of permutations."""
-        count = self.num_batches * per_batch
-        first, end = self.epoch * count, (self.epoch + 1) * count
+    def _take(self, kind: str, population: int, counts: list[int]) -> tuple[Tensor, ...]:
+        """Return positions for each batch of the epoch, of an endless row of permutations."""
+        total = sum(counts)
+        first, end = self.epoch * total, (self.epoch + 1) * total
         passes = range(first // population, end // population + 1)
         permutations = [
             torch.randperm(population, generator=stream(self.seed, kind, number))
             for number in passes
         ]
         start = first - passes.start * population
-        return torch.cat(permutations)[start : start + count].view(self.num_batches, per_batch)
+        return torch.cat(permutations)[start : start + total].split(counts)
 
 
 def check_share(share: float, batch_size: int) -> None:

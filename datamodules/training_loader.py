@@ -20,7 +20,7 @@ def training_loader(
     num_workers: int,
     pin_memory: bool,
 ) -> DataLoader[Any]:
-    """Build a loader of batches of 8 bits a pixel, without an uneven last one.
+    """Build a loader of batches of 8 bits a pixel; the last one of an epoch may be smaller.
 
     Args:
         images: the labelled images.
@@ -46,7 +46,6 @@ def training_loader(
         batches.local_size,
         sampler=sampler,
         collate_fn=keep_batch,
-        drop_last=True,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,

@@ -9,14 +9,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from robust_flatness.functional.checks import check_choice, check_count, check_number
+from robust_flatness.functional.layer_weights import differentiable_weights, perturbed_parameters
 from robust_flatness.functional.logits import logits_function
 from robust_flatness.functional.modes import Mode, differentiable
-from robust_flatness.functional.weight_perturbation import (
-    onto_ball,
-    perturbed_parameters,
-    perturbed_weights,
-    scale_to,
-)
+from robust_flatness.functional.weight_perturbation import onto_ball, perturbed_weights, scale_to
 
 Objective = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
@@ -36,13 +32,14 @@ def adversarial_weight_perturbation(
     objective: Objective = mean_cross_entropy,
     mode: Mode = "eval",
     reduce: Callable[[list[Tensor]], list[Tensor]] | None = None,
-    weights: Mapping[str, nn.Parameter] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """The weight perturbation that raises the loss most, to first order, layer by layer.
 
     One step is ν_l = ξ‖w_l‖ g_l / ‖g_l‖ with g the gradient at w; each further step has the same
     length and ends on the ball ‖ν_l‖ ≤ ξ‖w_l‖. Weights of convolution and linear layers are
-    perturbed, neither biases nor normalisation. Weights, `.grad` and buffers are left as they were.
+    perturbed, neither biases nor normalisation nor what is frozen; of a parametrised layer it is
+    the tensor that it computes with. Weights, `.grad` and buffers are left as they were.
 
     Args:
         model: The network.
@@ -60,7 +57,7 @@ def adversarial_weight_perturbation(
         Perturbation by parameter name; zero where the weight or its gradient is zero.
 
     Raises:
-        ValueError: If an argument is out of range or there is nothing to perturb.
+        ValueError: If an argument is out of range or there is nothing to perturb, or all is frozen.
 
     Example:
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
@@ -74,12 +71,19 @@ def adversarial_weight_perturbation(
     check_choice("mode", mode, get_args(Mode))
     chosen = perturbed_parameters(model, biases=False) if weights is None else weights
     weights = {name: weight for name, weight in chosen.items() if weight.requires_grad}
+    if not weights:
+        raise ValueError("Expected weights that are trained, to perturb, but got frozen ones only.")
     perturbation = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     for step in range(steps):
         moved_weights = perturbed_weights(model, perturbation) if step else nullcontext()
-        with differentiable(model, mode), _kept_buffers(model, mode), moved_weights:
+        with (
+            differentiable(model, mode),
+            _kept_buffers(model, mode),
+            moved_weights,
+            differentiable_weights(model, weights) as leaves,
+        ):
             loss = objective(model, images, labels)
-            gradients = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
+            gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
         directions = list(gradients) if reduce is None else reduce(list(gradients))
         for (name, weight), direction in zip(weights.items(), directions):
             moved = perturbation[name] + scale_to(direction, weight, xi)

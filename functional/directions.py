@@ -1,6 +1,7 @@
 """Directions in weight space along which the loss is looked at."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Literal, get_args
 
 import torch
@@ -14,6 +15,7 @@ from robust_flatness.functional.checks import (
     check_number,
 )
 from robust_flatness.functional.hessian import hessian_extreme_eigenvalues
+from robust_flatness.functional.layer_weights import weight_at
 from robust_flatness.functional.noise import Norm, Start
 from robust_flatness.functional.weight_ascent import ASCENT_STEPS, WeightAscent
 from robust_flatness.functional.weight_perturbation import (
@@ -60,7 +62,8 @@ def weight_directions(
     eigenvectors of λ_max and, as a second one, λ_min of the clean loss, without biases.
 
     Args:
-        model: Maps images in [0, 1] to logits; BatchNorm layers are left out.
+        model: Maps images in [0, 1] to logits; BatchNorm layers are left out, and of parametrised
+            layers it is the tensor that they compute with.
         images: `(N, C, H, W)` in [0, 1]; random directions do not depend on them.
         labels: `(N,)` true classes.
         kind: `random`, `adversarial` or `hessian`.
@@ -160,8 +163,7 @@ def normalize_direction(
         True
     """
     check_direction(model, direction)
-    parameters = dict(model.named_parameters())
-    weights = {name: parameters[name].detach() for name in direction}
+    weights = {name: weight_at(model, name).detach() for name in direction}
     if relative_to == "network":
         vector, weight = (
             torch.cat([tensor.flatten() for tensor in tensors.values()])
@@ -182,10 +184,11 @@ def check_direction(model: nn.Module, direction: Direction) -> None:
     Raises:
         ValueError: If a name or a shape is not that of a parameter.
     """
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     for name, value in direction.items():
-        if shapes.get(name) != value.shape:
-            wanted = tuple(shapes[name]) if name in shapes else "a parameter of the network"
+        wanted: object = "a weight of the network"
+        with suppress(ValueError):
+            wanted = tuple(weight_at(model, name).shape)
+        if wanted != tuple(value.shape):
             raise ValueError(
                 f"Expected {name} of a direction in `directions` to be {wanted} but got "
                 f"a tensor of shape {tuple(value.shape)}."

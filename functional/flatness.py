@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from robust_flatness.functional.attack import PGD
 from robust_flatness.functional.checks import check_choice, check_count, check_examples
 from robust_flatness.functional.evaluation_context import evaluation_context
+from robust_flatness.functional.layer_weights import perturbed_parameters
 from robust_flatness.functional.noise import Norm, Start
 from robust_flatness.functional.robust_loss import worst_losses
 from robust_flatness.functional.weight_perturbation import (
@@ -148,6 +149,8 @@ def average_case_flatness(
     check_count("batch_size", batch_size, low=1)
     check_choice("protocol", protocol, get_args(Protocol))
     check_choice("loss", loss, get_args(Loss))
+    # What cannot be perturbed is refused before anything is measured.
+    perturbed_parameters(model)
     where = range(len(images)) if indices is None else list(indices)
     if loss == "clean":
         pgd, restarts, protocol = NO_ATTACK, 1, "shared"

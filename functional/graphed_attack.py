@@ -52,8 +52,9 @@ class GraphedAttack:
 
     A PGD-7 step on ResNet-18 launches some two thousand kernels. The graph reads weights and
     buffers where they lie, so it sees every update that is made in place; it is recorded anew for
-    another shape, another criterion, or weights that lie elsewhere. Everything else, such as what
-    hooks do, is as it was when it was recorded.
+    another shape, another criterion, or weights that lie elsewhere. A smaller batch, such as the
+    last one of an epoch, is attacked without it. Everything else, such as what hooks do, is as it
+    was when it was recorded.
 
     Args:
         pgd: The attack, in `eval` mode: recording would move statistics once more.
@@ -96,6 +97,9 @@ class GraphedAttack:
                 return self.pgd.attack(model, *tensors, criterion).images
 
         given = images.detach(), labels.detach(), start
+        if self._recorded is not None and len(images) < len(self._recorded[1][0]):
+            # Recording it would cost more than it saves, and the next batch would record again.
+            return run(given)
         key = (criterion, *((t.shape, t.dtype, t.device) for t in given), _places(model))
         if self._recorded is None or self._recorded[0] != key:
             # The old graph's memory is free for the new one.

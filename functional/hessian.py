@@ -12,10 +12,14 @@ from torch.nn.functional import cross_entropy
 
 from robust_flatness.functional.checks import check_count, check_examples, check_number
 from robust_flatness.functional.evaluation_context import evaluation_context
+from robust_flatness.functional.layer_weights import (
+    differentiable_weights,
+    perturbed_parameters,
+    weight_at,
+)
 from robust_flatness.functional.logits import logits_function
-from robust_flatness.functional.modes import trainable
 from robust_flatness.functional.noise import stream
-from robust_flatness.functional.weight_perturbation import perturbed_parameters, split_like
+from robust_flatness.functional.weight_perturbation import split_like
 
 Direction = dict[str, Tensor]
 Product = Callable[[Tensor], Tensor]
@@ -59,7 +63,8 @@ def hessian_extreme_eigenvalues(
     """Largest and smallest eigenvalue of the Hessian of the mean cross-entropy, by Lanczos.
 
     The network is in eval mode, and the Hessian is that with respect to the weights of its
-    convolution and linear layers, neither biases nor normalisation. The paper's code sums the mean
+    convolution and linear layers (of parametrised ones the tensors that they compute with),
+    neither biases nor normalisation. The paper's code sums the mean
     losses of four batches, from the last 500 test images: its eigenvalues are about four times
     those of the mean loss, which these are; the convexity ratio is the same. Images may be
     adversarial examples, for the curvature of the robust loss at fixed attacks.
@@ -99,7 +104,11 @@ def hessian_extreme_eigenvalues(
         raise ValueError("Expected `images` to hold an image at least but got none.")
     weights = _chosen(model, names)
     # Fused attention has no second derivative.
-    with evaluation_context(model), trainable(weights), sdpa_kernel(SDPBackend.MATH):
+    with (
+        evaluation_context(model),
+        differentiable_weights(model, weights) as leaves,
+        sdpa_kernel(SDPBackend.MATH),
+    ):
         # Tensors made under inference mode cannot be saved for backward, their clones can.
         images, labels = images.clone(), labels.clone()
         parts = [slice(i, i + batch_size) for i in range(0, len(images), batch_size)]
@@ -108,7 +117,7 @@ def hessian_extreme_eigenvalues(
             direction = _unflatten(vector, weights)
             total = torch.zeros_like(vector)
             for part in parts:
-                total += _product(model, weights, images[part], labels[part], direction)
+                total += _product(model, leaves, images[part], labels[part], direction)
             return total / len(images)
 
         size = sum(weight.numel() for weight in weights.values())
@@ -142,7 +151,7 @@ def weight_gradients(
 
 def _product(
     model: nn.Module,
-    weights: Mapping[str, nn.Parameter],
+    weights: Mapping[str, Tensor],
     images: Tensor,
     labels: Tensor,
     direction: Direction,
@@ -202,20 +211,25 @@ def _finite(vector: Tensor) -> Tensor:
     return vector
 
 
-def _chosen(model: nn.Module, names: Sequence[str] | None) -> dict[str, nn.Parameter]:
+def _chosen(model: nn.Module, names: Sequence[str] | None) -> dict[str, Tensor]:
     if names is None:
         return perturbed_parameters(model, biases=False)
-    parameters = dict(model.named_parameters())
-    unknown = [name for name in names if name not in parameters]
+    chosen, unknown = {}, []
+    for name in names:
+        try:
+            chosen[name] = weight_at(model, name)
+        except ValueError:
+            unknown.append(name)
     if unknown or not names:
+        first = next(iter(perturbed_parameters(model)))
         raise ValueError(
-            f"Expected `names` to be parameters of the network such as {next(iter(parameters))} "
+            f"Expected `names` to be parameters of the network such as {first} "
             f"but got {', '.join(unknown) or 'none'}."
         )
-    return {name: parameters[name] for name in names}
+    return chosen
 
 
-def _unflatten(vector: Tensor, weights: Mapping[str, nn.Parameter]) -> Direction:
+def _unflatten(vector: Tensor, weights: Mapping[str, Tensor]) -> Direction:
     return {
         name: part.to(weights[name].device) for name, part in split_like(vector, weights).items()
     }

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from robust_flatness.functional.attack import PGD, Keep
 from robust_flatness.functional.checks import losses_of_finite, upcast
 from robust_flatness.functional.iterate import example_losses
+from robust_flatness.functional.layer_weights import differentiable_weights, perturbed_parameters
 from robust_flatness.functional.logits import logits_function
-from robust_flatness.functional.modes import trainable
 from robust_flatness.functional.noise import stream
 from robust_flatness.functional.weight_perturbation import (
     onto_ball,
-    perturbed_parameters,
     perturbed_weights,
     scale_to,
     split_like,
@@ -98,7 +97,7 @@ class JointAscent:
         # An iterate whose loss is not a number is the worst.
         return max(iterates, key=lambda found: math.inf if math.isnan(found[0]) else found[0])[1]
 
-    def _start(self, weights: dict[str, nn.Parameter], restart: int) -> Perturbation:
+    def _start(self, weights: dict[str, Tensor], restart: int) -> Perturbation:
         """Directions uniform, lengths U(0, 1) · ξ‖w_l‖: the start of the paper's code."""
         key = () if self.number is None else ("batch", self.number)
         found = {}
@@ -115,7 +114,7 @@ class JointAscent:
 
     def _pass(
         self,
-        weights: dict[str, nn.Parameter],
+        weights: dict[str, Tensor],
         perturbation: Perturbation,
         adversarial: list[Tensor],
         *,
@@ -134,11 +133,14 @@ class JointAscent:
         sharing = self.sharing if self.number is None else None
         sharing = sharing or Sharing(len(self.batches), lambda part: [part])
         found = []
-        with perturbed_weights(self.model, perturbation), trainable(weights):
+        with (
+            perturbed_weights(self.model, perturbation),
+            differentiable_weights(self.model, weights) as leaves,
+        ):
             for turn in range(sharing.rounds):
                 part = torch.zeros_like(total)
                 if turn < len(self.batches):
-                    losses, gradient = self._visit(turn, adversarial, weights, ascend)
+                    losses, gradient = self._visit(turn, adversarial, leaves, ascend)
                     found.append(losses)
                     part = torch.cat([losses.sum()[None], *gradient]).to(total)
                 for other in sharing.gather(part):
@@ -150,7 +152,7 @@ class JointAscent:
         self,
         turn: int,
         adversarial: list[Tensor],
-        weights: dict[str, nn.Parameter],
+        weights: dict[str, Tensor],
         ascend: bool,
     ) -> tuple[Tensor, list[Tensor]]:
         """Losses of a batch and its gradients for the weights, flat; moves its examples."""
@@ -167,7 +169,7 @@ class JointAscent:
         return losses.detach(), [gradient.flatten() for gradient in gradients]
 
     def _moved(
-        self, weights: dict[str, nn.Parameter], perturbation: Perturbation, gradient: Tensor
+        self, weights: dict[str, Tensor], perturbation: Perturbation, gradient: Tensor
     ) -> Perturbation:
         gradients = split_like(gradient, weights)
         return {

@@ -1,6 +1,6 @@
 """Modes of a network that a measure or an attack needs for a while."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -53,28 +53,3 @@ def differentiable(model: Model, mode: Mode = "eval") -> Iterator[None]:
     """
     with torch.inference_mode(False), torch.enable_grad(), module_modes(model, mode):
         yield
-
-
-@contextmanager
-def trainable(weights: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Lets frozen weights have gradients for a while.
-
-    Args:
-        weights: By name.
-
-    Example:
-        >>> frozen = nn.Linear(2, 1).requires_grad_(False)
-        >>> with trainable({"weight": frozen.weight}):
-        ...     frozen.weight.requires_grad
-        True
-        >>> frozen.weight.requires_grad
-        False
-    """
-    frozen = [weight for weight in weights.values() if not weight.requires_grad]
-    try:
-        for weight in frozen:
-            weight.requires_grad_(True)
-        yield
-    finally:
-        for weight in frozen:
-            weight.requires_grad_(False)

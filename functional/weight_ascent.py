@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from robust_flatness.functional.attack import PGD
 from robust_flatness.functional.evaluation_context import evaluation_context
 from robust_flatness.functional.hessian import weight_gradients
-from robust_flatness.functional.modes import trainable
+from robust_flatness.functional.layer_weights import differentiable_weights, perturbed_parameters
 from robust_flatness.functional.weight_perturbation import (
-    perturbed_parameters,
     perturbed_weights,
     sample_weight_perturbation,
     scale_to,
@@ -74,16 +73,15 @@ class WeightAscent:
     def _gradient(
         self,
         model: nn.Module,
-        weights: Mapping[str, nn.Parameter],
+        weights: Mapping[str, Tensor],
         images: Tensor,
         labels: Tensor,
         number: int,
     ) -> dict[str, Tensor]:
         """Gradient of the summed loss on adversarial examples of these weights."""
-        inputs = list(weights.values())
-        with evaluation_context(model), trainable(weights):
+        with evaluation_context(model), differentiable_weights(model, weights) as leaves:
             # Tensors made under inference mode cannot be saved for backward, their clones can.
-            labels = labels.clone()
+            labels, inputs = labels.clone(), list(leaves.values())
             total = [torch.zeros_like(weight) for weight in inputs]
             for begin in range(0, len(images), self.batch_size):
                 part = slice(begin, begin + self.batch_size)

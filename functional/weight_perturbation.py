@@ -1,67 +1,22 @@
 """Perturbations of weights, relative to each tensor's own norm (Eq. 2)."""
 
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from robust_flatness.functional.checks import check_choice, check_number
+from robust_flatness.functional.layer_weights import (
+    added_to_computed,
+    own_tensor,
+    perturbed_parameters,
+)
 from robust_flatness.functional.noise import stream
 
 Distribution = Literal["sphere", "ball"]
 RelativeTo = Literal["layer", "filter", "network"]
-
-PERTURBED_LAYERS = (_ConvNd, nn.Linear, nn.MultiheadAttention)
-PERTURBED_NAMES = re.compile(r"Conv(Transpose)?[123]d|.*Linear|MultiheadAttention")
-
-
-def perturbed_parameters(model: nn.Module, *, biases: bool = True) -> dict[str, nn.Parameter]:
-    """The tensors that a weight perturbation moves: those of convolutions and linear layers.
-
-    Normalisation layers are left out, as in the paper. Each weight and each bias is a layer of its
-    own in Eq. (2). In TorchScript layers are known by the names of their classes.
-
-    Args:
-        model: The network.
-        biases: Whether biases belong to them (flatness) or not (AT-AWP).
-
-    Returns:
-        Parameters by name, each once, in the order of `model.named_modules()`.
-
-    Raises:
-        ValueError: If the network has no convolution and no linear layer.
-
-    Example:
-        >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten())
-        >>> list(perturbed_parameters(model))
-        ['0.weight', '0.bias']
-    """
-    found: dict[str, nn.Parameter] = {}
-    seen: set[int] = set()
-    for prefix, module in model.named_modules():
-        if not _is_perturbed(module):
-            continue
-        for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) not in seen and (biases or parameter.ndim > 1):
-                seen.add(id(parameter))
-                found[f"{prefix}.{name}" if prefix else name] = parameter
-    if not found:
-        raise ValueError(
-            "Expected `model` to have convolution or linear layers to perturb but got "
-            f"{type(model).__name__} without any."
-        )
-    return found
-
-
-def _is_perturbed(module: nn.Module) -> bool:
-    if isinstance(module, torch.jit.ScriptModule):
-        # TorchScript keeps of a module's class nothing but the name.
-        return PERTURBED_NAMES.fullmatch(module.original_name) is not None
-    return isinstance(module, PERTURBED_LAYERS)
 
 
 def sample_weight_perturbation(
@@ -80,7 +35,8 @@ def sample_weight_perturbation(
     the uniform distribution on the ball of Eq. (2); they differ for biases of few entries.
 
     Args:
-        model: The network; convolution and linear weights and biases are perturbed.
+        model: The network; convolution and linear weights and biases are perturbed, those that
+            layers compute with where these are parametrised.
         xi: Relative length ξ, 0.5 in the paper.
         seed: The measure's seed.
         direction: Number of the direction; each has random numbers of its own.
@@ -219,10 +175,14 @@ def perturbed_weights(model: nn.Module, perturbation: Mapping[str, Tensor]) -> I
     """Adds a perturbation to the weights in place and gives the weights back bit for bit.
 
     They come back from copies, also after an exception: subtracting would leave rounding behind.
+    To what a parametrised layer computes with the perturbation is added each time it is computed.
 
     Args:
         model: The network.
-        perturbation: Summand by parameter name.
+        perturbation: Summand by parameter name, or by the name of what a layer computes with.
+
+    Raises:
+        ValueError: If a name is not that of a tensor of the network.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -232,8 +192,9 @@ def perturbed_weights(model: nn.Module, perturbation: Mapping[str, Tensor]) -> I
         >>> torch.equal(moved, before + 1), torch.equal(model.weight, before)
         (True, True)
     """
-    named = dict(model.named_parameters())
-    parameters = {name: named[name] for name in perturbation}
+    own = {name: own_tensor(model, name) for name in perturbation}
+    parameters = {name: tensor for name, tensor in own.items() if tensor is not None}
+    computed = {name: nu for name, nu in perturbation.items() if own[name] is None}
     with torch.inference_mode(False), torch.no_grad():
         before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     try:
@@ -242,7 +203,8 @@ def perturbed_weights(model: nn.Module, perturbation: Mapping[str, Tensor]) -> I
                 parameter.add_(perturbation[name])
         # Autocast keeps casts of the weights: without this the network would not see the change.
         torch.clear_autocast_cache()
-        yield
+        with added_to_computed(model, computed):
+            yield
     finally:
         with torch.no_grad():
             for name, parameter in parameters.items():

@@ -15,9 +15,10 @@ from robust_flatness.functional.checks import (
     check_examples,
     check_number,
 )
+from robust_flatness.functional.evaluation_context import evaluation_context
 from robust_flatness.functional.flatness import NO_ATTACK, Loss, perturbed_units
 from robust_flatness.functional.joint_ascent import Batch, JointAscent, Sharing
-from robust_flatness.functional.evaluation_context import evaluation_context
+from robust_flatness.functional.layer_weights import perturbed_parameters
 from robust_flatness.functional.noise import Norm, Start
 from robust_flatness.functional.robust_loss import worst_losses
 
@@ -156,6 +157,8 @@ def worst_case_flatness(
     clean = loss == "clean"
     keep = keep or ("best" if clean else "last")
     check_choice("keep", keep, get_args(Keep))
+    # What cannot be perturbed is refused before anything is measured.
+    perturbed_parameters(model)
     moving = PGD(eps, steps, step_size, norm, start=start)
     if clean:
         attack, moving = NO_ATTACK, PGD(0.0, steps, start="zero")

@@ -1,7 +1,7 @@
 """Adversarial training with rotation prediction as a second task."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -23,19 +23,41 @@ from robust_flatness.networks.rotation_head import RotationHead
 Rotations = Literal["half", "all"]
 
 
+class _Parts(NamedTuple):
+    """How a rank's part of a batch is split.
+
+    Attributes:
+        classified: Images that are classified, the first ones.
+        hit: Attacked ones among these.
+        hit_turned: Attacked ones among the turned ones.
+        weight: Of the mean over this rank's classified images in the mean over ranks.
+        turned_weight: Of the mean over its turned images.
+    """
+
+    classified: int
+    hit: int
+    hit_turned: int
+    weight: float
+    turned_weight: float
+
+
 class ATSelfSupervision(AT):
     """Adversarial training on labels and on rotations (Hendrycks et al., 2019; the paper, Sec. 3).
 
     Loss is cross-entropy on labels plus λ times that of a second head on rotations, both on
-    examples attacked against their own loss, rotated before the attack. The head shares the
-    network's features; it takes no part in what is measured, nor in weight perturbations. The
-    data's augmentation comes before the rotation; in the paper's code it comes after.
+    examples attacked against their own loss, rotated before the attack. All examples go through
+    the network and the second head as one batch, so that BatchNorm sees their mixture, as in the
+    code of both papers. The head shares the network's features; it takes no part in what is
+    measured, nor in weight perturbations. The data's augmentation comes before the rotation; in the
+    paper's code it comes after.
 
     Args:
         lam: Weight λ of the rotation loss; 4 in Table 1, swept over 0.5, 1, 2, 4 and 8.
         rotations: `half` classifies the batch's first half and turns each image of its second half
             by one random multiple of 90° (the paper), so an epoch sees half of the labels; `all`
-            classifies all and turns all by each multiple (Hendrycks et al., with λ = 0.5).
+            classifies all and turns all by each multiple, as Hendrycks et al. do with λ = 0.5.
+            Theirs has a linear head and one attack on both losses in train mode, which this has
+            not.
         adversarial_fraction: Share of each half, or of each rotation, that is attacked, the rest
             staying clean: 1 is the paper's text, 0.5 its code and, by its clean errors, its table.
         hidden: Units of the rotation head's hidden layer.
@@ -43,7 +65,8 @@ class ATSelfSupervision(AT):
         kwargs: Arguments of `AT`; `incorrect` has no meaning here.
 
     Raises:
-        ValueError: If an argument is out of range, or the network has no `features`.
+        ValueError: If an argument is out of range, or the network lacks `features`,
+            `num_features` or `classifier`.
 
     Example:
         >>> from functools import partial
@@ -72,40 +95,29 @@ class ATSelfSupervision(AT):
                 f"are not classified, but got {self.incorrect}."
             )
         size = getattr(self.network, "num_features", None)
-        if not isinstance(size, int) or not hasattr(self.network, "features"):
+        parts = ("features", "classifier")
+        if not isinstance(size, int) or not all(hasattr(self.network, part) for part in parts):
             raise ValueError(
-                "Expected `network` to have `features` and `num_features` for the rotation head "
-                f"but got {type(self.network).__name__}."
+                "Expected `network` to have `features`, `num_features` and `classifier` for the "
+                f"rotation head but got {type(self.network).__name__}."
             )
         self.lam, self.rotations, self.fraction = lam, rotations, adversarial_fraction
         self.rotation_head = RotationHead(size, hidden)
 
+    def features(self, images: Tensor) -> Tensor:
+        """What both heads see of images `(N, C, S, S)` in [0, 1]."""
+        features: Tensor = self.network.features(self.normalize(images))  # type: ignore[operator]
+        return features
+
     def rotation_logits(self, images: Tensor) -> Tensor:
         """Logits `(N, 4)` of how far images `(N, C, S, S)` in [0, 1] are turned."""
-        features = self.network.features(self.normalize(images))  # type: ignore[operator]
-        return upcast(self.rotation_head(features))
-
-    def on_train_batch_start(self, batch: Sequence[Tensor], batch_idx: int) -> None:
-        """Looks at the first batch before anything is trained on it.
-
-        Raises:
-            ValueError: If processes cannot share out what one process would do with the batch.
-        """
-        super().on_train_batch_start(batch, batch_idx)
-        world = self.trainer.world_size
-        if self.batches_seen or world == 1:
-            return
-        parts, total = self._parts(len(batch[0])), self._parts(world * len(batch[0]))
-        if any(world * part != whole for part, whole in zip(parts, total)):
-            raise ValueError(
-                "Expected the batch of each process to halve, and `adversarial_fraction` of a half "
-                f"to be whole images, as on one process, but got {len(batch[0])} images."
-            )
+        return upcast(self.rotation_head(self.features(images)))
 
     def attack(self, images: Tensor, labels: Tensor) -> Tensor:
         """Images to classify, attacked ones first, then turned ones likewise."""
-        classified, hit, hit_turned = self._parts(len(images))
-        adversarial = self.craft(images[:hit], labels[:hit])
+        count = len(images)
+        classified, hit, hit_turned, *_ = self._parts(count)
+        adversarial = self.craft(images[:hit], labels[:hit], rows=(range(hit), count))
         turns = self._turns(images)
         turned = rotate(self._to_turn(images), turns)
         # A bound method has no modes of its own, so network and head get theirs here.
@@ -115,6 +127,7 @@ class ATSelfSupervision(AT):
                 turns[:hit_turned],
                 model=self.rotation_logits,
                 purpose="start of rotated",
+                rows=self._turned_rows(count),
             )
         return torch.cat([adversarial, images[hit:classified], against_turns, turned[hit_turned:]])
 
@@ -122,39 +135,63 @@ class ATSelfSupervision(AT):
         self, images: Tensor, adversarial: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Cross-entropy on labels plus λ times that on rotations; logits of attacked examples."""
-        classified, hit, _ = self._parts(len(images))
-        logits = upcast(self(adversarial[:classified]))
-        loss = self.training_labels.loss(logits, labels[:classified])
+        classified, hit, _, weight, turned_weight = self._parts(len(images))
+        features = self.features(adversarial)
+        logits = upcast(self.network.classifier(features[:classified]))  # type: ignore[operator]
+        loss = weight * self.training_labels.loss(logits, labels[:classified])
         if len(adversarial) > classified:
             turns = self._turns(images)
-            turn_logits = self.rotation_logits(adversarial[classified:])
+            turn_logits = upcast(self.rotation_head(features))[classified:]
             self.means.add("train/rotation_loss", example_losses(turn_logits, turns))
             self.means.add("train/rotation_error", predicted_classes(turn_logits) != turns)
-            loss = loss + self.lam * cross_entropy(turn_logits, turns)
+            loss = loss + self.lam * turned_weight * cross_entropy(turn_logits, turns)
         return loss, logits[:hit]
 
-    def _parts(self, count: int) -> tuple[int, int, int]:
-        """How many images of a batch are classified, attacked among these, attacked when turned."""
-        if self.rotations == "all":
-            hit = round(self.fraction * count)
-            return count, hit, 4 * hit
+    def _parts(self, count: int) -> _Parts:
+        """How this rank's `count` images of a batch, every world-th of all, are split.
+
+        The whole batch is split first, so that any number of processes does the same with it.
+        """
+        world, rank = self.trainer.world_size, self.trainer.global_rank
+        total = world * count
         # Halves of one image have no batch statistics: a rest that small is classified.
-        turned = count // 2 if count >= 4 else 0
-        classified = count - turned
-        return classified, round(self.fraction * classified), round(self.fraction * turned)
+        turned = total // 2 if self.rotations == "half" and total >= 4 else 0
+        classified = total - turned
+        ends = (
+            classified,
+            round(self.fraction * classified),
+            classified + round(self.fraction * turned),
+        )
+        mine, hit, end = (len(range(rank, end, world)) for end in ends)
+        return _Parts(
+            mine,
+            hit,
+            end - mine if self.rotations == "half" else 4 * hit,
+            mine * world / classified,
+            (count - mine) * world / turned if turned else 1.0,
+        )
 
     def _turns(self, images: Tensor) -> Tensor:
         """How far the turned images of a batch are turned, the same whenever it is asked."""
-        count, (classified, hit, _) = len(images), self._parts(len(images))
+        count, parts = len(images), self._parts(len(images))
         if self.rotations == "half":
-            draws = self.draws("rotation", count - classified, 1, images.device)
+            draws = self.draws("rotation", count, 1, images.device)[parts.classified :]
             return (draws[:, 0] * 4).long()
         directions = torch.arange(4, device=images.device)
-        return torch.cat([directions.repeat_interleave(part) for part in (hit, count - hit)])
+        counts = (parts.hit, count - parts.hit)
+        return torch.cat([directions.repeat_interleave(part) for part in counts])
 
     def _to_turn(self, images: Tensor) -> Tensor:
         """The images of a batch that are turned, attacked ones first, in the order of `_turns`."""
-        classified, hit, _ = self._parts(len(images))
+        parts = self._parts(len(images))
         if self.rotations == "half":
-            return images[classified:]
-        return torch.cat([part.repeat(4, 1, 1, 1) for part in (images[:hit], images[hit:])])
+            return images[parts.classified :]
+        split = (images[: parts.hit], images[parts.hit :])
+        return torch.cat([part.repeat(4, 1, 1, 1) for part in split])
+
+    def _turned_rows(self, count: int) -> tuple[Sequence[int], int]:
+        """Whose starts the attacked ones among the turned images take, as `craft` wants it."""
+        parts = self._parts(count)
+        if self.rotations == "half":
+            return range(parts.classified, parts.classified + parts.hit_turned), count
+        return [turn * count + row for turn in range(4) for row in range(parts.hit)], 4 * count

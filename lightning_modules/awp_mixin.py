@@ -5,7 +5,7 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics import MaxMetric, MinMetric
 
@@ -14,8 +14,9 @@ from robust_flatness.functional.awp import (
     random_perturbation,
 )
 from robust_flatness.functional.checks import check_choice, check_count, check_number
+from robust_flatness.functional.layer_weights import own_tensor, perturbed_parameters, weight_at
 from robust_flatness.functional.modes import Mode
-from robust_flatness.functional.weight_perturbation import perturbed_parameters, perturbed_weights
+from robust_flatness.functional.weight_perturbation import perturbed_weights
 from robust_flatness.lightning_modules.at import AT
 from robust_flatness.lightning_modules.schedules import epochs_of_share
 
@@ -38,9 +39,11 @@ class AWPMixin(AT):
     Put it before the variant: `class TRADESAWP(AWPMixin, TRADES)`. In each step, after crafting,
     weights move to w + ν with ν_l = ξ‖w_l‖ g_l / ‖g_l‖, g the gradient of the variant's objective;
     the loss is differentiated there, and the weights come back bit for bit before the optimizer
-    moves them. `awp/relative_norm_min` and `_max` log ‖ν_l‖ / ‖w_l‖ over layers and steps. The
-    perturbed forward updates BatchNorm statistics, as in the original code; the paper's code
-    spends one more forward to update them at w.
+    moves them. If a layer has spectral norm, weight norm or another parametrization, the tensor
+    that it computes with is moved, and the gradient goes on to the parameters behind it, which the
+    optimizer moves and decays. `awp/relative_norm_min` and `_max` log ‖ν_l‖ / ‖w_l‖ over layers and
+    steps. The perturbed forward updates BatchNorm statistics, as in the original code; the paper's
+    code spends one more forward to update them at w.
 
     Args:
         xi: Relative length ξ; the paper's AT-AWP takes 0.01.
@@ -80,7 +83,7 @@ class AWPMixin(AT):
         self.relative_norm_min = MinMetric(nan_strategy="disable")
         self.relative_norm_max = MaxMetric(nan_strategy="disable")
         self._perturbed = ExitStack()
-        self._decay_shifts: list[dict[str, Tensor]] = []
+        self._decay_shifts: list[dict[int, Tensor]] = []
 
     def perturb(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> None:
         """Moves the weights to w + ν until the backward is done."""
@@ -94,7 +97,9 @@ class AWPMixin(AT):
                 perturbation = self._adversarial_perturbation(images, adversarial, labels)
         self._record_norms(perturbation)
         if self.order == "awp":
-            self._decay_shifts.append(perturbation)
+            shifts = ((own_tensor(self, name), nu) for name, nu in perturbation.items())
+            # What is computed decays only through the parameters behind it, which are not moved.
+            self._decay_shifts += [{id(w): nu for w, nu in shifts if w is not None}]
         self._perturbed.enter_context(perturbed_weights(self, perturbation))
 
     def _adversarial_perturbation(
@@ -112,10 +117,19 @@ class AWPMixin(AT):
             weights=self._perturbed_weights(),
         )
 
-    def _perturbed_weights(self) -> dict[str, nn.Parameter]:
+    def _perturbed_weights(self) -> dict[str, Tensor]:
         """The network's own: an auxiliary head beside it is left alone, as in the paper's code."""
         found = perturbed_parameters(self.network, biases=False)
         return {f"network.{name}": weight for name, weight in found.items()}
+
+    def on_train_start(self) -> None:
+        """Refuses a network that cannot be perturbed, also if a warm-up comes first.
+
+        Raises:
+            ValueError: If a layer's weight is not certain.
+        """
+        super().on_train_start()
+        self._perturbed_weights()
 
     @property
     def _warming_up(self) -> bool:
@@ -162,14 +176,12 @@ class AWPMixin(AT):
         shifts, self._decay_shifts = self._decay_shifts, []
         if not shifts:
             return
-        names = {id(parameter): name for name, parameter in self.named_parameters()}
         for group in optimizer.param_groups:
             decay = group.get("weight_decay", 0.0)
             for parameter in group["params"]:
-                name = names[id(parameter)]
                 for shift in shifts:
-                    if name in shift and parameter.grad is not None:
-                        parameter.grad.add_(shift[name], alpha=decay / len(shifts))
+                    if id(parameter) in shift and parameter.grad is not None:
+                        parameter.grad.add_(shift[id(parameter)], alpha=decay / len(shifts))
 
     def on_train_epoch_end(self) -> None:
         """Logs the variant's metrics, and that the perturbation had its length."""
@@ -179,10 +191,10 @@ class AWPMixin(AT):
             self.log("awp/relative_norm_max", self.relative_norm_max)
 
     def _record_norms(self, perturbation: dict[str, Tensor]) -> None:
-        weights = dict(self.named_parameters())
+        weights = {name: weight_at(self, name).detach() for name in perturbation}
         ratios = torch.stack(
             [
-                nu.norm() / weights[name].detach().norm().clamp_min(torch.finfo(nu.dtype).tiny)
+                nu.norm() / weights[name].norm().clamp_min(torch.finfo(nu.dtype).tiny)
                 for name, nu in perturbation.items()
             ]
         )

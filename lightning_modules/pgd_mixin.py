@@ -14,6 +14,7 @@ from robust_flatness.functional.checks import check_examples, upcast
 from robust_flatness.functional.iterate import Criterion, example_losses
 from robust_flatness.functional.modes import Model, module_modes
 from robust_flatness.functional.noise import random_start, stream, stream_seed
+from robust_flatness.functional.processes import errors_on_all_ranks
 
 
 class PGDMixin:
@@ -43,11 +44,37 @@ class PGDMixin:
         """Looks at the first batch before anything is trained on it.
 
         Raises:
-            ValueError: If pixels are outside [0, 1] or labels outside the classes.
+            ValueError: On all processes, if pixels are outside [0, 1] or labels outside the classes
+                on any, or if the last batch of an epoch is one image that the network cannot train
+                on.
         """
         # Once only: the check waits for the device.
         if self.batches_seen == 0:
-            check_examples(batch[0], batch[1], self.num_classes)
+            with errors_on_all_ranks():
+                check_examples(batch[0], batch[1], self.num_classes)
+            self._check_last_batch(batch[0][:1])
+
+    def _check_last_batch(self, image: Tensor) -> None:
+        """Tries a single image if an epoch ends with one: BatchNorm may have one value of it."""
+        module = cast(LightningModule, self)
+        loader = module.trainer.train_dataloader
+        sampler, size = getattr(loader, "sampler", ()), getattr(loader, "batch_size", None) or 1
+        if getattr(loader, "drop_last", True) or len(sampler) % size != 1:
+            return
+        buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        devices = [module.device] if module.device.type == "cuda" else []
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=devices):
+                module(image)
+        except ValueError as error:
+            raise ValueError(
+                f"Expected the last batch of an epoch to have more than one image for the network "
+                f"to train on but got {len(sampler)} images in batches of {size} ({error})."
+            ) from error
+        finally:
+            with torch.no_grad():
+                for name, buffer in module.named_buffers():
+                    buffer.copy_(buffers[name])
 
     @property
     def batches_seen(self) -> int:
@@ -114,6 +141,7 @@ class PGDMixin:
         *,
         model: Model | None = None,
         purpose: str = "start",
+        rows: tuple[Sequence[int], int] | None = None,
     ) -> Tensor:
         """Adversarial examples for this rank's part of the batch.
 
@@ -123,6 +151,8 @@ class PGDMixin:
             criterion: Maps logits and labels to the losses `(N,)` to be raised.
             model: What is attacked; `None` for the module itself.
             purpose: Of the random starts; a second attack in a step needs one of its own.
+            rows: Which rows the images are of how many that this rank has of the batch; `None` for
+                all of it. A row has the same start on any number of processes.
 
         Returns:
             `(N, C, H, W)` in [0, 1], without a graph, in the type of `images`.
@@ -130,13 +160,14 @@ class PGDMixin:
         if len(images) == 0:
             return images
         trainer = cast(LightningModule, self).trainer
+        chosen, count = (range(len(images)), len(images)) if rows is None else rows
         start = random_start(
-            (trainer.world_size * len(images), *images.shape[1:]),
+            (trainer.world_size * count, *images.shape[1:]),
             eps=self.pgd.eps,
             norm=self.pgd.norm,
             start=self.pgd.start,
             generator=self.generator(purpose, images.device),
-        )[trainer.global_rank :: trainer.world_size]
+        )[trainer.global_rank :: trainer.world_size][list(chosen)]
         attacked = cast(nn.Module, self) if model is None else model
         # The attack is in float32 at least; training may be in half precision.
         return self.search(attacked, images, labels, start, criterion).to(images.dtype)

@@ -52,7 +52,7 @@ class ToyData(LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         world, rank = self.trainer.world_size, self.trainer.global_rank
         sampler = DistributedSampler(self.train, world, rank, seed=3, drop_last=True)
-        return DataLoader(self.train, self.batch_size // world, sampler=sampler, drop_last=True)
+        return DataLoader(self.train, self.batch_size // world, sampler=sampler)
 
     def test_dataloader(self) -> DataLoader:
         return DataLoader(self.measured, batch_size=8)

@@ -111,9 +111,26 @@ def test_batches_have_the_precision_of_the_trainer():
     assert 0 <= float(images.min()) < float(images.max()) <= 1
 
 
-def test_the_last_uneven_batch_is_dropped():
-    seen = record(Toy(train=23), max_epochs=1)
-    assert [len(labels) for _, labels in seen] == [8, 8]
+@pytest.mark.parametrize(("train", "rest"), [(23, 7), (17, 1), (24, 8)])
+def test_an_epoch_has_every_image_once_and_a_smaller_last_batch(train, rest):
+    seen = record(Toy(train=train), max_epochs=1)
+    assert [len(labels) for _, labels in seen] == [8, 8, rest]
+    assert sorted(torch.cat([labels for _, labels in seen]).tolist()) == list(range(train))
+
+
+@pytest.mark.parametrize("augment", ["flip_crop", "autoaugment", "autoaugment_batch"])
+def test_processes_share_the_last_batch_without_what_does_not_divide(augment):
+    whole = epoch_of(Toy(train=23, augment=augment, seed=1), 0, 1)
+    halves = [epoch_of(Toy(train=23, augment=augment, seed=1), rank, 2) for rank in range(2)]
+    for rank, parts in enumerate(halves):
+        assert [len(labels) for _, labels in parts] == [4, 4, 3]
+        for (images, labels), (others, other_labels) in zip(parts, whole, strict=True):
+            assert torch.equal(labels, other_labels[rank::2][: len(labels)])
+            if len(labels) == 4:
+                assert torch.equal(images, others[rank::2])
+    # One image of 23 is left out; noise is drawn for the 6 that remain.
+    seen = torch.cat([labels for parts in halves for _, labels in parts])
+    assert len(seen.unique()) == len(seen) == 22
 
 
 def test_fewer_training_images_are_the_first_ones():

@@ -46,7 +46,7 @@ def test_replays_are_the_attack_on_each_batch_and_each_weight():
 def test_records_anew_where_the_graph_would_not_see_what_changed():
     recorder, network = Recorder(), tiny_network()
     graphed = GraphedAttack(PGD_3, recorder)
-    check(graphed, network, given())
+    check(graphed, network, given(count=3))
     check(graphed, network, given(count=5))
     network[0].weight.data = network[0].weight.data + 0.1
     check(graphed, network, given(count=5))
@@ -54,6 +54,14 @@ def test_records_anew_where_the_graph_would_not_see_what_changed():
     targets = network(images).detach()
     check(graphed, network, (images, targets, start), divergences)
     assert recorder.recordings == 4
+
+
+def test_a_smaller_batch_is_attacked_without_a_graph_and_leaves_it():
+    recorder, network = Recorder(), tiny_network()
+    graphed = GraphedAttack(PGD_3, recorder)
+    for seed, count in enumerate((8, 5, 8, 5, 8)):
+        check(graphed, network, given(seed, count))
+    assert (recorder.recordings, recorder.replays) == (1, 3)
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])

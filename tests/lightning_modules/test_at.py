@@ -3,7 +3,15 @@ from functools import partial
 import pytest
 import torch
 from lightning.pytorch import Callback
-from networks_for_tests import PassCounter, images_and_labels, tiny_body
+from networks_for_tests import (
+    PassCounter,
+    images_and_labels,
+    same,
+    snapshot,
+    tiny_body,
+    tiny_network,
+)
+from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 from trainers import PLAIN, loader, quiet_trainer
@@ -245,3 +253,29 @@ def test_a_run_that_goes_on_for_longer_has_the_rates_of_the_longer_run(tmp_path)
     longer.fit(AT(**settings), loader(8), ckpt_path=tmp_path / "a.ckpt", weights_only=False)
     assert list(rates.found) == [4, 5, 6, 7, 8, 9]
     assert list(rates.found.values()) == pytest.approx([0.05] + [0.005] * 5)
+
+
+def flat_body(classes, channels):
+    """BatchNorm has one value of a single image."""
+    layers = nn.Flatten(), nn.Linear(64 * channels, 8), nn.BatchNorm1d(8), nn.Linear(8, classes)
+    return nn.Sequential(*layers)
+
+
+def test_an_epoch_may_end_with_one_image_if_the_network_can_train_on_it(monkeypatch):
+    module = AT(network=flat_body, **PLAIN)
+    before = snapshot(module)
+    message = "more than one image for the network to train on but got 9 images in batches of 8"
+    with pytest.raises(ValueError, match=message):
+        quiet_trainer().fit(module, loader(9))
+    assert same(snapshot(module), before)
+    # BatchNorm has 64 values of an image here, and the trial leaves no trace.
+    ends = []
+    for _ in range(2):
+        module, trainer = AT(network=partial(tiny_network, dropout=True), **PLAIN), quiet_trainer()
+        torch.manual_seed(0)
+        trainer.fit(module, loader(9))
+        assert trainer.global_step == 2
+        ends.append((snapshot(module), torch.rand(1)))
+        monkeypatch.setattr(AT, "_check_last_batch", lambda self, image: None)
+    assert same(ends[0][0], ends[1][0])
+    assert ends[0][1] == ends[1][1]

@@ -2,6 +2,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from networks_for_tests import images_and_labels, tiny_body
+from torch import nn
+from torch.nn.utils import parametrizations, weight_norm
 from torch.utils.data import DataLoader, TensorDataset
 from trainers import PLAIN, loader, quiet_trainer
 
@@ -22,9 +24,32 @@ class FixedExamples(ATAWP):
         self.network.eval()
 
 
-def module_for(order: str, lr: float = LR) -> FixedExamples:
+def parametrised_body(classes, channels):
+    """Spectral norm and weight norm, of either implementation."""
+    body = tiny_body(classes, channels)
+    parametrizations.spectral_norm(body[0])
+    parametrizations.weight_norm(body[3])
+    weight_norm(body[8])
+    return body
+
+
+class TiedBody(nn.Module):
+    """A linear layer whose weight another module owns first."""
+
+    def __init__(self, classes, channels):
+        super().__init__()
+        self.body = tiny_body(classes, channels)[:-1]
+        self.prototypes = nn.Parameter(torch.randn(classes, 256) / 16)
+        self.head = nn.Linear(256, classes)
+        self.head.weight = self.prototypes
+
+    def forward(self, images):
+        return self.head(self.body(images))
+
+
+def module_for(order: str, lr: float = LR, network=tiny_body) -> FixedExamples:
     return FixedExamples(
-        network=tiny_body,
+        network=network,
         xi=XI,
         order=order,
         optimizer=lambda p: torch.optim.SGD(p, lr=lr, momentum=MOMENTUM, weight_decay=DECAY),
@@ -46,8 +71,10 @@ def expected_after(module: FixedExamples, batches, order: str, steps_per_update:
                 gradients = torch.autograd.grad(loss, list(module.parameters()))
             for (name, weight), gradient in zip(module.named_parameters(), gradients):
                 decayed = weight.detach()
-                if order == "awp" and name in nu:
-                    decayed = decayed + nu[name]
+                # The tied body's prototypes are perturbed under the name of its linear layer.
+                known = name.replace("prototypes", "head.weight")
+                if order == "awp" and known in nu:
+                    decayed = decayed + nu[known]
                 total[name] += (gradient + DECAY * decayed) / len(window)
         with torch.no_grad():
             for name, weight in module.named_parameters():
@@ -56,18 +83,36 @@ def expected_after(module: FixedExamples, batches, order: str, steps_per_update:
     return {name: value.detach().clone() for name, value in module.named_parameters()}
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 @pytest.mark.parametrize("order", ["sam", "awp"])
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_steps_follow_the_update_written_out(order, accumulate):
+@pytest.mark.parametrize(
+    ("network", "accumulate"),
+    [(tiny_body, 1), (tiny_body, 2), (parametrised_body, 1), (TiedBody, 1)],
+)
+def test_steps_follow_the_update_written_out(order, network, accumulate):
     images, labels = images_and_labels(32)
     batches = list(zip(images.double().split(8), labels.split(8)))
-    expected = expected_after(module_for(order), batches, order, accumulate)
-    module = module_for(order)
-    quiet_trainer(max_epochs=1, accumulate_grad_batches=accumulate).fit(
-        module, DataLoader(TensorDataset(images.double(), labels), 8)
-    )
+    expected = expected_after(module_for(order, network=network), batches, order, accumulate)
+    module = module_for(order, network=network)
+    trainer = quiet_trainer(max_epochs=1, accumulate_grad_batches=accumulate)
+    trainer.fit(module, DataLoader(TensorDataset(images.double(), labels), 8))
     for name, value in module.named_parameters():
         torch.testing.assert_close(value.detach(), expected[name], rtol=0, atol=1e-12)
+    for end in ("min", "max"):
+        assert trainer.callback_metrics[f"awp/relative_norm_{end}"] == pytest.approx(XI)
+
+
+def test_a_network_that_cannot_be_perturbed_is_refused_before_a_warm_up():
+    class Masked(nn.Linear):
+        def forward(self, images):
+            return nn.functional.linear(images, self.weight * (self.weight > 0), self.bias)
+
+    def body(*_):
+        return nn.Sequential(nn.Flatten(), Masked(192, 10))
+
+    module = ATAWP(network=body, warmup=0.5, **PLAIN)
+    with pytest.raises(ValueError, match=r"but got `1` \(Masked\), which makes another tensor"):
+        quiet_trainer(max_epochs=2, max_steps=1).fit(module, loader(8))
 
 
 def test_orders_differ():

@@ -1,5 +1,6 @@
 """Self-supervision by rotations."""
 
+import copy
 from functools import partial
 from unittest import mock
 
@@ -60,19 +61,31 @@ def test_half_of_the_batch_is_classified_and_half_turned_then_attacked():
     assert 0 <= trainer.callback_metrics["train/rotation_error"] <= 1
 
 
-def test_objective_by_hand_in_float64():
-    module = built(lam=4.0).double()
+@pytest.mark.parametrize("rotations", ["half", "all"])
+def test_two_steps_are_those_of_one_joint_forward_in_float64(rotations):
+    module = built(rotations=rotations, lam=4.0).double()
     module.trainer = quiet_trainer()
-    module.eval()
+    twin = copy.deepcopy(module)
     images, labels = images_and_labels(8)
-    images = images.double()
-    turns = module._turns(images)
-    loss, logits = module.objective(images, images, labels)
-    classified = cross_entropy(module(images[:4]), labels[:4])
-    features = module.network.features(module.normalize(images[4:]))
-    rotated = cross_entropy(module.rotation_head(features), turns)
-    torch.testing.assert_close(loss, classified + 4 * rotated, rtol=0, atol=1e-12)
-    assert logits.shape == (4, 10)
+    count = 4 if rotations == "half" else 8
+    for _ in range(2):
+        adversarial, turns = module.attack(images.double(), labels), module._turns(images)
+        step(module, module.objective(images, adversarial, labels)[0])
+        # Both heads on the features of all, as in the code of the paper and of Hendrycks et al.
+        features = twin.network.features(twin.normalize(adversarial))
+        classes, rotated = twin.network.classifier(features), twin.rotation_head(features)
+        loss = cross_entropy(classes[:count], labels[:count])
+        step(twin, loss + 4 * cross_entropy(rotated[count:], turns))
+    for (name, value), other in zip(module.state_dict().items(), twin.state_dict().values()):
+        torch.testing.assert_close(value, other, rtol=0, atol=1e-12, msg=name)
+
+
+def step(module, loss):
+    """Plain gradient descent."""
+    gradients = torch.autograd.grad(loss, list(module.parameters()))
+    with torch.no_grad():
+        for weight, gradient in zip(module.parameters(), gradients):
+            weight.sub_(0.1 * gradient)
 
 
 def test_all_turns_every_image_by_every_multiple():
@@ -125,15 +138,32 @@ def test_a_rest_too_small_to_halve_is_classified(count):
     assert loss.isfinite()
 
 
-@pytest.mark.parametrize(("count", "fraction"), [(3, 1.0), (6, 0.5)])
-def test_processes_must_share_what_one_would_do(count, fraction):
-    module = built(adversarial_fraction=fraction)
-    module.trainer = quiet_trainer()
-    module.on_train_batch_start(images_and_labels(count), 0)
-    module.trainer = mock.Mock(wraps=module.trainer, world_size=2)
-    module.trainer.fit_loop.epoch_loop.total_batch_idx = 0
-    with pytest.raises(ValueError, match=f"as on one process, but got {count} images"):
-        module.on_train_batch_start(images_and_labels(count), 0)
+@pytest.mark.parametrize("rotations", ["half", "all"])
+@pytest.mark.parametrize(("total", "world"), [(6, 2), (14, 2), (15, 3), (28, 4)])
+def test_processes_share_any_batch_as_one_process_splits_it(total, world, rotations):
+    module = built(rotations=rotations, adversarial_fraction=0.5).double().eval()
+    images, labels = (part.double() if part.ndim > 1 else part for part in images_and_labels(total))
+    loss, crafted, turned = on_rank(module, images, labels, 0, 1)
+    parts = [
+        on_rank(module, images[rank::world], labels[rank::world], rank, world)
+        for rank in range(world)
+    ]
+    torch.testing.assert_close(sum(p[0] for p in parts) / world, loss, rtol=0, atol=1e-12)
+    for found, whole in (([p[1] for p in parts], crafted), ([p[2] for p in parts], turned)):
+        rows = torch.cat(found).flatten(1)
+        assert len(rows) == len(whole)
+        assert torch.cdist(whole.flatten(1), rows).amin(1).max() < 1e-6
+
+
+def on_rank(module, images, labels, rank, world):
+    """Loss, classified images and turned ones of one process."""
+    trainer = mock.Mock(world_size=world, global_rank=rank)
+    trainer.fit_loop.epoch_loop.total_batch_idx = 0
+    module._trainer = trainer
+    adversarial = module.attack(images, labels)
+    count = module._parts(len(images)).classified
+    loss, _ = module.objective(images, adversarial, labels)
+    return loss, adversarial[:count], adversarial[count:]
 
 
 def test_each_task_is_attacked_on_its_own_loss():
@@ -159,7 +189,7 @@ def test_crafting_leaves_statistics_of_network_and_head_to_the_update():
     norm = module.rotation_head.layers[2]
     fit(module, count=24)
     assert norm.num_batches_tracked.item() == 3
-    assert module.network.body[1].statistics.num_batches_tracked.item() == 6
+    assert module.network.body[1].statistics.num_batches_tracked.item() == 3
     assert module.training
 
 
@@ -209,7 +239,7 @@ def test_the_head_takes_no_part_in_weight_perturbations():
 
 
 def test_bad_arguments_are_named():
-    with pytest.raises(ValueError, match="`network` to have `features`"):
+    with pytest.raises(ValueError, match="`network` to have `features`, `num_features` and `cl"):
         ATSelfSupervision(network=tiny_body)
     with pytest.raises(ValueError, match="`incorrect` to be attack for ATSelfSupervision"):
         built(incorrect="ignore")

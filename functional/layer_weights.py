@@ -1,0 +1,320 @@
+"""The tensors that layers compute with: parameters, or what parametrizations make of them."""
+
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from robust_flatness.functional.layer_checks import (
+    PERTURBED_LAYERS,
+    WEIGHT_NAMES,
+    check_layer,
+    refusal,
+)
+from robust_flatness.functional.modes import module_modes
+
+PERTURBED_NAMES = re.compile(r"Conv(Transpose)?[123]d|.*Linear|MultiheadAttention")
+NORMALIZATIONS = (nn.LayerNorm, nn.RMSNorm)
+# These set a layer's tensor before each forward, from parameters with the names' suffixes.
+COMPUTING_HOOKS = (SpectralNorm, WeightNorm, BasePruningMethod)
+SUFFIXES = ("_orig", "_g", "_v")
+
+
+def perturbed_parameters(model: nn.Module, *, biases: bool = True) -> dict[str, Tensor]:
+    """The tensors that a weight perturbation moves: those of convolutions and linear layers.
+
+    Normalisation layers are left out, as in the paper. Each weight and each bias is a layer of its
+    own in Eq. (2), and a tensor that several modules share is one. Of a layer with spectral norm,
+    weight norm, pruning or another parametrization it is the tensor that it computes with. In
+    TorchScript layers are known by the names of their classes.
+
+    Args:
+        model: The network.
+        biases: Whether biases belong to them (flatness) or not (AT-AWP).
+
+    Returns:
+        Parameters by name, each once, in the order of `model.named_modules()`. A computed tensor is
+        a copy; whether it requires a gradient says whether any of the parameters behind it does.
+
+    Raises:
+        ValueError: If the network has no convolution and no linear layer, or one whose tensors
+            cannot be perturbed.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten())
+        >>> list(perturbed_parameters(model))
+        ['0.weight', '0.bias']
+    """
+    found: dict[str, Tensor] = {}
+    owned: dict[object, str] = {}
+    behind: dict[str, Sequence[Tensor]] = {}
+    for prefix, module in _layers(model):
+        computed = _computed(module)
+        check_layer(prefix, module, computed)
+        for name in _tensor_names(module, computed):
+            full = f"{prefix}.{name}" if prefix else name
+            sources = computed.get(name)
+            tensor = getattr(module, name) if sources is None else _value(module, name, sources)
+            key = _memory(tensor) if sources is None else tuple(map(id, sources))
+            weighs = tensor.ndim > 1 and not name.startswith("bias")
+            if key in owned or not (biases or weighs):
+                continue
+            owned[key], found[full] = full, tensor
+            if sources is not None:
+                behind[full] = sources
+    if not found:
+        raise ValueError(
+            "Expected `model` to have convolution or linear layers to perturb but got "
+            f"{type(model).__name__} without any."
+        )
+    for name, sources in behind.items():
+        for shared in (owned[_memory(s)] for s in sources if _memory(s) in owned):
+            raise ValueError(
+                f"Expected `{name}` to be computed from parameters of its own but got `{shared}`, "
+                "which another layer computes with as it is."
+            )
+    _warn_of_others(model)
+    return found
+
+
+def own_tensor(model: nn.Module, name: str) -> Tensor | None:
+    """A parameter or buffer by any of its names; `None` if a layer computes what has this name.
+
+    Raises:
+        ValueError: If the network has no tensor of this name.
+    """
+    module, attribute = _place(model, name)
+    return None if attribute in _computed(module) else getattr(module, attribute)
+
+
+def weight_at(model: nn.Module, name: str) -> Tensor:
+    """The tensor of a name: a parameter, a buffer, or a copy of what a layer computes with.
+
+    Raises:
+        ValueError: If the network has no tensor of this name.
+    """
+    module, attribute = _place(model, name)
+    sources = _computed(module).get(attribute)
+    if sources is None:
+        tensor: Tensor = getattr(module, attribute)
+        return tensor
+    return _value(module, attribute, sources)
+
+
+@contextmanager
+def added_to_computed(model: nn.Module, summands: Mapping[str, Tensor]) -> Iterator[None]:
+    """Adds to what layers compute, whenever they compute it; gradients pass to both.
+
+    The parameters behind are not touched, so that there is nothing to restore.
+
+    Args:
+        model: The network.
+        summands: By name of a computed tensor; it is added wherever the same parameters give it.
+    """
+    with ExitStack() as stack:
+        if summands:
+            alike: dict[object, list[tuple[nn.Module, str]]] = {}
+            for module in model.modules():
+                for attribute, sources in _computed(module).items():
+                    alike.setdefault(tuple(map(id, sources)), []).append((module, attribute))
+            for name, summand in summands.items():
+                module, attribute = _place(model, name)
+                for place in alike[tuple(map(id, _computed(module)[attribute]))]:
+                    stack.enter_context(_added(*place, summand))
+        yield
+
+
+@contextmanager
+def differentiable_weights(
+    model: nn.Module, weights: Mapping[str, Tensor]
+) -> Iterator[dict[str, Tensor]]:
+    """Tensors that the loss can be differentiated for, also of frozen and computed weights.
+
+    Args:
+        model: The network.
+        weights: Of `perturbed_parameters`.
+
+    Returns:
+        The parameters themselves, and zeros that are added to what layers compute, by name.
+
+    Example:
+        >>> frozen = nn.Linear(2, 1).requires_grad_(False)
+        >>> with differentiable_weights(frozen, {"weight": frozen.weight}) as leaves:
+        ...     leaves["weight"] is frozen.weight, frozen.weight.requires_grad
+        (True, True)
+        >>> frozen.weight.requires_grad
+        False
+    """
+    own = {name: own_tensor(model, name) for name in weights}
+    leaves = {
+        name: torch.zeros_like(weight).requires_grad_() if own[name] is None else weight
+        for name, weight in weights.items()
+    }
+    frozen = [leaf for leaf in leaves.values() if not leaf.requires_grad]
+    try:
+        for leaf in frozen:
+            leaf.requires_grad_(True)
+        with added_to_computed(model, {n: leaf for n, leaf in leaves.items() if own[n] is None}):
+            yield leaves
+    finally:
+        for leaf in frozen:
+            leaf.requires_grad_(False)
+
+
+class _Plus(nn.Module):
+    """A last parametrization that adds a tensor, which is no parameter or buffer of the network."""
+
+    def __init__(self, summand: Tensor) -> None:
+        super().__init__()
+        self.summand = summand
+
+    def forward(self, computed: Tensor) -> Tensor:
+        return computed + self.summand
+
+
+@contextmanager
+def _added(module: nn.Module, attribute: str, summand: Tensor) -> Iterator[None]:
+    plus = _Plus(summand.clone() if summand.is_inference() else summand)
+    if parametrize.is_parametrized(module, attribute):
+        steps = module.parametrizations[attribute]  # type: ignore[index, union-attr]
+        steps.append(plus)  # type: ignore[operator, union-attr]
+        try:
+            yield
+        finally:
+            del steps[[*steps].index(plus)]  # type: ignore[arg-type, misc, operator, union-attr]
+        return
+    before = getattr(module, attribute)
+    # Also for code that reads the tensor without calling the layer, such as fused attention.
+    setattr(module, attribute, plus(before))
+    handle = module.register_forward_pre_hook(
+        lambda layer, _: setattr(layer, attribute, plus(getattr(layer, attribute)))
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
+        setattr(module, attribute, before)
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Convolutions and linear layers, without those that only compute another layer's tensor."""
+    inside = {
+        id(part)
+        for module in model.modules()
+        if isinstance(module, parametrize.ParametrizationList)
+        for part in module.modules()
+    }
+    for prefix, module in model.named_modules():
+        if id(module) not in inside and _is_perturbed(prefix, module):
+            yield prefix, module
+
+
+def _is_perturbed(prefix: str, module: nn.Module) -> bool:
+    if isinstance(module, torch.jit.ScriptModule):
+        # TorchScript keeps of a module's class nothing but the name.
+        return PERTURBED_NAMES.fullmatch(module.original_name) is not None
+    if hasattr(module, "_packed_params"):
+        raise refusal(prefix, module, "the weights", "floating point", "quantised ones")
+    return isinstance(module, PERTURBED_LAYERS)
+
+
+def _computed(module: nn.Module) -> dict[str, Sequence[Tensor]]:
+    """Names of the tensors that a layer computes, with the tensors behind each."""
+    found: dict[str, Sequence[Tensor]] = {}
+    if isinstance(module, torch.jit.ScriptModule):
+        return found
+    if parametrize.is_parametrized(module):
+        for name, steps in module.parametrizations.items():  # type: ignore[operator, union-attr]
+            found[name] = [*steps.parameters(), *steps.buffers(recurse=False)]
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, COMPUTING_HOOKS):
+            name = _name_of(hook)
+            parts = (getattr(module, name + suffix, None) for suffix in SUFFIXES)
+            found[name] = [part for part in parts if part is not None]
+    return found
+
+
+def _name_of(hook: object) -> str:
+    name: str = hook._tensor_name if isinstance(hook, BasePruningMethod) else hook.name  # type: ignore[attr-defined]
+    return name
+
+
+def _tensor_names(module: nn.Module, computed: Mapping[str, Sequence[Tensor]]) -> list[str]:
+    """Names of a layer's tensors, in the order that they have without parametrizations."""
+    behind = {id(part) for sources in computed.values() for part in sources}
+    own = [name for name, p in module.named_parameters(recurse=False) if id(p) not in behind]
+    names = [*own, *(name for name, _ in _weight_buffers(module)), *computed]
+    return sorted(names, key=lambda n: WEIGHT_NAMES.index(n) if n in WEIGHT_NAMES else len(names))
+
+
+def _weight_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Fixed weights of a convolution or linear layer."""
+    if isinstance(module, torch.jit.ScriptModule) or not isinstance(module, PERTURBED_LAYERS):
+        return []
+    return [item for item in module.named_buffers(recurse=False) if item[0] in WEIGHT_NAMES]
+
+
+def _value(module: nn.Module, name: str, sources: Sequence[Tensor]) -> Tensor:
+    """What a layer computes in eval mode, when spectral norm leaves its vectors as they are."""
+    with torch.inference_mode(False), torch.no_grad():
+        if parametrize.is_parametrized(module, name):
+            if parametrize._cache_enabled:
+                raise ValueError(
+                    "Expected to measure outside of `torch.nn.utils.parametrize.cached()`, which "
+                    "hides changes of weights, but got a call inside."
+                )
+            with module_modes(module.parametrizations[name]):  # type: ignore[index, union-attr]
+                value = getattr(module, name).detach().clone()
+        else:
+            before = getattr(module, name)
+            with module_modes(module):
+                for hook in module._forward_pre_hooks.values():
+                    if isinstance(hook, COMPUTING_HOOKS) and _name_of(hook) == name:
+                        hook(module, ())
+            value = getattr(module, name).detach().clone()
+            setattr(module, name, before)
+    return value.requires_grad_(any(part.requires_grad for part in sources))  # type: ignore[no-any-return]
+
+
+def _memory(tensor: Tensor) -> object:
+    """Equal for tensors that are one in memory, whoever owns them."""
+    return tensor.data_ptr() or id(tensor)
+
+
+def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    prefix, _, attribute = name.rpartition(".")
+    module = model
+    for part in prefix.split(".") if prefix else ():
+        module = getattr(module, part, None)  # type: ignore[assignment]
+    if isinstance(module, nn.Module):
+        known = (*module.named_parameters(recurse=False), *_weight_buffers(module))
+        if attribute in {*_computed(module), *(name for name, _ in known)}:
+            return module, attribute
+    raise ValueError(f"Expected the name of a weight of the network but got `{name}`.")
+
+
+def _warn_of_others(model: nn.Module) -> None:
+    """Names the weights that belong to no layer that is perturbed."""
+    covered = {_memory(p) for _, layer in _layers(model) for p in layer.parameters()}
+    others = [
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        if not isinstance(module, (NORMALIZATIONS, torch.jit.ScriptModule))
+        for name, parameter in module.named_parameters(recurse=False)
+        if not is_lazy(parameter) and parameter.ndim > 1 and _memory(parameter) not in covered
+    ]
+    if others:
+        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+        warnings.warn(
+            "Weight perturbations move convolution and linear layers only, not "
+            f"{', '.join(others[:5])}{more}.",
+            stacklevel=3,
+        )

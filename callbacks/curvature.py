@@ -65,15 +65,19 @@ class Curvature(Measurement):
         check_number("tolerance", tolerance, low=1e-12, high=1)
         self.tolerance = tolerance
 
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Names of what `measure` returns."""
+        prefix = "hessian/" if self.split == "test" else f"hessian/{self.split}/"
+        names = ("max_eigenvalue", "min_eigenvalue", "convexity")
+        return tuple(f"{prefix}{name}" for name in names)
+
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         """Largest and smallest eigenvalue, and their ratio."""
         found = self.evaluate(trainer, pl_module)
         values = [found.max_eigenvalue, found.min_eigenvalue, found.convexity_ratio]
         # On a GPU two ranks may differ in the last digits.
-        values = trainer.strategy.broadcast(values)
-        prefix = "hessian/" if self.split == "test" else f"hessian/{self.split}/"
-        names = ("max_eigenvalue", "min_eigenvalue", "convexity")
-        return {prefix + name: value for name, value in zip(names, values)}
+        return dict(zip(self.metric_names, trainer.strategy.broadcast(values)))
 
     def evaluate(self, trainer: Trainer, pl_module: LightningModule) -> HessianResult:
         """Eigenvalues and eigenvectors, on every rank."""

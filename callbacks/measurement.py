@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from robust_flatness.callbacks.cost import announce_cost
 from robust_flatness.callbacks.examples import (
     Examples,
     Normalization,
@@ -95,6 +96,7 @@ class Measurement(Callback, ABC):
             check_count(name, value, low=1)
         check_count("steps", steps)
         check_number("eps", DEFAULT_EPS if eps is None else eps)
+        check_number("step_size", 0.0 if step_size is None else step_size)
         self.split, self.dataset, self.num_examples = split, dataset, num_examples
         self.every_n_epochs, self.eps, self.steps = every_n_epochs, eps, steps
         self.step_size, self.norm, self.restarts = step_size, norm, restarts
@@ -115,6 +117,23 @@ class Measurement(Callback, ABC):
         """
 
     @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Names of what `measure` returns, where they are known in advance."""
+        return ()
+
+    def passes(self) -> tuple[int, int] | None:
+        """Forward and backward passes of each image that one measurement costs.
+
+        Returns:
+            Both numbers, or None where they depend on the network.
+        """
+        return None
+
+    def count_of_images(self) -> int:
+        """Number of images that are measured, at most `num_examples`."""
+        return self.num_examples if self._examples is None else len(self._examples)
+
+    @property
     def state_key(self) -> str:
         """Tells two callbacks of a class apart in checkpoints, by their split."""
         return f"{type(self).__name__}[{self.split}]"
@@ -133,6 +152,9 @@ class Measurement(Callback, ABC):
         with self.network(trainer, pl_module) as network, torch.no_grad():
             classes = network(examples.images[:1].to(pl_module.device)).shape[1]
         check_examples(examples.images, examples.labels, classes)
+        watching = [c for c in trainer.callbacks if isinstance(c, Measurement)]  # type: ignore[attr-defined]
+        if watching and watching[-1] is self:
+            announce_cost(trainer, pl_module, watching)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures and logs, if this epoch is one to measure."""

@@ -93,6 +93,11 @@ class RobustEarlyStopping(RobustEvaluation):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Nothing: there is nothing to select in a test."""
 
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Names of what `measure` returns."""
+        return tuple(name for name in super().metric_names if "correct" not in name)
+
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         """Error, RLoss and RErr of the selection images."""
         figures = super().measure(trainer, pl_module)

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies.launchers.launcher import _Launcher
+from torch.multiprocessing import ProcessRaisedException
 
 from robust_flatness.callbacks import Results
 from robust_flatness.configs.claimed_folder import RunFolder, claim_first, is_first_process
@@ -51,6 +52,10 @@ COMMANDS = {
 
 # What is raised where arguments or the machine are not as they should be.
 REFUSALS = (ValueError, OSError, MisconfigurationException)
+SPAWNED_REFUSALS = [
+    "ValueError",
+    f"{MisconfigurationException.__module__}.{MisconfigurationException.__name__}",
+]
 
 
 class CLI(LightningCLI):
@@ -178,6 +183,12 @@ class CLI(LightningCLI):
                 self._end_processes()
                 raise
             self._refuse(error)
+        except ProcessRaisedException as error:
+            # Of a process of `ddp_spawn`: its traceback, which ends in the sentence.
+            kind, _, said = str(error).strip().splitlines()[-1].partition(": ")
+            if self._folder is None or not self._folder.is_unused or kind not in SPAWNED_REFUSALS:
+                raise
+            self._refuse(ValueError(said))
         except BaseException as error:
             self._discard()
             status = interrupted_status(error)

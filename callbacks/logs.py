@@ -3,8 +3,10 @@
 import math
 from collections.abc import Mapping
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.utilities import rank_zero_warn
 
 
 def log_equal(pl_module: LightningModule, figures: Mapping[str, float]) -> None:
@@ -18,6 +20,23 @@ def log_equal(pl_module: LightningModule, figures: Mapping[str, float]) -> None:
         if not math.isnan(value):
             # The largest of equal values is exact on any number of ranks, as their mean is not.
             pl_module.log(name, value, sync_dist=True, reduce_fx="max")
+
+
+def warn_if_results_stay(trainer: Trainer, callback: Callback, *attributes: str) -> None:
+    """Warns if what a callback finds stays in the processes that are spawned to find it.
+
+    Args:
+        trainer: The trainer. Lightning brings weights and logged metrics back from `ddp_spawn` and
+            its like, but not its callbacks.
+        callback: The callback.
+        attributes: What it finds.
+    """
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        name = type(callback).__name__
+        rank_zero_warn(
+            f"{', '.join(attributes)} of {name} stay empty in this process, as the strategy measures "
+            "in others: use `ddp`, or the logged metrics in `trainer.callback_metrics`."
+        )
 
 
 def log_final(trainer: Trainer, figures: Mapping[str, float]) -> None:

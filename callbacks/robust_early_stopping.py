@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from robust_flatness.callbacks.isolation import averaged_weights
-from robust_flatness.callbacks.logs import log_equal
+from robust_flatness.callbacks.logs import log_equal, warn_if_results_stay
 from robust_flatness.callbacks.robust_evaluation import RobustEvaluation
 from robust_flatness.functional.checks import check_count
 
@@ -63,6 +63,7 @@ class RobustEarlyStopping(RobustEvaluation):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._forget()
+            warn_if_results_stay(trainer, self, "best_weights", "best_epoch", "trajectory")
 
     def _forget(self) -> None:
         self.best_epoch, self.best_error = -1, math.inf

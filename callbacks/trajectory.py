@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from matplotlib.figure import Figure
 from typing_extensions import override
 
+from robust_flatness.callbacks.logs import warn_if_results_stay
 from robust_flatness.loggers.epoch_csv import EpochCSVLogger
 from robust_flatness.loggers.failures import warn_on_failure
 from robust_flatness.loggers.wandb import log_trajectory
@@ -95,6 +96,8 @@ class Trajectory(Callback):
             tables = [EpochCSVLogger(trainer.default_root_dir, write=False)]
             trainer.loggers = [*trainer.loggers, *tables]
         self._table = tables[0] if tables else None
+        if stage == "fit":
+            warn_if_results_stay(trainer, self, "rows")
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

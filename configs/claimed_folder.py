@@ -72,11 +72,14 @@ class RunFolder:
         names = ("config.yaml", "results*.json", "checkpoints/*.ckpt")
         return any(any(self.path.glob(name)) for name in names)
 
+    @property
+    def is_unused(self) -> bool:
+        """Whether this process created the folder and no run has started in it."""
+        return self.path in self.made and not self.holds_a_run
+
     def discard(self) -> None:
         """Removes what this process created, unless it holds a run by now."""
-        if self.path in self.made:
-            if self.holds_a_run:
-                return
+        if self.is_unused:
             shutil.rmtree(self.path, ignore_errors=True)
         for folder in reversed(self.made):
             # Another run may be in it by now.

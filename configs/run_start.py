@@ -75,9 +75,8 @@ def check_arguments(config: Any) -> None:
             raise ValueError(f"Expected `--trainer.{name}` to be >= {low} but got {value}.")
     best, last = config.best_checkpoint.filename, config.last_checkpoint.filename
     for name, filename in {"best_checkpoint": best, "last_checkpoint": last}.items():
-        if filename is not None and not (
-            filename.isprintable() and Path(filename).name == filename
-        ):
+        own = filename is None or (filename.isprintable() and Path(filename).name == filename)
+        if not own:
             raise ValueError(
                 f"Expected `--{name}.filename` to be a file's name but got {filename!r}."
             )

@@ -9,9 +9,6 @@ Example:
 """
 
 import math
-import os
-import secrets
-import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +20,7 @@ from rich.table import Table
 from typing_extensions import override
 
 from robust_flatness.loggers.failures import warn_on_failure
+from robust_flatness.loggers.wandb_settings import check_settings, run_id
 from robust_flatness.reporting.wandb_login import offline_mode, why_no_login
 
 # What a run logs once an epoch; everything else keeps Lightning's axis, the global step.
@@ -40,7 +38,6 @@ EPOCH_PREFIXES = (
 )
 # What stands at the end of a run only has one value, which needs no minimum beside it.
 _FINAL = ("final/", "early_stopped/", "figures/", "test/autoattack", "train/autoattack")
-_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
 
 
 class EpochWandbLogger(WandbLogger):
@@ -231,8 +228,8 @@ def make_wandb_logger(
     }
     if getattr(rank_zero_only, "rank", 0) == 0:
         path = Path(folder) / "wandb" / "run_id"
-        settings |= {"id": _run_id(path), "run_id_file": path, "config": dict(config or {})}
-        _check(project=project, run_id=settings["id"], run_tags=settings["tags"])
+        settings |= {"id": run_id(path), "run_id_file": path, "config": dict(config or {})}
+        check_settings(project=project, run_id=settings["id"], run_tags=settings["tags"])
         # `WandbLogger(offline=True)` would set `WANDB_MODE` for the whole process, and thereby for
         # all runs that follow in it.
         if not offline_mode() and (reason := why_no_login()):
@@ -296,52 +293,3 @@ def log_summary(logger: WandbLogger, table: Table, epoch: int) -> None:
     rows = zip(*(map(str, column.cells) for column in table.columns), strict=True)
     content = wandb.Table(columns=headers, data=[list(row) for row in rows])
     logger.log_metrics({"summary_table": content, "epoch": epoch})  # type: ignore[dict-item]
-
-
-def _run_id(path: Path) -> str:
-    """The id that W&B should know the run by."""
-    if os.environ.get("WANDB_SWEEP_ID") and (given := os.environ.get("WANDB_RUN_ID")):
-        # An agent of a sweep knows its run by this id, and W&B takes no other under one.
-        return given
-    if path.exists():
-        return path.read_text(encoding="utf-8").strip()
-    # From the system's randomness: the generators that training is seeded with stay where they are.
-    return secrets.token_hex(4)
-
-
-def _check(**settings: Any) -> None:
-    """Refuses now what W&B would refuse when the run is opened, or when it writes its first table.
-
-    Args:
-        settings: Of `wandb.Settings`.
-    """
-    import wandb
-
-    for name, value in settings.items():
-        try:
-            wandb.Settings(**{name: value})
-        except (wandb.errors.Error, ValueError) as error:
-            # An error of pydantic has its sentence among many lines.
-            said = error.errors()[0]["msg"] if hasattr(error, "errors") else str(error)
-            raise ValueError(
-                f"Expected `{name}` to be one that W&B takes but got {value!r} ({said})."
-            ) from error
-    mode = os.environ.get("WANDB_MODE", "online")
-    if mode not in _MODES:
-        raise ValueError(f"Expected `WANDB_MODE` to be one of {', '.join(_MODES)} but got {mode}.")
-    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
-        if folder := os.environ.get(name):
-            _check_folder(name, Path(folder).expanduser())
-
-
-def _check_folder(name: str, folder: Path) -> None:
-    # What is not there yet is made by W&B: it must be possible in the nearest folder that is there.
-    existing = next((path for path in (folder, *folder.parents) if path.exists()), folder)
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"Expected `{name}` to be a folder that can be written to but got {folder} "
-            f"({error.strerror})."
-        ) from error

@@ -34,8 +34,8 @@ def warn_if_results_stay(trainer: Trainer, callback: Callback, *attributes: str)
     if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
         name = type(callback).__name__
         rank_zero_warn(
-            f"{', '.join(attributes)} of {name} stay empty in this process, as the strategy measures "
-            "in others: use `ddp`, or the logged metrics in `trainer.callback_metrics`."
+            f"{', '.join(attributes)} of {name} will be empty after training, as this strategy "
+            "measures in other processes: use `ddp`, or `trainer.callback_metrics`."
         )
 
 

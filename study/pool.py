@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 from rich.console import Console
 
-from robust_flatness.configs.signals import INTERRUPTED, TERMINATED
 from robust_flatness.study.launch import Process, is_running, runs_here, start
 from robust_flatness.study.plan import PlannedRun, counted
 from robust_flatness.study.progress import StudyProgress
@@ -152,9 +151,10 @@ class Pool:
 
 def _last_words(run: PlannedRun, code: int, log_size: int) -> str:
     """The last line of what a run said since its log had a size."""
-    # A run that a signal interrupts ends in order, with the status that shells give it.
-    if code < 0 or code in (INTERRUPTED, TERMINATED):
-        return f"ended by signal {signal.Signals(-code if code < 0 else code - 128).name}"
+    # A run that is interrupted ends in order, with the status that shells give it.
+    number = code - 128 if code in (128 + signal.SIGINT, 128 + signal.SIGTERM) else -code
+    if number > 0:
+        return f"ended by signal {signal.Signals(number).name}"
     with book_of(run, "log").open("rb") as log:
         log.seek(log_size)
         text = log.read().decode(errors="replace")

@@ -218,26 +218,32 @@ def test_training_is_the_same_with_wandb_and_without(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 
-def test_a_resumed_run_that_is_refused_stays_as_it_was(capsys):
+def test_a_resumed_run_that_is_refused_stays_as_it_was(capsys, monkeypatch):
     main(["fit", *TINY, LIGHT])
     wandb.finish()
     last = "runs/AT-Digits-s0/checkpoints/last.ckpt"
 
-    def contents() -> dict[str, bytes]:
+    def contents() -> dict[str, tuple[bytes, int]]:
         # W&B's own process may still be writing its log of the first run.
         files = [Path(name) for name in everything() if "/wandb/" not in name]
-        return {str(path): path.read_bytes() for path in files if path.is_file()}
+        stamps = {path: path.stat().st_mtime_ns for path in files if path.is_file()}
+        return {str(path): (path.read_bytes(), stamp) for path, stamp in stamps.items()}
 
     before = contents()
-    wrong = ["--trainer.max_epochs=3", "--data.num_train=16", f"--ckpt_path={last}"]
-    assert "`batch_size`" in refusal(wrong, capsys)
-    assert contents() == before
+
+    def fail(self, images, labels):
+        raise ValueError("Expected a better batch.")
+
+    longer = ["--trainer.max_epochs=3", "--trajectory.every_n_epochs=1", f"--ckpt_path={last}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(AT, "attack", fail)
+        for wrong, message in (("32", "a better batch"), ("100", "`batch_size` to be at most")):
+            assert message in refusal([*longer, f"--data.batch_size={wrong}"], capsys)
+            assert contents() == before
     # A finished run has no further batch, and is measured once more.
     main(["fit", *TINY, LIGHT, f"--ckpt_path={last}"])
-    assert (
-        Path("runs/AT-Digits-s0/results.json").read_bytes()
-        != before["runs/AT-Digits-s0/results.json"]
-    )
+    results = "runs/AT-Digits-s0/results.json"
+    assert contents()[results] != before[results]
 
 
 def test_a_figure_that_fails_costs_no_results(monkeypatch, recwarn):

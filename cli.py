@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies.launchers.launcher import _Launcher
-from torch.multiprocessing import ProcessRaisedException
+from torch.multiprocessing.spawn import ProcessRaisedException
 
 from robust_flatness.callbacks import Results
 from robust_flatness.configs.claimed_folder import RunFolder, claim_first, is_first_process
@@ -230,11 +230,11 @@ class CLI(LightningCLI):
             own = [RichProgressBar(), *own]
         trainer.callbacks = [*own, *self._default_callbacks()]
         built = super().instantiate_trainer(logger=self._loggers(), **kwargs)
-        start = next((c for c in built.callbacks if isinstance(c, RunStart)), None)
-        if start is not None:
+        callbacks: list[Callback] = built.callbacks  # type: ignore[attr-defined]
+        for start in [c for c in callbacks if isinstance(c, RunStart)]:
             # First, so that no other callback does anything before it.
-            built.callbacks.remove(start)
-            built.callbacks.insert(0, start)
+            callbacks.remove(start)
+            callbacks.insert(0, start)
             start.wandb_logger = self._wandb_logger
         if self.subcommand == "fit":
             check_monitors(built, self.model)

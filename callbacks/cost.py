@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
@@ -51,7 +51,8 @@ def _rounded(number: float) -> str:
 
 def _training_images(trainer: Trainer) -> int | None:
     """Images of an epoch of training, if the loader says how many there are."""
-    loader, batches = trainer.train_dataloader, trainer.num_training_batches
+    loader: Any = trainer.train_dataloader
+    batches = trainer.num_training_batches
     batch_size = getattr(loader, "batch_size", None)
     if batch_size is None or math.isinf(batches):
         return None

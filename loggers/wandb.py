@@ -195,7 +195,7 @@ def make_wandb_logger(
     entity: str | None = None,
     config: Mapping[str, Any] | None = None,
     log_model: bool = False,
-) -> WandbLogger:
+) -> EpochWandbLogger:
     """Builds a logger that writes to `<folder>/wandb` and never asks a question.
 
     Rank 0 decides whether the run is offline: where `WANDB_MODE` says so, where there is no API

@@ -1,10 +1,11 @@
 """The command line: `python cli.py fit --model ATAWP`, or `robust-flatness fit --model ATAWP`."""
 
 import logging
-import shutil
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from itertools import chain, count
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, NoReturn
@@ -12,11 +13,13 @@ from typing import Any, NoReturn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.strategies.launchers.launcher import _Launcher
+from torch.multiprocessing.spawn import ProcessRaisedException
 
 from robust_flatness.callbacks import Results
+from robust_flatness.configs.claimed_folder import RunFolder, claim_first, is_first_process
 from robust_flatness.configs.commands import run_command
 from robust_flatness.configs.components import (
     DEFAULT_CALLBACKS,
@@ -27,8 +30,10 @@ from robust_flatness.configs.components import (
 )
 from robust_flatness.configs.compose import DEFAULTS, EXTERNAL, compose, run_folder_of
 from robust_flatness.configs.parser import Parser
+from robust_flatness.configs.run_start import RunStart, check_arguments, check_monitors
+from robust_flatness.configs.signals import interrupted_status, resume_command, sigterm_exits
 from robust_flatness.lightning_modules.loading import class_written
-from robust_flatness.loggers import EpochCSVLogger, make_wandb_logger
+from robust_flatness.loggers import EpochCSVLogger, EpochWandbLogger, make_wandb_logger
 
 for message in (".*LeafSpec.*", ".*does not have many workers.*"):
     # Said by Lightning about itself, and about data that is in memory already.
@@ -47,6 +52,10 @@ COMMANDS = {
 
 # What is raised where arguments or the machine are not as they should be.
 REFUSALS = (ValueError, OSError, MisconfigurationException)
+SPAWNED_REFUSALS = [
+    "ValueError",
+    f"{MisconfigurationException.__module__}.{MisconfigurationException.__name__}",
+]
 
 
 class CLI(LightningCLI):
@@ -154,26 +163,62 @@ class CLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Builds everything; bad arguments end in one sentence."""
-        self._folder: Path | None = None
+        self._folder: RunFolder | None = None
+        self._wandb_logger: EpochWandbLogger | None = None
         try:
+            check_arguments(self.config[self.subcommand])
             super().instantiate_classes()
         except REFUSALS as error:
             self._refuse(error)
+        except BaseException:
+            self._discard()
+            raise
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Runs it; what is found to be wrong before anything is trained ends in one sentence."""
         try:
             super()._run_subcommand(subcommand)
         except REFUSALS as error:
-            if self.trainer.global_step > 0:
+            if self._has_started:
+                self._end_processes()
                 raise
             self._refuse(error)
+        except ProcessRaisedException as error:
+            # Of a process of `ddp_spawn`: its traceback, which ends in the sentence.
+            kind, _, said = str(error).strip().splitlines()[-1].partition(": ")
+            if self._folder is None or not self._folder.is_unused or kind not in SPAWNED_REFUSALS:
+                raise
+            self._refuse(ValueError(said))
+        except BaseException as error:
+            self._discard()
+            status = interrupted_status(error)
+            # Lightning kills all processes if one of the others has a status that is not 0.
+            if status is None or not is_first_process():
+                raise
+            if self._folder is not None and (command := resume_command(self._folder.path)):
+                print(f"To resume the run: {command}", file=sys.stderr)
+            sys.exit(status)
+
+    @property
+    def _has_started(self) -> bool:
+        starts = [c for c in self.trainer.callbacks if isinstance(c, RunStart)]  # type: ignore[attr-defined]
+        return any(start.already_saved for start in starts)
 
     def _refuse(self, error: Exception) -> NoReturn:
-        if self._folder is not None:
-            # Nothing was trained: an empty folder would only push the next run to another name.
-            shutil.rmtree(self._folder, ignore_errors=True)
+        self._discard()
         self.parser.error(str(error))
+
+    def _end_processes(self) -> None:
+        """Ends the processes that this one started, which would wait for it."""
+        launcher = self.trainer.strategy.launcher if hasattr(self, "trainer") else None
+        if isinstance(launcher, _Launcher):
+            launcher.kill(signal.SIGKILL)
+
+    def _discard(self) -> None:
+        self._end_processes()
+        if self._folder is not None:
+            # An empty folder would only push the next run to another name.
+            self._folder.discard()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Gives the trainer its run folder, loggers and the default callbacks."""
@@ -184,12 +229,21 @@ class CLI(LightningCLI):
         if trainer.enable_progress_bar is not False and not bars:
             own = [RichProgressBar(), *own]
         trainer.callbacks = [*own, *self._default_callbacks()]
-        return super().instantiate_trainer(logger=self._loggers(), **kwargs)
+        built = super().instantiate_trainer(logger=self._loggers(), **kwargs)
+        callbacks: list[Callback] = built.callbacks  # type: ignore[attr-defined]
+        for start in [c for c in callbacks if isinstance(c, RunStart)]:
+            # First, so that no other callback does anything before it.
+            callbacks.remove(start)
+            callbacks.insert(0, start)
+            start.wandb_logger = self._wandb_logger
+        if self.subcommand == "fit":
+            check_monitors(built, self.model)
+        return built
 
     def _default_callbacks(self) -> list[Callback]:
         config = self.config_init[self.subcommand]
         left_out = self._left_out()
-        if "early_stopping" in left_out:
+        if "early_stopping" in left_out and config.best_checkpoint.monitor == "val/robust_error":
             left_out.add("best_checkpoint")
         if config.trainer.enable_checkpointing is False:
             left_out |= {"best_checkpoint", "last_checkpoint"}
@@ -220,17 +274,18 @@ class CLI(LightningCLI):
         config = self.config_init[self.subcommand]
         if config.trainer.fast_dev_run:
             return False
-        folder, given = self.run_folder(), config.trainer.logger
-        self._folder = None if folder.exists() else folder
+        self._folder, given = self.run_folder(), config.trainer.logger
+        folder = self._folder.path
         table = EpochCSVLogger(folder)
         table.recording = self.subcommand == "fit"
+        table.hold()
         if isinstance(given, Logger):
             return [table, given]
         if isinstance(given, list):
             return [table, *given]
         if given is False or self.subcommand == "test" or "wandb" in self._left_out():
             return [table]
-        wandb_logger = make_wandb_logger(
+        self._wandb_logger = make_wandb_logger(
             folder,
             project=config.project,
             name=folder.name,
@@ -238,33 +293,30 @@ class CLI(LightningCLI):
             config=self.config_dump,
             log_model=config.log_checkpoints,
         )
-        return [table, wandb_logger]
+        self._wandb_logger.hold()
+        return [table]
 
-    def run_folder(self) -> Path:
+    def run_folder(self) -> RunFolder:
         """The checkpoint's run folder, else a new `runs/<method>-<data>-s<seed>`.
 
-        Rank 0 alone decides: other ranks learn it through `trainer.log_dir`.
+        The first process alone decides: others learn it through `trainer.log_dir`.
         """
         config = self.config[self.subcommand]
         resumed = run_folder_of(config.get("ckpt_path"))
         if resumed is not None:
-            return resumed
+            return RunFolder(resumed)
         if config.folder is not None:
-            return self._new_folder(Path(config.folder).expanduser().resolve())
+            folder = Path(config.folder).expanduser().resolve()
+            try:
+                return claim_first([folder])
+            except FileExistsError as error:
+                raise ValueError(
+                    f"Expected `--folder` to be a new folder but {folder} exists."
+                ) from error
         stem = f"{self.method}-{type(self.datamodule).__name__}-s{config.seed_everything}"
         # Absolute, as ModelCheckpoint forgets its best score where its folder's name changes.
         root = Path(config.trainer.default_root_dir or "runs").expanduser().resolve()
-        folder, number = root / stem, 1
-        while folder.exists() and getattr(rank_zero_only, "rank", 0) == 0:
-            number += 1
-            folder = root / f"{stem}-{number}"
-        return folder
-
-    @staticmethod
-    def _new_folder(folder: Path) -> Path:
-        if folder.exists() and getattr(rank_zero_only, "rank", 0) == 0:
-            raise ValueError(f"Expected `--folder` to be a new folder but {folder} exists.")
-        return folder
+        return claim_first(chain([root / stem], (root / f"{stem}-{n}" for n in count(2))))
 
 
 def main(args: Sequence[str] | None = None, cli_class: type[CLI] = CLI) -> None:
@@ -278,13 +330,18 @@ def main(args: Sequence[str] | None = None, cli_class: type[CLI] = CLI) -> None:
     if arguments and arguments[0] in COMMANDS:
         run_command(resolve_name(COMMANDS[arguments[0]]), arguments)
         return
+    with sigterm_exits(at_once=arguments[:1] == ["test"]):
+        _run(cli_class, args)
+
+
+def _run(cli_class: type[CLI], args: Sequence[str] | None) -> None:
     cli_class(
         LightningModule,
         LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
-        save_config_callback=SaveConfigCallback,
+        save_config_callback=RunStart,
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
         parser_class=Parser,

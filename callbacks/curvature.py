@@ -71,18 +71,22 @@ class Curvature(Measurement):
         """Nothing is attacked, whatever radius the data says."""
         return 0.0
 
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Names of what `measure` returns."""
+        prefix = "hessian/" if self.split == "test" else f"hessian/{self.split}/"
+        names = ("max_eigenvalue", "min_eigenvalue", "convexity")
+        return tuple(f"{prefix}{name}" for name in names)
+
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         """Largest and smallest eigenvalue, and their ratio."""
         found = self.evaluate(trainer, pl_module)
         values = [found.max_eigenvalue, found.min_eigenvalue, found.convexity_ratio]
         # On a GPU two ranks may differ in the last digits.
-        values = trainer.strategy.broadcast(values)
-        prefix = "hessian/" if self.split == "test" else f"hessian/{self.split}/"
-        names = ("max_eigenvalue", "min_eigenvalue", "convexity")
-        figures = {prefix + name: value for name, value in zip(names, values)}
+        figures = dict(zip(self.metric_names, trainer.strategy.broadcast(values)))
         if found.max_eigenvalue == 0:
-            # Nothing can be told relative to it.
-            del figures[f"{prefix}convexity"]
+            # The ratio is undefined.
+            del figures[self.metric_names[-1]]
         return figures
 
     def evaluate(self, trainer: Trainer, pl_module: LightningModule) -> HessianResult:

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from robust_flatness.callbacks.isolation import averaged_weights, swapped_weights
-from robust_flatness.callbacks.logs import log_equal, log_final
+from robust_flatness.callbacks.logs import log_equal, log_final, warn_if_results_stay
 from robust_flatness.callbacks.measured_images import FixedImages
 from robust_flatness.callbacks.measurement import Measurement
 from robust_flatness.callbacks.robust_early_stopping import early_stopping_of
@@ -54,6 +54,7 @@ class FinalMeasurement(FixedImages, ABC):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forgets what an earlier run found."""
         super().setup(trainer, pl_module, stage)
+        warn_if_results_stay(trainer, self, "final_results", "final_arrays")
         for part in (*self.final_results.values(), self.final_arrays):
             part.clear()
         for measurement in self.measurements:

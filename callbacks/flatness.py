@@ -106,22 +106,38 @@ class Flatness(Measurement):
         self.per_batch = per_batch
         self.num_perturbations, self.xi, self.protocol = num_perturbations, xi, protocol
 
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Names of the value and, if there are several directions, of its standard error."""
+        kind = "average" if self.loss == "robust" else "clean_average"
+        name = f"flatness/{kind}/{self.split}"
+        return (name, f"{name}_sem") if self.num_perturbations > 1 else (name,)
+
+    def passes(self) -> tuple[int, int]:
+        """Attacks at the weights and at each perturbation of them."""
+        reference, restarts = self._restarts()
+        attacks = reference + self.num_perturbations * restarts
+        steps = 0 if self.loss == "clean" else self.steps
+        return attacks * (steps + 1), attacks * steps
+
+    def _restarts(self) -> tuple[int, int]:
+        """Restarts at the weights, and at each perturbation of them."""
+        if self.loss == "clean":
+            return 1, 1
+        paper = self.protocol == "paper"
+        return (PAPER_REFERENCE_RESTARTS, 1) if paper else (self.restarts, self.restarts)
+
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         """Value and, of several directions, standard error of the average-case flatness."""
         found = self.evaluate(trainer, pl_module)
-        kind = "average" if self.loss == "robust" else "clean_average"
-        name = f"flatness/{kind}/{self.split}"
+        name, *sem = self.metric_names
         self.arrays = {name: found.increases.mean(dim=0)}
-        # One direction has no standard error.
-        error = {f"{name}_sem": found.standard_error} if self.num_perturbations > 1 else {}
-        return {name: found.value, **error}
+        return {name: found.value} | dict.fromkeys(sem, found.standard_error)
 
     def evaluate(self, trainer: Trainer, pl_module: LightningModule) -> FlatnessResult:
         """Reference and perturbed losses of each example, on every rank."""
         settings = self.attack_settings(trainer)
-        restarts = 1 if self.protocol == "paper" or self.loss == "clean" else self.restarts
-        paper = self.protocol == "paper" and self.loss == "robust"
-        reference = PAPER_REFERENCE_RESTARTS if paper else restarts
+        reference, restarts = self._restarts()
         attack = "clean" if self.loss == "clean" else f"PGD-{self.steps} × {restarts} restarts"
         with self.network(trainer, pl_module) as network:
             values = self.sharded(

@@ -22,6 +22,7 @@ from robust_flatness.functional.flatness import Loss
 from robust_flatness.functional.layer_weights import perturbed_parameters
 from robust_flatness.functional.noise import Norm
 from robust_flatness.functional.weight_perturbation import RelativeTo
+from robust_flatness.loggers.failures import warn_on_failure
 from robust_flatness.reporting.landscape_figures import landscape_figure, surface_figure
 from robust_flatness.reporting.landscape_file import Landscape as Measured
 from robust_flatness.reporting.landscape_file import write_landscapes
@@ -171,13 +172,15 @@ class Landscape(FinalMeasurement):
         settings = self._settings(trainer, pl_module)
         write_landscapes(folder / f"landscapes{self._suffix}.npz", named, settings)
         images = {}
-        for name, figure in self._figures(trainer, pl_module).items():
-            if figure is not None:
-                path = folder / "figures" / f"{name}{self._suffix}.png"
-                images[f"figures/{path.stem}"] = save_figure(figure, path)
+        with warn_on_failure("draw the landscape"):
+            for name, figure in self._figures(trainer, pl_module).items():
+                if figure is not None:
+                    path = folder / "figures" / f"{name}{self._suffix}.png"
+                    images[f"figures/{path.stem}"] = save_figure(figure, path)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger) and trainer.state.fn == "fit":
-                _show(logger, images, max(trainer.current_epoch - 1, 0))
+                with warn_on_failure("log the landscape to Weights & Biases"):
+                    _show(logger, images, max(trainer.current_epoch - 1, 0))
 
     def _figures(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Figure | None]:
         found, around = dict(zip(WEIGHTS, self._around.found)), self._around

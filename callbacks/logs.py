@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.utilities import rank_zero_warn
 
 
 def log_equal(pl_module: LightningModule, figures: Mapping[str, float]) -> None:
@@ -31,6 +33,23 @@ def log_after_epochs(trainer: Trainer, figures: Mapping[str, float], epoch: int)
     for logger in trainer.loggers if trainer.is_global_zero else []:
         logger.log_metrics({**figures, "epoch": epoch}, step=trainer.global_step)
         logger.save()
+
+
+def warn_if_results_stay(trainer: Trainer, callback: Callback, *attributes: str) -> None:
+    """Warns if what a callback finds stays in the processes that are spawned to find it.
+
+    Args:
+        trainer: The trainer. Lightning brings weights and logged metrics back from `ddp_spawn` and
+            its like, but not its callbacks.
+        callback: The callback.
+        attributes: What it finds.
+    """
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        name = type(callback).__name__
+        rank_zero_warn(
+            f"{', '.join(attributes)} of {name} will be empty after training, as this strategy "
+            "measures in other processes: use `ddp`, or `trainer.callback_metrics`."
+        )
 
 
 def log_final(trainer: Trainer, figures: Mapping[str, float]) -> None:

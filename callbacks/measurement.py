@@ -8,9 +8,11 @@ from typing import Any, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from robust_flatness.callbacks.cost import announce_cost
 from robust_flatness.callbacks.examples import (
     Examples,
     Normalization,
@@ -149,6 +151,23 @@ class Measurement(FixedImages, ABC):
         """
 
     @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Names of what `measure` returns, where they are known in advance."""
+        return ()
+
+    def passes(self) -> tuple[int, int] | None:
+        """Forward and backward passes of each image that one measurement costs.
+
+        Returns:
+            Both numbers, or None where they depend on the network.
+        """
+        return None
+
+    def count_of_images(self) -> int:
+        """Number of images that are measured, at most `num_examples`."""
+        return self.num_examples if self._examples is None else len(self._examples)
+
+    @property
     def state_key(self) -> str:
         """Tells two callbacks of a class apart in checkpoints, by their split."""
         return f"{type(self).__name__}[{self.split}]"
@@ -185,6 +204,9 @@ class Measurement(FixedImages, ABC):
             if self.moves_weights:
                 perturbed_parameters(pl_module)
         warn_of_one_class(examples, classes, self.split)
+        watching = [c for c in trainer.callbacks if isinstance(c, Measurement)]  # type: ignore[attr-defined]
+        if trainer.state.fn == TrainerFn.FITTING and watching and watching[-1] is self:
+            announce_cost(trainer, pl_module, watching)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Reads the images, so that bad ones are refused before anything is measured."""

@@ -26,6 +26,7 @@ from robust_flatness.callbacks.trajectory import (
     run_folder,
 )
 from robust_flatness.loggers.epoch_csv import EpochCSVLogger
+from robust_flatness.loggers.failures import warn_on_failure
 from robust_flatness.loggers.wandb import log_summary
 from robust_flatness.reporting.environment import hardware, versions
 from robust_flatness.reporting.json_file import write_json
@@ -138,10 +139,12 @@ class Results(Callback):
             # Results last: a run that has them has finished.
             _write_arrays(self._folder / name.replace("results", "examples"), trainer)
             write_json(self._folder / name, results)
-        self._table = summary_table(results, folder=_short(self._folder))
-        for logger in trainer.loggers if trainer.state.fn == "fit" else []:
+        with warn_on_failure("print the table of results"):
+            self._table = summary_table(results, folder=_short(self._folder))
+        for logger in trainer.loggers if self._table and trainer.state.fn == "fit" else []:
             if isinstance(logger, WandbLogger):
-                log_summary(logger, self._table, max(trainer.current_epoch - 1, 0))
+                with warn_on_failure("log the table of results to Weights & Biases"):
+                    log_summary(logger, self._table, max(trainer.current_epoch - 1, 0))
 
     def _describe(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         data, seed = datamodule_of(trainer), os.environ.get("PL_GLOBAL_SEED")

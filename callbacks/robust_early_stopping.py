@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from robust_flatness.callbacks.isolation import averaged_weights
+from robust_flatness.callbacks.logs import warn_if_results_stay
 from robust_flatness.callbacks.robust_evaluation import RobustEvaluation
 from robust_flatness.functional.checks import check_count
 
@@ -63,6 +64,7 @@ class RobustEarlyStopping(RobustEvaluation):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._forget()
+            warn_if_results_stay(trainer, self, "best_weights", "best_epoch", "trajectory")
 
     def _forget(self) -> None:
         self.best_epoch, self.best_error = -1, math.inf
@@ -95,6 +97,11 @@ class RobustEarlyStopping(RobustEvaluation):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Nothing: there is nothing to select in a test."""
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Names of what `measure` returns."""
+        return tuple(name for name in super().metric_names if "correct" not in name)
 
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         """Error, RLoss and RErr of the selection images."""

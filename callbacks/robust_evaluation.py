@@ -22,6 +22,17 @@ class RobustEvaluation(Measurement):
         'RobustEvaluation[train]'
     """
 
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Names of what `measure` returns."""
+        parts = ("", "_correct", "_incorrect")
+        names = ["error", "robust_error", *(f"robust_loss{part}" for part in parts)]
+        return tuple(f"{PREFIX[self.split]}/{name}" for name in names)
+
+    def passes(self) -> tuple[int, int]:
+        """An attack for each restart, and one forward of the clean images."""
+        return self.restarts * (self.steps + 1) + 1, self.restarts * self.steps
+
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         """RLoss, RErr and clean error of the split."""
         found = self.evaluate(trainer, pl_module)

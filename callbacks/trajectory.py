@@ -16,12 +16,20 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_warn
 from matplotlib.figure import Figure
 from typing_extensions import override
 
+from robust_flatness.callbacks.logs import warn_if_results_stay
 from robust_flatness.loggers.epoch_csv import EpochCSVLogger
+from robust_flatness.loggers.failures import warn_on_failure
 from robust_flatness.loggers.wandb import log_trajectory
-from robust_flatness.reporting.figures import overfitting_figure, trajectory_figure
+from robust_flatness.reporting.figures import (
+    LOSSES,
+    logged_split,
+    overfitting_figure,
+    trajectory_figure,
+)
 from robust_flatness.reporting.whole_file import whole_file
 
 
@@ -32,6 +40,10 @@ class Trajectory(Callback):
     logged in that epoch, while `trainer.callback_metrics` keeps old values of what is measured
     every few epochs. Where there is none, one that keeps its rows in memory is put behind the other
     loggers.
+
+    What is drawn is the first of the splits `test`, `val` and `train` of which an epoch has
+    flatness and robust loss; if none has, a warning at the end of training says so. A figure that
+    cannot be drawn is a warning too.
 
     An epoch is drawn when the next one starts or training ends, because loggers are given its
     figures after all hooks of the epoch's end. `ModelCheckpoint` writes before that, so the state
@@ -84,6 +96,8 @@ class Trajectory(Callback):
             tables = [EpochCSVLogger(trainer.default_root_dir, write=False)]
             trainer.loggers = [*trainer.loggers, *tables]
         self._table = tables[0] if tables else None
+        if stage == "fit":
+            warn_if_results_stay(trainer, self, "rows")
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -94,10 +108,11 @@ class Trajectory(Callback):
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A run that goes on has nothing new to draw, and may still be refused.
+        if self._ended_epoch is not None and trainer.current_epoch % self.every_n_epochs == 0:
+            self._draw(trainer, pl_module)
         self._ended_epoch = None
         self._logged_before = dict(trainer.logged_metrics)
-        if trainer.current_epoch % self.every_n_epochs == 0:
-            self._draw(trainer, pl_module)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -107,6 +122,11 @@ class Trajectory(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._ended_epoch = None
         self._draw(trainer, pl_module)
+        if trainer.is_global_zero and self.rows and logged_split(self.rows) is None:
+            rank_zero_warn(
+                "Trajectory draws no path through flatness and robust loss because no epoch logged "
+                "both of one split: add Flatness and RobustEvaluation of the same `split`."
+            )
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -145,15 +165,23 @@ class Trajectory(Callback):
         rows = self.rows
         if not trainer.is_global_zero or not rows:
             return
-        images = self._save_figures(trainer, pl_module) if self.figures and self._folder else {}
+        images: dict[str, Path] = {}
+        split = logged_split(rows) or "test"
+        with warn_on_failure("draw the trajectory"):
+            if self.figures and self._folder:
+                images = self._save_figures(trainer, pl_module, split)
+        names = (f"flatness/average/{split}", LOSSES[split])
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                log_trajectory(logger, rows, images)
+                with warn_on_failure("log the trajectory to Weights & Biases"):
+                    log_trajectory(logger, rows, images, names)
 
-    def _save_figures(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Path]:
+    def _save_figures(
+        self, trainer: Trainer, pl_module: LightningModule, split: str
+    ) -> dict[str, Path]:
         rows, title = self.rows, run_title(trainer, pl_module, self.method)
         figures = {
-            "trajectory": trajectory_figure(rows, title=title),
+            "trajectory": trajectory_figure(rows, title=title, split=split),
             "overfitting": overfitting_figure(
                 rows,
                 title=title,

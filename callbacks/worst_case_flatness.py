@@ -103,10 +103,22 @@ class WorstCaseFlatness(Measurement):
         self.xi, self.weight_step, self.loss = xi, weight_step, loss
         self.keep, self.per_batch = keep, per_batch
 
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Name of the value."""
+        kind = "worst" if self.loss == "robust" else "clean_worst"
+        return (f"flatness/{kind}/{self.split}",)
+
+    def passes(self) -> tuple[int, int]:
+        """Attacks at the weights, and as many ascents, which cost as much as an attack."""
+        forward, backward = self.restarts * (self.steps + 1), self.restarts * self.steps
+        if self.loss == "clean":
+            return 1 + forward, backward
+        return 2 * forward, 2 * backward
+
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         """Value of the worst-case flatness."""
-        kind = "worst" if self.loss == "robust" else "clean_worst"
-        name = f"flatness/{kind}/{self.split}"
+        (name,) = self.metric_names
         found = self.evaluate(trainer, pl_module)
         self.arrays = {name: found.increases[found.worst_restart]}
         return {name: found.value}

@@ -57,6 +57,7 @@ class EpochCSVLogger(Logger):
         self._save_dir = None if folder is None else str(folder)
         self._path = Path(folder) / "metrics.csv" if folder is not None and write else None
         self._rows: dict[int, dict[str, float]] = {}
+        self._held = False
         self._open()
 
     @property
@@ -137,6 +138,16 @@ class EpochCSVLogger(Logger):
         self._rows = {known: row for known, row in self._rows.items() if known < epoch}
         self._write()
 
+    def hold(self) -> None:
+        """Leaves the file as it is until `release`; rows are kept in memory."""
+        self._held = True
+
+    @rank_zero_only
+    def release(self) -> None:
+        """Writes the rows that `hold` kept, and all later ones as they come."""
+        self._held = False
+        self._write()
+
     @rank_zero_only
     def _open(self) -> None:
         if self._path is None:
@@ -155,7 +166,7 @@ class EpochCSVLogger(Logger):
             self._rows = _read(self._path)
 
     def _write(self) -> None:
-        if self._path is None:
+        if self._path is None or self._held:
             return
         columns = ["epoch", *sorted({name for row in self._rows.values() for name in row})]
         with (

@@ -9,9 +9,8 @@ Example:
 """
 
 import math
-import os
-import secrets
-from collections.abc import Mapping, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.table import Table
 from typing_extensions import override
 
+from robust_flatness.loggers.failures import warn_on_failure
+from robust_flatness.loggers.wandb_settings import check_settings, run_id
 from robust_flatness.reporting.wandb_login import offline_mode, why_no_login
 
 # What a run logs once an epoch; everything else keeps Lightning's axis, the global step.
@@ -54,17 +55,83 @@ class EpochWandbLogger(WandbLogger):
         checkpoints: Folder whose checkpoints become artifacts once training has ended. Lightning's
             own `log_model` calls the newest checkpoint of each `ModelCheckpoint` the best, and
             forgets those of a run that was cut off after its last epoch.
+        run_id_file: Where the id of the W&B run is written when it is opened.
         **kwargs: As for `WandbLogger`.
     """
 
-    def __init__(self, *args: Any, checkpoints: Path | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        checkpoints: Path | None = None,
+        run_id_file: Path | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self._checkpoints = checkpoints
+        self._checkpoints, self._run_id_file = checkpoints, run_id_file
+        self._held: list[Callable[[], None]] | None = None
         self._uploaded: dict[Path, float] = {}
         # Lightning passes it on also where nobody asked for it, and W&B warns of it in every run.
         if self._wandb_init.get("anonymous") is None:
             self._wandb_init.pop("anonymous", None)
         self._defined: set[str] = set()
+
+    def hold(self) -> None:
+        """Keeps what is logged until `release`, so that a start that is refused opens no run."""
+        self._held = []
+
+    @rank_zero_only
+    def release(self) -> None:
+        """Opens the W&B run and logs what `hold` kept.
+
+        Raises:
+            ValueError: If W&B cannot open it.
+        """
+        held, self._held = self._held or [], None
+        _ = self.experiment
+        for log in held:
+            log()
+
+    @property
+    @override
+    def experiment(self) -> Any:
+        """The W&B run. It is opened when it is first asked for, also while figures are held."""
+        if self._held is not None:
+            self.release()
+        if self._experiment is None and getattr(rank_zero_only, "rank", 0) == 0:
+            return self._opened()
+        return super().experiment
+
+    def _opened(self) -> Any:
+        import wandb
+
+        try:
+            run = super().experiment
+        except wandb.errors.Error as error:
+            raise ValueError(
+                f"Expected Weights & Biases to open a run but got: {error}. WANDB_MODE=offline "
+                "records it here, and --without=wandb does without."
+            ) from error
+        if self._run_id_file is not None and self._id is not None:
+            self._run_id_file.parent.mkdir(parents=True, exist_ok=True)
+            self._run_id_file.write_text(f"{self._id}\n", encoding="utf-8")
+        return run
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Lightning's opens the run, so that processes that are spawned attach to it.
+        return dict(self.__dict__) if self._held is not None else super().__getstate__()
+
+    @override
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
+        """Adds settings to the run's config.
+
+        Args:
+            params: The settings.
+        """
+        if self._held is not None:
+            self._held.append(lambda: self.log_hyperparams(params))
+            return
+        super().log_hyperparams(params)
 
     @override
     @rank_zero_only
@@ -75,6 +142,10 @@ class EpochWandbLogger(WandbLogger):
             metrics: Names and values, `epoch` among them where they belong to one.
             step: The global step.
         """
+        if self._held is not None:
+            kept = dict(metrics)
+            self._held.append(lambda: self.log_metrics(kept, step))
+            return
         for name in metrics.keys() - self._defined:
             # Lightning's `…_step` is the value of a batch.
             if name.startswith(EPOCH_PREFIXES) and not name.endswith("_step"):
@@ -93,7 +164,8 @@ class EpochWandbLogger(WandbLogger):
         """
         super().finalize(status)
         if status == "success" and self._checkpoints is not None and self._experiment is not None:
-            self._log_checkpoints(self._checkpoints)
+            with warn_on_failure("send the checkpoints to Weights & Biases"):
+                self._log_checkpoints(self._checkpoints)
 
     def _log_checkpoints(self, folder: Path) -> None:
         import wandb
@@ -123,13 +195,13 @@ def make_wandb_logger(
     entity: str | None = None,
     config: Mapping[str, Any] | None = None,
     log_model: bool = False,
-) -> WandbLogger:
+) -> EpochWandbLogger:
     """Builds a logger that writes to `<folder>/wandb` and never asks a question.
 
     Rank 0 decides whether the run is offline: where `WANDB_MODE` says so, where there is no API
     key, and where the key cannot be checked. The id of the W&B run is kept in
-    `<folder>/wandb/run_id`, so that a resumed run goes on in the same one. Other ranks neither
-    touch the network nor create a folder.
+    `<folder>/wandb/run_id` once the run is open, so that a resumed run goes on in the same one.
+    Other ranks neither touch the network nor create a folder.
 
     Args:
         folder: The run folder.
@@ -144,6 +216,9 @@ def make_wandb_logger(
 
     Returns:
         The logger. Its W&B run starts when it is first used, before training.
+
+    Raises:
+        ValueError: If W&B takes no such name, or has no folder that it can write to.
     """
     settings: dict[str, Any] = {
         "group": group,
@@ -152,7 +227,9 @@ def make_wandb_logger(
         "resume": "allow",
     }
     if getattr(rank_zero_only, "rank", 0) == 0:
-        settings |= {"id": _run_id(Path(folder)), "config": dict(config or {})}
+        path = Path(folder) / "wandb" / "run_id"
+        settings |= {"id": run_id(path), "run_id_file": path, "config": dict(config or {})}
+        check_settings(project=project, run_id=settings["id"], run_tags=settings["tags"])
         # `WandbLogger(offline=True)` would set `WANDB_MODE` for the whole process, and thereby for
         # all runs that follow in it.
         if not offline_mode() and (reason := why_no_login()):
@@ -167,7 +244,10 @@ def make_wandb_logger(
 
 
 def log_trajectory(
-    logger: WandbLogger, rows: Sequence[Mapping[str, float]], images: Mapping[str, Path]
+    logger: WandbLogger,
+    rows: Sequence[Mapping[str, float]],
+    images: Mapping[str, Path],
+    names: tuple[str, str] = ("flatness/average/test", "test/robust_loss"),
 ) -> None:
     """Sends the path of a run through flatness and robust loss (Fig. 5 of the paper) to W&B.
 
@@ -178,11 +258,11 @@ def log_trajectory(
         logger: Any W&B logger of Lightning.
         rows: Rows of `EpochCSVLogger`. Those without both figures are left out of the table.
         images: Image files, logged as `figures/<name>`.
+        names: The metrics that are flatness and robust loss.
     """
     import wandb
 
-    names = ("epoch", "flatness/average/test", "test/robust_loss")
-    points = [[row.get(name, math.nan) for name in names] for row in rows]
+    points = [[row.get(name, math.nan) for name in ("epoch", *names)] for row in rows]
     points = [point for point in points if all(map(math.isfinite, point))]
     content: dict[str, Any] = {
         f"figures/{name}": wandb.Image(str(path)) for name, path in images.items()
@@ -190,6 +270,8 @@ def log_trajectory(
     if points:
         table = wandb.Table(columns=["epoch", "flatness", "robust_loss"], data=points)
         title = "Average-case flatness (x) and robust test loss (y)"
+        if names[1] != "test/robust_loss":
+            title = f"{names[0]} (x) and {names[1]} (y)"
         content["trajectory"] = wandb.plot.scatter(table, "flatness", "robust_loss", title=title)
     if content:
         logger.log_metrics({**content, "epoch": rows[-1]["epoch"]})
@@ -211,19 +293,3 @@ def log_summary(logger: WandbLogger, table: Table, epoch: int) -> None:
     rows = zip(*(map(str, column.cells) for column in table.columns), strict=True)
     content = wandb.Table(columns=headers, data=[list(row) for row in rows])
     logger.log_metrics({"summary_table": content, "epoch": epoch})  # type: ignore[dict-item]
-
-
-def _run_id(folder: Path) -> str:
-    path = folder / "wandb" / "run_id"
-    if os.environ.get("WANDB_SWEEP_ID") and (given := os.environ.get("WANDB_RUN_ID")):
-        # An agent of a sweep knows its run by this id, and W&B takes no other under one.
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(given + "\n", encoding="utf-8")
-        return given
-    if path.exists():
-        return path.read_text(encoding="utf-8").strip()
-    # From the system's randomness: the generators that training is seeded with stay where they are.
-    run_id = secrets.token_hex(4)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(run_id + "\n", encoding="utf-8")
-    return run_id

@@ -104,4 +104,5 @@ def add_legend(figure: Figure, columns: int = 4) -> None:
 def set_title(figure: Figure, title: str | None) -> None:
     """Puts a line above the figure, if there is one."""
     if title:
-        figure.suptitle(title, fontsize=FONT + 1)
+        # A name may hold what Matplotlib would read as mathematics, such as $\\foo$.
+        figure.suptitle(title, fontsize=FONT + 1, parse_math=False)

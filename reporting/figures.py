@@ -32,20 +32,42 @@ from robust_flatness.reporting.canvas import (
 )
 
 Rows = Sequence[Mapping[str, float]]
+# The robust loss of each split.
+LOSSES = {
+    "test": "test/robust_loss",
+    "val": "val/robust_loss",
+    "train": "train_eval/robust_loss",
+}
 
 
-def trajectory_figure(rows: Rows, *, title: str | None = None) -> Figure | None:
+def logged_split(rows: Rows) -> str | None:
+    """Returns the first of `test`, `val` and `train` of which an epoch has flatness and RLoss.
+
+    Args:
+        rows: Rows of a run.
+
+    Example:
+        >>> logged_split([{"epoch": 0, "flatness/average/val": 0.1, "val/robust_loss": 2.0}])
+        'val'
+    """
+    return next((split for split in LOSSES if _points(rows, split)), None)
+
+
+def trajectory_figure(
+    rows: Rows, *, title: str | None = None, split: str = "test"
+) -> Figure | None:
     """Draws robust loss against flatness, a point for each measured epoch (Fig. 5 of the paper).
 
     Args:
-        rows: Rows with `epoch`, `flatness/average/test` and `test/robust_loss`; where they hold
-            `flatness/average/test_sem`, it is drawn as a faint bar of one standard error.
+        rows: Rows with `epoch`, `flatness/average/<split>` and the split's robust loss; where they
+            hold `flatness/average/<split>_sem`, it is drawn as a faint bar of one standard error.
         title: A line above the figure.
+        split: `test`, `val` or `train`.
 
     Returns:
         A figure of 5.2 x 3.6 inches, or None where no row holds both figures.
     """
-    points = _points(rows)
+    points = _points(rows, split)
     if not points:
         return None
     epochs, flatness, losses, errors = zip(*points)
@@ -58,7 +80,7 @@ def trajectory_figure(rows: Rows, *, title: str | None = None) -> Figure | None:
     _mark_ends(axes, points)
     axes.margins(0.1, 0.12)
     axes.set_xlabel("average-case flatness in RLoss (lower is flatter)")
-    axes.set_ylabel("test RLoss")
+    axes.set_ylabel(f"{split} RLoss")
     bar = figure.colorbar(dots, ax=axes, pad=0.02, ticks=MaxNLocator(6, integer=True))
     bar.set_label("epoch", fontsize=FONT)
     bar.ax.tick_params(labelsize=FONT - 1)
@@ -77,7 +99,7 @@ def overfitting_figure(
     """Draws robust loss and robust error throughout training (Fig. 2 of the paper).
 
     Left, RLoss on training and test images, and on test images that are correct or incorrect when
-    clean; right, RErr.
+    clean; right, RErr. Where nothing was measured on test images, those of `val` take their place.
 
     Args:
         rows: Rows with `epoch` and any of `train/robust_loss`, `train_eval/robust_loss`,
@@ -113,13 +135,14 @@ def overfitting_figure(
 
 
 def _draw_losses(axes: Axes, rows: Rows) -> bool:
+    split = "test" if _series(rows, "test/robust_loss") else "val"
     return _draw_lines(
         axes,
         rows,
         {
-            "test/robust_loss_incorrect": ("test, incorrect", PURPLE, "-", 1.1),
-            "test/robust_loss": ("test", ORANGE, "-", 1.8),
-            "test/robust_loss_correct": ("test, correct", GREEN, "-", 1.1),
+            f"{split}/robust_loss_incorrect": (f"{split}, incorrect", PURPLE, "-", 1.1),
+            f"{split}/robust_loss": (split, ORANGE, "-", 1.8),
+            f"{split}/robust_loss_correct": (f"{split}, correct", GREEN, "-", 1.1),
             "train/robust_loss": ("train", BLUE, "-", 1.8),
             "train_eval/robust_loss": ("train, weights fixed", BLUE, "--", 1.1),
         },
@@ -172,8 +195,8 @@ def _series(rows: Rows, name: str) -> list[tuple[float, float]]:
     return sorted((e, value) for e, value in pairs if value is not None and math.isfinite(value))
 
 
-def _points(rows: Rows) -> list[tuple[float, float, float, float]]:
-    losses = dict(_series(rows, "test/robust_loss"))
-    errors = dict(_series(rows, "flatness/average/test_sem"))
-    flatness = _series(rows, "flatness/average/test")
+def _points(rows: Rows, split: str) -> list[tuple[float, float, float, float]]:
+    losses = dict(_series(rows, LOSSES[split]))
+    errors = dict(_series(rows, f"flatness/average/{split}_sem"))
+    flatness = _series(rows, f"flatness/average/{split}")
     return [(e, x, losses[e], errors.get(e, 0.0)) for e, x in flatness if e in losses]

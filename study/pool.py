@@ -151,8 +151,10 @@ class Pool:
 
 def _last_words(run: PlannedRun, code: int, log_size: int) -> str:
     """The last line of what a run said since its log had a size."""
-    if code < 0:
-        return f"ended by signal {signal.Signals(-code).name}"
+    # A run that is interrupted ends in order, with the status that shells give it.
+    number = code - 128 if code in (128 + signal.SIGINT, 128 + signal.SIGTERM) else -code
+    if number > 0:
+        return f"ended by signal {signal.Signals(number).name}"
     with book_of(run, "log").open("rb") as log:
         log.seek(log_size)
         text = log.read().decode(errors="replace")

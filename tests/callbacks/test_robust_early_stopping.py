@@ -1,9 +1,11 @@
+import os
+
 import pytest
 import torch
 from networks_for_tests import same, snapshot, tiny_body
 from trainers import PLAIN, dataset, loader, quiet_trainer
 
-from robust_flatness.callbacks import RobustEarlyStopping
+from robust_flatness.callbacks import FinalEvaluation, RobustEarlyStopping
 from robust_flatness.callbacks.robust_early_stopping import early_stopping_of
 from robust_flatness.lightning_modules import AT
 
@@ -81,3 +83,24 @@ def test_logs_what_it_measures_and_serves_stock_checkpoints(tmp_path):
 def test_bad_patience_is_named():
     with pytest.raises(ValueError, match="`patience` to be >= 1 but got 0"):
         RobustEarlyStopping(patience=0)
+
+
+def test_what_a_spawned_process_keeps_is_named(capfd, monkeypatch):
+    # Pytest collects the warnings of the other process, which is then gone.
+    tell = "robust_flatness.callbacks.logs.rank_zero_warn"
+    monkeypatch.setattr(tell, lambda text: os.write(2, text.encode()))
+    kept, final = (
+        Scripted([0.9]),
+        FinalEvaluation(
+            datasets={"test": dataset(4)}, splits=["test"], steps=1, restarts=1, num_perturbations=1
+        ),
+    )
+    trainer = quiet_trainer(callbacks=[kept, final], strategy="ddp_fork", devices=1)
+    trainer.fit(AT(tiny_body, **PLAIN), loader(8))
+    said = capfd.readouterr().err
+    assert "best_weights, best_epoch, trajectory of Scripted will be empty" in said
+    assert "final_results, final_arrays of FinalEvaluation will be empty" in said
+    # What is said is true, and so is what remains.
+    assert kept.best_weights == {}
+    assert final.final_results["final"] == {}
+    assert trainer.callback_metrics["val/robust_error"] == torch.tensor(0.9)

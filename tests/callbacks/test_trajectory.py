@@ -253,3 +253,44 @@ def test_two_processes_write_one_table(tmp_path: Path) -> None:
     assert (tmp_path / "figures" / "trajectory.png").exists()
     content = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     assert content["callbacks"]["Trajectory"]["rows"] == rows
+
+
+@pytest.mark.parametrize("split", ["val", "train"])
+def test_the_split_that_is_logged_is_drawn(tmp_path: Path, split: str) -> None:
+    class Other(Callback):
+        def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            loss = {"val": "val", "train": "train_eval"}[split]
+            pl_module.log(f"flatness/average/{split}", 0.5)
+            pl_module.log(f"{loss}/robust_loss", 1.5)
+
+    wandb_logger = make_wandb_logger(tmp_path, project="p", name="n")
+    trainer = make_trainer(
+        tmp_path, Other(), Trajectory(), logger=[EpochCSVLogger(tmp_path), wandb_logger]
+    )
+    # Without what is measured on test images.
+    trainer.callbacks = trainer.callbacks[1:]
+    trainer.fit(Toy(), loader(), loader())
+    wandb.finish()
+    names = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert names == {"trajectory.png", "overfitting.png"}
+    (run,) = read_runs(tmp_path)
+    assert run.summary["trajectory_table/nrows"] == 4
+
+
+def test_it_says_why_it_draws_nothing(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, Trajectory())
+    trainer.callbacks = trainer.callbacks[1:]
+    with pytest.warns(UserWarning, match="no epoch logged both of one split: add Flatness and"):
+        trainer.fit(Toy(), loader(), loader())
+
+
+def test_a_figure_or_a_table_that_fails_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ValueError("many\n\nlines")
+
+    monkeypatch.setattr(trajectory, "save_figure", fail)
+    with pytest.warns(UserWarning, match="could not draw the trajectory: ValueError: lines"):
+        trainer = fit(tmp_path, Trajectory())
+    assert trainer.current_epoch == 4

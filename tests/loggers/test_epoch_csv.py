@@ -100,3 +100,15 @@ def test_a_table_of_another_kind_is_refused(tmp_path: Path, content: str) -> Non
     with pytest.raises(ValueError, match=r"Expected `.*metrics.csv` to be a table of numbers"):
         EpochCSVLogger(tmp_path)
     assert (tmp_path / "metrics.csv").read_text() == content
+
+
+def test_a_held_table_leaves_the_file_until_it_is_released(tmp_path: Path) -> None:
+    EpochCSVLogger(tmp_path).log_metrics({"a": 1.0, "epoch": 3})
+    before = (tmp_path / "metrics.csv").read_text()
+    logger = EpochCSVLogger(tmp_path)
+    logger.hold()
+    logger.truncate(1)
+    logger.log_metrics({"a": 2.0, "epoch": 0})
+    assert (tmp_path / "metrics.csv").read_text() == before
+    logger.release()
+    assert [row["epoch"] for row in read(tmp_path)] == ["0"]

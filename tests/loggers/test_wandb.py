@@ -133,6 +133,50 @@ def test_other_ranks_touch_neither_network_nor_disk(
     assert wandb.run is None
 
 
+def test_a_held_run_opens_when_it_is_released_and_misses_nothing(tmp_path: Path) -> None:
+    logger = make_wandb_logger(tmp_path / "run", project="p", name="n")
+    logger.hold()
+    logger.log_hyperparams({"eps": 0.1})
+    values = {"lr-SGD": 0.5, "epoch": 0}
+    logger.log_metrics(values, step=0)
+    values["lr-SGD"] = 7.0
+    assert logger.__getstate__()["_experiment"] is None
+    assert list(tmp_path.iterdir()) == []
+    assert wandb.run is None
+    logger.release()
+    logger.log_metrics({"val/error": 0.5, "epoch": 0}, step=1)
+    wandb.finish()
+    (run,) = read_runs(tmp_path / "run")
+    assert run.config["eps"] == 0.1
+    assert run.history[0]["lr-SGD"] == 0.5
+    assert run.history[1]["val/error"] == 0.5
+    assert (tmp_path / "run" / "wandb" / "run_id").read_text().strip() == run.run_id
+
+
+def test_a_held_run_opens_for_a_user_who_asks_for_it(tmp_path: Path) -> None:
+    logger = make_wandb_logger(tmp_path, project="p", name="n")
+    logger.hold()
+    logger.log_metrics({"a": 1.0}, step=0)
+    logger.experiment.config.update({"mine": 3})
+    wandb.finish()
+    (run,) = read_runs(tmp_path)
+    assert run.config["mine"] == 3
+    assert [step["a"] for step in run.history] == [1.0]
+
+
+def test_a_run_that_wandb_does_not_open_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: Any) -> None:
+        raise wandb.errors.CommError("permission denied")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    logger = make_wandb_logger(tmp_path / "run", project="p", name="n")
+    with pytest.raises(ValueError, match="to open a run but got: permission denied"):
+        logger.log_metrics({"a": 1.0}, step=0)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_checkpoints_are_logged_where_asked_and_only_when_training_ended_well(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

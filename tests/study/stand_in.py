@@ -11,7 +11,7 @@ SECONDS = 0.15  # an epoch
 
 
 def main(arguments: list[str]) -> int:
-    """Trains nothing: `--fail` ends it after an epoch, `--refuse` before the first."""
+    """Trains nothing: `--fail` and `--terminated` end it after an epoch, `--refuse` before any."""
     given = dict(argument.lstrip("-").split("=", 1) for argument in arguments if "=" in argument)
     if "--refuse" in arguments:
         print("error: Expected `--refuse` to be [/unknown].")
@@ -38,6 +38,9 @@ def main(arguments: list[str]) -> int:
             checkpoint.writestr("epoch", str(epoch))
         if "--fail" in arguments:
             raise RuntimeError("It broke.")
+        if "--terminated" in arguments:
+            print("To resume the run: …")
+            return 143
     method, data, _ = folder.name.rsplit("-", 2)
     content = {"method": method, "data": data, "epochs": 4, "wall_time_seconds": 8.0}
     content |= {"settings": {}, "final": {}, "early_stopped": {}, "trajectory": []}

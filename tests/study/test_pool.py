@@ -163,6 +163,14 @@ def test_a_failing_run_does_not_stop_the_others(plan, tmp_path):
     assert "Traceback" in book_of(broken[0], "log").read_text()
 
 
+def test_a_run_that_somebody_terminates_is_interrupted_and_can_go_on(tmp_path):
+    ended = make_plan(rows=["mart"], root=tmp_path, options=[*FOUR, "--terminated"])
+    pool = quiet_pool(jobs=1)
+    pool.run(ended)
+    assert [failure.reason for failure in pool.failures] == ["ended by signal SIGTERM"]
+    assert state_of(ended[0]) is State.CUT_OFF
+
+
 def test_a_file_that_is_refused_does_not_stop_the_others_nor_do_brackets(plan, tmp_path):
     refused = make_plan(rows=["mart"], seeds=[0, 1], root=tmp_path, options=[*FOUR, "--refuse"])
     pool = quiet_pool(jobs=1)

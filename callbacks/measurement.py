@@ -30,6 +30,7 @@ from robust_flatness.functional.checks import (
     check_number,
 )
 from robust_flatness.functional.noise import Norm
+from robust_flatness.networks import Normalize
 
 DEFAULT_EPS = 8 / 255
 SPLITS = ("train", "val", "test")
@@ -95,6 +96,8 @@ class Measurement(Callback, ABC):
             check_count(name, value, low=1)
         check_count("steps", steps)
         check_number("eps", DEFAULT_EPS if eps is None else eps)
+        if normalization is not None:
+            Normalize(*map(list, normalization))  # checks it
         self.split, self.dataset, self.num_examples = split, dataset, num_examples
         self.every_n_epochs, self.eps, self.steps = every_n_epochs, eps, steps
         self.step_size, self.norm, self.restarts = step_size, norm, restarts

@@ -122,6 +122,9 @@ def reduced(function, *args, state=None):
 RECONSTRUCT = IMAGES.__reduce__()[0]
 FROMBUFFER = IMAGES.__reduce_ex__(5)[0]
 OBJECTS = np.dtype([("image", "O")])
+# A record with an object, whose flags say that it has none.
+DISGUISED = (3, "|", None, ("a",), {"a": (np.dtype("O"), 0)}, 8, 1, 0)
+POINTERS = reduced(np.dtype, "V8", False, True, state=DISGUISED)
 EMPTY = (np.ndarray, (0,), b"b")
 STATE = IMAGES.__reduce__()[2]
 
@@ -146,6 +149,7 @@ STATE = IMAGES.__reduce__()[2]
         reduced(FROMBUFFER, IMAGES.tobytes(), np.dtype("u1"), (-6, 4, 5, -3), "C"),
         reduced(FROMBUFFER, IMAGES.tobytes(), np.dtype("u1"), (2**62, 2**62, 0, 1), "C"),
         reduced(RECONSTRUCT, *EMPTY, state=(1, (2,), OBJECTS, False, [None, None])),
+        reduced(RECONSTRUCT, *EMPTY, state=(1, (2,), POINTERS, False, bytes(range(16)))),
         reduced(RECONSTRUCT, *EMPTY, state=(*STATE[:4], STATE[4][1:])),
         reduced(RECONSTRUCT, *EMPTY, state=(1, (6, 4, 5, 3), "u1", False, IMAGES.tobytes())),
         reduced(RECONSTRUCT, *EMPTY, state={"array": None}),

@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
 from robust_flatness.callbacks import Results
@@ -29,6 +30,7 @@ from robust_flatness.configs.compose import DEFAULTS, EXTERNAL, compose, run_fol
 from robust_flatness.configs.parser import Parser
 from robust_flatness.lightning_modules.loading import class_written
 from robust_flatness.loggers import EpochCSVLogger, make_wandb_logger
+from robust_flatness.reporting.checkpoint_io import AtomicCheckpointIO
 
 for message in (".*LeafSpec.*", ".*does not have many workers.*"):
     # Said by Lightning about itself, and about data that is in memory already.
@@ -184,7 +186,14 @@ class CLI(LightningCLI):
         if trainer.enable_progress_bar is not False and not bars:
             own = [RichProgressBar(), *own]
         trainer.callbacks = [*own, *self._default_callbacks()]
-        return super().instantiate_trainer(logger=self._loggers(), **kwargs)
+        made = super().instantiate_trainer(logger=self._loggers(), **kwargs)
+        strategy = made.strategy
+        # A plugin of the user's own, or of a strategy that needs another one, stays.
+        if strategy._checkpoint_io is None and type(strategy.checkpoint_io) is TorchCheckpointIO:
+            saves = made.loggers and self.subcommand == "fit"
+            folder = Path(made.loggers[0].save_dir or "", "checkpoints") if saves else None
+            strategy.checkpoint_io = AtomicCheckpointIO(folder)
+        return made
 
     def _default_callbacks(self) -> list[Callback]:
         config = self.config_init[self.subcommand]

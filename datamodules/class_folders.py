@@ -69,8 +69,8 @@ class ClassFolders:
         """Warn once about all files that are no images."""
         if self.others:
             rank_zero_warn(
-                f"Files left out, as they are no images in a class folder: {len(self.others)}, such "
-                f"as {self.others[0]}; names of images end in {_ENDINGS}."
+                f"Files left out, as they are no images in a class folder: {len(self.others)}, "
+                f"such as {self.others[0]}; names of images end in {_ENDINGS}."
             )
 
     def _images_in(self, folder: Path) -> list[Path]:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from robust_flatness.reporting.intervals import error_interval
@@ -65,8 +66,9 @@ def summary_table(results: Mapping[str, Any], *, folder: str | Path | None = Non
     """
     epoch = results.get("early_stopped_epoch")
     table = Table(
-        title=" on ".join(results[key] for key in ("method", "data") if results.get(key)) or None,
-        caption=None if folder is None else f"results, checkpoints and figures: {folder}",
+        title=escape(" on ".join(results[key] for key in ("method", "data") if results.get(key)))
+        or None,
+        caption=None if folder is None else escape(f"results, checkpoints and figures: {folder}"),
         caption_justify="left",
     )
     table.add_column("")

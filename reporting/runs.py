@@ -169,9 +169,10 @@ def read_run(folder: Path) -> Run:
             num_examples=_counts(content, "num_examples"),
             trajectory=_rows(content["trajectory"]),
             early_stopped_epoch=_count(content, "early_stopped_epoch"),
-            epochs=_count(content, "epochs", low=1) or 0,
+            # A run that ends within its first epoch counts as one: shares of training divide by it.
+            epochs=max(1, _count(content, "epochs") or 0),
             wall_time_seconds=_seconds(content, "wall_time_seconds"),
-            num_classes=_count(content, "num_classes", low=2)
+            num_classes=_count(content, "num_classes", low=1)
             or _CLASSES.get(_text(content, "data")),
             versions=_mapping(content, "versions"),
             hardware=_hardware(content),

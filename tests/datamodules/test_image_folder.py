@@ -230,6 +230,7 @@ def no_class(root):
         (root / "train" / name).rename(root / name)
 
 
+@pytest.mark.parametrize("in_memory", [True, False])
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -241,10 +242,10 @@ def no_class(root):
         (no_class, r"Expected one folder a class in .*train but got none"),
     ],
 )
-def test_a_damaged_folder_is_one_sentence(root, damage, message):
+def test_a_damaged_folder_is_one_sentence(root, damage, message, in_memory):
     damage(root)
     with pytest.raises(ValueError, match=message):
-        ImageFolder(str(root), **SIZES).setup()
+        ImageFolder(str(root), in_memory=in_memory, **{**SIZES, "num_test": 6}).setup()
 
 
 def test_too_few_test_images_are_one_sentence(root):

@@ -98,7 +98,7 @@ def test_what_is_left_out_is_told_with_its_reason(report):
         *("x", "inf", "5", "red]"),
     }
     assert reasons["x"].endswith("format (`seed` is 'x', no integer >= 0)")
-    assert reasons["inf"].endswith("format (`epochs` is inf, no integer >= 1)")
+    assert reasons["inf"].endswith("format (`epochs` is inf, no integer >= 0)")
     assert reasons["5"].endswith("format (`data` is 5, no name in one line)")
     assert reasons["red]"] == "not finished: no epoch was recorded"
     assert "results.json is broken" in reasons["broken"]

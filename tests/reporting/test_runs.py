@@ -158,10 +158,10 @@ def test_root_must_be_a_folder(tmp_path):
         ({"seed": "x"}, "`seed` is 'x', no integer >= 0"),
         ({"seed": True}, "`seed` is True"),
         ({"seed": 1.5}, "`seed` is 1.5"),
-        ({"epochs": float("inf")}, "`epochs` is inf, no integer >= 1"),
-        ({"epochs": 0}, "`epochs` is 0"),
+        ({"epochs": float("inf")}, "`epochs` is inf, no integer >= 0"),
+        ({"epochs": -1}, "`epochs` is -1"),
         ({"epochs": [4]}, r"`epochs` is [4]"),
-        ({"num_classes": -5}, "`num_classes` is -5, no integer >= 2"),
+        ({"num_classes": -5}, "`num_classes` is -5, no integer >= 1"),
         ({"num_classes": "10"}, "`num_classes` is '10'"),
         ({"early_stopped_epoch": -1}, "`early_stopped_epoch` is -1"),
         ({"wall_time_seconds": "long"}, "`wall_time_seconds` is 'long', no number >= 0"),
@@ -196,6 +196,12 @@ def test_results_that_are_nested_too_deeply_are_left_out(tmp_path):
     assert "nested too deeply" in reason(tmp_path)
     (tmp_path / "results.json").write_text("[" * 100_000 + "]" * 100_000)
     assert reason(tmp_path).startswith("results.json is broken (")
+
+
+def test_a_run_that_ended_in_its_first_epoch_and_one_of_one_class_are_read(tmp_path):
+    change(write_run(tmp_path, make_run()), epochs=0, num_classes=1)
+    run = read_run(tmp_path)
+    assert (run.epochs, run.num_classes) == (1, 1)
 
 
 def test_huge_figures_and_truth_are_no_numbers(tmp_path):

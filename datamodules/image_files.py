@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -108,7 +108,7 @@ def _refusal(image: Image.Image) -> str | None:
             f"its pixels are {'floats' if image.mode == 'F' else 'integers of 32 bits'}, whose "
             "range is not known, so scale them to 8 or 16 bits"
         )
-    if image.format == "TIFF" and image.mode in _SIXTEEN_BITS:
+    if isinstance(image, TiffImageFile) and image.mode in _SIXTEEN_BITS:
         # Pillow neither stretches fewer bits nor turns negatives.
         bits, kind = image.tag_v2.get(BITSPERSAMPLE), image.tag_v2.get(PHOTOMETRIC_INTERPRETATION)
         if bits != (16,) or kind != 1:
@@ -129,6 +129,6 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 def _without_alpha(image: Image.Image) -> Image.Image:
     """Drop an alpha channel that changes nothing."""
     image = image.convert("RGBA")
-    if image.getextrema()[3] != (255, 255):
+    if image.getchannel("A").getextrema() != (255, 255):
         raise ValueError(_TRANSPARENT)
     return image

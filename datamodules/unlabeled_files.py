@@ -2,10 +2,10 @@
 
 import math
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -218,8 +218,12 @@ class _ArrayUnpickler(pickle._Unpickler):
     C's, which reserves as much memory as a damaged number in the file asks for.
     """
 
+    stack: list[Any]
+    append: Callable[[Any], None]
+    read: Callable[[int], bytes]
+    pop_mark: Callable[[], list[Any]]
     # Without sets, objects of classes, and whatever a pickle can bring in from outside.
-    dispatch = {
+    dispatch: ClassVar[dict[int, Any]] = {
         code: load
         for code, load in pickle._Unpickler.dispatch.items()
         if code

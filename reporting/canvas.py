@@ -6,7 +6,7 @@ Example:
     2
 """
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -33,7 +33,7 @@ class PlainFigure(Figure):
     def draw(self, renderer: RendererBase) -> None:
         """Draws the figure, also to find out how large its parts are."""
         for text in self.findobj(Text):
-            cast(Text, text).set_parse_math(False)
+            text.set_parse_math(False)
         super().draw(renderer)
 
 

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fsspec.utils import get_protocol
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from typing_extensions import override
 
@@ -40,14 +39,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
         """Writes a checkpoint; a reader finds the old or the new one, never half of one."""
-        if storage_options is not None or get_protocol(str(path)) != "file":
+        local = _local(path)
+        if storage_options is not None or local is None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        path = _local(path)
-        if path.parent == self._folder:
-            for left in path.parent.glob("*.ckpt.tmp"):
+        if local.parent == self._folder:
+            for left in local.parent.glob("*.ckpt.tmp"):
                 left.unlink()
-        with whole_file(path) as beside, beside.open("wb") as file:
+        with whole_file(local) as beside, beside.open("wb") as file:
             torch.save(checkpoint, file)
 
     @override
@@ -57,10 +56,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             ValueError: If a checksum of a local file differs.
         """
-        if get_protocol(str(path)) == "file" and _local(path).is_file():
-            check_archive("ckpt_path", _local(path))
+        local = _local(path)
+        if local is not None and local.is_file():
+            check_archive("ckpt_path", local)
         return super().load_checkpoint(path, *args, **kwargs)
 
 
-def _local(path: str | Path) -> Path:
-    return Path(str(path).removeprefix("file://")).absolute()
+def _local(path: str | Path) -> Path | None:
+    """The path of a local file, `None` for one of the URLs that fsspec knows."""
+    text = str(path).removeprefix("file://")
+    return None if "://" in text or "::" in text else Path(text).absolute()

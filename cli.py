@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies.launchers.launcher import _Launcher
 from torch.multiprocessing.spawn import ProcessRaisedException
 
@@ -34,6 +35,7 @@ from robust_flatness.configs.run_start import RunStart, check_arguments, check_m
 from robust_flatness.configs.signals import interrupted_status, resume_command, sigterm_exits
 from robust_flatness.lightning_modules.loading import class_written
 from robust_flatness.loggers import EpochCSVLogger, EpochWandbLogger, make_wandb_logger
+from robust_flatness.reporting.checkpoint_io import AtomicCheckpointIO
 
 for message in (".*LeafSpec.*", ".*does not have many workers.*"):
     # Said by Lightning about itself, and about data that is in memory already.
@@ -236,6 +238,12 @@ class CLI(LightningCLI):
             callbacks.remove(start)
             callbacks.insert(0, start)
             start.wandb_logger = self._wandb_logger
+        strategy = built.strategy
+        # A plugin of the user's own, or of a strategy that needs another one, stays.
+        if strategy._checkpoint_io is None and type(strategy.checkpoint_io) is TorchCheckpointIO:
+            saves = built.loggers and self.subcommand == "fit"
+            folder = Path(built.loggers[0].save_dir or "", "checkpoints") if saves else None
+            strategy.checkpoint_io = AtomicCheckpointIO(folder)
         if self.subcommand == "fit":
             check_monitors(built, self.model)
         return built

@@ -35,6 +35,7 @@ from robust_flatness.functional.layer_weights import perturbed_parameters
 from robust_flatness.functional.logits import first_logits
 from robust_flatness.functional.noise import Norm
 from robust_flatness.functional.processes import errors_on_all_ranks
+from robust_flatness.networks import Normalize
 
 DEFAULT_EPS = 8 / 255
 SPLITS = ("train", "val", "test")
@@ -123,6 +124,8 @@ class Measurement(FixedImages, ABC):
         for name, number in {"eps": eps, "step_size": step_size}.items():
             if number is not None:
                 check_radius(name, number, norm)
+        if normalization is not None:
+            Normalize(*map(list, normalization))  # checks it
         self.split, self.dataset, self.num_examples = split, dataset, num_examples
         self.every_n_epochs, self.eps, self.steps = every_n_epochs, eps, steps
         self.step_size, self.norm, self.restarts = step_size, norm, restarts

@@ -25,6 +25,7 @@ from robust_flatness.callbacks.measured_images import FixedImages, find_examples
 from robust_flatness.callbacks.measurement import SPLITS
 from robust_flatness.functional.arithmetic import float32_forwards
 from robust_flatness.functional.checks import HALF, check_choice, check_count, check_number
+from robust_flatness.networks import Normalize
 
 BatchNormChoice = Literal["average", "reestimate"]
 PAPER_STEPS = 58_650
@@ -92,6 +93,8 @@ class WeightAveraging(FixedImages, LightningWeightAveraging):
             check_count(name, value, low=1)
         check_choice("batch_norm", batch_norm, get_args(BatchNormChoice))
         check_choice("split", split, SPLITS)
+        if normalization is not None:
+            Normalize(*map(list, normalization))  # checks it
         self.decay, self.reference_steps, self.batch_norm = decay, reference_steps, batch_norm
         self.num_examples, self.batch_size, self.dataset = num_examples, batch_size, dataset
         self.split, self.normalization = split, normalization

@@ -5,18 +5,23 @@ from pathlib import Path
 from typing import Any
 
 from robust_flatness.datamodules.class_folders import (
+    ClassFolders,
     class_folders,
-    files_by_class,
     labels_by_name,
 )
 from robust_flatness.datamodules.computed_statistics import ComputedStatistics
-from robust_flatness.datamodules.image_files import ImageFiles
 from robust_flatness.datamodules.labelled_images import LabelledImages
 from robust_flatness.datamodules.splits import fixed_permutation
+from robust_flatness.networks import Normalize
 
 
 class ImageFolder(ComputedStatistics):
-    """Images in `root/train/<class>/` and `root/test/<class>/`, read as RGB.
+    """Images in `root/train/<class>/` and `root/test/<class>/`, at any depth, read as RGB.
+
+    Pixels have 8 bits; gray images of 16 bits are rounded to them. Floats, integers of more bits,
+    images that are partly transparent and animations are refused, as their pixels in [0, 1] are
+    not known. Hidden files and folders are skipped, links are followed, and files that are no
+    images by their names are counted in a warning.
 
     Classes are numbered in the order of their names. Since files come sorted by class, the splits
     follow a permutation that never changes; so `num_train` takes images of all classes.
@@ -58,6 +63,7 @@ class ImageFolder(ComputedStatistics):
         for name, given in (("mean", mean), ("std", std)):
             if given is not None and len(given) != self.in_channels:
                 raise ValueError(f"Expected `{name}` to have 3 values but got {given}.")
+        Normalize(mean or [0.0] * self.in_channels, std or [1.0] * self.in_channels)  # checks them
         self.root = Path(root).expanduser()
         if mean is not None:
             self.mean = mean
@@ -84,12 +90,12 @@ class ImageFolder(ComputedStatistics):
 
     def sources(self) -> tuple[LabelledImages, LabelledImages]:
         """Return the files of both folders, sorted by class and name."""
-        train = self._files("train", size=None)
-        return train, self._files("test", size=train.size)
+        folders, labels = ClassFolders(), labels_by_name(self.class_names)
+        train = folders.read(self.root / "train", labels)
+        test = folders.read(self.root / "test", labels, train.size)
+        folders.report()
+        return train, test
 
     def orders(self, num_train: int, num_test: int) -> tuple[list[int], list[int]]:
         """Return permutations that depend on the number of files alone."""
         return fixed_permutation(num_train), fixed_permutation(num_test)
-
-    def _files(self, part: str, size: tuple[int, int] | None) -> ImageFiles:
-        return files_by_class(self.root / part, labels_by_name(self.class_names), size)

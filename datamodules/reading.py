@@ -25,17 +25,23 @@ def read_splits(
     Returns:
         The images of `"training"`, `"train"`, `"test"` and, unless it is empty, `"val"`, on the
         CPU.
+
+    Raises:
+        ValueError: if an image that is held in memory or measured on is damaged, or has another
+            size than the others.
     """
     take = ResidentImages.load if in_memory else lambda images: images
     training = take(train.subset(splits.training))
-    images = {
-        "training": training,
+    measured = {
         "train": training.subset(range(len(splits.train))),
         "test": take(test.subset(splits.test)),
     }
     if splits.val:
-        images["val"] = take((test if val_from == "test" else train).subset(splits.val))
-    return images
+        measured["val"] = take((test if val_from == "test" else train).subset(splits.val))
+    if not in_memory:
+        for images in measured.values():
+            _read_once(images)
+    return {"training": training, **measured}
 
 
 def check_images(
@@ -84,6 +90,12 @@ def check_images(
             f"Expected {name} images of {width}x{height} pixels, as the labelled ones have,"
             f" but got {size[1]}x{size[0]}."
         )
+
+
+def _read_once(images: LabelledImages, chunk: int = 100) -> None:
+    """Find damaged images before training, and not when they are first measured on."""
+    for start in range(0, len(images), chunk):
+        images.__getitems__(range(start, min(start + chunk, len(images))))
 
 
 def _shape(images: LabelledImages) -> list[int]:

@@ -1,16 +1,18 @@
 """Pseudo-labelled images in the files that others publish them in."""
 
+import math
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
 
 from robust_flatness.datamodules.class_folders import (
+    ClassFolders,
     class_folders,
-    files_by_class,
     labels_by_name,
 )
 from robust_flatness.datamodules.image_files import ImageFiles
@@ -65,14 +67,17 @@ def _read_folder(path: Path, num_classes: int, class_names: Sequence[str] | None
             raise ValueError(
                 f"Expected {num_classes} folders, one a class, in {path} but got {len(found)}."
             )
-        return files_by_class(path, labels_by_name(found))
+        class_names = found
     labels = labels_by_name(class_names)
     if unknown := sorted(set(found) - set(class_names)):
         raise ValueError(
             f"Expected folders in {path} that are named as the {len(labels)} classes of the"
             f" labelled images but got {unknown[0]!r}."
         )
-    return files_by_class(path, {name: labels[name] for name in found})
+    folders = ClassFolders()
+    images = folders.read(path, {name: labels[name] for name in found})
+    folders.report()
+    return images
 
 
 def _from_arrays(
@@ -83,7 +88,7 @@ def _from_arrays(
         raise ValueError(
             f"Expected `{images_key}` and `{labels_key}` in {path} but it has no `{missing[0]}`."
         )
-    images, labels = np.asarray(arrays[images_key]), np.asarray(arrays[labels_key])
+    images, labels = (_as_array(path, key, arrays[key]) for key in (images_key, labels_key))
     if images.dtype != np.uint8 or images.ndim != 4:
         raise ValueError(
             f"Expected `{images_key}` in {path} of shape (N, H, W, C) and type uint8"
@@ -98,14 +103,28 @@ def _from_arrays(
     return ResidentImages(pixels, torch.from_numpy(labels.astype(np.int64)))
 
 
+def _as_array(path: Path, key: str, values: Any) -> np.ndarray[Any, Any]:
+    if isinstance(values, list) and values and all(type(value) is int for value in values):
+        return np.asarray(values)
+    if not isinstance(values, np.ndarray):
+        raise ValueError(
+            f"Expected `{key}` in {path} to be an array but got {type(values).__name__}."
+        )
+    return values
+
+
 def _load(path: Path) -> Mapping[str, Any]:
     """Read the arrays of a file without running any code that it may hold."""
     try:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as file:
                 return dict(file)
-        with path.open("rb") as file:
-            return dict(_ArrayUnpickler(file).load())
+        # Mapped, as a file never returns more bytes than it has, whatever length is asked for.
+        with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as mapped:
+            content = _ArrayUnpickler(mapped).load()
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__} and no dictionary")
+        return {k: v.array if isinstance(v, _Array) else v for k, v in content.items()}
     # Damaged files raise almost anything: this is one file, which a user named.
     except Exception as error:
         raise ValueError(
@@ -113,40 +132,157 @@ def _load(path: Path) -> Mapping[str, Any]:
         ) from error
 
 
-def _reconstructors() -> dict[tuple[str, str], Any]:
-    """Return the functions that arrays are pickled with, wherever NumPy keeps them today."""
-    array = np.zeros(1, np.uint8)
-    functions = {
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-        ("_codecs", "encode"): _latin1,
-    }
-    for core in ("numpy.core", "numpy._core"):  # NumPy 1 and 2
-        functions |= {
-            (f"{core}.multiarray", "_reconstruct"): array.__reduce__()[0],
-            (f"{core}.multiarray", "scalar"): array[0].__reduce__()[0],
-            (f"{core}.numeric", "_frombuffer"): array.__reduce_ex__(5)[0],
+# The numbers that NumPy's arrays and scalars of a file may be of: no objects, no records.
+_TYPES = {name.removeprefix("|"): np.dtype(name) for name in ("|b1", "|i1", "|u1")} | {
+    f"{kind}{size}": np.dtype(f"{kind}{size}") for kind in "iuf" for size in (2, 4, 8)
+}
+_DTYPE_STATE = (None, None, None, -1, -1, 0)  # of a type without fields, behind its byte order
+_NDARRAY = object()  # stands for `numpy.ndarray` and cannot be called
+
+
+def _require(condition: bool) -> None:
+    if not condition:
+        raise pickle.UnpicklingError("of NumPy, only plain arrays of numbers are read")
+
+
+class _DType:
+    """Stands for a `numpy.dtype` while a file is read."""
+
+    def __init__(self, name: object, *_: object) -> None:
+        _require(isinstance(name, str) and name in _TYPES)
+        self.dtype = _TYPES[str(name)]
+
+    def set_state(self, state: object) -> None:
+        """Take the byte order, which is all that a type of numbers has."""
+        _require(isinstance(state, tuple) and len(state) == 8)
+        _, order, *rest = cast("tuple[object, ...]", state)
+        _require(order in ("<", ">", "|", "=") and tuple(rest) == _DTYPE_STATE)
+        self.dtype = self.dtype.newbyteorder(cast(Any, order))
+
+
+class _Array:
+    """Stands for an array that is filled after it was made, as NumPy's pickles do."""
+
+    def __init__(self, kind: object, shape: object, typecode: object) -> None:
+        _require(kind is _NDARRAY)
+        self.array: np.ndarray[Any, Any] | None = None
+
+    def set_state(self, state: object) -> None:
+        """Take the numbers of the array."""
+        _require(isinstance(state, tuple) and len(state) == 5)
+        _, shape, dtype, is_fortran, data = cast("tuple[object, ...]", state)
+        self.array = _array(data, dtype, shape, "F" if is_fortran else "C")
+
+
+def _array(data: object, dtype: object, shape: object, order: object = "C") -> np.ndarray[Any, Any]:
+    """Return an array whose numbers are `data`, in other words bytes that have its size."""
+    _require(isinstance(data, bytes) and isinstance(dtype, _DType) and order in ("C", "F"))
+    _require(isinstance(shape, tuple) and all(type(n) is int and n >= 0 for n in shape))
+    kind, sides = cast(_DType, dtype).dtype, cast("tuple[int, ...]", shape)
+    buffer = cast(bytes, data)
+    _require(math.prod(sides) * kind.itemsize == len(buffer))
+    return np.frombuffer(buffer, kind).reshape(sides, order=cast(Any, order))
+
+
+def _scalar(dtype: object, data: object) -> Any:
+    return _array(data, dtype, ())[()]
+
+
+def _latin1(text: object, encoding: object) -> bytes:
+    """Give back the bytes that old pickle protocols write as text."""
+    _require(isinstance(text, str) and encoding == "latin1")
+    return str(text).encode("latin1")
+
+
+_ALLOWED: dict[tuple[str, str], Any] = {
+    ("numpy", "ndarray"): _NDARRAY,
+    ("numpy", "dtype"): _DType,
+    ("_codecs", "encode"): _latin1,
+    **{
+        (f"{core}.{module}", name): stand_in
+        for core in ("numpy.core", "numpy._core")  # NumPy 1 and 2
+        for module, name, stand_in in (
+            ("multiarray", "_reconstruct", _Array),
+            ("multiarray", "scalar", _scalar),
+            ("numeric", "_frombuffer", _array),
+        )
+    },
+}
+
+
+class _ArrayUnpickler(pickle._Unpickler):
+    """Unpickles arrays of numbers and plain containers, and calls nothing that a file names.
+
+    NumPy's own functions trust what they are called with: bytes of an array of objects become
+    pointers. So stand-ins in Python take the calls and check them. This is Python's reader and not
+    C's, which reserves as much memory as a damaged number in the file asks for.
+    """
+
+    stack: list[Any]
+    append: Callable[[Any], None]
+    read: Callable[[int], bytes]
+    pop_mark: Callable[[], list[Any]]
+    # Without sets, objects of classes, and whatever a pickle can bring in from outside.
+    dispatch: ClassVar[dict[int, Any]] = {
+        code: load
+        for code, load in pickle._Unpickler.dispatch.items()
+        if code
+        not in {
+            *pickle.INST, *pickle.OBJ, *pickle.NEWOBJ, *pickle.NEWOBJ_EX,
+            *pickle.EXT1, *pickle.EXT2, *pickle.EXT4, *pickle.PERSID, *pickle.BINPERSID,
+            *pickle.EMPTY_SET, *pickle.ADDITEMS, *pickle.FROZENSET,
+            *pickle.NEXT_BUFFER, *pickle.READONLY_BUFFER,
         }
-    return functions
-
-
-def _latin1(text: str, encoding: str) -> bytes:
-    """Give back the bytes that old pickle protocols write as text; `encoding` is never another."""
-    return text.encode("latin1")
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickles arrays and plain containers, and calls nothing else that a file names."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        super().__init__(file)
-        self._allowed = _reconstructors()
+    }  # fmt: skip
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return what `module.name` stands for, if arrays need it."""
-        if (module, name) not in self._allowed:
+        """Return what stands for `module.name`, if arrays need it."""
+        if (module, name) not in _ALLOWED:
             raise pickle.UnpicklingError(
                 f"it asks for {module}.{name}, and of pickles, which can run any code, only NumPy"
                 " arrays and plain containers are read"
             )
-        return self._allowed[module, name]
+        return _ALLOWED[module, name]
+
+    def load_build(self) -> None:
+        """Fill the stand-in of an array or of a type."""
+        state = self.stack.pop()
+        _require(isinstance(self.stack[-1], (_Array, _DType)))
+        self.stack[-1].set_state(state)
+
+    def load_bytearray8(self) -> None:
+        """Read bytes, which need not be changed later."""
+        self.append(self.read(int.from_bytes(self.read(8), "little")))
+
+    def load_dict(self) -> None:
+        """Make a dictionary."""
+        items = self.pop_mark()
+        self.append(_dictionary(items))
+
+    def load_setitem(self) -> None:
+        """Set one item of a dictionary."""
+        value, key = self.stack.pop(), self.stack.pop()
+        self._update([key, value])
+
+    def load_setitems(self) -> None:
+        """Set items of a dictionary."""
+        self._update(self.pop_mark())
+
+    def _update(self, items: list[Any]) -> None:
+        _require(isinstance(self.stack[-1], dict))
+        self.stack[-1].update(_dictionary(items))
+
+    dispatch |= {
+        pickle.BUILD[0]: load_build,
+        pickle.BYTEARRAY8[0]: load_bytearray8,
+        pickle.DICT[0]: load_dict,
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
+    }
+
+
+def _dictionary(items: list[Any]) -> dict[str, Any]:
+    """Pair keys, which are names, with values; hashing a deep tuple would end the process."""
+    if not all(isinstance(key, str) for key in items[::2]):
+        raise pickle.UnpicklingError("of dictionaries, only those with names as keys are read")
+    return dict(zip(items[::2], items[1::2]))

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from robust_flatness.functional.checks import check_archive
 from robust_flatness.lightning_modules.external_weights import load_weights
 from robust_flatness.networks import Normalize, UserNetwork
 
@@ -131,8 +132,10 @@ def _from_zoo(name: str, dataset: str, threat_model: str) -> nn.Module:
 def _from_script(weights: str | None) -> nn.Module:
     if weights is None:
         raise ValueError("Expected `network`, or a TorchScript file as `weights`, but got neither.")
+    path = _file(weights)
+    check_archive("weights", path)
     try:
-        script: nn.Module = torch.jit.load(_file(weights), map_location="cpu")
+        script: nn.Module = torch.jit.load(path, map_location="cpu")
     except RuntimeError as error:
         raise ValueError(
             f"Expected `weights` to be a TorchScript file where there is no `network` but got "
@@ -143,6 +146,7 @@ def _from_script(weights: str | None) -> nn.Module:
 
 def _content(weights: str, *, trusted: bool) -> Any:
     path = _file(weights)
+    check_archive("weights", path)
     try:
         return torch.load(path, map_location="cpu", weights_only=not trusted)
     except Exception as error:

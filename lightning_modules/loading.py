@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from robust_flatness.functional.checks import check_archive
 from robust_flatness.lightning_modules.at import AT, CLASS_KEY
 
 
@@ -20,8 +21,9 @@ def class_written(path: str | Path, argument: str) -> Any:
         The name, or `None` in a checkpoint of something else.
 
     Raises:
-        ValueError: If the file is no checkpoint.
+        ValueError: If the file is no checkpoint, or a checksum in it differs.
     """
+    check_archive(argument, path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True).get(CLASS_KEY)
     except Exception as error:
@@ -45,7 +47,7 @@ def load_checkpoint(path: str | Path, **kwargs: Any) -> AT:
         The module, on the CPU, in eval mode.
 
     Raises:
-        ValueError: If the file is no checkpoint of a variant of this package.
+        ValueError: If the file is no checkpoint of a variant of this package, or is damaged.
     """
     name = class_written(path, "path")
     classes = importlib.import_module("robust_flatness.lightning_modules")

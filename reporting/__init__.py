@@ -1,5 +1,6 @@
 """Finished runs as tables and figures."""
 
+from robust_flatness.reporting.checkpoint_io import AtomicCheckpointIO
 from robust_flatness.reporting.correlation import Correlation, correlate
 from robust_flatness.reporting.environment import hardware, versions
 from robust_flatness.reporting.figures import overfitting_figure, trajectory_figure
@@ -21,6 +22,7 @@ from robust_flatness.reporting.runs import Run, read_run, read_runs
 from robust_flatness.reporting.summary import summary_table
 
 __all__ = [
+    "AtomicCheckpointIO",
     "Correlation",
     "Landscape",
     "Model",

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import RendererBase
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Colormap, ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from robust_flatness.reporting.models import METHOD_LABELS
 
@@ -23,6 +25,16 @@ FONT = 9  # points, at the printed width
 
 _COLOURS = (BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY, BLACK)
 _MARKERS = ("o", "s", "^", "D", "v")
+
+
+class PlainFigure(Figure):
+    """A figure whose texts are shown as they are: a `$` in the name of a method is no formula."""
+
+    def draw(self, renderer: RendererBase) -> None:
+        """Draws the figure, also to find out how large its parts are."""
+        for text in self.findobj(Text):
+            text.set_parse_math(False)
+        super().draw(renderer)
 
 
 class MethodStyle(NamedTuple):
@@ -76,7 +88,7 @@ def make_canvas(
     Returns:
         The figure, and its panels row by row.
     """
-    figure = Figure(figsize=(width, height), dpi=200, layout="constrained")
+    figure = PlainFigure(figsize=(width, height), dpi=200, layout="constrained")
     FigureCanvasAgg(figure)
     columns = -(-panels // rows)
     all_axes = [figure.add_subplot(rows, columns, i + 1) for i in range(panels)]

@@ -40,11 +40,14 @@ def report(
             highlight=False,
         )
     for left_out, reason in made.left_out:
-        console.print(f"left out: {left_out} {reason}", highlight=False, soft_wrap=True)
+        # A folder's name may be in bytes that are no text, and a reason have several lines.
+        line = " ".join(f"left out: {left_out} {reason}".splitlines()).encode(errors="replace")
+        console.print(line.decode(), markup=False, highlight=False, soft_wrap=True)
     count = sum(len(model.runs) for model in made.models)
     console.print(
         f"{count} runs, {len(made.models)} models, {len(made.figures)} figures: "
         f"{made.folder / 'index.html'}",
+        markup=False,
         highlight=False,
         soft_wrap=True,
     )

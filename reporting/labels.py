@@ -89,7 +89,9 @@ def _write(axes: Axes, spot: Spot, name: str, taken: list[Bbox], faint: Array) -
     text = axes.annotate(
         name, (spot.x, spot.y), xytext=(0, 0), textcoords="offset points", fontsize=FONT - 2
     )
-    text.set(zorder=5, path_effects=[withStroke(linewidth=1.5, foreground="white")])
+    text.set(
+        zorder=5, parse_math=False, path_effects=[withStroke(linewidth=1.5, foreground="white")]
+    )
     found: list[tuple[int, int, Bbox]] = []
     for index, offset in enumerate(_OFFSETS):
         _move(text, *offset)

@@ -69,4 +69,13 @@ def read_landscapes(path: Path) -> tuple[dict[str, Landscape], dict[str, Any]]:
             str(name): Landscape(file[f"{name}/coordinates"], file[f"{name}/losses"])
             for name in file["names"]
         }
-        return landscapes, json.loads(str(file["settings"]))
+        settings = json.loads(str(file["settings"]))
+    for name, (coordinates, losses) in landscapes.items():
+        numbers = all(part.dtype.kind in "iuf" for part in (coordinates, losses))
+        if not (numbers and losses.ndim == 3 and losses.size and np.isfinite(coordinates).all()):
+            raise ValueError(f"Expected {name} to be losses (D, S, N) but got {losses.shape}.")
+        if coordinates.shape != losses.shape[1:2]:
+            raise ValueError(
+                f"Expected {name} to have {losses.shape[1]} steps but got {coordinates.shape}."
+            )
+    return landscapes, settings

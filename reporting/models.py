@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 from robust_flatness.reporting.copies import without_copies
 from robust_flatness.reporting.model_labels import model_labels, settings_texts
-from robust_flatness.reporting.runs import Run, Weights
-from robust_flatness.reporting.settings import exact_text, importance, is_number, set_values
+from robust_flatness.reporting.runs import Run, Weights, is_number
+from robust_flatness.reporting.settings import exact_text, importance, set_values
 
 _MOST_TOLD = 10  # settings, where there is room for a sentence
 

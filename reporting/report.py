@@ -154,7 +154,7 @@ def _figures(
         "schematic": lambda: _first(schematic_figure, (m.runs[0] for m in _baseline_first(models))),
         "epochs": lambda: _first(epochs_figure, _baseline_first(models)),
     }
-    if classes := models[0].runs[0].num_classes:
+    if (classes := models[0].runs[0].num_classes or 0) > 1:
         figures["loss-and-error"] = lambda: kink_figure(models, num_classes=classes, title=title)
     return figures
 

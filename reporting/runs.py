@@ -9,11 +9,12 @@ Example:
 import csv
 import json
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
-from zipfile import BadZipFile
 
 from robust_flatness.reporting.landscape_file import Landscape, read_landscapes
 
@@ -24,6 +25,8 @@ _LOGGED = "_early_stopped"
 _RESULTS, _CONFIG, _METRICS = "results.json", "config.yaml", "metrics.csv"
 # What runs on these do not say themselves in older formats.
 _CLASSES = {"Digits": 10, "CIFAR10": 10, "CIFAR100": 100}
+# Squares of such figures would not be finite either.
+_HUGE = 1e100
 # What a report cannot do without; older formats lack some of it.
 _NEEDED = ("method", "data", "settings", "final", "early_stopped", "trajectory", "epochs")
 
@@ -91,7 +94,7 @@ class Run:
             if path.is_file():
                 try:
                     return read_landscapes(path)[0]
-                except (BadZipFile, EOFError, KeyError, ValueError) as error:
+                except Exception as error:  # a damaged file raises almost anything
                     raise ValueError(f"{name} is broken or not of landscapes ({error})") from error
         return {}
 
@@ -148,7 +151,7 @@ def read_run(folder: Path) -> Run:
         raise ValueError(_unfinished(folder))
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{_RESULTS} is broken ({error})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{_RESULTS} is of another format (a {type(content).__name__})")
@@ -156,25 +159,28 @@ def read_run(folder: Path) -> Run:
     if missing:
         raise ValueError(f"{_RESULTS} is of an older format, without {', '.join(missing)}")
     try:
+        _check_values(content)
         run = Run(
             folder=folder,
-            method=str(content["method"]),
-            data=str(content["data"]),
-            seed=content.get("seed"),
-            settings=dict(content["settings"]),
-            final=_finite(content["final"]),
+            method=_text(content, "method"),
+            data=_text(content, "data"),
+            seed=_count(content, "seed"),
+            settings=_mapping(content, "settings"),
+            final=_finite(_mapping(content, "final"), "final"),
             early_stopped=_early_stopped(content),
-            num_examples=dict(content.get("num_examples") or {}),
+            num_examples=_counts(content, "num_examples"),
             trajectory=_rows(content["trajectory"]),
-            early_stopped_epoch=content.get("early_stopped_epoch"),
-            epochs=int(content["epochs"]),
-            wall_time_seconds=float(content.get("wall_time_seconds") or math.nan),
-            num_classes=content.get("num_classes") or _CLASSES.get(str(content["data"])),
-            versions=dict(content.get("versions") or {}),
-            hardware=dict(content.get("hardware") or {}),
-            diverged_epoch=content.get("diverged_epoch"),
+            early_stopped_epoch=_count(content, "early_stopped_epoch"),
+            # A run that ends within its first epoch counts as one: shares of training divide by it.
+            epochs=max(1, _count(content, "epochs") or 0),
+            wall_time_seconds=_seconds(content, "wall_time_seconds"),
+            num_classes=_count(content, "num_classes", low=1)
+            or _CLASSES.get(_text(content, "data")),
+            versions=_mapping(content, "versions"),
+            hardware=_hardware(content),
+            diverged_epoch=_count(content, "diverged_epoch"),
         )
-    except (AttributeError, TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{_RESULTS} is of another format ({error})") from error
     run.landscapes()  # a broken file is found here, and not in the middle of a report
     return run
@@ -184,17 +190,74 @@ def _early_stopped(content: Mapping[str, Any]) -> dict[str, float]:
     """With those figures that callbacks log beside the ones of the last weights."""
     logged = {
         name.removesuffix(_LOGGED): value
-        for name, value in content["final"].items()
+        for name, value in _mapping(content, "final").items()
         if name.endswith(_LOGGED)
     }
-    return _finite(logged) | _finite(content["early_stopped"])
+    own = _mapping(content, "early_stopped")
+    return _finite(logged, "final") | _finite(own, "early_stopped")
 
 
-def _rows(trajectory: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
-    rows = [_finite(row) for row in trajectory]
-    if any("epoch" not in row for row in rows):
+def _rows(trajectory: Any) -> list[dict[str, float]]:
+    if not isinstance(trajectory, list) or not all(isinstance(row, dict) for row in trajectory):
+        raise ValueError("`trajectory` is no list of mappings")
+    if any(_count(row, "epoch") is None for row in trajectory):
         raise ValueError("a row of its trajectory has no epoch")
-    return rows
+    return [_finite(row, "trajectory") for row in trajectory]
+
+
+def _check_values(value: Any, depth: int = 40) -> None:
+    """Refuses what no table or page could hold, wherever it is."""
+    if isinstance(value, dict | list):
+        if not depth:
+            raise ValueError("mappings or lists are nested too deeply")
+        for inner in [*value, *value.values()] if isinstance(value, dict) else value:
+            _check_values(inner, depth - 1)
+    elif isinstance(value, str):
+        value.encode()  # half of a pair of surrogates is no text
+    elif isinstance(value, int) and abs(value) > 2**63:
+        raise ValueError("a number has too many digits")
+
+
+def _text(content: Mapping[str, Any], name: str) -> str:
+    value = content[name]
+    if not isinstance(value, str) or not value.isprintable() or not 0 < len(value) < 256:
+        raise ValueError(f"`{name}` is {reprlib.repr(value)}, no name in one line")
+    return value
+
+
+def _count(content: Mapping[str, Any], name: str, low: int = 0) -> int | None:
+    value = content.get(name)
+    if value is not None and (type(value) is not int or value < low):
+        raise ValueError(f"`{name}` is {reprlib.repr(value)}, no integer >= {low}")
+    return value
+
+
+def _counts(content: Mapping[str, Any], name: str) -> dict[str, int]:
+    counts = _mapping(content, name)
+    return {key: count for key in counts if (count := _count(counts, key, low=1)) is not None}
+
+
+def _mapping(content: Mapping[str, Any], name: str) -> dict[str, Any]:
+    value = content.get(name)
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"`{name}` is {reprlib.repr(value)}, no mapping")
+    return value or {}
+
+
+def _seconds(content: Mapping[str, Any], name: str) -> float:
+    value = content.get(name)
+    if value is None:
+        return math.nan
+    if not is_number(value) or not value >= 0:
+        raise ValueError(f"`{name}` is {reprlib.repr(value)}, no number >= 0")
+    return float(value) if math.isfinite(value) else math.nan
+
+
+def _hardware(content: Mapping[str, Any]) -> dict[str, Any]:
+    hardware = _mapping(content, "hardware")
+    if not isinstance(hardware.get("gpus") or [], list):
+        raise ValueError("`hardware` holds no list of `gpus`")
+    return hardware
 
 
 def _folders(root: Path) -> list[Path]:
@@ -206,19 +269,29 @@ def _folders(root: Path) -> list[Path]:
 
 def _unfinished(folder: Path) -> str:
     """How far a run came that has no results."""
-    try:
-        with (folder / _METRICS).open(newline="", encoding="utf-8") as file:
-            epochs = sum(1 for _ in csv.DictReader(file))
-    except (OSError, ValueError, csv.Error):
-        epochs = 0
+    path, epochs = folder / _METRICS, 0
+    with suppress(OSError, ValueError, csv.Error):
+        if path.is_file():  # a FIFO would wait for a writer for ever
+            with path.open(newline="", encoding="utf-8") as file:
+                epochs = sum(1 for _ in csv.DictReader(file))
     if epochs < 2:
         return f"not finished: {'one' if epochs else 'no'} epoch was recorded"
     return f"not finished: {epochs} epochs were recorded"
 
 
-def _finite(figures: Mapping[str, Any]) -> dict[str, float]:
-    return {
+def is_number(value: Any) -> bool:
+    """Whether a value is a number; truth is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _finite(figures: Mapping[str, Any], where: str) -> dict[str, float]:
+    """Figures that are finite numbers; an error that is no share is a wrong number, not none."""
+    finite = {
         name: float(value)
         for name, value in figures.items()
-        if isinstance(value, int | float) and math.isfinite(value)
+        if is_number(value) and abs(value) < _HUGE
     }
+    for name, value in finite.items():
+        if "error" in name and not 0 <= value <= 1:
+            raise ValueError(f"`{where}` has {name} {value:g}, no share of 1")
+    return finite

@@ -8,7 +8,7 @@ Example:
 from collections.abc import Mapping
 from typing import Any
 
-from robust_flatness.reporting.runs import Run
+from robust_flatness.reporting.runs import Run, is_number
 
 # Settings that do not change what is trained or measured, by their names on the command line.
 _PLACE = {"seed_everything", "folder", "project", "group", "name", "ckpt_path", "weights_only"}
@@ -88,8 +88,3 @@ def exact_text(value: Any) -> str:
 def short_text(value: Any) -> str:
     """A value as labels show it."""
     return f"{value:g}" if is_number(value) else str(value)
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value is a number; truth is none."""
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from robust_flatness.reporting.intervals import error_interval
@@ -69,8 +70,8 @@ def summary_table(results: Mapping[str, Any], *, folder: str | Path | None = Non
     if diverged is not None:
         title = f"{title}: diverged, not finite from epoch {diverged}".removeprefix(": ")
     table = Table(
-        title=title or None,
-        caption=None if folder is None else f"results, checkpoints and figures: {folder}",
+        title=escape(title) or None,
+        caption=None if folder is None else escape(f"results, checkpoints and figures: {folder}"),
         caption_justify="left",
     )
     table.add_column("")

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from robust_flatness.reporting.models import Model, Point, method_label
+from robust_flatness.reporting.runs import is_number
 from robust_flatness.reporting.settings import (
     exact_text,
-    is_number,
     is_training,
     short_name,
     short_text,

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
@@ -133,7 +134,7 @@ def terminal_table(table: Table1, width: int = 100) -> Table:
 
 
 def _draw(table: Table1, columns: Sequence[Column], is_wide: bool) -> Table:
-    title, caption = f"Table 1 on {table.data}", " ".join(_below(table, columns)) or None
+    title, caption = escape(f"Table 1 on {table.data}"), " ".join(_below(table, columns)) or None
     drawn = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
     drawn.add_column("", overflow="fold", min_width=_LABEL)
     for column in columns:

@@ -13,6 +13,8 @@ import numpy as np
 def whole_file(path: Path) -> Iterator[Path]:
     """A path to write to, beside the file that it replaces when all is written.
 
+    After an exception the file is the old one, and nothing is left beside it.
+
     Args:
         path: The file. Its folder is created where it does not exist.
 
@@ -27,11 +29,15 @@ def whole_file(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(path.suffix + ".tmp")
-    yield beside
-    with beside.open("rb") as file:
-        # Else a power cut may leave the new name with nothing behind it.
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    try:
+        yield beside
+        with beside.open("rb") as file:
+            # Else a power cut may leave the new name with nothing behind it.
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 
 from robust_flatness.reporting.runs import Run, read_runs
@@ -78,7 +79,8 @@ def plan_table(plan: Sequence[PlannedRun], jobs: int) -> Table:
     """
     states = {run: state_of(run) for run in plan}
     left = _seconds_left(states)
-    table = Table(title=f"{counted(len(plan))} on {', '.join(sorted({run.data for run in plan}))}")
+    data = ", ".join(sorted({run.data for run in plan}))
+    table = Table(title=escape(f"{counted(len(plan))} on {data}"))
     table.add_column("method", no_wrap=True)
     for column in ("runs", *(state.value for state in State), "epochs", "left"):
         table.add_column(column, justify="right")
@@ -135,7 +137,7 @@ def _add_row(
 ) -> None:
     own = [states[run] for run in runs]
     counts = [str(len(runs)), *(str(own.count(state)) for state in State)]
-    table.add_row(name, *counts, str(sum(run.epochs for run in runs)), _duration(seconds))
+    table.add_row(escape(name), *counts, str(sum(run.epochs for run in runs)), _duration(seconds))
 
 
 def _duration(seconds: float) -> str:

@@ -33,7 +33,11 @@ class StudyProgress:
         self.total = len(plan)
         self._finished = self.total - len(left)
         self._done = {run: epochs_done(run) if run in left else run.epochs for run in plan}
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+        )
         self._bars = Progress(*columns, TextColumn("epochs"), TimeElapsedColumn(), console=console)
         self._all = self._bars.add_task("study", total=sum(run.epochs for run in plan))
         self._tasks: dict[PlannedRun, TaskID] = {}

@@ -6,6 +6,7 @@ import shutil
 import zipfile
 from collections.abc import Mapping
 from enum import Enum
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def epochs_done(run: PlannedRun) -> int:
     try:
         with (run.folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
             return min(run.epochs, sum(1 for _ in csv.DictReader(file)))
-    except OSError:
+    except (OSError, ValueError, csv.Error):
         return 0
 
 
@@ -93,17 +94,40 @@ def check_same_study(run: PlannedRun) -> None:
 def arguments_now(run: PlannedRun) -> list[str]:
     """What to call the command line with so that the run starts, or goes on.
 
-    What an interrupted run left before its first checkpoint is removed.
+    What an interrupted run left before the end of its first epoch is removed. A folder with a
+    finished epoch but no whole checkpoint is moved to `study/<name>.left-1`, `.left-2` and so on.
 
     Args:
         run: Of a plan, not finished.
     """
     if state_of(run) is State.CUT_OFF:
         return ["fit", f"--ckpt_path={checkpoint_of(run)}"]
-    if run.folder.exists():
+    if _holds_epoch(run.folder):
+        _move_aside(run)
+    elif run.folder.exists():
         shutil.rmtree(run.folder)
     write_json(book_of(run, "json"), {"arguments": run.arguments, "settings": run.settings})
     return [*run.arguments, f"--folder={run.folder}"]
+
+
+def _holds_epoch(folder: Path) -> bool:
+    """Whether anything in a folder comes from a finished epoch, be it damaged or not."""
+    try:
+        table = (folder / "metrics.csv").read_bytes().splitlines()
+    except OSError:
+        table = []
+    if len(table) > 1 or (table and not table[0].startswith(b"epoch")):
+        return True
+    return any(folder.rglob("*.ckpt")) or any(folder.glob("results*.json"))
+
+
+def _move_aside(run: PlannedRun) -> None:
+    numbers = (book_of(run, f"left-{number}") for number in count(1))
+    aside = next(path for path in numbers if not path.exists())
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    run.folder.rename(aside)
+    with book_of(run, "log").open("a", encoding="utf-8") as log:
+        log.write(f"{run.folder} has no whole checkpoint to go on from: moved to {aside}\n")
 
 
 def _is_bare(folder: Path) -> bool:

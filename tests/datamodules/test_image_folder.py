@@ -1,8 +1,13 @@
+import os
+import warnings
+
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from toy_datamodule import record
 
+from robust_flatness.callbacks import Flatness, WeightAveraging
 from robust_flatness.datamodules import ImageFolder
 
 SIZES = {"num_train_eval": 6, "num_val": 2, "num_test": 4, "batch_size": 4}
@@ -98,6 +103,106 @@ def test_only_images_count_and_grey_ones_become_rgb(root):
     assert train[5][0][:, 3, 3].tolist() == [200, 200, 200]
 
 
+def test_hidden_folders_are_skipped_at_any_depth(root):
+    image = root / "train" / "cat" / "0.png"
+    for hidden in (".ipynb_checkpoints", ".cache/deeper", "deep/.ipynb_checkpoints"):
+        folder = root / "train" / "cat" / hidden
+        folder.mkdir(parents=True)
+        (folder / "0-checkpoint.png").write_bytes(image.read_bytes())
+    (root / "train" / ".ipynb_checkpoints").mkdir()
+    (root / "train" / "cat" / "deep" / "5.png").write_bytes(image.read_bytes())
+    folder = ImageFolder(str(root), **SIZES)
+    assert folder.class_names == ["cat", "dog"]
+    assert len(folder.sources()[0]) == 11
+
+
+def test_links_are_followed_and_loops_end(root, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (root / "train" / "cat").rename(elsewhere / "cat")
+    (root / "train" / "cat").symlink_to(elsewhere / "cat")
+    (elsewhere / "more").mkdir()
+    (elsewhere / "more" / "5.png").write_bytes((elsewhere / "cat" / "0.png").read_bytes())
+    cat = elsewhere / "cat"
+    (cat / "more").symlink_to(elsewhere / "more")
+    (cat / "again").symlink_to(elsewhere / "more")
+    (elsewhere / "more" / "back").symlink_to(cat)
+    (cat / "self").symlink_to(cat)
+    # All classes would be cats.
+    (cat / "up").symlink_to(root / "train")
+    (cat / "around").symlink_to(root)
+    (cat / "a").symlink_to(cat / "b")
+    (cat / "b").symlink_to(cat / "a")
+    (cat / "6.png").symlink_to(elsewhere / "more" / "5.png")
+    with pytest.warns(UserWarning, match="Files left out, .*: 2, such as"):
+        train, _ = ImageFolder(str(root), **SIZES).sources()
+    assert train.labels.tolist() == [0] * 7 + [1] * 5
+
+
+def test_files_that_are_no_images_are_counted_once(root):
+    for name in ("train/1.png", "train/cat/notes.txt", "train/dog/x.gif", "test/dog/Thumbs.db"):
+        (root / name).write_text("no image")
+    folder = ImageFolder(str(root), **SIZES)
+    with pytest.warns(UserWarning, match="Files left out, .*: 4, such as .*train/1.png"):
+        folder.setup()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert (folder.num_classes, len(folder.mean)) == (2, 3)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_what_is_no_regular_file_is_refused_before_it_is_opened(root, in_memory):
+    path = root / "train" / "cat" / "9.png"
+    for make in (
+        lambda: os.mkfifo(path),
+        lambda: path.symlink_to("/dev/zero"),
+        lambda: path.symlink_to(root / "nowhere.png"),
+        lambda: path.symlink_to(path),
+    ):
+        make()
+        with pytest.raises(ValueError, match=r"Expected .*9.png to be a file but it is a FIFO"):
+            ImageFolder(str(root), in_memory=in_memory, **SIZES).setup()
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("mean", [0.1, float("nan"), 0.1]),
+        ("mean", [0.1, 0.1, float("inf")]),
+        ("mean", [0.1, 0.1, 1e39]),
+        ("std", [0.1, 0.1, float("nan")]),
+        ("std", [float("inf"), 0.1, 0.1]),
+        ("std", [0.1, 0.0, 0.1]),
+        ("std", [0.1, -0.1, 0.1]),
+        ("std", [0.1, 1e-50, 0.1]),
+    ],
+)
+def test_statistics_that_normalise_nothing_are_refused(name, values):
+    with pytest.raises(ValueError, match=f"Expected each value of `{name}` to be finite"):
+        ImageFolder("data", **{name: values})
+    normalization = [values if name == part else [0.5] * 3 for part in ("mean", "std")]
+    with pytest.raises(ValueError, match=f"Expected each value of `{name}` to be finite"):
+        Flatness(normalization=normalization)
+    with pytest.raises(ValueError, match=f"Expected each value of `{name}` to be finite"):
+        WeightAveraging(normalization=normalization)
+
+
+def test_images_of_one_colour_have_no_statistics(root):
+    for path in root.glob("*/*/*.png"):
+        Image.new("RGB", (8, 6), (9, 9, 9)).save(path)
+    with pytest.raises(ValueError, match="Expected pixels that differ in each channel"):
+        _ = ImageFolder(str(root), **SIZES).std
+
+
+def test_gray_images_of_16_bits_are_scaled(root):
+    pixels = np.random.default_rng(0).integers(0, 65536, (6, 8), dtype=np.uint16)
+    for path in root.glob("*/*/*.png"):
+        Image.fromarray(pixels).save(path)
+    image, _ = ImageFolder(str(root), **SIZES).split_dataset("train")[0]
+    expected = torch.from_numpy(pixels / 65535).float().expand(3, -1, -1)
+    assert torch.allclose(image, expected, atol=0.51 / 255)
+
+
 def truncate(root):
     path = root / "train" / "dog" / "0.png"
     path.write_bytes(path.read_bytes()[:60])
@@ -125,6 +230,7 @@ def no_class(root):
         (root / "train" / name).rename(root / name)
 
 
+@pytest.mark.parametrize("in_memory", [True, False])
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -136,10 +242,10 @@ def no_class(root):
         (no_class, r"Expected one folder a class in .*train but got none"),
     ],
 )
-def test_a_damaged_folder_is_one_sentence(root, damage, message):
+def test_a_damaged_folder_is_one_sentence(root, damage, message, in_memory):
     damage(root)
     with pytest.raises(ValueError, match=message):
-        ImageFolder(str(root), **SIZES).setup()
+        ImageFolder(str(root), in_memory=in_memory, **{**SIZES, "num_test": 6}).setup()
 
 
 def test_too_few_test_images_are_one_sentence(root):

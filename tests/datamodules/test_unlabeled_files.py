@@ -109,6 +109,123 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path, protocol):
     assert trace.exists()
 
 
+def reduced(function, *args, state=None):
+    """An object that is pickled as a call of `function`, and as what sets its state."""
+
+    class Call:
+        def __reduce__(self):
+            return (function, args) if state is None else (function, args, state)
+
+    return Call()
+
+
+RECONSTRUCT = IMAGES.__reduce__()[0]
+FROMBUFFER = IMAGES.__reduce_ex__(5)[0]
+OBJECTS = np.dtype([("image", "O")])
+# A record with an object, whose flags say that it has none.
+DISGUISED = (3, "|", None, ("a",), {"a": (np.dtype("O"), 0)}, 8, 1, 0)
+POINTERS = reduced(np.dtype, "V8", False, True, state=DISGUISED)
+EMPTY = (np.ndarray, (0,), b"b")
+STATE = IMAGES.__reduce__()[2]
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        np.array([[b"x", None]], dtype=object),
+        np.zeros((6, 4, 5, 3), OBJECTS),
+        np.zeros(6, [("image", "u1", (4, 5, 3))]),
+        np.array([b"bytes"]),
+        np.array(["text"]),
+        np.array(["2020-01-01"], dtype="M8[D]"),
+        np.zeros(3, complex),
+        np.float64,
+        OBJECTS,
+        # The bytes of an array of objects would be taken for pointers.
+        reduced(np.ndarray, (2,), "O", bytes(16)),
+        reduced(np.ndarray, (6, 4, 5, 3), "u1", IMAGES.tobytes()),
+        reduced(FROMBUFFER, bytes(16), np.dtype("O"), (2,), "C"),
+        reduced(FROMBUFFER, IMAGES.tobytes(), np.dtype("u1"), (6, 4, 5, 4), "C"),
+        reduced(FROMBUFFER, IMAGES.tobytes(), np.dtype("u1"), (-6, 4, 5, -3), "C"),
+        reduced(FROMBUFFER, IMAGES.tobytes(), np.dtype("u1"), (2**62, 2**62, 0, 1), "C"),
+        reduced(RECONSTRUCT, *EMPTY, state=(1, (2,), OBJECTS, False, [None, None])),
+        reduced(RECONSTRUCT, *EMPTY, state=(1, (2,), POINTERS, False, bytes(range(16)))),
+        reduced(RECONSTRUCT, *EMPTY, state=(*STATE[:4], STATE[4][1:])),
+        reduced(RECONSTRUCT, *EMPTY, state=(1, (6, 4, 5, 3), "u1", False, IMAGES.tobytes())),
+        reduced(RECONSTRUCT, *EMPTY, state={"array": None}),
+        reduced(RECONSTRUCT, *EMPTY),
+        reduced(np.dtype, "u1", False, True, state=(3, "|", None, ("a",), {"a": 1}, 8, 1, 0)),
+        reduced(np.dtype, "u1", False, True, state=(3, "|", (np.dtype("u1"), (2,)), *[None] * 5)),
+        {1, 2},
+        frozenset([1]),
+        {(1, 2): 3},
+        bytearray(3),
+    ],
+)
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_only_plain_arrays_of_numbers_are_read(tmp_path, images, protocol):
+    path = save_pickle({**CARMON, "data": images}, tmp_path / "x.pickle", protocol)
+    with pytest.raises(ValueError, match=r"Expected .*x.pickle"):
+        read_unlabeled(path, num_classes=3)
+
+
+def nested(depth):
+    """A pickle of a dictionary whose key is a tuple that holds a tuple, and so on."""
+    return b"\x80\x04})" + b"\x85" * depth + b"Ns."
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        nested(300_000),
+        b"\x80\x04]" + nested(300_000)[3:-2] + b"N\x86a.",  # a list of pairs
+        b"\x80\x02}r\xff\xff\xff\xff.",  # the memory of a number of a memo
+        b"\x80\x05\x96" + (2**33).to_bytes(8, "little") + b".",  # of an array of bytes
+        b"\x80\x04\x8e" + (2**33).to_bytes(8, "little") + b".",  # of bytes
+        b"\x80\x04\x95" + (2**33).to_bytes(8, "little") + b"}.",  # of a frame
+        # The defaults of the function that turns text into bytes.
+        b"\x80\x02c_codecs\nencode\nN}U\x0c__defaults__(U\x01xU\x06latin1tsb.",
+    ],
+)
+def test_pickles_cannot_exhaust_or_change_the_process(tmp_path, content):
+    (tmp_path / "x.pickle").write_bytes(content)
+    with pytest.raises(ValueError, match=r"Expected .*x.pickle"):
+        read_unlabeled(tmp_path / "x.pickle", num_classes=3)
+
+
+def mutated(content: bytes, random: np.random.Generator) -> bytes:
+    """Changes, takes out, doubles or inserts a few bytes."""
+    damaged = bytearray(content)
+    for _ in range(random.integers(1, 4)):
+        start = int(random.integers(len(damaged) + 1))
+        end = start + int(random.integers(0, 9))
+        new = random.integers(256, size=end - start, dtype=np.uint8).tobytes()
+        damaged[start : start if random.random() < 0.3 else end] = (
+            new if random.random() < 0.6 else damaged[start:end] * int(random.integers(0, 3))
+        )
+    return bytes(damaged)
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 3, 4, 5])
+def test_a_damaged_pickle_is_one_sentence_or_valid_images(tmp_path, protocol):
+    # More of them: FUZZ=100000 pytest tests/datamodules/test_unlabeled_files.py
+    small = {"data": IMAGES[:2, :1, :2], "extrapolated_targets": LABELS[:2], "name": "wrn"}
+    content = pickle.dumps({**small, "other": np.float64(1)}, protocol)
+    random, path = np.random.default_rng(protocol), tmp_path / "x.pickle"
+    sentences: list[str] = []
+    for _ in range(int(os.environ.get("FUZZ", "150"))):
+        path.write_bytes(mutated(content, random))
+        try:
+            images = read_unlabeled(path, num_classes=3)
+        except ValueError as error:
+            sentences.append(str(error))
+        else:
+            pixels, labels = images.__getitems__(range(len(images)))
+            assert (pixels.dtype, pixels.ndim, labels.shape) == (torch.uint8, 4, pixels.shape[:1])
+    assert len(sentences) > 10
+    assert all(str(path) in sentence for sentence in sentences)
+
+
 @pytest.mark.parametrize("name", ["builtins eval", "numpy load", "numpy.ctypeslib load_library"])
 def test_only_what_arrays_need_is_looked_up(tmp_path, name):
     module, function = name.split()

@@ -1,16 +1,24 @@
 """A whole report: what it writes, what it leaves out, and what the command says."""
 
 import csv
+import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
+from rich.console import Console
 from run_factory import EARLY_STOPPED, FINAL, make_run, write_metrics, write_run
 
 from robust_flatness.cli import main
 from robust_flatness.reporting.landscape_file import Landscape
+from robust_flatness.reporting.models import group_models
 from robust_flatness.reporting.report import write_report
+from robust_flatness.reporting.study_figures import flatness_figure
+from robust_flatness.reporting.summary import summary_table
+from robust_flatness.reporting.table1 import table1
+from robust_flatness.reporting.table1_text import terminal_table
 
 METHODS = ("at", "at_awp", "trades", "mart")
 
@@ -39,6 +47,13 @@ def study(tmp_path_factory) -> Path:
     unfinished.mkdir()
     (unfinished / "config.yaml").touch()
     write_metrics(unfinished, [{"epoch": 0}, {"epoch": 1}])
+    for name, wrong in (("x", {"seed": "x"}), ("inf", {"epochs": 1e999}), ("5", {"data": 5})):
+        path = write_run(root / "wrong" / name, make_run("gelu", 3)) / "results.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | wrong))
+    red = root / "[" / "red]"
+    red.mkdir(parents=True)
+    (red / "config.yaml").touch()
+    (red / "metrics.csv").write_bytes(b"\xff\x00\n")
     other = root / "other"
     write_run(other, make_run("at", 0, data="CIFAR10", folder=other))
     again = root / "copied"
@@ -78,7 +93,14 @@ def test_models_are_those_of_the_finished_runs(report):
 
 def test_what_is_left_out_is_told_with_its_reason(report):
     reasons = {folder.name: reason for folder, reason in report.left_out}
-    assert set(reasons) == {"broken", "torn", "old", "unfinished", "other", "copied"}
+    assert set(reasons) == {
+        *("broken", "torn", "old", "unfinished", "other", "copied"),
+        *("x", "inf", "5", "red]"),
+    }
+    assert reasons["x"].endswith("format (`seed` is 'x', no integer >= 0)")
+    assert reasons["inf"].endswith("format (`epochs` is inf, no integer >= 0)")
+    assert reasons["5"].endswith("format (`data` is 5, no name in one line)")
+    assert reasons["red]"] == "not finished: no epoch was recorded"
     assert "results.json is broken" in reasons["broken"]
     assert "landscapes.npz is broken or not of landscapes" in reasons["torn"]
     assert "older format, without trajectory" in reasons["old"]
@@ -122,9 +144,28 @@ def test_the_command_says_what_it_found_and_left_out(study, tmp_path, capsys, mo
     text = " ".join(capsys.readouterr().out.split())
     assert "RLoss and flatness: Pearson 1.00, Spearman 1.00; 4 models: too few for an" in text
     assert "unfinished not finished: 2 epochs were recorded" in text
+    assert "wrong/x results.json is of another format (`seed` is 'x', no integer >= 0)" in text
+    assert "study0/[/red] not finished: no epoch was recorded" in text
     assert "8 runs, 4 models" in text
     assert "report/index.html" in text
     assert Path("report/index.html").is_file()
+
+
+def test_names_are_shown_as_they_are(capsys):
+    names = (r"$\foo$", "[/red]", "a$b$ <b>")
+    models = group_models([make_run(name, data=r"$\bar$", final=FINAL) for name in names])
+    figure = flatness_figure(models, title=r"on $\bar$ [/red]")
+    figure.savefig(io.BytesIO(), dpi=30)
+    shown = {text.get_text() for text in figure.findobj(Text)}
+    assert {*names, r"on $\bar$ [/red]"} <= shown
+    table = table1(models)
+    for drawn in (
+        terminal_table(table),
+        summary_table({"method": "[/red]", "data": "[/b]"}, folder="[/i]"),
+    ):
+        Console(width=100).print(drawn)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in (*names, r"$\bar$", "[/red] on [/b]", ": [/i]"))
 
 
 @pytest.mark.parametrize(

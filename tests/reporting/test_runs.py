@@ -1,4 +1,5 @@
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -152,3 +153,83 @@ def test_broken_landscapes_say_so(tmp_path):
 def test_root_must_be_a_folder(tmp_path):
     with pytest.raises(ValueError, match="Expected `runs` to be a folder"):
         read_runs(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"seed": "x"}, "`seed` is 'x', no integer >= 0"),
+        ({"seed": True}, "`seed` is True"),
+        ({"seed": 1.5}, "`seed` is 1.5"),
+        ({"epochs": float("inf")}, "`epochs` is inf, no integer >= 0"),
+        ({"epochs": -1}, "`epochs` is -1"),
+        ({"epochs": [4]}, r"`epochs` is [4]"),
+        ({"num_classes": -5}, "`num_classes` is -5, no integer >= 1"),
+        ({"num_classes": "10"}, "`num_classes` is '10'"),
+        ({"early_stopped_epoch": -1}, "`early_stopped_epoch` is -1"),
+        ({"wall_time_seconds": "long"}, "`wall_time_seconds` is 'long', no number >= 0"),
+        ({"method": ["at"]}, "`method` is ['at'], no name in one line"),
+        ({"method": "two\nlines"}, "`method` is"),
+        ({"method": ""}, "`method` is ''"),
+        ({"method": "x" * 1000}, "`method` is 'xxx"),
+        ({"data": 3}, "`data` is 3"),
+        ({"data": "\ud800"}, "surrogates not allowed"),
+        ({"settings": [1]}, "`settings` is [1], no mapping"),
+        ({"settings": {"model": 10**400}}, "too many digits"),
+        ({"final": {"test/error": 50.0}}, "`final` has test/error 50, no share of 1"),
+        ({"early_stopped": {"test/robust_error": -0.5}}, "no share of 1"),
+        ({"num_examples": {"test/error": "200"}}, "`test/error` is '200', no integer >= 1"),
+        ({"num_examples": {"test/error": 0}}, "`test/error` is 0"),
+        ({"num_examples": [200]}, "`num_examples` is [200]"),
+        ({"trajectory": {"epoch": 1}}, "`trajectory` is no list of mappings"),
+        ({"trajectory": [{"epoch": "1"}]}, "`epoch` is '1'"),
+        ({"trajectory": [{"epoch": 10**400}]}, "too many digits"),
+        ({"versions": ["torch"]}, "`versions` is ['torch']"),
+        ({"hardware": {"gpus": 2}}, "no list of `gpus`"),
+    ],
+)
+def test_values_of_wrong_types_are_named(tmp_path, changes, said):
+    change(write_run(tmp_path, make_run()), **changes)
+    assert reason(tmp_path).startswith("results.json is of another format (")
+    assert said in reason(tmp_path)
+
+
+def test_results_that_are_nested_too_deeply_are_left_out(tmp_path):
+    change(write_run(tmp_path, make_run()), settings={"a": json.loads("[" * 100 + "]" * 100)})
+    assert "nested too deeply" in reason(tmp_path)
+    (tmp_path / "results.json").write_text("[" * 100_000 + "]" * 100_000)
+    assert reason(tmp_path).startswith("results.json is broken (")
+
+
+def test_a_run_that_ended_in_its_first_epoch_and_one_of_one_class_are_read(tmp_path):
+    change(write_run(tmp_path, make_run()), epochs=0, num_classes=1)
+    run = read_run(tmp_path)
+    assert (run.epochs, run.num_classes) == (1, 1)
+
+
+def test_huge_figures_and_truth_are_no_numbers(tmp_path):
+    final = {"test/robust_loss": 1e300, "test/error": True, "train/loss": 10**18, "x": -1e200}
+    change(write_run(tmp_path, make_run()), final=final, early_stopped=final)
+    assert read_run(tmp_path).final == {"train/loss": 1e18}
+
+
+@pytest.mark.parametrize(
+    ("coordinates", "losses"),
+    [
+        (np.zeros(3), np.zeros((2, 4, 5))),
+        (np.zeros(3), np.zeros((2, 3))),
+        (np.zeros(0), np.zeros((2, 0, 5))),
+        (np.array([0, np.nan, 1]), np.zeros((2, 3, 5))),
+        (np.zeros(3), np.full((2, 3, 5), "a")),
+    ],
+)
+def test_landscapes_of_other_shapes_are_left_out(tmp_path, coordinates, losses):
+    landscapes = {"final/random": Landscape(coordinates, losses)}
+    write_run(tmp_path, make_run(), landscapes=landscapes)
+    assert reason(tmp_path).startswith("landscapes.npz is broken or not of landscapes (Expected")
+
+
+def test_a_fifo_in_place_of_a_table_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "metrics.csv")
+    os.mkfifo(tmp_path / "results.json")
+    assert reason(tmp_path) == "not finished: no epoch was recorded"

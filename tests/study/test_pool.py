@@ -20,7 +20,7 @@ from robust_flatness.study.devices import visible_devices
 from robust_flatness.study.estimate import plan_table, seconds_left
 from robust_flatness.study.pool import Pool
 from robust_flatness.study.progress import StudyProgress
-from robust_flatness.study.state import book_of, check_same_study, epochs_done
+from robust_flatness.study.state import arguments_now, book_of, check_same_study, epochs_done
 
 STAND_IN = str(Path(__file__).with_name("stand_in.py"))
 
@@ -223,6 +223,57 @@ def test_damaged_results_and_checkpoints_are_none(plan):
     assert state_of(plan[0]) is State.NEW
     quiet_pool().run(plan[:1])
     assert state_of(plan[0]) is State.FINISHED
+
+
+def write_table(folder, content=b"epoch\n0\n"):
+    (folder / "metrics.csv").write_bytes(content)
+
+
+def write_checkpoint(folder, content=b"PK half", name="checkpoints/last.ckpt"):
+    path = folder / name
+    path.parent.mkdir()
+    path.write_bytes(content)
+
+
+def tree(folder):
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize(
+    "leave",
+    [
+        write_table,
+        lambda folder: write_table(folder, b"\xff\x00\xfe"),
+        write_checkpoint,
+        lambda folder: write_checkpoint(folder, b""),
+        lambda folder: write_checkpoint(folder, name="checkpoints/best.ckpt"),
+        lambda folder: write_checkpoint(folder, name="mine/epoch=3.ckpt"),
+        lambda folder: (folder / "results.json").write_text('{"method": 3}'),
+        lambda folder: (folder / "results_test.json").touch(),
+    ],
+)
+def test_a_folder_with_a_finished_epoch_is_never_removed(plan, tmp_path, leave):
+    run = plan[0]
+    for number in (1, 2):
+        run.folder.mkdir()
+        leave(run.folder)
+        left = tree(run.folder)
+        assert epochs_done(run) in (0, 1)
+        assert state_of(run) is State.NEW
+        assert arguments_now(run)[-1] == f"--folder={run.folder}"
+        assert not run.folder.exists()
+        aside = tmp_path / "study" / f"{run.name}.left-{number}"
+        assert tree(aside) == left
+        assert f"moved to {aside}" in book_of(run, "log").read_text()
+
+
+def test_a_run_without_a_checkpoint_starts_anew_beside_its_old_folder(plan, tmp_path):
+    plan[0].folder.mkdir()
+    write_table(plan[0].folder)
+    quiet_pool().run(plan[:1])
+    assert state_of(plan[0]) is State.FINISHED
+    assert (tmp_path / "study" / f"{plan[0].name}.left-1" / "metrics.csv").is_file()
 
 
 def test_each_run_gets_a_gpu_or_its_share_of_the_cores(monkeypatch):

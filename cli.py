@@ -1,6 +1,7 @@
 """The command line: `python cli.py fit --model ATAWP`, or `robust-flatness fit --model ATAWP`."""
 
 import logging
+import os
 import shutil
 import sys
 import warnings
@@ -9,6 +10,11 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, NoReturn
 
+from robust_flatness.configs.environment import check_environment
+
+check_environment()
+
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
@@ -17,6 +23,14 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from robust_flatness.callbacks import Results
+from robust_flatness.configs.checkpoints import Shapes, check_checkpoint, check_weights
+from robust_flatness.configs.checks import (
+    LINKED,
+    check_linked,
+    check_resumed,
+    check_settings,
+    left_out,
+)
 from robust_flatness.configs.commands import run_command
 from robust_flatness.configs.components import (
     DEFAULT_CALLBACKS,
@@ -26,8 +40,9 @@ from robust_flatness.configs.components import (
     known_classes,
 )
 from robust_flatness.configs.compose import DEFAULTS, EXTERNAL, compose, run_folder_of
-from robust_flatness.configs.parser import Parser
-from robust_flatness.lightning_modules.loading import class_written
+from robust_flatness.configs.parser import Parser, refusing, set_known, told
+from robust_flatness.lightning_modules.at import CLASS_KEY
+from robust_flatness.lightning_modules.loading import read_checkpoint
 from robust_flatness.loggers import EpochCSVLogger, make_wandb_logger
 
 for message in (".*LeafSpec.*", ".*does not have many workers.*"):
@@ -60,7 +75,7 @@ class CLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the default callbacks and links what the data knows into the model."""
-        for name in ("num_classes", "in_channels", "mean", "std"):
+        for name in LINKED:
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
         for name, callback in DEFAULT_CALLBACKS.items():
             skip = {"dataset", "datasets", "normalization"}
@@ -92,60 +107,53 @@ class CLI(LightningCLI):
         parser.add_argument("--log_checkpoints", action="store_true", help=text)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Puts presets, files and options into one order first."""
+        """Puts presets, files and options into one order first, and checks what came out."""
         arguments = list(sys.argv[1:] if args is None else args)
-        try:
+        with refusing(parser, arguments[1:]):
             if arguments and arguments[0] in self.subcommands():
                 arguments = compose(arguments, known_classes())
+                self._settings = yaml.safe_load(arguments[2])
+                set_known(parser, self._parser(arguments[0]), self._settings)
             elif not {"-h", "--help"} & set(arguments):
                 commands = ", ".join([*self.subcommands(), *COMMANDS])
                 came = arguments[0] if arguments else "nothing"
                 raise ValueError(f"Expected one of {commands} to come first but got {came}.")
-        except ValueError as error:
-            parser.error(str(error))
-        self.config = parser.parse_args(arguments)
+            self.config = parser.parse_args(arguments)
+            if self._external and self.config.subcommand == "fit":
+                raise ValueError("Expected `test` for External, which only measures, but got fit.")
+            check_settings(self.config[self.config.subcommand])
 
     def before_instantiate_classes(self) -> None:
-        """Checks names, and lets `test` leave the run's config.yaml alone."""
-        if self._external and self.subcommand == "fit":
-            self.parser.error("Expected `test` for External, which is only measured, but got fit.")
-        if self.config[self.subcommand].trainer.max_epochs == 0:
-            # Found later, it would leave an empty run on W&B.
-            self.parser.error("Expected `--trainer.max_epochs` to be >= 1 but got 0.")
-        name = self.config[self.subcommand].name
-        if name is not None and Path(name).name != name:
-            self.parser.error(f"Expected `--name` to be a folder's name but got {name!r}.")
-        unknown = self._left_out() - set(LEAVABLE)
-        if unknown:
-            self.parser.error(
-                f"Expected `--without` to name some of {', '.join(LEAVABLE)} but got "
-                f"{', '.join(sorted(unknown))}."
-            )
+        """Lets `test` leave the run's config.yaml alone."""
         if self.subcommand == "test":
             self.save_config_callback = None
 
     def _parse_ckpt_path(self) -> None:
-        """Checks the checkpoint's class; its settings come from its run's config.yaml."""
-        path = self.config[self.config.subcommand].get("ckpt_path")
+        """Checks the checkpoint; its settings are those of the configuration already."""
+        self._saved: Shapes | None = None
+        config = self.config[self.config.subcommand]
+        path = config.get("ckpt_path")
         if not path and self.config.subcommand == "test" and not self._external:
             self.parser.error("Expected `--ckpt_path` to name a checkpoint to test but got none.")
-        if not path:
+        if path is None:
             return
         # Lightning would go on with an untrained network where it finds no `last` or `best`.
         if not Path(path).is_file():
-            self.parser.error(f"Expected `--ckpt_path` to be a checkpoint file but got {path}.")
-        try:
-            written = class_written(path, "--ckpt_path")
-        except ValueError as error:
-            self.parser.error(str(error))
-        asked = self.config[self.config.subcommand].model.class_path.rsplit(".", 1)[-1]
-        if written is not None and written != asked:
             self.parser.error(
-                f"Expected `--ckpt_path` to be a checkpoint of {asked} but {path} is one of "
-                f"{written}."
+                f"Expected `--ckpt_path` to be a checkpoint file but got {path or 'none'}."
             )
-        if run_folder_of(path) is None:
-            super()._parse_ckpt_path()
+        with refusing(self.parser):
+            content = read_checkpoint(path, "--ckpt_path")
+            written = content.get(CLASS_KEY)
+            asked = config.model.class_path.rsplit(".", 1)[-1]
+            if written is not None and written != asked:
+                raise ValueError(
+                    f"Expected `--ckpt_path` to be a checkpoint of {asked} but {path} is one of "
+                    f"{written}."
+                )
+            check_resumed(config)
+            resume, epochs = self.config.subcommand == "fit", config.trainer.max_epochs
+            self._saved = check_checkpoint(content, path, resume=resume, max_epochs=epochs)
 
     @property
     def _external(self) -> bool:
@@ -155,10 +163,14 @@ class CLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Builds everything; bad arguments end in one sentence."""
         self._folder: Path | None = None
+        config = self.config[self.subcommand]
         try:
             super().instantiate_classes()
-        except REFUSALS as error:
-            self._refuse(error)
+            check_linked(config, self._settings, self.parser.typed, self.datamodule)
+            if self._saved is not None:
+                check_weights(self.model, self._saved, config.ckpt_path)
+        except Exception as error:
+            self._refuse(error if isinstance(error, REFUSALS) else ValueError(told(error)))
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Runs it; what is found to be wrong before anything is trained ends in one sentence."""
@@ -209,8 +221,7 @@ class CLI(LightningCLI):
         return self.config[self.subcommand].name or type(self.model).__name__
 
     def _left_out(self) -> set[str]:
-        without = self.config[self.subcommand].without
-        return {without} if isinstance(without, str) else set(without)
+        return left_out(self.config[self.subcommand])
 
     def _loggers(self) -> list[Logger] | bool:
         """The run's own table, and W&B unless the user named other loggers.
@@ -274,6 +285,9 @@ def main(args: Sequence[str] | None = None, cli_class: type[CLI] = CLI) -> None:
         args: Arguments; `None` takes those of the process.
         cli_class: What `fit` and `test` are built by.
     """
+    # Behind all else, so that a user's file never hides a package; DDP's processes come here too.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     arguments = list(sys.argv[1:] if args is None else args)
     if arguments and arguments[0] in COMMANDS:
         run_command(resolve_name(COMMANDS[arguments[0]]), arguments)

@@ -132,7 +132,10 @@ def test_the_command_says_what_it_found_and_left_out(study, tmp_path, capsys, mo
     [
         (["nowhere"], "Expected `runs` to be a folder with run folders but got nowhere."),
         ([], "runs"),
-        (["{study}", "--data=MNIST"], "Expected `data` to be one of Digits, CIFAR10 but got MNIST"),
+        (
+            ["{study}", "--data=MNIST"],
+            "Expected `--data` to be one of Digits, CIFAR10 but got MNIST",
+        ),
         (["{study}/unfinished"], "Expected `runs` to hold a finished run but got"),
     ],
 )

@@ -143,6 +143,11 @@ def _share(merged: Mapping[str, Any], share: Any) -> int:
         check_number("epochs_share", float(share), low=sys.float_info.min)
     except (TypeError, ValueError) as error:
         raise ValueError(f"Expected `epochs_share` to be a number > 0 but got {share}.") from error
+    if not isinstance(merged["trainer"]["max_epochs"], int):
+        raise ValueError(
+            "Expected `--trainer.max_epochs` to be an integer beside `epochs_share` but got "
+            f"{merged['trainer']['max_epochs']}."
+        )
     return max(1, round(merged["trainer"]["max_epochs"] * float(share)))
 
 

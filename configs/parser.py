@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from traceback import extract_tb
@@ -25,7 +25,7 @@ class Parser(LightningArgumentParser):
 
     typed: Sequence[Option] = ()
     settings: Mapping[str, Any] | None = None
-    known: Callable[[], Sequence[str]] | None = None
+    known: Callable[[], Iterable[str]] | None = None
 
     def print_usage(self, file: Any = None) -> None:
         """Prints the usage where it was asked for, and not in front of an error."""
@@ -38,7 +38,7 @@ class Parser(LightningArgumentParser):
             # A parser inside of another one, whose error is a part of the account.
             super().error(message, ex)
         known = self.known or self.get_defaults().keys
-        self.refuse(one_sentence(message, self.typed, list(known()), self.settings))
+        self.refuse(one_sentence(message, self.typed, known, self.settings))
 
     def refuse(self, sentence: str) -> NoReturn:
         """Ends with status 2.

@@ -1,7 +1,7 @@
 """One sentence out of what jsonargparse, Lightning or a class says of a bad argument."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from pkgutil import resolve_name
@@ -37,7 +37,7 @@ _TYPE = re.compile(
 def one_sentence(
     message: str,
     typed: Sequence[Option] = (),
-    names: Sequence[str] = (),
+    names: Callable[[], Iterable[str]] = list,
     settings: Mapping[str, Any] | None = None,
 ) -> str:
     r"""The sentence that says what is wrong, out of an account of all that a parser tried.
@@ -45,7 +45,7 @@ def one_sentence(
     Args:
         message: The message of a parser, or of an exception.
         typed: The options as they were typed.
-        names: Known options, from which the nearest ones of a misspelt one are suggested.
+        names: Lists the known options, from which the nearest of a misspelt one are suggested.
         settings: The configuration that files make.
 
     Returns:
@@ -54,7 +54,7 @@ def one_sentence(
     Example:
         >>> one_sentence('Parser key "final.steps":\n  Expected a <class \'int\'>. Got value: abc')
         'Expected `--final.steps` to be an integer but got abc.'
-        >>> one_sentence("unrecognized arguments: --modle.eps=1", names=["model.eps", "data.eps"])
+        >>> one_sentence("unrecognized arguments: --modle.eps=1", names=lambda: ["model.eps", "data.eps"])
         'Expected an option that exists but got `--modle.eps`; did you mean `--model.eps`?'
         >>> one_sentence("Expected `w_max` to be > 0 but got -1.", [Option("c.w_max", "-1", ())])
         'Expected `--c.w_max` to be > 0 but got -1.'
@@ -113,7 +113,9 @@ def options_of(class_path: str) -> list[str]:
     return [key.replace("init_args.", "").removesuffix(".class_path") for key in keys]
 
 
-def _of_arguments(message: str, typed: Sequence[Option], names: Sequence[str]) -> str | None:
+def _of_arguments(
+    message: str, typed: Sequence[Option], names: Callable[[], Iterable[str]]
+) -> str | None:
     """What argparse says of arguments as such."""
     unknown = re.search(r"unrecognized arguments: (.*)", message, re.DOTALL)
     if unknown:
@@ -122,7 +124,7 @@ def _of_arguments(message: str, typed: Sequence[Option], names: Sequence[str]) -
         if options:
             name = options[0].partition("=")[0]
             return f"Expected an option that exists but got `{name}`" + nearest(
-                name.lstrip("-"), names
+                name.lstrip("-"), list(names())
             )
         switch = [option.name for option in typed if option.value == words[0]]
         if switch:
@@ -130,7 +132,9 @@ def _of_arguments(message: str, typed: Sequence[Option], names: Sequence[str]) -
         return f"Expected options such as `--name=value` but got {words[0]} without an option."
     key = re.search(r"does not accept option '([^']+)'", message)
     if key:
-        return f"Expected an option that exists but got `--{key[1]}`" + nearest(key[1], names)
+        return f"Expected an option that exists but got `--{key[1]}`" + nearest(
+            key[1], list(names())
+        )
     alone = re.search(r"argument (?:--)?([^\s/:,]+).*: expected .*argument", message)
     if alone:
         return f"Expected `--{alone[1]}` to have a value but got none."

@@ -54,7 +54,8 @@ def one_sentence(
     Example:
         >>> one_sentence('Parser key "final.steps":\n  Expected a <class \'int\'>. Got value: abc')
         'Expected `--final.steps` to be an integer but got abc.'
-        >>> one_sentence("unrecognized arguments: --modle.eps=1", names=lambda: ["model.eps", "data.eps"])
+        >>> known = lambda: ["model.eps", "data.eps"]
+        >>> one_sentence("unrecognized arguments: --modle.eps=1", names=known)
         'Expected an option that exists but got `--modle.eps`; did you mean `--model.eps`?'
         >>> one_sentence("Expected `w_max` to be > 0 but got -1.", [Option("c.w_max", "-1", ())])
         'Expected `--c.w_max` to be > 0 but got -1.'

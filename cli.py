@@ -40,6 +40,7 @@ from robust_flatness.configs.components import (
     known_classes,
 )
 from robust_flatness.configs.compose import DEFAULTS, EXTERNAL, compose, run_folder_of
+from robust_flatness.configs.normalization import hand_on_normalization
 from robust_flatness.configs.parser import Parser, refusing, set_known, told
 from robust_flatness.lightning_modules.at import CLASS_KEY
 from robust_flatness.lightning_modules.loading import read_checkpoint
@@ -170,7 +171,7 @@ class CLI(LightningCLI):
             if self._saved is not None:
                 check_weights(self.model, self._saved, config.ckpt_path)
         except Exception as error:
-            self._refuse(error if isinstance(error, REFUSALS) else ValueError(told(error)))
+            self._refuse(ValueError(told(error)))
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Runs it; what is found to be wrong before anything is trained ends in one sentence."""
@@ -196,6 +197,7 @@ class CLI(LightningCLI):
         if trainer.enable_progress_bar is not False and not bars:
             own = [RichProgressBar(), *own]
         trainer.callbacks = [*own, *self._default_callbacks()]
+        hand_on_normalization(self.datamodule, self.model, trainer.callbacks)
         return super().instantiate_trainer(logger=self._loggers(), **kwargs)
 
     def _default_callbacks(self) -> list[Callback]:

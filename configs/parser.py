@@ -8,6 +8,7 @@ from pathlib import Path
 from traceback import extract_tb
 from typing import Any, NoReturn
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 
 from robust_flatness.configs.options import Option, read_options
@@ -63,19 +64,24 @@ def refusing(parser: Any, arguments: Sequence[str] | None = None) -> Iterator[No
     try:
         yield
     except Exception as error:
-        parser.error(str(error) if isinstance(error, (ValueError, OSError)) else told(error))
+        parser.error(told(error))
 
 
 def told(error: Exception) -> str:
-    """An exception with its type and the line that raised it.
+    """What an exception says, with its type and line if it was not raised for the user to read.
 
     Example:
-        >>> told(RecursionError("too deep"))
-        'RecursionError: too deep.'
+        >>> told(RecursionError("too deep")), told(ValueError("Expected a b but got c."))
+        ('RecursionError: too deep.', 'Expected a b but got c.')
     """
-    frames = extract_tb(error.__traceback__)
+    cause: BaseException = error
+    while "Does not validate" in str(cause) and cause.__cause__ is not None:
+        cause = cause.__cause__
+    if isinstance(cause, (ValueError, OSError, MisconfigurationException)):
+        return str(error)
+    frames = extract_tb(cause.__traceback__)
     line = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}".rstrip(". ") + f"{line}."
+    return f"{type(cause).__name__}: {cause}".rstrip(". ") + f"{line}."
 
 
 def set_known(parser: Any, subparser: Any, settings: Mapping[str, Any]) -> None:

@@ -42,6 +42,8 @@ from robust_flatness.configs.components import (
 from robust_flatness.configs.compose import DEFAULTS, EXTERNAL, compose, run_folder_of
 from robust_flatness.configs.normalization import hand_on_normalization
 from robust_flatness.configs.parser import Parser, refusing, set_known, told
+from robust_flatness.datamodules import RobustDataModule
+from robust_flatness.datamodules.global_batches import GlobalBatches
 from robust_flatness.lightning_modules.at import CLASS_KEY
 from robust_flatness.lightning_modules.loading import read_checkpoint
 from robust_flatness.loggers import EpochCSVLogger, make_wandb_logger
@@ -168,6 +170,10 @@ class CLI(LightningCLI):
         try:
             super().instantiate_classes()
             check_linked(config, self._settings, self.parser.typed, self.datamodule)
+            if isinstance(self.datamodule, RobustDataModule) and self.trainer is not None:
+                # Before there are processes that would wait for each other.
+                size = self.datamodule.batch_size
+                GlobalBatches(size, self.trainer.world_size, 0, 0).check(size)
             if self._saved is not None:
                 check_weights(self.model, self._saved, config.ckpt_path)
         except Exception as error:

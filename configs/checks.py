@@ -139,6 +139,7 @@ def _check_trainer(trainer: Namespace) -> None:
         ),
         "log_every_n_steps": (">= 0", lambda value: value >= 0),
         "gradient_clip_val": (">= 0", lambda value: value >= 0),
+        "num_sanity_val_steps": (">= -1", lambda value: value >= -1),
         "min_epochs": (">= 0", lambda value: value >= 0),
         "min_steps": (">= 0", lambda value: value >= 0),
     }

@@ -66,10 +66,12 @@ def compose(arguments: Sequence[str], known: Mapping[str, Mapping[str, str]]) ->
         )
     external = _short(classes["model"]) == EXTERNAL
     for option in options:
+        if re.search(r"\s", option.name):
+            raise ValueError(f"Expected an option without spaces but got `--{option.name}`.")
         # Networks of others have names of their own, or class paths.
         _check_name(option, {k: v for k, v in known.items() if not external or k == "data"})
     preset = _preset(classes["data"])
-    if classes["model"] not in known["model"].values():
+    if external or classes["model"] not in known["model"].values():
         _leave_to_own(preset, classes["model"])
     layers = [_read(str(DEFAULTS)), preset, run, *files]
     shares = [option.value for option in options if option.name == "epochs_share"]

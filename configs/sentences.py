@@ -89,10 +89,15 @@ def nearest(name: str, names: Sequence[str]) -> str:
         >>> nearest("trainer.foo", ["trainer.max_epochs"])
         '.'
     """
-    close = get_close_matches(name, names, n=5, cutoff=0.7)
+    name, end = name.lower().replace("-", "_"), name.lower().rsplit(".", 1)[-1]
     # A long beginning that is right does not make the ends alike.
-    ends = {known: known.rsplit(".", 1)[-1] for known in close}
-    close = [k for k in close if get_close_matches(name.rsplit(".", 1)[-1], [ends[k]], cutoff=0.6)]
+    close = [
+        known
+        for known in get_close_matches(name, names, n=5, cutoff=0.7)
+        if "." not in name or get_close_matches(end, [known.rsplit(".", 1)[-1]], cutoff=0.6)
+    ]
+    # Those of model and data come last, and are meant first.
+    close = close or [known for known in reversed(names) if known.endswith(f".{name}")]
     suggested = " or ".join(f"`--{known}`" for known in close[:2])
     return f"; did you mean {suggested}?" if close else "."
 
@@ -153,12 +158,14 @@ def _of_arguments(
 def _of_account(message: str, typed: Sequence[Option], settings: Mapping[str, Any]) -> str:
     """What jsonargparse says of the value of an option, which may be inside of classes."""
     path, said = _innermost(message)
-    unaccepted = re.search(r"Option '([^']+)' is not accepted(.*)", message)
-    before = message[: unaccepted.start()] if unaccepted else message.partition("Given value: ")[0]
+    unaccepted = re.search(r"Option '([^']+)' is not accepted(.*)", said)
+    before = message.partition("Given value: ")[0]
+    if unaccepted:
+        before = message[: message.index(unaccepted[0])]
     classes = re.findall(r"class_path '([^']+)'", before)
     if unaccepted:
         classes += re.findall(r"Namespace\(class_path='([^']+)'", unaccepted[2])[:1]
-        name = f"{path}.{unaccepted[1]}".lstrip(".")
+        name = f"{path}.{unaccepted[1]}".lstrip(".").replace(".init_args", "")
         known = [f"{path}.{option}" for option in options_of(classes[-1])] if classes else []
         owner = f" of {classes[-1].rsplit('.', 1)[-1]}" if classes else ""
         return f"Expected an option{owner} but got `--{name}`" + nearest(name, known)
@@ -270,11 +277,12 @@ def _named(sentence: str, options: Sequence[Option], *, exact: bool = False) -> 
     near = valued if exact or valued else near
     if subject is None and not exact:
         near = near or [o for o in options if o.value and _mentions(text, o.value)]
+        near = near or [option for option in options if option.value == ""]
     if len({option.name for option in near}) != 1:
         return None
     if subject is not None:
         return sentence.replace(f"`{subject[1]}`", f"`--{near[-1].name}`", 1)
-    value = _short(near[-1].value or "", 80)
+    value = _short(near[-1].value or "", 80) or "nothing"
     return f"Expected `--{near[-1].name}` to be valid but got {value}: {sentence}"
 
 

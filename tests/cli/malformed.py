@@ -139,6 +139,13 @@ COMMANDS = [
     Malformed("the command twice", ["fit", "fit"], "fit"),
     Malformed("no value", ["fit", "--name"], "`--name`"),
     Malformed("the last of two values", ["fit", "--model.eps=0.1", "--model.eps=x"], "--model.eps"),
+    Malformed("an option alone", ["fit", "--eps=1"], "did you mean `--data.eps` or `--model."),
+    Malformed("a space", ["fit", "--model.eps =1"], "`--model.eps `"),
+    Malformed(
+        "a batch for three processes",
+        ["fit", "--trainer.devices=3", "--trainer.accelerator=cpu", "--data.batch_size=32"],
+        "`--data.batch_size` to be a multiple of the number of processes 3 but got 32",
+    ),
     Malformed("no root", ["fit", "--data=ImageFolder"], "`--data.root`"),
     Malformed("no step size", ["fit", "--model.lr_scheduler=StepLR"], "lr_scheduler.step_size`"),
     Malformed("a misspelt preset", ["fit", "--config=table1/at_apw.yaml"], "table1/at_awp.yaml"),

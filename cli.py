@@ -23,11 +23,10 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from robust_flatness.callbacks import Results
-from robust_flatness.configs.checkpoints import Shapes, check_checkpoint, check_weights
+from robust_flatness.configs.checkpoints import check_start, check_weights
 from robust_flatness.configs.checks import (
     LINKED,
     check_linked,
-    check_resumed,
     check_settings,
     left_out,
 )
@@ -39,13 +38,12 @@ from robust_flatness.configs.components import (
     OPTIONAL_CALLBACKS,
     known_classes,
 )
-from robust_flatness.configs.compose import DEFAULTS, EXTERNAL, compose, run_folder_of
+from robust_flatness.configs.compose import DEFAULTS, compose, run_folder_of
 from robust_flatness.configs.normalization import hand_on_normalization
+from robust_flatness.configs.options import read_options
 from robust_flatness.configs.parser import Parser, refusing, set_known, told
 from robust_flatness.datamodules import RobustDataModule
 from robust_flatness.datamodules.global_batches import GlobalBatches
-from robust_flatness.lightning_modules.at import CLASS_KEY
-from robust_flatness.lightning_modules.loading import read_checkpoint
 from robust_flatness.loggers import EpochCSVLogger, make_wandb_logger
 
 for message in (".*LeafSpec.*", ".*does not have many workers.*"):
@@ -112,6 +110,7 @@ class CLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Puts presets, files and options into one order first, and checks what came out."""
         arguments = list(sys.argv[1:] if args is None else args)
+        self._typed = read_options(arguments[1:])
         with refusing(parser, arguments[1:]):
             if arguments and arguments[0] in self.subcommands():
                 arguments = compose(arguments, known_classes())
@@ -122,9 +121,7 @@ class CLI(LightningCLI):
                 came = arguments[0] if arguments else "nothing"
                 raise ValueError(f"Expected one of {commands} to come first but got {came}.")
             self.config = parser.parse_args(arguments)
-            if self._external and self.config.subcommand == "fit":
-                raise ValueError("Expected `test` for External, which only measures, but got fit.")
-            check_settings(self.config[self.config.subcommand])
+            check_settings(self.config[self.config.subcommand], self.config.subcommand)
 
     def before_instantiate_classes(self) -> None:
         """Lets `test` leave the run's config.yaml alone."""
@@ -133,35 +130,8 @@ class CLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Checks the checkpoint; its settings are those of the configuration already."""
-        self._saved: Shapes | None = None
-        config = self.config[self.config.subcommand]
-        path = config.get("ckpt_path")
-        if not path and self.config.subcommand == "test" and not self._external:
-            self.parser.error("Expected `--ckpt_path` to name a checkpoint to test but got none.")
-        if path is None:
-            return
-        # Lightning would go on with an untrained network where it finds no `last` or `best`.
-        if not Path(path).is_file():
-            self.parser.error(
-                f"Expected `--ckpt_path` to be a checkpoint file but got {path or 'none'}."
-            )
         with refusing(self.parser):
-            content = read_checkpoint(path, "--ckpt_path")
-            written = content.get(CLASS_KEY)
-            asked = config.model.class_path.rsplit(".", 1)[-1]
-            if written is not None and written != asked:
-                raise ValueError(
-                    f"Expected `--ckpt_path` to be a checkpoint of {asked} but {path} is one of "
-                    f"{written}."
-                )
-            check_resumed(config)
-            resume, epochs = self.config.subcommand == "fit", config.trainer.max_epochs
-            self._saved = check_checkpoint(content, path, resume=resume, max_epochs=epochs)
-
-    @property
-    def _external(self) -> bool:
-        path = str(self.config[self.config.subcommand].model.class_path)
-        return path.rsplit(".", 1)[-1] == EXTERNAL
+            self._saved = check_start(self.config[self.config.subcommand], self.config.subcommand)
 
     def instantiate_classes(self) -> None:
         """Builds everything; bad arguments end in one sentence."""
@@ -169,7 +139,7 @@ class CLI(LightningCLI):
         config = self.config[self.subcommand]
         try:
             super().instantiate_classes()
-            check_linked(config, self._settings, self.parser.typed, self.datamodule)
+            check_linked(config, self._settings, self._typed, self.datamodule)
             if isinstance(self.datamodule, RobustDataModule) and self.trainer is not None:
                 # Before there are processes that would wait for each other.
                 size = self.datamodule.batch_size

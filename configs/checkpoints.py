@@ -1,16 +1,55 @@
 """Whether a checkpoint is one that a run can start from."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from jsonargparse import Namespace
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from robust_flatness.configs.checks import check_resumed, is_external
 from robust_flatness.lightning_modules import AT
+from robust_flatness.lightning_modules.at import CLASS_KEY
+from robust_flatness.lightning_modules.loading import read_checkpoint
 
 Shapes = dict[str, tuple[int, ...]]
 # Without these Lightning trains on from the first epoch, or with a fresh optimizer.
 _TO_GO_ON = ("epoch", "global_step", "loops", "callbacks", "optimizer_states", "lr_schedulers")
+
+
+def check_start(config: Namespace, subcommand: str) -> Shapes | None:
+    """Refuses a checkpoint that `fit` or `test` cannot start from.
+
+    Args:
+        config: Of the subcommand, after the parser.
+        subcommand: `fit` or `test`.
+
+    Returns:
+        The shapes of its weights by name; `None` if there is no checkpoint.
+
+    Raises:
+        ValueError: If there is no such file, another class wrote it, or it is broken.
+    """
+    path = config.get("ckpt_path")
+    if not path and subcommand == "test" and not is_external(config):
+        raise ValueError("Expected `--ckpt_path` to name a checkpoint to test but got none.")
+    if path is None:
+        return None
+    # Lightning would go on with an untrained network if it finds no `last` or `best`.
+    if not Path(path).is_file():
+        raise ValueError(
+            f"Expected `--ckpt_path` to be a checkpoint file but got {path or 'nothing'}."
+        )
+    content = read_checkpoint(path, "--ckpt_path")
+    written, asked = content.get(CLASS_KEY), config.model.class_path.rsplit(".", 1)[-1]
+    if written is not None and written != asked:
+        raise ValueError(
+            f"Expected `--ckpt_path` to be a checkpoint of {asked} but {path} is one of {written}."
+        )
+    check_resumed(config)
+    epochs = config.trainer.max_epochs
+    return check_checkpoint(content, path, resume=subcommand == "fit", max_epochs=epochs)
 
 
 def check_checkpoint(

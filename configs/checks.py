@@ -10,7 +10,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule
 
 from robust_flatness.configs.components import DEFAULT_CALLBACKS, LEAVABLE
-from robust_flatness.configs.compose import read_run_config, run_folder_of
+from robust_flatness.configs.compose import EXTERNAL, read_run_config, run_folder_of
 from robust_flatness.configs.options import Option
 
 # What the data knows of the model.
@@ -19,15 +19,23 @@ _LARGEST_SEED = 2**32 - 1
 _LARGEST_INTEGER = 2**63 - 1
 
 
-def check_settings(config: Namespace) -> None:
+def is_external(config: Namespace) -> bool:
+    """Whether a configuration is of a network that was trained elsewhere."""
+    return str(config.model.class_path).rsplit(".", 1)[-1] == EXTERNAL
+
+
+def check_settings(config: Namespace, subcommand: str) -> None:
     """Refuses what would fail late, or train nothing.
 
     Args:
-        config: Of `fit` or `test`, after the parser.
+        config: Of the subcommand, after the parser.
+        subcommand: `fit` or `test`.
 
     Raises:
         ValueError: If a setting is out of range.
     """
+    if subcommand == "fit" and is_external(config):
+        raise ValueError("Expected `test` for External, which only measures, but got fit.")
     for key in ("trainer", *DEFAULT_CALLBACKS):
         if not isinstance(config.get(key), Namespace):
             raise ValueError(f"Expected `{key}` to be a mapping but got {config.get(key)}.")

@@ -21,7 +21,7 @@ import yaml
 
 from robust_flatness.configs.files import check_layer, read_mapping
 from robust_flatness.configs.options import Option, read_options
-from robust_flatness.configs.sentences import options_of
+from robust_flatness.configs.suggestions import options_of
 from robust_flatness.functional.checks import check_number
 from robust_flatness.lightning_modules.loading import read_checkpoint
 

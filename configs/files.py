@@ -1,7 +1,7 @@
 """The YAML files of the command line: read with limits, and checked for what no run can use."""
 
 from collections import Counter
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def read_mapping(given: str, text: str | None = None, option: str = "--config") 
     return content
 
 
-def check_layer(content: Mapping[Hashable, Any], given: str) -> None:
+def check_layer(content: Mapping[Any, Any], given: str) -> None:
     """Refuses a file whose outer parts no run can use.
 
     Args:

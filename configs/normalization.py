@@ -39,7 +39,7 @@ def hand_on_normalization(
     for callback in callbacks:
         for measure in (callback, *getattr(callback, "measurements", ())):
             if getattr(measure, "normalization", checked) is None:
-                measure.normalization = checked  # type: ignore[union-attr]
+                measure.normalization = checked
 
 
 def _checked(normalization: Any, owner: str) -> Normalization:

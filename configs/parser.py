@@ -12,7 +12,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 
 from robust_flatness.configs.options import Option, read_options
-from robust_flatness.configs.sentences import one_sentence, options_of
+from robust_flatness.configs.sentences import one_sentence
+from robust_flatness.configs.suggestions import options_of
 
 
 class Parser(LightningArgumentParser):

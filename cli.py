@@ -1,6 +1,7 @@
 """The command line: `python cli.py fit --model ATAWP`, or `robust-flatness fit --model ATAWP`."""
 
 import logging
+import os
 import signal
 import sys
 import warnings
@@ -10,6 +11,11 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, NoReturn
 
+from robust_flatness.configs.environment import check_environment
+
+check_environment()
+
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
@@ -20,6 +26,13 @@ from lightning.pytorch.strategies.launchers.launcher import _Launcher
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 from robust_flatness.callbacks import Results
+from robust_flatness.configs.checkpoints import check_start, check_weights
+from robust_flatness.configs.checks import (
+    LINKED,
+    check_linked,
+    check_settings,
+    left_out,
+)
 from robust_flatness.configs.claimed_folder import RunFolder, claim_first, is_first_process
 from robust_flatness.configs.commands import run_command
 from robust_flatness.configs.components import (
@@ -29,11 +42,14 @@ from robust_flatness.configs.components import (
     OPTIONAL_CALLBACKS,
     known_classes,
 )
-from robust_flatness.configs.compose import DEFAULTS, EXTERNAL, compose, run_folder_of
-from robust_flatness.configs.parser import Parser
+from robust_flatness.configs.compose import DEFAULTS, compose, run_folder_of
+from robust_flatness.configs.normalization import hand_on_normalization
+from robust_flatness.configs.options import read_options
+from robust_flatness.configs.parser import Parser, refusing, set_known, told
 from robust_flatness.configs.run_start import RunStart, check_arguments, check_monitors
 from robust_flatness.configs.signals import interrupted_status, resume_command, sigterm_exits
-from robust_flatness.lightning_modules.loading import class_written
+from robust_flatness.datamodules import RobustDataModule
+from robust_flatness.datamodules.global_batches import GlobalBatches
 from robust_flatness.loggers import EpochCSVLogger, EpochWandbLogger, make_wandb_logger
 from robust_flatness.reporting.checkpoint_io import AtomicCheckpointIO
 
@@ -71,7 +87,7 @@ class CLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the default callbacks and links what the data knows into the model."""
-        for name in ("num_classes", "in_channels", "mean", "std"):
+        for name in LINKED:
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
         for name, callback in DEFAULT_CALLBACKS.items():
             skip = {"dataset", "datasets", "normalization"}
@@ -103,75 +119,48 @@ class CLI(LightningCLI):
         parser.add_argument("--log_checkpoints", action="store_true", help=text)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Puts presets, files and options into one order first."""
+        """Puts presets, files and options into one order first, and checks what came out."""
         arguments = list(sys.argv[1:] if args is None else args)
-        try:
+        self._typed = read_options(arguments[1:])
+        with refusing(parser, arguments[1:]):
             if arguments and arguments[0] in self.subcommands():
                 arguments = compose(arguments, known_classes())
+                self._settings = yaml.safe_load(arguments[2])
+                set_known(parser, self._parser(arguments[0]), self._settings)
             elif not {"-h", "--help"} & set(arguments):
                 commands = ", ".join([*self.subcommands(), *COMMANDS])
                 came = arguments[0] if arguments else "nothing"
                 raise ValueError(f"Expected one of {commands} to come first but got {came}.")
-        except ValueError as error:
-            parser.error(str(error))
-        self.config = parser.parse_args(arguments)
+            self.config = parser.parse_args(arguments)
+            check_settings(self.config[self.config.subcommand], self.config.subcommand)
 
     def before_instantiate_classes(self) -> None:
-        """Checks names, and lets `test` leave the run's config.yaml alone."""
-        if self._external and self.subcommand == "fit":
-            self.parser.error("Expected `test` for External, which is only measured, but got fit.")
-        if self.config[self.subcommand].trainer.max_epochs == 0:
-            # Found later, it would leave an empty run on W&B.
-            self.parser.error("Expected `--trainer.max_epochs` to be >= 1 but got 0.")
-        name = self.config[self.subcommand].name
-        if name is not None and Path(name).name != name:
-            self.parser.error(f"Expected `--name` to be a folder's name but got {name!r}.")
-        unknown = self._left_out() - set(LEAVABLE)
-        if unknown:
-            self.parser.error(
-                f"Expected `--without` to name some of {', '.join(LEAVABLE)} but got "
-                f"{', '.join(sorted(unknown))}."
-            )
+        """Lets `test` leave the run's config.yaml alone."""
         if self.subcommand == "test":
             self.save_config_callback = None
 
     def _parse_ckpt_path(self) -> None:
-        """Checks the checkpoint's class; its settings come from its run's config.yaml."""
-        path = self.config[self.config.subcommand].get("ckpt_path")
-        if not path and self.config.subcommand == "test" and not self._external:
-            self.parser.error("Expected `--ckpt_path` to name a checkpoint to test but got none.")
-        if not path:
-            return
-        # Lightning would go on with an untrained network where it finds no `last` or `best`.
-        if not Path(path).is_file():
-            self.parser.error(f"Expected `--ckpt_path` to be a checkpoint file but got {path}.")
-        try:
-            written = class_written(path, "--ckpt_path")
-        except ValueError as error:
-            self.parser.error(str(error))
-        asked = self.config[self.config.subcommand].model.class_path.rsplit(".", 1)[-1]
-        if written is not None and written != asked:
-            self.parser.error(
-                f"Expected `--ckpt_path` to be a checkpoint of {asked} but {path} is one of "
-                f"{written}."
-            )
-        if run_folder_of(path) is None:
-            super()._parse_ckpt_path()
-
-    @property
-    def _external(self) -> bool:
-        path = str(self.config[self.config.subcommand].model.class_path)
-        return path.rsplit(".", 1)[-1] == EXTERNAL
+        """Checks the checkpoint; its settings are those of the configuration already."""
+        with refusing(self.parser):
+            self._saved = check_start(self.config[self.config.subcommand], self.config.subcommand)
 
     def instantiate_classes(self) -> None:
         """Builds everything; bad arguments end in one sentence."""
         self._folder: RunFolder | None = None
         self._wandb_logger: EpochWandbLogger | None = None
+        config = self.config[self.subcommand]
         try:
-            check_arguments(self.config[self.subcommand])
+            check_arguments(config)
             super().instantiate_classes()
-        except REFUSALS as error:
-            self._refuse(error)
+            check_linked(config, self._settings, self._typed, self.datamodule)
+            if isinstance(self.datamodule, RobustDataModule) and self.trainer is not None:
+                # Before there are processes that would wait for each other.
+                size = self.datamodule.batch_size
+                GlobalBatches(size, self.trainer.world_size, 0, 0).check(size)
+            if self._saved is not None:
+                check_weights(self.model, self._saved, config.ckpt_path)
+        except Exception as error:
+            self._refuse(ValueError(told(error)))
         except BaseException:
             self._discard()
             raise
@@ -231,6 +220,7 @@ class CLI(LightningCLI):
         if trainer.enable_progress_bar is not False and not bars:
             own = [RichProgressBar(), *own]
         trainer.callbacks = [*own, *self._default_callbacks()]
+        hand_on_normalization(self.datamodule, self.model, trainer.callbacks)
         built = super().instantiate_trainer(logger=self._loggers(), **kwargs)
         callbacks: list[Callback] = built.callbacks  # type: ignore[attr-defined]
         for start in [c for c in callbacks if isinstance(c, RunStart)]:
@@ -271,8 +261,7 @@ class CLI(LightningCLI):
         return self.config[self.subcommand].name or type(self.model).__name__
 
     def _left_out(self) -> set[str]:
-        without = self.config[self.subcommand].without
-        return {without} if isinstance(without, str) else set(without)
+        return left_out(self.config[self.subcommand])
 
     def _loggers(self) -> list[Logger] | bool:
         """The run's own table, and W&B unless the user named other loggers.
@@ -334,6 +323,9 @@ def main(args: Sequence[str] | None = None, cli_class: type[CLI] = CLI) -> None:
         args: Arguments; `None` takes those of the process.
         cli_class: What `fit` and `test` are built by.
     """
+    # Behind all else, so that a user's file never hides a package; DDP's processes come here too.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     arguments = list(sys.argv[1:] if args is None else args)
     if arguments and arguments[0] in COMMANDS:
         run_command(resolve_name(COMMANDS[arguments[0]]), arguments)

@@ -10,7 +10,7 @@ from robust_flatness.callbacks.curvature import Curvature
 from robust_flatness.callbacks.examples import Normalization
 from robust_flatness.callbacks.final_measurement import Figures, FinalMeasurement
 from robust_flatness.callbacks.flatness import Flatness
-from robust_flatness.callbacks.measurement import Measurement
+from robust_flatness.callbacks.measurement import SPLITS, Measurement
 from robust_flatness.callbacks.robust_evaluation import RobustEvaluation
 from robust_flatness.callbacks.worst_case_flatness import WorstCaseFlatness
 from robust_flatness.configs.types import Eps
@@ -73,6 +73,10 @@ class FinalEvaluation(FinalMeasurement):
         normalization: Normalization | None = None,
     ) -> None:
         super().__init__()
+        if not splits:
+            raise ValueError(f"Expected `splits` to name some of {', '.join(SPLITS)} but got none.")
+        for split in splits:
+            check_choice("splits", split, SPLITS)
         for extra in extras:
             check_choice("extras", extra, get_args(Extra))
         self.splits, self.extras = list(splits), list(extras)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, get_type_hints
 
-from robust_flatness.configs.parser import Parser
+from robust_flatness.configs.parser import Parser, refusing
 
 
 def run_command(function: Callable[..., Any], arguments: Sequence[str]) -> None:
@@ -18,7 +18,11 @@ def run_command(function: Callable[..., Any], arguments: Sequence[str]) -> None:
     if "--" in given:
         split = given.index("--")
         given, options = given[:split], given[split + 1 :]
-    parser = Parser(prog=f"cli.py {name}", description=(function.__doc__ or "").split("\n\n")[0])
+    parser = Parser(
+        prog=f"cli.py {name}",
+        allow_abbrev=False,
+        description=(function.__doc__ or "").split("\n\n")[0],
+    )
     parser.add_function_arguments(function, as_group=False, as_positional=True)
     # A switch may stand alone, as everywhere.
     switches = [f"--{key}" for key, kind in get_type_hints(function).items() if kind is bool]
@@ -27,7 +31,8 @@ def run_command(function: Callable[..., Any], arguments: Sequence[str]) -> None:
         f"{typed}=true" if typed in switches and after not in ("true", "false") else typed
         for typed, after in zip(given, following)
     ]
-    parsed = parser.parse_args(given)
+    with refusing(parser, arguments[1:]):
+        parsed = parser.parse_args(given)
     if options is not None:
         parsed["options"] = options
     try:

@@ -13,18 +13,22 @@ can be shorter than the baseline on any data. Files of the package are found by 
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from robust_flatness.configs.files import check_layer, read_mapping
 from robust_flatness.configs.network_option import (
     drop_other_networks,
     place_network,
     typed_network,
 )
 from robust_flatness.configs.options import Option, read_options
+from robust_flatness.configs.suggestions import options_of
 from robust_flatness.functional.checks import check_number
+from robust_flatness.lightning_modules.loading import read_checkpoint
 
 CONFIGS = Path(__file__).parent
 DEFAULTS = CONFIGS / "defaults.yaml"
@@ -56,25 +60,27 @@ def compose(arguments: Sequence[str], known: Mapping[str, Mapping[str, str]]) ->
     """
     subcommand, options = arguments[0], read_options(arguments[1:])
     files = [_read(o.value or "") for o in options if o.name in ("config", "c")]
-    run = _run_config(options)
+    run, resumed = _settings_of_checkpoint(options, files)
     classes = {
         key: _chosen(key, options, [*files[::-1], run], known[key]) for key in DEFAULT_CLASSES
     }
-    if run and classes["model"] != run["model"]["class_path"]:
+    if run and classes["model"] != run["model"].get("class_path", classes["model"]):
         raise ValueError(
             f"Expected `--model` to be {_short(run['model']['class_path'])}, which wrote the "
             f"checkpoint, but got {_short(classes['model'])}."
         )
     external = _short(classes["model"]) == EXTERNAL
     for option in options:
+        if re.search(r"\s", option.name):
+            raise ValueError(f"Expected an option without spaces but got `--{option.name}`.")
         # Networks of others have names of their own, or class paths.
         _check_name(option, {k: v for k, v in known.items() if not external or k == "data"})
     preset = _preset(classes["data"])
-    if external:
-        preset.pop("model", None)
+    if external or classes["model"] not in known["model"].values():
+        _leave_to_own(preset, classes["model"])
     layers = [_read(str(DEFAULTS)), preset, run, *files]
     shares = [option.value for option in options if option.name == "epochs_share"]
-    if shares and run:
+    if shares and resumed:
         raise ValueError(
             "Expected no `--epochs_share` for a run that goes on, whose length is known, but got "
             f"{shares[-1]}."
@@ -85,7 +91,7 @@ def compose(arguments: Sequence[str], known: Mapping[str, Mapping[str, str]]) ->
     network = typed_network(options, networks) if own else None
     for layer in layers if network else ():
         drop_other_networks(layer, network, networks)
-    merged = _stacked(layers, classes["data"], known["data"], resumed=bool(run))
+    merged = _stacked(layers, classes["data"], known["data"], resumed=resumed)
     for key, name in classes.items():
         merged[key] = {**merged.get(key, {}), "class_path": name}
     consumed = ("config", "c", "epochs_share", *DEFAULT_CLASSES)
@@ -96,6 +102,15 @@ def compose(arguments: Sequence[str], known: Mapping[str, Mapping[str, str]]) ->
         merged["model"] |= {"init_args": settings} if settings else {}
     typed = [typed for option in sorted(kept, key=_depth) for typed in option.arguments]
     return [subcommand, "--config", yaml.safe_dump(merged), *typed]
+
+
+def _leave_to_own(preset: dict[str, Any], model: str) -> None:
+    """Drops what a preset says of a model to a class of the user's own that does not take it."""
+    if "model" not in preset:
+        return
+    taken = set() if _short(model) == EXTERNAL else set(options_of(model))
+    settings = preset["model"].get("init_args", {})
+    preset["model"] = {"init_args": {k: v for k, v in settings.items() if k in taken}}
 
 
 def _preset(data: str) -> dict[str, Any]:
@@ -144,6 +159,11 @@ def _share(merged: Mapping[str, Any], share: Any) -> int:
         check_number("epochs_share", float(share), low=sys.float_info.min)
     except (TypeError, ValueError) as error:
         raise ValueError(f"Expected `epochs_share` to be a number > 0 but got {share}.") from error
+    if not isinstance(merged["trainer"]["max_epochs"], int):
+        raise ValueError(
+            "Expected `--trainer.max_epochs` to be an integer beside `epochs_share` but got "
+            f"{merged['trainer']['max_epochs']}."
+        )
     return max(1, round(merged["trainer"]["max_epochs"] * float(share)))
 
 
@@ -155,7 +175,7 @@ def run_folder_of(checkpoint: str | None) -> Path | None:
     """
     if not checkpoint:
         return None
-    folder = Path(checkpoint).expanduser().resolve().parent.parent
+    folder = Path(checkpoint.replace("\0", "")).expanduser().resolve().parent.parent
     return folder if (folder / "config.yaml").is_file() else None
 
 
@@ -166,28 +186,66 @@ def _depth(option: Option) -> int:
 
 def _read(given: str) -> dict[str, Any]:
     """A YAML file, one of the package's by its name there, or a mapping written out."""
-    text = given if given.lstrip().startswith("{") else _file(given).read_text()
-    try:
-        content = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"Expected `--config` to be YAML but got {given}: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"Expected {given} to hold a mapping but got {type(content).__name__}.")
+    written = given.lstrip().startswith("{")
+    name = given if written else str(_file(given))
+    content = read_mapping(name, given if written else None)
+    check_layer(content, name)
     return content
 
 
 def _file(path: str) -> Path:
     name = path.removeprefix("configs/")
     for file in (Path(path).expanduser(), CONFIGS / name, CONFIGS / f"{name}.yaml"):
-        if file.is_file():
+        if "\0" not in path and file.is_file():
             return file
-    raise ValueError(f"Expected `--config` to be a YAML file but got {path}.")
+    files = [*CONFIGS.glob("*.yaml"), *CONFIGS.glob("table1/*.yaml")]
+    presets = sorted({str(p.relative_to(CONFIGS)) for p in files} - {"defaults.yaml", "study.yaml"})
+    near = get_close_matches(name, presets, n=3, cutoff=0.5)
+    known = f"did you mean {' or '.join(near)}?" if near else f"presets are {', '.join(presets)}."
+    raise ValueError(f"Expected `--config` to be a YAML file but got {path or 'nothing'}; {known}")
 
 
-def _run_config(options: Sequence[Option]) -> dict[str, Any]:
-    checkpoints = [option.value for option in options if option.name == "ckpt_path"]
-    folder = run_folder_of(checkpoints[-1] if checkpoints else None)
-    config = _read(str(folder / "config.yaml")) if folder else {}
+def _settings_of_checkpoint(
+    options: Sequence[Option], files: Sequence[Mapping[str, Any]]
+) -> tuple[dict[str, Any], bool]:
+    """The settings that a checkpoint brings, and whether it is one of a run that goes on.
+
+    In a run folder they are the run's `config.yaml`, elsewhere the model's hyperparameters.
+    """
+    paths = [file["ckpt_path"] for file in files if file.get("ckpt_path")]
+    paths += [option.value for option in options if option.name == "ckpt_path"]
+    path = str(paths[-1] or "") if paths else ""
+    folder = run_folder_of(path)
+    if folder is not None:
+        return read_run_config(folder), True
+    if not Path(path).is_file():
+        return {}, False
+    saved = read_checkpoint(path, "--ckpt_path").get("hyper_parameters")
+    saved = saved if isinstance(saved, dict) else {}
+    arguments = {k: v for k, v in saved.items() if k not in ("_class_path", "_instantiator")}
+    chosen = {"class_path": saved["_class_path"]} if "_class_path" in saved else {}
+    return {"model": {**chosen, "init_args": arguments}} if saved else {}, False
+
+
+def read_run_config(folder: Path) -> dict[str, Any]:
+    """The settings of a run, without the checkpoint that it went on from.
+
+    Args:
+        folder: The run folder.
+
+    Raises:
+        ValueError: If its `config.yaml` is not one that a run writes.
+    """
+    file = str(folder / "config.yaml")
+    config = read_mapping(file, option="--ckpt_path")
+    check_layer(config, file)
+    for key in DEFAULT_CLASSES:
+        part = config.get(key)
+        if not isinstance(part, dict) or not part.get("class_path"):
+            raise ValueError(
+                f"Expected `--ckpt_path` to lie in a run folder whose config.yaml holds the class "
+                f"of `{key}` but got {part} in {file}."
+            )
     config.pop("ckpt_path", None)
     return config
 
@@ -199,10 +257,16 @@ def _chosen(
     known: Mapping[str, str],
 ) -> str:
     """The class path of model or data: typed, else from the last file that names one."""
-    names = [option.value or "" for option in options if option.name == key][::-1]
+    typed = [option.value or "" for option in options if option.name == key]
+    names = typed[::-1]
     for content in files:
         choice = content.get(key) or {}
         names.append(choice if isinstance(choice, str) else choice.get("class_path") or "")
+    if not all(re.fullmatch(r"[\w.]+", name) and name != "null" for name in typed):
+        raise ValueError(
+            f"Expected `--{key}` to be a class, or a class path such as package.Class, but got "
+            f"{names[0] or 'nothing'}."
+        )
     name = next(filter(None, names), DEFAULT_CLASSES[key])
     _check_name(Option(key, name, ()), {key: known})
     return known.get(name, name)

@@ -1,6 +1,7 @@
 """Annotations that the command line gives a meaning of its own."""
 
-from fractions import Fraction
+import math
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -19,18 +20,21 @@ def read_number(value: Any) -> float:
         value: Say `0.1`, `"1e-3"` or `"8/255"`.
 
     Raises:
-        ValueError: If it is neither.
+        ValueError: If it is neither, or not finite.
 
     Example:
         >>> read_number("51/255")
         0.2
     """
-    try:
-        return float(Fraction(value.replace(" ", "")) if isinstance(value, str) else value)
-    except ZeroDivisionError:
-        raise ValueError(
-            f"Expected a number or a fraction such as 8/255 but got {value}."
-        ) from None
+    text = str(value)
+    with suppress(ValueError, ZeroDivisionError):
+        # Digits of other scripts are numbers to Python, but rather a slip of the keyboard.
+        if isinstance(value, (int, float, str)) and text.isascii() and "_" not in text:
+            above, _, below = text.partition("/")
+            number = float(above) / float(below) if "/" in text else float(text)
+            if math.isfinite(number):
+                return number
+    raise ValueError(f"Expected a number or a fraction such as 8/255 but got {value}.")
 
 
 # Only the command line needs it: modules and callbacks work on a machine that lacks it.

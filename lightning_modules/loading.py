@@ -10,6 +10,31 @@ from robust_flatness.functional.checks import check_archive
 from robust_flatness.lightning_modules.at import AT, CLASS_KEY
 
 
+def read_checkpoint(path: str | Path, argument: str) -> dict[str, Any]:
+    """The content of a checkpoint, on the CPU.
+
+    Args:
+        path: A file.
+        argument: What names the file, for the message.
+
+    Raises:
+        ValueError: If the file is no checkpoint, or a checksum in it differs.
+    """
+    check_archive(argument, path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"Expected `{argument}` to be a checkpoint but {path} is something else or broken: "
+            f"{type(error).__name__}."
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"Expected `{argument}` to be a checkpoint but {path} holds a {type(content).__name__}."
+        )
+    return content
+
+
 def class_written(path: str | Path, argument: str) -> Any:
     """The name of the class that wrote a checkpoint.
 
@@ -23,14 +48,7 @@ def class_written(path: str | Path, argument: str) -> Any:
     Raises:
         ValueError: If the file is no checkpoint, or a checksum in it differs.
     """
-    check_archive(argument, path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True).get(CLASS_KEY)
-    except Exception as error:
-        raise ValueError(
-            f"Expected `{argument}` to be a checkpoint but {path} is something else or broken: "
-            f"{type(error).__name__}."
-        ) from error
+    return read_checkpoint(path, argument).get(CLASS_KEY)
 
 
 def load_checkpoint(path: str | Path, **kwargs: Any) -> AT:

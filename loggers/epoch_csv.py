@@ -190,16 +190,16 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _read(path: Path) -> dict[int, dict[str, float]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
     try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
         return {
             int(row["epoch"]): {
                 name: float(value) for name, value in row.items() if name != "epoch" and value
             }
             for row in rows
         }
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise ValueError(
             f"Expected `{path}` to be a table of numbers with a column `epoch` but got a row that "
             f"is not ({type(error).__name__}: {error})."

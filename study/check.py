@@ -7,14 +7,14 @@ from typing_extensions import override
 
 from robust_flatness.cli import CLI, main
 from robust_flatness.configs.options import read_options
-from robust_flatness.configs.parser import Parser, one_sentence
+from robust_flatness.configs.parser import Parser
 from robust_flatness.study.plan import PlannedRun
 
 # Each takes about half a second.
 _ASKED = 3
 
 
-class _RefusedError(Exception):
+class _RefusedError(SystemExit):
     """What the command line says of a run that it would not start."""
 
 
@@ -22,8 +22,8 @@ class _Parser(Parser):
     """Raises what is wrong, where the command line would end."""
 
     @override
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise _RefusedError(one_sentence(message))
+    def refuse(self, sentence: str) -> NoReturn:
+        raise _RefusedError(sentence)
 
 
 class _Asked(CLI):

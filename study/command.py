@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from robust_flatness.functional.checks import check_count
+from robust_flatness.functional.checks import check_count, check_number
 from robust_flatness.study.check import check_arguments
 from robust_flatness.study.devices import visible_devices
 from robust_flatness.study.elsewhere import submit, write_sweep
@@ -14,6 +14,8 @@ from robust_flatness.study.estimate import plan_table
 from robust_flatness.study.plan import PlannedRun, counted, make_plan
 from robust_flatness.study.pool import Failure, Pool
 from robust_flatness.study.state import State, book_of, check_same_study, state_of
+
+_MOST_SEEDS = 10_000
 
 
 def study(
@@ -57,6 +59,8 @@ def study(
     """
     console = Console()
     asked = {"rows": _names(rows), "sweep": _names(sweep), "configs": _names(configs)}
+    if isinstance(seeds, int):
+        check_number("seeds", seeds, low=1, high=_MOST_SEEDS)
     chosen_seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     at_once = max(1, len(devices or [])) if jobs is None else jobs
     check_count("jobs", at_once, low=1)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from robust_flatness.configs.checks import check_seed
 from robust_flatness.configs.components import known_classes
 from robust_flatness.configs.compose import CONFIGS, compose
 from robust_flatness.configs.options import read_options
@@ -102,6 +103,8 @@ def make_plan(
         )
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"Expected `--seeds` to be different numbers but got {list(seeds)}.")
+    for seed in seeds:
+        check_seed("--seeds", seed)
     before, after = _split(options)
     typed = [] if data is None else [f"--data={data}"]
     known = known_classes()
@@ -182,6 +185,8 @@ def _planned(
     settings = yaml.safe_load(composed[2])
     typed = {option.name: option.value for option in read_options(composed[3:])}
     method = str(typed.get("name") or settings.get("name") or _class(settings["model"]))
+    if Path(method).name != method:
+        raise ValueError(f"Expected `--name` to be a folder's name but got {method!r}.")
     data = _class(settings["data"])
     return PlannedRun(
         folder=root / f"{method}{f'-{_slug(swept)}' if swept else ''}-{data}-s{seed}",

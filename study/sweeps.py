@@ -2,12 +2,14 @@
 
 import itertools
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from robust_flatness.configs.compose import CONFIGS
+from robust_flatness.configs.files import read_mapping
 
 
 def sweep_runs(sweep: str) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -28,7 +30,7 @@ def sweep_runs(sweep: str) -> Iterator[tuple[tuple[str, ...], str]]:
         ['lam1.0', 'lam3.0', 'lam6.0', 'lam9.0']
     """
     file = _find(sweep)
-    content = _read(file)
+    content = read_mapping(str(file), option="--sweep")
     if content.get("method") != "grid":
         raise ValueError(
             f"Expected `--sweep` to have the method grid but {file} has {content.get('method')}."
@@ -49,23 +51,6 @@ def _find(sweep: str) -> Path:
             return file
     known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
     raise ValueError(f"Expected `--sweep` to be a sweep file or one of {known} but got {sweep}.")
-
-
-def _read(file: Path) -> Mapping[str, Any]:
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.MarkedYAMLError as error:
-        line = "" if error.problem_mark is None else f" in line {error.problem_mark.line + 1}"
-        raise ValueError(
-            f"Expected `--sweep` to be YAML but got {file}: {error.problem}{line}."
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"Expected `--sweep` to be YAML but {file} is no text.") from error
-    if not isinstance(content, Mapping):
-        raise ValueError(
-            f"Expected `--sweep` to hold method, command and parameters but got {file}."
-        )
-    return content
 
 
 def _command(given: Any, file: Path) -> tuple[list[str], list[str]]:
@@ -105,7 +90,11 @@ def _values(choice: Mapping[str, Any]) -> list[Any]:
 
 def _shown(name: str, value: Any) -> list[str]:
     """A swept value for a folder's name; of a mapping, such as a config written out, its leaves."""
-    content = yaml.safe_load(value) if isinstance(value, str) else value
+    content = value
+    if isinstance(value, str):
+        # Text that is not YAML is refused by the option that takes it.
+        with suppress(yaml.YAMLError):
+            content = yaml.safe_load(value)
     if isinstance(content, Mapping):
         return [text for inner in content.items() for text in _shown(*inner)]
     # A name is not needed twice: the method stands in front.

@@ -251,23 +251,29 @@ def test_default_callbacks_are_adjusted_by_name(trainers):
         (["--model.norm=l1"], "l1"),
         (["--data", "Digit"], "`--data` to be one of CIFAR10, CIFAR100, Digits, ImageFolder"),
         (["--name=a/b"], "`--name` to be a folder's name but got 'a/b'"),
-        (["--weight_clipping.w_max=-1"], "error: Expected `w_max` to be >= 0 but got -1.0."),
+        (
+            ["--weight_clipping.w_max=-1"],
+            "error: Expected `--weight_clipping.w_max` to be >= 0 but got -1.0.",
+        ),
         (
             ["--weight_clipping.w_max=0.1", "--model.network.norm=batch"],
             "`leave_out` to name the scales network.body.1.weight",
         ),
         (["--data.unlabeled_share=0.5", "--data.unlabeled=nowhere"], "nowhere"),
-        (["--model.label_noise=2"], "error: Expected `label_noise` to be in [0, 1] but got 2.0."),
+        (
+            ["--model.label_noise=2"],
+            "error: Expected `--model.label_noise` to be in [0, 1] but got 2.0.",
+        ),
         (
             ["--config=table1/at_awp.yaml", "--config=table1/trades.yaml"],
-            "error: Expected arguments that TRADES takes but got `awp_steps`.",
+            "error: Expected an option of TRADES but got `--model.awp_steps`",
         ),
         (["--model=ATUnlabeled"], "set `data.unlabeled_share`"),
         (["--model=ATEntropySGD", "--model.optimizer=SGD"], "build an EntropySGD"),
         (["--without=[autoatack]"], "`--without` to name some of evaluation"),
         (["--config", "nowhere.yaml"], "`--config` to be a YAML file but got nowhere.yaml"),
-        (["--model.eps=-0.1"], "`eps` to be >= 0 but got -0.1"),
-        (["--flatness.num_perturbations=0"], "`num_perturbations` to be >= 1 but got 0"),
+        (["--model.eps=-0.1"], "`--model.eps` to be >= 0 but got -0.1"),
+        (["--flatness.num_perturbations=0"], "`--flatness.num_perturbations` to be >= 1 but got 0"),
         (["--data.num_test=2000"], "num_test"),
         (["--ckpt_path=nowhere.ckpt"], "`--ckpt_path` to be a checkpoint file but got nowhere"),
         (["--data", "ImageFolder", "--data.root=nowhere"], "nowhere"),
@@ -292,7 +298,7 @@ def test_a_checkpoint_of_another_class_is_refused(trainers, capsys):
     with pytest.raises(SystemExit):
         main(["test", "--model", "ATAWP", "--ckpt_path", "moved.ckpt"])
     said = " ".join(capsys.readouterr().err.split())
-    assert "to be a checkpoint of ATAWP but moved.ckpt is one of AT." in said
+    assert "`--model` to be AT, which wrote the checkpoint, but got ATAWP" in said
 
 
 def test_a_checkpoint_outside_a_run_folder_brings_its_own_network(trainers):
@@ -328,7 +334,7 @@ def test_what_is_no_checkpoint_is_refused(command, path, capsys):
 
 def test_training_for_no_epoch_is_refused_before_anything_is_made(capsys):
     said = refused("fit", *TINY, QUIET, "--trainer.max_epochs=0", capsys=capsys)
-    assert "Expected `--trainer.max_epochs` to be >= 1 but got 0." in said
+    assert "Expected `--trainer.max_epochs` to be >= 1, or -1 for no end, but got 0." in said
     assert not list(Path().glob("runs/*"))
 
 

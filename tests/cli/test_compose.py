@@ -143,6 +143,7 @@ def test_a_resumed_run_has_its_share_already(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "last.ckpt").touch()
     config = {"trainer": {"max_epochs": 32}, "model": {"class_path": "pkg.AT"}}
+    config["data"] = {"class_path": "pkg.Digits"}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     checkpoint = f"--ckpt_path={tmp_path}/checkpoints/last.ckpt"
     assert epochs(checkpoint, "--config={epochs_share: 0.4}") == 32

@@ -173,7 +173,10 @@ def test_names_are_shown_as_they_are(capsys):
     [
         (["nowhere"], "Expected `runs` to be a folder with run folders but got nowhere."),
         ([], "runs"),
-        (["{study}", "--data=MNIST"], "Expected `data` to be one of Digits, CIFAR10 but got MNIST"),
+        (
+            ["{study}", "--data=MNIST"],
+            "Expected `--data` to be one of Digits, CIFAR10 but got MNIST",
+        ),
         (["{study}/unfinished"], "Expected `runs` to hold a finished run but got"),
     ],
 )

@@ -136,8 +136,8 @@ VALUES = "parameters: {a: {values: [1]}}\n"
         (f"{GRID}{VALUES}", "to have a list as command .* but .*mine.yaml has none"),
         (f"{GRID}command: ['${{args}}']\n{VALUES}", "to hold fit but that of .* does not"),
         (f"{GRID}command: [fit]\n{VALUES}", r"to hold \${args} but that of .* does not"),
-        ("grid", "to hold method, command and parameters but got .*mine.yaml."),
-        (f"{GRID}command: [fit\n", r"to be YAML but got .*mine.yaml: expected .* in line 3\."),
+        ("grid", "to hold a mapping but got str in .*mine.yaml."),
+        (f"{GRID}command: [fit\n", r"to be YAML but got .*mine.yaml: .*expected .* in line 3\."),
     ],
 )
 def test_what_is_wrong_in_a_sweep_file_is_named(tmp_path, content, sentence):

@@ -87,7 +87,7 @@ def test_failures_are_told_at_the_end_and_are_the_exit_status(capsys):
     [
         (["--rows=att"], "Expected `--rows` to be all, or some of at"),
         (["--rows=at", "--only=b"], "to name runs of the plan, such as at-Digits-s0, but got b."),
-        (["--rows=at", "--jobs=0"], "Expected `jobs` to be >= 1 but got 0."),
+        (["--rows=at", "--jobs=0"], "Expected `--jobs` to be >= 1 but got 0."),
         (["--rows=at", "--seed=3"], "--seed"),
         (["--rows=at", "--devices=[99]"], "Expected `--devices` to number some of this machine's"),
         (["--rows=at", "--slurm={no_such: 1, cluster: local}"], "Expected `--slurm` to hold"),
@@ -110,12 +110,18 @@ def test_bad_input_is_one_sentence(arguments, sentence, capsys):
     [
         (["--rows=at", "--root=file/deeper"], "Expected `--root` to be a folder but "),
         (["--rows=at", "--sweep_file=."], "to be a file to write but . is a folder."),
-        (["--rows=at", "--", "foo"], "at-Digits-s0: unrecognized arguments: foo"),
+        (
+            ["--rows=at", "--", "foo"],
+            "at-Digits-s0: Expected options such as `--name=value` but got foo without an option.",
+        ),
         (["--rows=at", "--", "--model.epss=1"], "epss"),
-        (["--rows=at", "--", "--model.eps=-1"], "at-Digits-s0: Expected `eps` to be >= 0 but got"),
+        (
+            ["--rows=at", "--", "--model.eps=-1"],
+            "at-Digits-s0: Expected `--model.eps` to be >= 0 but got",
+        ),
         (
             ["--rows=all", "--sweep=mine.yaml"],
-            "mine-num_workers-1-Digits-s0: Expected `num_workers` to be >= 0 but got -1.",
+            "mine-num_workers-1-Digits-s0: Expected `--data.num_workers` to be >= 0 but got -1.",
         ),
     ],
 )

@@ -50,7 +50,7 @@ class Results(Callback):
     weights, and the row of the early-stopped epoch those of the early-stopped ones.
 
     `diverged_epoch` is the first epoch whose RLoss of fixed images was not finite (without RLoss,
-    its flatness), `null` if there is none. JSON has no numbers that are not finite: they are `null`.
+    its flatness), `null` if there is none. JSON has no NaN and no infinity: these are `null`.
 
     Wall time is that of all parts of a run that was resumed.
 

@@ -20,8 +20,8 @@ class RobustEarlyStopping(RobustEvaluation):
     default training goes on and only the weights are kept, as in the paper, whose early stopping
     selects on the last 500 test images: figures of early-stopped weights are optimistic by that.
     A network with a weight or a loss that is not finite is never kept.
-    `MeasuredCheckpoint(monitor="val/robust_error", mode="min")` keeps the same weights on disk; here
-    they stay in memory and in the callback's state.
+    `MeasuredCheckpoint(monitor="val/robust_error", mode="min")` keeps the same weights on disk;
+    here they stay in memory and in the callback's state.
 
     Args:
         split: The images to select on.

@@ -80,9 +80,9 @@ class PGD:
         """Runs the attack from given perturbations.
 
         A batch costs `steps` forwards and `steps` backwards to the input alone, plus one forward
-        where the best iterate is kept, and one more inside `fast_crafting`. Images and perturbations
-        are in float32, or in float64 if the images are; the network gets them in the type of its
-        weights. A gradient that is not a number moves nothing.
+        where the best iterate is kept, and one more inside `fast_crafting`. Images and
+        perturbations are in float32, or in float64 if the images are; the network gets them in the
+        type of its weights. A gradient that is not a number moves nothing.
 
         Args:
             model: Maps images `(N, C, H, W)` in [0, 1] to logits `(N, K)`.

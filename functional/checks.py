@@ -54,8 +54,8 @@ def check_radius(name: str, value: float, norm: str) -> None:
         >>> check_radius("eps", 8, "linf")
         Traceback (most recent call last):
         ...
-        ValueError: Expected `eps` to be in [0, 1] for norm linf, as pixels are in [0, 1], but got 8; \
-8 of 255 levels is 8/255.
+        ValueError: Expected `eps` to be in [0, 1] for norm linf, as pixels are in [0, 1], but got \
+8; 8 of 255 levels is 8/255.
     """
     check_number(name, value)
     if norm != "linf" or value <= 1:

@@ -24,10 +24,10 @@ def evaluation_context(model: Model) -> Iterator[None]:
     """Eval mode with gradients, in float32 at least, after which network and random state are back.
 
     Half-precision weights and buffers are float32 inside: a perturbation of 0.3 % of a weight is
-    below what bfloat16 resolves. Weights, buffers (also those that a forward replaces or registers),
-    `requires_grad`, `.grad`, and attributes that are tensors, numbers or strings are restored, and
-    so are the global states of `random`, NumPy and torch. What a forward keeps elsewhere, say in a
-    list or in a generator of its own, cannot be restored.
+    below what bfloat16 resolves. Weights, buffers (also those that a forward replaces or
+    registers), `requires_grad`, `.grad`, and attributes that are tensors, numbers or strings are
+    restored, and so are the global states of `random`, NumPy and torch. What a forward keeps
+    elsewhere, say in a list or in a generator of its own, cannot be restored.
 
     Args:
         model: The network. Of a callable that is no `nn.Module` only random states are restored.

@@ -100,8 +100,8 @@ def average_case_flatness(
     layers that a BatchNorm follows, unless lengths are relative to the whole network. A batch costs
     `(K + 1) · restarts · (steps + 1)` forwards and `(K + 1) · restarts · steps` backwards to the
     input, on clean images `K + 1` forwards. Nothing is left behind in the network, and one of half
-    precision is measured in float32, see `evaluation_context`. If an example's logits are not finite
-    at w or at some w + ν, neither is the value.
+    precision is measured in float32, see `evaluation_context`. If an example's logits are not
+    finite at w or at some w + ν, neither is the value.
 
     Args:
         model: Maps images in [0, 1] to logits `(N, K)`.

@@ -88,8 +88,9 @@ def loss_landscape(
     """The loss along lines through the weights, attacked anew at each step (Fig. 4).
 
     At s = 0 it is the robust loss of the same attack; along random directions, s · `length` is the
-    ξ of average-case flatness. Costs `D · S · restarts` attacks on each image. Nothing is left behind
-    in the network, and one of half precision is measured in float32, see `evaluation_context`.
+    ξ of average-case flatness. Costs `D · S · restarts` attacks on each image. Nothing is left
+    behind in the network, and one of half precision is measured in float32, see
+    `evaluation_context`.
 
     Args:
         model: Maps images in [0, 1] to logits `(N, K)`.

@@ -133,8 +133,8 @@ def evaluate_robustness(
     """RLoss and RErr as the paper estimates them: PGD-20 with 10 restarts (Sec. 3).
 
     The loss of an example is that of its worst restart. A batch costs `restarts · (steps + 1) + 1`
-    forwards and `restarts · steps` backwards to the input. Nothing is left behind in the network, and
-    one of half precision is measured in float32, see `evaluation_context`.
+    forwards and `restarts · steps` backwards to the input. Nothing is left behind in the network,
+    and one of half precision is measured in float32, see `evaluation_context`.
 
     Args:
         model: Maps images in [0, 1] to logits `(N, K)`.

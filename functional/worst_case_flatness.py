@@ -18,7 +18,10 @@ from robust_flatness.functional.checks import (
 from robust_flatness.functional.evaluation_context import evaluation_context
 from robust_flatness.functional.flatness import NO_ATTACK, Loss, perturbed_units
 from robust_flatness.functional.joint_ascent import Batch, JointAscent, Sharing
+<<<<<<< HEAD
 from robust_flatness.functional.layer_weights import perturbed_parameters
+=======
+>>>>>>> measures
 from robust_flatness.functional.noise import Norm, Start
 from robust_flatness.functional.robust_loss import worst_losses
 
@@ -99,9 +102,9 @@ def worst_case_flatness(
     invariant to the scale of layers that a BatchNorm follows.
 
     A batch costs `2 · restarts · (steps + 1)` forwards and `2 · restarts · steps` backwards, half
-    of them to the weights too; on clean images half of it and one forward. Nothing is left behind in
-    the network, and one of half precision is measured in float32, see `evaluation_context`. A loss
-    that is not finite counts as the highest.
+    of them to the weights too; on clean images half of it and one forward. Nothing is left behind
+    in the network, and one of half precision is measured in float32, see `evaluation_context`. A
+    loss that is not finite counts as the highest.
 
     Args:
         model: Maps images in [0, 1] to logits `(N, K)`.

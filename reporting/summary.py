@@ -109,7 +109,8 @@ def _columns(results: Mapping[str, Any]) -> list[Column]:
     # AutoAttack logs the figure of the early-stopped weights under a name of its own as well.
     own = "test/autoattack_error_early_stopped"
     logged = {"test/autoattack_error": final[own]} if own in final else {}
-    return [final, logged | stopped] if logged or stopped else [final]
+    kept = logged or stopped or results.get("early_stopped_epoch") is not None
+    return [final, logged | stopped] if kept else [final]
 
 
 def _find(column: Column, names: tuple[str, ...]) -> tuple[str, float] | tuple[None, None]:

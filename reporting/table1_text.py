@@ -166,7 +166,11 @@ def _below(table: Table1, columns: Sequence[Column]) -> list[str]:
     left = [c for c in COLUMNS if c not in columns and c.key not in _LEFT_TO_FILES]
     names = ", ".join(column.heading.replace("\n", " ") for column in left)
     found = [_MIXED] if any(_is_mixed(table, column) for column in columns) else []
-    return [*found, *_diverged_note(table), *([f"No room for {names}: see table1.md."] if names else [])]
+    return [
+        *found,
+        *_diverged_note(table),
+        *([f"No room for {names}: see table1.md."] if names else []),
+    ]
 
 
 def _add_group(

@@ -92,7 +92,9 @@ class Restless(Foreign):
         self.calls, self.mean = 0, None
 
     def forward(self, x):
-        h = self.net(x) * (1 + 0.1 * random.random() + 0.1 * np.random.rand() + 0.1 * torch.rand(()))
+        h = self.net(x) * (
+            1 + 0.1 * random.random() + 0.1 * np.random.rand() + 0.1 * torch.rand(())
+        )
         self.top.copy_(torch.maximum(self.top, h.detach().abs().max()))
         self.count = self.count + 1
         self.calls += 1

@@ -260,5 +260,3 @@ def test_the_radius_of_the_data_is_refused_before_training():
     assert torch.equal(before, module.net[0].weight)
     measures = [RobustEvaluation(num_examples=4, norm="l2", steps=1), Curvature(num_examples=4)]
     quiet_trainer(callbacks=measures).fit(Foreign(), datamodule=data)
-
-

@@ -27,7 +27,7 @@ MEASURES = {
     "hessian": lambda *of: torch.tensor(hessian_extreme_eigenvalues(*of).max_eigenvalue),
     "landscape": lambda *of: loss_landscape(*of, num_directions=1, num_steps=2, **SHORT).losses,
     "surface": lambda *of: loss_surface(*of, num_steps=2, **SHORT).losses,
-    "adversarial": lambda *of: next(weight_directions(*of, kind="adversarial", **SHORT))["net.0.bias"],
+    "adversarial": lambda *of: list(weight_directions(*of, kind="adversarial", num_directions=1)),
 }
 
 

@@ -84,9 +84,7 @@ def test_gradients_that_are_not_finite_leave_images_in_the_box(norm, value):
     network = nn.Sequential(tiny_network())
     network.register_full_backward_hook(lambda _, gradients, __: (gradients[0] * value,))
     for keep in ("best", "last"):
-        adversarial = pgd_attack(
-            network, images, labels, eps=0.1, steps=2, norm=norm, keep=keep
-        )
+        adversarial = pgd_attack(network, images, labels, eps=0.1, steps=2, norm=norm, keep=keep)
         assert ((adversarial >= 0) & (adversarial <= 1)).all()
 
 

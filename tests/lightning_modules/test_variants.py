@@ -183,7 +183,7 @@ def test_incorrect_images_stay_clean_or_are_attacked_as_what_they_look_like():
 
 @pytest.mark.parametrize("incorrect", ["attack", "ignore", "predicted"])
 def test_a_network_that_is_not_finite_is_wrong_on_every_image(incorrect):
-    data, images, labels = fixed_data()
+    data, _, labels = fixed_data()
     module = spied(AT, incorrect=incorrect)
     with torch.no_grad():
         module.network[0].weight.fill_(math.nan)

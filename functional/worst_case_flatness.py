@@ -18,10 +18,7 @@ from robust_flatness.functional.checks import (
 from robust_flatness.functional.evaluation_context import evaluation_context
 from robust_flatness.functional.flatness import NO_ATTACK, Loss, perturbed_units
 from robust_flatness.functional.joint_ascent import Batch, JointAscent, Sharing
-<<<<<<< HEAD
 from robust_flatness.functional.layer_weights import perturbed_parameters
-=======
->>>>>>> measures
 from robust_flatness.functional.noise import Norm, Start
 from robust_flatness.functional.robust_loss import worst_losses
 

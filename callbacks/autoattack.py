@@ -2,8 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
@@ -14,19 +13,28 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from robust_flatness.callbacks.attacked_network import AttackedNetwork, frozen
 from robust_flatness.callbacks.examples import Normalization
 from robust_flatness.callbacks.final_measurement import FinalMeasurement
 from robust_flatness.callbacks.kept_verdicts import KeptVerdicts
 from robust_flatness.callbacks.measurement import Measurement
 from robust_flatness.configs.types import Eps
-from robust_flatness.functional.checks import check_choice, check_count
+from robust_flatness.functional.checks import check_choice, check_count, predicted_classes
+from robust_flatness.functional.logits import logits_function
 from robust_flatness.functional.noise import Norm
 from robust_flatness.loggers.epoch_csv import EpochCSVLogger
 
-VERSIONS = ("standard", "plus", "rand", "custom")
-# The targeted DLR loss divides by the gap between the first and fourth largest logits.
-FEWEST_CLASSES_OF_TARGETED_DLR = 4
+# Attacks of the official package, and the fewest classes that each works with: the DLR loss divides
+# by the gap between the first and third largest logits, the targeted one by that to the fourth.
+FEWEST_CLASSES = {"apgd-ce": 2, "apgd-dlr": 3, "fab": 2, "square": 2, "apgd-t": 4, "fab-t": 2}
+VERSIONS = {
+    "standard": ["apgd-ce", "apgd-t", "fab-t", "square"],
+    "plus": ["apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"],
+    "rand": ["apgd-ce", "apgd-dlr"],
+}
 ATTACKS_FOR_FEW_CLASSES = ["apgd-ce", "fab", "square"]
+# Square cuts images into five parts with `norm` l2.
+FEWEST_PIXELS_OF_SQUARE_L2 = 5
 # In the run folder, until the run has ended.
 FOLDER = "autoattack"
 
@@ -37,18 +45,23 @@ class AutoAttack(FinalMeasurement):
     Runs at the end of `fit` and in `test`. Logs `test/autoattack_error` and
     `test/autoattack_error_early_stopped`. The images are cut into fixed chunks by global index and
     each chunk is one call of the official `run_standard_evaluation`, so verdicts do not depend on
-    the number of processes. Below four classes the targeted DLR loss is undefined: the attacks
-    that apply are run, and a warning says so.
+    the number of processes. Below four classes the targeted DLR loss is undefined: `standard` runs
+    the attacks that apply, and a warning says so; other versions and attacks are refused before
+    training. APGD-T and FAB-T take at most one target less than there are classes.
 
     Images that are misclassified when clean are not attacked, nor is one that an earlier attack
-    broke. In a run folder, which an `EpochCSVLogger` names, verdicts of finished chunks are kept
-    until the run has ended: a run that was killed in between takes them from there.
+    broke. An example whose logits are not finite, clean or attacked, counts as misclassified.
+    Attacks are in float32; the network gets images in the type of its weights.
+
+    In a run folder, which an `EpochCSVLogger` names, verdicts of finished chunks are kept until the
+    run has ended: a run that was killed in between takes them from there.
 
     Args:
         split: `test`, `val` or `train`.
         num_examples: The first so many images are attacked; 1000 in the paper.
-        version: AutoAttack's version, `standard` in the paper; `custom` needs `attacks`.
-        attacks: Names of AutoAttack's attacks, with `version: custom` only.
+        version: `standard` (the paper), `plus`, `rand`, or `custom`, which runs `attacks`; `None`
+            is `custom` with `attacks` and `standard` without.
+        attacks: Some of `apgd-ce`, `apgd-dlr`, `fab`, `square`, `apgd-t` and `fab-t`.
         chunk_size: Images of one call.
         dataset: Where the images come from; `None` finds the split.
         eps: Radius of the attack; `None` takes the datamodule's `eps`, else 8/255.
@@ -57,11 +70,14 @@ class AutoAttack(FinalMeasurement):
         normalization: `(mean, std)` where module and dataset deal in normalised images.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range; before training, if an attack does not work
+            with the number of classes or the size of the images.
 
     Example:
         >>> AutoAttack(num_examples=64).state_key
         'AutoAttack[test]'
+        >>> AutoAttack(attacks=["apgd-ce", "square"]).version
+        'custom'
     """
 
     def __init__(
@@ -69,7 +85,7 @@ class AutoAttack(FinalMeasurement):
         *,
         split: str = "test",
         num_examples: int = 1000,
-        version: str = "standard",
+        version: str | None = None,
         attacks: list[str] | None = None,
         chunk_size: int = 100,
         dataset: Dataset[Any] | None = None,
@@ -79,13 +95,10 @@ class AutoAttack(FinalMeasurement):
         normalization: Normalization | None = None,
     ) -> None:
         super().__init__()
-        check_choice("version", version, VERSIONS)
+        version = version or ("standard" if attacks is None else "custom")
+        check_choice("version", version, (*VERSIONS, "custom"))
         check_count("chunk_size", chunk_size, low=1)
-        if (version == "custom") != (attacks is not None):
-            raise ValueError(
-                f"Expected `attacks` with `version` custom and only there but got {attacks} "
-                f"with {version}."
-            )
+        _check_attacks(version, attacks)
         self.split, self.version, self.attacks = split, version, attacks
         self._verdicts = _Verdicts(
             self._attack,
@@ -119,57 +132,99 @@ class AutoAttack(FinalMeasurement):
         if trainer.is_global_zero:
             self._verdicts.kept.clear()
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuses attacks that do not work here, before anything is trained."""
+        super().on_train_start(trainer, pl_module)
+        images = self._verdicts.examples(trainer, pl_module).images[:1].to(pl_module.device)
+        with self._verdicts.network(trainer, pl_module) as network, torch.no_grad():
+            classes = logits_function(network, images)(images).shape[1]
+        self._attacks_for(classes, images)
+
     def _attack(self, network: nn.Module, images: Tensor, labels: Tensor, eps: float) -> Tensor:
         """The official verdict on one chunk: whether each image is robust, bool `(N,)`."""
+        # A tensor that was made in inference mode takes no part in a graph, its clone does.
+        images = images.clone()
+        with torch.no_grad():
+            logits = logits_function(network, images)(images)
+        robust = predicted_classes(logits) == labels
+        version, attacks = self._attacks_for(logits.shape[1], images)
+        # With a radius of 0 there is nothing to search, and some attacks divide by it.
+        if eps == 0 or not robust.any():
+            return robust
+        settings = {"eps": eps, "version": version, "attacks": attacks}
+        chunk = (images[robust].float(), labels[robust], logits.shape[1])
+        with frozen(network):
+            try:
+                found = self._official(AttackedNetwork(network, images), *chunk, settings)
+            except FloatingPointError:
+                attacked = AttackedNetwork(network, images, extra_class=True)
+                found = self._official(attacked, *chunk, settings)
+        robust[robust.clone()] = found
+        return robust
+
+    def _official(
+        self,
+        network: AttackedNetwork,
+        images: Tensor,
+        labels: Tensor,
+        classes: int,
+        settings: dict[str, Any],
+    ) -> Tensor:
         # Imported late: it takes a second, and only this callback needs it.
         from pyautoattack import AutoAttack as OfficialAutoAttack
 
         logging.getLogger("auto-attack").setLevel(logging.WARNING)
-        images = images.clone()
-        with torch.no_grad():
-            logits = network(images)
-        if eps == 0:
-            # Nothing to search: some of the attacks divide by the radius.
-            return logits.argmax(1) == labels
-        classes = logits.shape[1]
-        version, attacks = self._attacks_for(classes)
         official = OfficialAutoAttack(
             network,
-            eps=eps,
             norm={"linf": "Linf", "l2": "L2"}[self._verdicts.norm],
-            version=version,
-            attacks=attacks,
             seed=self._verdicts.seed,
             device=images.device,
+            **settings,
         )
         targets = min(9, classes - 1)
         official.apgd_targeted.n_target_classes = official.fab.n_target_classes = targets
-        with _frozen(network):
-            _, predicted = official.run_standard_evaluation(images, labels, batch_size=len(images))
+        _, predicted = official.run_standard_evaluation(images, labels, batch_size=len(images))
         return predicted == labels
 
-    def _attacks_for(self, classes: int) -> tuple[str, list[str] | None]:
-        if classes >= FEWEST_CLASSES_OF_TARGETED_DLR or self.version != "standard":
-            return self.version, self.attacks
-        rank_zero_warn(
-            f"AutoAttack standard needs at least {FEWEST_CLASSES_OF_TARGETED_DLR} classes for its "
-            f"targeted DLR loss and there are {classes}: running "
-            f"{', '.join(ATTACKS_FOR_FEW_CLASSES)} instead."
+    def _attacks_for(self, classes: int, images: Tensor) -> tuple[str, list[str] | None]:
+        """Version and attacks for so many classes; `attacks` is `None` if the version says them."""
+        attacks = VERSIONS.get(self.version, self.attacks or [])
+        version, custom = self.version, self.attacks
+        if version == "standard" and 2 <= classes < FEWEST_CLASSES["apgd-t"]:
+            rank_zero_warn(
+                f"AutoAttack standard needs at least {FEWEST_CLASSES['apgd-t']} classes for its "
+                f"targeted DLR loss and there are {classes}: running "
+                f"{', '.join(ATTACKS_FOR_FEW_CLASSES)} instead."
+            )
+            version, attacks, custom = "custom", ATTACKS_FOR_FEW_CLASSES, ATTACKS_FOR_FEW_CLASSES
+        for attack in attacks:
+            if classes < FEWEST_CLASSES[attack]:
+                raise ValueError(
+                    f"Expected at least {FEWEST_CLASSES[attack]} classes for AutoAttack's {attack} "
+                    f"(`version` {version}) but got {classes}; `attacks` takes those that work."
+                )
+        small = min(images.shape[2:]) < FEWEST_PIXELS_OF_SQUARE_L2
+        if self._verdicts.norm == "l2" and "square" in attacks and small:
+            raise ValueError(
+                f"Expected images of at least {FEWEST_PIXELS_OF_SQUARE_L2} pixels a side for "
+                f"AutoAttack's square with `norm` l2 but got {tuple(images.shape[2:])}; `attacks` "
+                "takes those that work."
+            )
+        return version, custom
+
+
+def _check_attacks(version: str, attacks: Any) -> None:
+    if (version == "custom") != (attacks is not None):
+        raise ValueError(
+            f"Expected `attacks` with `version` custom, and with no other, but got {attacks} with "
+            f"{version}."
         )
-        return "custom", ATTACKS_FOR_FEW_CLASSES
-
-
-@contextmanager
-def _frozen(network: nn.Module) -> Iterator[None]:
-    """Keeps FAB, which calls `backward`, from filling the gradients of the parameters."""
-    trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    try:
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+    if attacks is None:
+        return
+    known = isinstance(attacks, (list, tuple)) and all(name in FEWEST_CLASSES for name in attacks)
+    if not attacks or not known:
+        names = ", ".join(FEWEST_CLASSES)
+        raise ValueError(f"Expected `attacks` to be a list of some of {names} but got {attacks}.")
 
 
 class _Verdicts(Measurement):

@@ -4,7 +4,13 @@ from networks_for_tests import snapshot, tiny_body
 from torch.utils.data import TensorDataset
 from trainers import PLAIN, dataset, loader, quiet_trainer
 
-from robust_flatness.callbacks import AutoAttack, FinalEvaluation, RobustEarlyStopping
+from robust_flatness.callbacks import (
+    AutoAttack,
+    FinalEvaluation,
+    RobustEarlyStopping,
+    evaluate,
+)
+from robust_flatness.callbacks.autoattack import VERSIONS
 from robust_flatness.functional import evaluate_robustness
 from robust_flatness.lightning_modules import AT
 
@@ -80,19 +86,59 @@ def test_few_classes_get_a_message_and_the_attacks_that_apply(classes, monkeypat
     assert asked["attacks"] == ["apgd-ce", "fab", "square"]
 
 
-def test_two_classes_are_attacked_for_real():
-    images, labels = dataset(6)[:]
-    module = AT(tiny_body, **PLAIN, num_classes=2)
-    callback = AutoAttack(
-        dataset=TensorDataset(images, labels % 2),
-        eps=0.02,
-        version="custom",
-        attacks=["apgd-ce", "fab"],
+def some_classes(classes, count=8):
+    images, labels = dataset(count)[:]
+    return TensorDataset(images, labels % classes)
+
+
+@pytest.mark.parametrize(
+    ("classes", "attack"),
+    [(2, "apgd-ce"), (2, "fab"), (2, "square"), (2, "fab-t"), (3, "apgd-dlr"), (4, "apgd-t")],
+)
+def test_attacks_run_with_as_few_classes_as_they_need(classes, attack):
+    data = some_classes(classes, 2)
+    torch.manual_seed(0)
+    module = AT(tiny_body, **PLAIN, num_classes=classes)
+    trained_on = torch.utils.data.DataLoader(data, 2)
+    quiet_trainer(max_epochs=20).fit(module, trained_on)
+    for eps, error in ((1e-6, 0.0), (0.5, 1.0)):
+        callback = AutoAttack(dataset=data, eps=eps, attacks=[attack])
+        if attack != "square" or error == 1:  # 5000 queries
+            assert measure(callback, module.eval()) == error
+
+
+@pytest.mark.parametrize(
+    ("classes", "settings", "message"),
+    [
+        (2, {"attacks": ["apgd-dlr"]}, "at least 3 classes for AutoAttack's apgd-dlr .* got 2"),
+        (3, {"attacks": ["fab", "apgd-t"]}, "at least 4 classes for AutoAttack's apgd-t .* got 3"),
+        (2, {"version": "rand"}, "at least 3 classes for AutoAttack's apgd-dlr .*rand.* got 2"),
+        (3, {"version": "plus"}, "at least 4 classes for AutoAttack's apgd-t .*plus.* got 3"),
+    ],
+)
+def test_attacks_that_cannot_run_are_refused_before_training(classes, settings, message):
+    data = some_classes(classes)
+    module, attack = (
+        AT(tiny_body, **PLAIN, num_classes=classes),
+        AutoAttack(dataset=data, **settings),
     )
-    assert 0 <= measure(callback, module) <= 1
+    trainer = quiet_trainer(callbacks=[attack])
+    with pytest.raises(ValueError, match=message):
+        trainer.fit(module, torch.utils.data.DataLoader(data, 4))
+    assert trainer.global_step == 0
+    with pytest.raises(ValueError, match=message):
+        trainer.test(module, torch.utils.data.DataLoader(data, 4))
 
 
-def test_five_classes_have_four_targets(monkeypatch):
+def test_square_on_small_images_is_refused_for_l2():
+    data = TensorDataset(torch.rand(4, 1, 4, 9), torch.arange(4))
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 4))
+    with pytest.raises(ValueError, match=r"at least 5 pixels a side .* square .* got \(4, 9\)"):
+        evaluate(network, data, [AutoAttack(norm="l2")], enable_progress_bar=False)
+
+
+@pytest.mark.parametrize("settings", [{}, {"attacks": ["apgd-t", "fab-t"]}, {"version": "plus"}])
+def test_five_classes_have_four_targets(settings, monkeypatch):
     import pyautoattack
 
     asked = {}
@@ -104,11 +150,11 @@ def test_five_classes_have_four_targets(monkeypatch):
             return images, labels
 
     monkeypatch.setattr(pyautoattack, "AutoAttack", Official)
-    images, labels = dataset(8)[:]
     module = AT(tiny_body, **PLAIN, num_classes=5)
-    measure(AutoAttack(dataset=TensorDataset(images, labels % 5), eps=0.02), module)
+    callback = AutoAttack(dataset=some_classes(5), eps=0.02, **settings)
+    measure(callback, module)
     assert asked["targets"] == (4, 4)
-    assert asked["attacks"] == ["apgd-ce", "apgd-t", "fab-t", "square"]
+    assert asked["attacks"] == (callback.attacks or VERSIONS[callback.version])
 
 
 def test_last_and_early_stopped_weights_are_measured_at_the_end():
@@ -142,8 +188,42 @@ def test_last_and_early_stopped_weights_are_measured_at_the_end():
     assert losses[1] == pytest.approx(again, rel=1e-6)
 
 
-def test_bad_arguments_are_named():
-    with pytest.raises(ValueError, match="`version` to be one of standard"):
-        AutoAttack(version="fast")
-    with pytest.raises(ValueError, match="Expected `attacks` with `version` custom"):
-        AutoAttack(attacks=["apgd-ce"])
+def test_the_attacks_of_a_version_are_those_of_the_package():
+    import pyautoattack
+
+    for version, attacks in VERSIONS.items():
+        official = pyautoattack.AutoAttack(torch.nn.Identity(), version=version)
+        assert official.attacks_to_run == attacks
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"version": "fast"}, "`version` to be one of standard"),
+        ({"version": "custom"}, "`attacks` with `version` custom, .* but got None with custom"),
+        ({"version": "plus", "attacks": ["fab"]}, r"but got \['fab'\] with plus"),
+        ({"attacks": ["foo"]}, r"list of some of apgd-ce, .* but got \['foo'\]"),
+        ({"attacks": ["apgd-ce", "pgd"]}, "list of some of"),
+        ({"attacks": [3]}, "list of some of"),
+        ({"attacks": []}, r"list of some of .* but got \[\]"),
+        ({"attacks": "fab"}, "list of some of .* but got fab"),
+        ({"chunk_size": 0}, "`chunk_size` to be >= 1"),
+        ({"norm": "l1"}, "`norm` to be one of"),
+    ],
+)
+def test_bad_arguments_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        AutoAttack(**settings)
+
+
+def test_attacks_alone_are_a_custom_version():
+    assert AutoAttack(attacks=["square"]).version == "custom"
+    assert AutoAttack().version == "standard"
+
+
+def test_a_dev_run_measures_nothing_and_few_images_are_one_chunk():
+    attack = AutoAttack(dataset=dataset(16), num_examples=3, eps=0.02, **FAST)
+    quiet_trainer(callbacks=[attack], fast_dev_run=True).fit(AT(tiny_body, **PLAIN), loader(8))
+    assert not attack.final_results["final"]
+    quiet_trainer(callbacks=[attack]).fit(AT(tiny_body, **PLAIN), loader(8))
+    assert attack.final_results["num_examples"] == {"test/autoattack_error": 3}

@@ -1,0 +1,129 @@
+"""AutoAttack where numbers are not finite, or not float32."""
+
+import math
+
+import pytest
+import torch
+from networks_for_tests import images_and_labels
+from torch import nn
+from torch.utils.data import TensorDataset
+from trainers import quiet_trainer
+
+from robust_flatness.callbacks import AutoAttack, evaluate
+
+ATTACKS = ["apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"]
+QUIET = {"accelerator": "cpu", "enable_progress_bar": False}
+
+
+def error(network, data, attacks, **kwargs):
+    callback = AutoAttack(dataset=data, attacks=attacks, **{"eps": 0.1, **kwargs})
+    (verdicts,) = callback.measurements
+    module = nn.Sequential(network)
+    module.device = torch.device("cpu")
+    return verdicts.measure(quiet_trainer(), module)["test/autoattack_error"]
+
+
+class Bright(nn.Module):
+    """Predicts class 0 for dark and class 1 for bright images, and something else on the way."""
+
+    def __init__(self, otherwise, classes=4):
+        super().__init__()
+        self.slope = nn.Parameter(torch.ones(()))
+        self.otherwise, self.classes = otherwise, classes
+
+    def forward(self, images):
+        mean = self.slope * images.flatten(1).mean(1, keepdim=True)
+        low = -torch.arange(1.0, self.classes - 1).expand(len(images), -1).to(mean) - 9
+        logits = torch.cat([1 - mean, mean, low], 1)
+        between = (mean > 0.06) & (mean < 0.94)
+        return torch.where(between, self.otherwise, logits)
+
+
+def dark_and_bright(value=0.0):
+    images = torch.full((4, 1, 6, 6), value)
+    images[2:] = 1 - value
+    return TensorDataset(images, torch.tensor([0, 0, 1, 1]))
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize("otherwise", [math.nan, math.inf, -math.inf])
+def test_an_attack_that_makes_logits_not_finite_has_broken_the_image(otherwise, attack):
+    found = error(Bright(otherwise), dark_and_bright(), [attack])
+    # FAB looks for the boundary between the classes, which is not within the radius.
+    assert found == (0.0 if attack.startswith("fab") else 1.0)
+    if not attack.startswith("fab"):
+        assert error(Bright(otherwise), dark_and_bright(), [attack], eps=0.02) == 0
+
+
+@pytest.mark.parametrize("otherwise", [math.nan, math.inf])
+def test_logits_that_are_not_finite_on_clean_images_are_misclassified(otherwise):
+    data = dark_and_bright(0.3)
+    assert error(Bright(otherwise), data, ["apgd-ce"]) == 1
+    images = torch.cat([data[:][0], dark_and_bright()[:][0]])
+    both = TensorDataset(images, torch.tensor([0, 0, 1, 1] * 2))
+    assert error(Bright(otherwise), both, ["apgd-ce"], eps=0.01) == 0.5
+    assert error(Bright(otherwise), both, ["apgd-ce"], eps=0.0) == 0.5
+
+
+class Kink(Bright):
+    """Gradients are NaN everywhere, logits finite."""
+
+    def forward(self, images):
+        nothing = (images - images).sqrt().flatten(1).sum(1, keepdim=True)
+        return super().forward(images) + nothing
+
+
+@pytest.mark.parametrize("attack", [name for name in ATTACKS if name != "square"])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_gradients_that_are_not_finite_break_no_image(norm, attack):
+    found = error(Kink(0.0), dark_and_bright(0.02), [attack], eps=0.03, norm=norm)
+    assert found == 0
+
+
+def linear(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 10))
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16, torch.float16])
+def test_networks_and_images_of_any_precision_are_attacked(kind, attack):
+    images = images_and_labels(6)[0]
+    with torch.no_grad():
+        logits = linear()(images)
+    # Images with margins from small to large: the radius breaks some.
+    labels = logits.argmax(1)
+    for norm, eps in (("linf", 0.02), ("l2", 0.3)):
+        if attack == "square" and norm == "l2":
+            continue
+        expected = error(linear(), TensorDataset(images, labels), [attack], eps=eps, norm=norm)
+        for pixels in (torch.float32, torch.float64):
+            data = TensorDataset(images.to(pixels), labels)
+            found = error(linear().to(kind), data, [attack], eps=eps, norm=norm)
+            assert abs(found - expected) <= (0 if kind == torch.float64 else 1 / 6)
+
+
+def test_logits_of_float64_beyond_float32_are_attacked_as_others():
+    class Shifted(nn.Module):
+        def __init__(self, shift):
+            super().__init__()
+            self.body, self.shift = linear().double(), shift
+
+        def forward(self, images):
+            return self.body(images) + self.shift
+
+    images = images_and_labels(6)[0]
+    data = TensorDataset(images, linear()(images).argmax(1))
+    found = [error(Shifted(shift), data, ["apgd-ce"], eps=0.02) for shift in (0, 1e9, -1e9)]
+    assert found == [error(linear(), data, ["apgd-ce"], eps=0.02)] * 3
+    assert 0 < found[0] < 1
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "16-true"])
+def test_a_trainer_of_another_precision_measures(precision):
+    images = images_and_labels(6)[0]
+    data = TensorDataset(images, linear()(images).argmax(1))
+    attack = AutoAttack(dataset=data, attacks=["apgd-ce"], eps=0.02)
+    figures = evaluate(linear(), data, [attack], precision=precision, **QUIET)
+    exact = error(linear(), data, ["apgd-ce"], eps=0.02)
+    assert abs(figures["test/autoattack_error"] - exact) <= 1 / 6

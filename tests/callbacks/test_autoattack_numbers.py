@@ -45,14 +45,12 @@ def dark_and_bright(value=0.0):
     return TensorDataset(images, torch.tensor([0, 0, 1, 1]))
 
 
-@pytest.mark.parametrize("attack", ATTACKS)
-@pytest.mark.parametrize("otherwise", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    ("attack", "otherwise"),
+    [(name, math.nan) for name in ATTACKS] + [("apgd-ce", math.inf), ("square", -math.inf)],
+)
 def test_an_attack_that_makes_logits_not_finite_has_broken_the_image(otherwise, attack):
-    found = error(Bright(otherwise), dark_and_bright(), [attack])
-    # FAB looks for the boundary between the classes, which is not within the radius.
-    assert found == (0.0 if attack.startswith("fab") else 1.0)
-    if not attack.startswith("fab"):
-        assert error(Bright(otherwise), dark_and_bright(), [attack], eps=0.02) == 0
+    assert error(Bright(otherwise), dark_and_bright(), [attack]) == 1
 
 
 @pytest.mark.parametrize("otherwise", [math.nan, math.inf])
@@ -86,21 +84,24 @@ def linear(seed=0):
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16, torch.float16])
-def test_networks_and_images_of_any_precision_are_attacked(kind, attack):
-    images = images_and_labels(6)[0]
-    with torch.no_grad():
-        logits = linear()(images)
-    # Images with margins from small to large: the radius breaks some.
-    labels = logits.argmax(1)
-    for norm, eps in (("linf", 0.02), ("l2", 0.3)):
-        if attack == "square" and norm == "l2":
-            continue
-        expected = error(linear(), TensorDataset(images, labels), [attack], eps=eps, norm=norm)
-        for pixels in (torch.float32, torch.float64):
-            data = TensorDataset(images.to(pixels), labels)
-            found = error(linear().to(kind), data, [attack], eps=eps, norm=norm)
-            assert abs(found - expected) <= (0 if kind == torch.float64 else 1 / 6)
+@pytest.mark.parametrize(
+    ("weights", "pixels"),
+    [
+        (torch.float32, torch.float64),
+        (torch.float64, torch.float32),
+        (torch.float64, torch.float64),
+        (torch.bfloat16, torch.float64),
+        (torch.float16, torch.float32),
+    ],
+)
+def test_networks_and_images_of_any_precision_are_attacked(weights, pixels, attack):
+    images = images_and_labels(2)[0]
+    labels = linear()(images).argmax(1)
+    data = TensorDataset(images.to(pixels), labels)
+    # FAB and Square have no early end on an image that they do not break.
+    for eps, expected in ((0.3, 1.0), (1e-4, 0.0)):
+        if attack.startswith("apgd") or expected == 1:
+            assert error(linear().to(weights), data, [attack], eps=eps) == expected
 
 
 def test_logits_of_float64_beyond_float32_are_attacked_as_others():
@@ -121,6 +122,7 @@ def test_logits_of_float64_beyond_float32_are_attacked_as_others():
 
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true", "16-true"])
 def test_a_trainer_of_another_precision_measures(precision):
+    # Of random images the radius breaks some.
     images = images_and_labels(6)[0]
     data = TensorDataset(images, linear()(images).argmax(1))
     attack = AutoAttack(dataset=data, attacks=["apgd-ce"], eps=0.02)

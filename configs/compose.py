@@ -18,6 +18,11 @@ from typing import Any
 
 import yaml
 
+from robust_flatness.configs.network_option import (
+    drop_other_networks,
+    place_network,
+    typed_network,
+)
 from robust_flatness.configs.options import Option, read_options
 from robust_flatness.functional.checks import check_number
 
@@ -75,11 +80,20 @@ def compose(arguments: Sequence[str], known: Mapping[str, Mapping[str, str]]) ->
             f"{shares[-1]}."
         )
     layers += [{"epochs_share": share} for share in shares[-1:]]
+    # A model of the user's own may mean something else by `network`.
+    own, networks = classes["model"] in known["model"].values(), known.get("model.network", {})
+    network = typed_network(options, networks) if own else None
+    for layer in layers if network else ():
+        drop_other_networks(layer, network, networks)
     merged = _stacked(layers, classes["data"], known["data"], resumed=bool(run))
     for key, name in classes.items():
         merged[key] = {**merged.get(key, {}), "class_path": name}
     consumed = ("config", "c", "epochs_share", *DEFAULT_CLASSES)
     kept = [option for option in options if option.name not in consumed]
+    if own:
+        settings = merged["model"].get("init_args", {})
+        kept = place_network(settings, kept, networks, external=external)
+        merged["model"] |= {"init_args": settings} if settings else {}
     typed = [typed for option in sorted(kept, key=_depth) for typed in option.arguments]
     return [subcommand, "--config", yaml.safe_dump(merged), *typed]
 

@@ -1,7 +1,7 @@
 """Adversarial training."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -28,9 +28,13 @@ from robust_flatness.lightning_modules.fast_mixin import Fast, FastMixin
 from robust_flatness.lightning_modules.pgd_mixin import PGDMixin
 from robust_flatness.lightning_modules.schedules import MultiStep, prepare_schedule
 from robust_flatness.lightning_modules.walk_mixin import WalkMixin
-from robust_flatness.networks import Normalize, ResNet18, channels_last
+from robust_flatness.networks import Normalize, ResNet18, build_network, channels_last
 
-NetworkCallable = Callable[[int, int], nn.Module]
+if TYPE_CHECKING:
+    Network = Callable[..., nn.Module] | nn.Module
+else:
+    # What the command line builds; modules come from Python alone.
+    Network = Callable[[int, int], nn.Module]
 Incorrect = Literal["attack", "ignore", "predicted"]
 CLASS_KEY, SEED_KEY = "robust_flatness_class", "robust_flatness_seed"
 
@@ -83,7 +87,7 @@ class AT(FastMixin, PGDMixin, WalkMixin):
 
     def __init__(
         self,
-        network: NetworkCallable = ResNet18,
+        network: Network = ResNet18,
         *,
         num_classes: int = 10,
         in_channels: int = 3,
@@ -126,7 +130,7 @@ class AT(FastMixin, PGDMixin, WalkMixin):
         self.pgd = PGD(*settings) if tau is None else FriendlyPGD(*settings, tau)
         self.training_labels = TrainingLabels(label_noise, label_smoothing, smoothing_spread)
         self.normalize = Normalize(mean, std)
-        self.network = channels_last(network(num_classes, in_channels))
+        self.network = channels_last(build_network(network, num_classes, in_channels))
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self.means, self.fast = EpochMeans(), fast
 

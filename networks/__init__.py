@@ -14,6 +14,7 @@ from robust_flatness.networks.residual_network import ResidualNetwork
 from robust_flatness.networks.resnet import ResNet18
 from robust_flatness.networks.rotation_head import RotationHead
 from robust_flatness.networks.small_resnet import SmallResNet
+from robust_flatness.networks.user_network import UserNetwork, build_network
 from robust_flatness.networks.wide_resnet import WideResNet, WideResNet28x10, WideResNet34x10
 
 __all__ = [
@@ -25,9 +26,11 @@ __all__ = [
     "ResidualNetwork",
     "RotationHead",
     "SmallResNet",
+    "UserNetwork",
     "WideResNet",
     "WideResNet28x10",
     "WideResNet34x10",
+    "build_network",
     "channels_last",
     "make_activation",
     "make_norm",

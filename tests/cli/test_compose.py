@@ -80,7 +80,7 @@ def test_presets_belong_to_their_data_and_stay_below_the_users_file(tmp_path):
     mine.write_text("model: {init_args: {eps: 0.1}}\n")
     config, _ = composed("--config", str(mine))
     assert config["model"]["init_args"]["eps"] == 0.1
-    assert config["model"]["init_args"]["network"]["init_args"] == {"width": 16}
+    assert config["model"]["init_args"]["network"]["init_args"]["width"] == 16
 
 
 def test_another_network_does_not_inherit_the_presets_arguments(tmp_path):

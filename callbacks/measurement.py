@@ -29,7 +29,7 @@ from robust_flatness.functional.checks import (
     check_examples,
     check_radius,
 )
-from robust_flatness.functional.logits import logits_function
+from robust_flatness.functional.logits import first_logits
 from robust_flatness.functional.noise import Norm
 
 DEFAULT_EPS = 8 / 255
@@ -158,7 +158,7 @@ class Measurement(Callback, ABC):
         examples = self.examples(trainer, pl_module)
         images = examples.images[:LOOKED_AT].to(pl_module.device)
         with self.network(trainer, pl_module) as network, torch.no_grad():
-            classes = logits_function(network, images)(images).shape[1]
+            classes = first_logits(network, images).shape[1]
         check_examples(examples.images, examples.labels, classes)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

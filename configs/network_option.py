@@ -57,14 +57,13 @@ def place_network(
 ) -> list[Option]:
     """Writes a chosen network into the settings of the model.
 
-    A network that is not this package's is written down as a `UserNetwork`, unless the parser can
-    build it by itself.
+    A network that is not this package's is written down as a `UserNetwork`.
 
     Args:
         settings: Arguments of the model out of all files, changed in place.
         options: As typed.
         names: Class paths of networks by short name.
-        external: Whether the model takes networks that were built with their own arguments alone.
+        external: Whether the model takes names of other packages' networks as well.
 
     Returns:
         The options that are left to the parser.
@@ -86,11 +85,9 @@ def place_network(
         return list(options)
     network = import_path(path)
     check_buildable(network, path)
-    own = path.startswith("robust_flatness.")
-    if own or (external and inspect.isclass(network)):
+    if path.startswith("robust_flatness."):
         # The parser hands the arguments of a default class on to the class that replaces it.
-        arguments = {**_defaults(network), **arguments} if own else arguments
-        settings["network"] = {"class_path": path, "init_args": arguments}
+        settings["network"] = {"class_path": path, "init_args": {**_defaults(network), **arguments}}
         return list(options)
     for name, option in typed:
         if name not in (None, "", "class_path"):

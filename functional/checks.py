@@ -167,6 +167,29 @@ images, but got a tuple of 2; return the logits alone from `forward`.
     )
 
 
+def check_outputs(logits: Tensor, num_classes: int) -> None:
+    """Raises if a network has another number of outputs than there are classes.
+
+    Args:
+        logits: `(N, K)`.
+        num_classes: Number of classes.
+
+    Raises:
+        ValueError: If K is another number.
+
+    Example:
+        >>> check_outputs(torch.zeros(2, 1000), 10)
+        Traceback (most recent call last):
+        ...
+        ValueError: Expected `network` to return 10 logits, one for each class, but got 1000.
+    """
+    if logits.shape[1] != num_classes:
+        raise ValueError(
+            f"Expected `network` to return {num_classes} logits, one for each class, but got "
+            f"{logits.shape[1]}."
+        )
+
+
 def are_probabilities(output: Tensor) -> bool:
     """Whether each row is in [0, 1] and sums to 1, as after a softmax.
 

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -46,6 +47,37 @@ def logits_function(model: Model, images: Tensor) -> Callable[[Tensor], Tensor]:
         return upcast(output)
 
     return logits
+
+
+def first_logits(model: Model, images: Tensor) -> Tensor:
+    """Logits of the first images that a network gets, to see whether it takes such images.
+
+    Args:
+        model: Maps images in [0, 1] to logits.
+        images: `(N, C, H, W)`.
+
+    Returns:
+        `(N, K)`, float32 or wider.
+
+    Raises:
+        ValueError: If the network fails on the images, or returns something else.
+
+    Example:
+        >>> first_logits(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), torch.rand(2, 1, 2, 2)).shape
+        torch.Size([2, 3])
+    """
+    try:
+        return logits_function(model, images)(images)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()).removesuffix(".")
+        if reason.startswith("Expected `"):
+            raise
+        raise ValueError(
+            f"Expected `network` to take images of shape {tuple(images.shape[1:])} but it raises "
+            f"{type(error).__name__}: {reason}."
+        ) from error
 
 
 def _warn_of_probabilities(output: Tensor) -> None:

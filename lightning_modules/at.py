@@ -1,6 +1,6 @@
 """Adversarial training."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -14,21 +14,30 @@ from robust_flatness.functional.checks import (
     check_choice,
     check_count,
     check_number,
+    check_outputs,
     check_radius,
     losses_of_finite,
     predicted_classes,
     upcast,
 )
+from robust_flatness.functional.evaluation_context import evaluation_context
 from robust_flatness.functional.friendly_attack import FriendlyPGD
 from robust_flatness.functional.labels import Smoothing, TrainingLabels
+from robust_flatness.functional.logits import first_logits
 from robust_flatness.functional.modes import Mode
 from robust_flatness.functional.noise import Norm, Start
 from robust_flatness.lightning_modules.epoch_means import EpochMeans
 from robust_flatness.lightning_modules.fast_mixin import Fast, FastMixin
+from robust_flatness.lightning_modules.network_of_checkpoint import (
+    LAYERS_KEY,
+    check_network_of,
+    plain_layers,
+)
 from robust_flatness.lightning_modules.pgd_mixin import PGDMixin
 from robust_flatness.lightning_modules.schedules import MultiStep, prepare_schedule
 from robust_flatness.lightning_modules.walk_mixin import WalkMixin
 from robust_flatness.networks import Normalize, ResNet18, build_network, channels_last
+from robust_flatness.networks.normalization import channel_values
 
 if TYPE_CHECKING:
     Network = Callable[..., nn.Module] | nn.Module
@@ -48,11 +57,15 @@ class AT(FastMixin, PGDMixin, WalkMixin):
     tables; its text prints 0.005.
 
     Args:
-        network: Builds the network from number of classes and of channels; it takes normalised
-            images `(N, C, H, W)` and returns logits `(N, num_classes)`.
+        network: Takes normalised images `(N, C, H, W)` and returns logits `(N, num_classes)`: a
+            class or function that builds it from the numbers of classes and of channels, see
+            `build_network`; or a module, which is trained as it is, so that two variants of one
+            module share its weights. Load checkpoints of a network that was built in Python with
+            `network=` again.
         num_classes: Number of classes, linked from the data on the command line.
         in_channels: Number of image channels, linked likewise.
-        mean: Per-channel mean for the normalisation in front of the network, linked likewise.
+        mean: Per-channel mean for the normalisation in front of the network, linked likewise: a
+            sequence of numbers, a tensor or an array.
         std: Per-channel standard deviation, linked likewise.
         eps: Radius of the training attack, in pixel units of images in [0, 1].
         eps_scale: Factor on the radius, but not on the step; 9/8 is the paper's larger ε.
@@ -76,7 +89,8 @@ class AT(FastMixin, PGDMixin, WalkMixin):
             graph of the attack.
 
     Raises:
-        ValueError: If a number is out of range.
+        ValueError: If an argument is out of range; before the first step, if the network does not
+            take the images or has not as many outputs as there are classes.
 
     Example:
         >>> from functools import partial
@@ -113,11 +127,9 @@ class AT(FastMixin, PGDMixin, WalkMixin):
         fast: Fast = True,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
-        for name in ("network", "optimizer", "lr_scheduler"):
-            # The command line records how to build these; a Python callable cannot be stored.
-            if callable(self.hparams.get(name)):
-                self.hparams.pop(name)
+        mean, std = channel_values("mean", mean), channel_values("std", std)
+        self.save_hyperparameters(ignore=["network"] if isinstance(network, nn.Module) else None)
+        self._keep_plain_arguments({"mean": mean, "std": std})
         check_count("num_classes", num_classes, low=2)
         check_number("eps_scale", eps_scale)
         check_radius("eps", eps, norm)
@@ -134,22 +146,47 @@ class AT(FastMixin, PGDMixin, WalkMixin):
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self.means, self.fast = EpochMeans(), fast
 
+    def _keep_plain_arguments(self, checked: Mapping[str, Any]) -> None:
+        """Leaves in the hyperparameters what a checkpoint can hold and give back."""
+        for name, value in dict(self.hparams).items():
+            # The command line records how to build these; a Python callable cannot be stored.
+            if name in ("network", "optimizer", "lr_scheduler") and callable(value):
+                self.hparams.pop(name)
+                continue
+            plain = checked.get(name, value)
+            # Numbers of NumPy could be stored but not loaded again.
+            self.hparams[name] = plain.tolist() if hasattr(plain, "tolist") else plain
+
     def forward(self, images: Tensor) -> Tensor:
         """Logits `(N, num_classes)` of images `(N, C, H, W)` in [0, 1]."""
         logits: Tensor = self.network(self.normalize(images))
         return logits
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
-        """One step: craft, draw label noise, perturb weights (nothing here), take the objective."""
+        """One step: craft, draw label noise, perturb weights (nothing here), take the objective.
+
+        Raises:
+            ValueError: In the first step, if the network does not take the images, or if it has
+                another number of outputs than there are classes.
+        """
         images, labels = batch[:2]
         self._learning_rate = float(self.trainer.optimizers[0].param_groups[0]["lr"])
-        with self.own_dropout(), self.arithmetic():
-            adversarial = self._attacked(images, labels)
-            noisy = self._noisy(labels)
-            # Older versions of PyTorch keep casts of the weights that were made without a graph.
-            torch.clear_autocast_cache()
-            self.perturb(images, adversarial, noisy)
-            loss, logits = self.objective(images, adversarial, noisy)
+        try:
+            with self.own_dropout(), self.arithmetic():
+                adversarial = self._attacked(images, labels)
+                noisy = self._noisy(labels)
+                # Older versions of PyTorch keep casts of the weights made without a graph.
+                torch.clear_autocast_cache()
+                self.perturb(images, adversarial, noisy)
+                loss, logits = self.objective(images, adversarial, noisy)
+        except Exception:
+            # The network may be at fault, which is not worth a pass unless something failed.
+            if self.batches_seen == 0:
+                with evaluation_context(self), torch.no_grad():
+                    check_outputs(first_logits(self, images[:1]), self.num_classes)
+            raise
+        if self.batches_seen == 0:
+            check_outputs(logits, self.num_classes)
         self._record(loss.detach(), logits.detach(), labels[: len(logits)])
         return loss
 
@@ -247,16 +284,19 @@ class AT(FastMixin, PGDMixin, WalkMixin):
         """Writes down which class made the checkpoint, and the seed of its noise."""
         checkpoint[CLASS_KEY] = type(self).__name__
         checkpoint[SEED_KEY] = self._run_seed
+        checkpoint[LAYERS_KEY] = plain_layers(self.network)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses the checkpoint of another variant.
+        """Refuses the checkpoint of another variant, or of another network.
 
         Raises:
-            ValueError: If another class wrote the checkpoint.
+            ValueError: If another class wrote the checkpoint, or if it was trained with a network
+                of other weights or other layers.
         """
         written = checkpoint.get(CLASS_KEY, type(self).__name__)
         if written != type(self).__name__:
             raise ValueError(
                 f"Expected a checkpoint written by {type(self).__name__} but got one of {written}."
             )
+        check_network_of(checkpoint, self.network)
         self._run_seed = checkpoint.get(SEED_KEY)

@@ -20,6 +20,7 @@ class ATEntropySGD(AT):
 
     Args:
         optimizer: Builds an `EntropySGD`; `--model.optimizer.langevin_steps 2` sets L.
+        args: The network, as the first argument of `AT`.
         kwargs: Arguments of `AT`.
 
     Raises:
@@ -30,8 +31,10 @@ class ATEntropySGD(AT):
         0.1
     """
 
-    def __init__(self, *, optimizer: OptimizerCallable = EntropySGD, **kwargs: Any) -> None:
-        super().__init__(optimizer=optimizer, **kwargs)
+    def __init__(
+        self, *args: Any, optimizer: OptimizerCallable = EntropySGD, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, optimizer=optimizer, **kwargs)
 
     def configure_optimizers(self) -> Any:
         """Optimizer and schedule from the module's arguments.

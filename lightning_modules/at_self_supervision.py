@@ -39,6 +39,7 @@ class ATSelfSupervision(AT):
         adversarial_fraction: Share of each half, or of each rotation, that is attacked, the rest
             staying clean: 1 is the paper's text, 0.5 its code and, by its clean errors, its table.
         hidden: Units of the rotation head's hidden layer.
+        args: The network, as the first argument of `AT`.
         kwargs: Arguments of `AT`; `incorrect` has no meaning here.
 
     Raises:
@@ -53,14 +54,14 @@ class ATSelfSupervision(AT):
 
     def __init__(
         self,
-        *,
+        *args: Any,
         lam: float = 4.0,
         rotations: Rotations = "half",
         adversarial_fraction: float = 1.0,
         hidden: int = 256,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(*args, **kwargs)
         check_number("lam", lam)
         check_choice("rotations", rotations, get_args(Rotations))
         check_number("adversarial_fraction", adversarial_fraction, high=1.0)

@@ -22,6 +22,7 @@ class ATUnlabeled(TRADES):
     Args:
         loss: `at` treats pseudo-labels as labels in plain AT (the paper), `trades` takes TRADES'
             loss and attack (Carmon et al.).
+        args: The network, as the first argument of `AT`.
         kwargs: Arguments of `TRADES`; `lam` is used with `loss="trades"` only.
 
     Raises:
@@ -32,10 +33,10 @@ class ATUnlabeled(TRADES):
         6.0
     """
 
-    def __init__(self, *, loss: Loss = "at", **kwargs: Any) -> None:
+    def __init__(self, *args: Any, loss: Loss = "at", **kwargs: Any) -> None:
         check_choice("loss", loss, get_args(Loss))
         self.loss = loss
-        super().__init__(**kwargs)
+        super().__init__(*args, **kwargs)
 
     def check_attack(self) -> None:
         """Refuses what means nothing to TRADES' attack, where that is the attack."""

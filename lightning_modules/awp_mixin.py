@@ -51,6 +51,7 @@ class AWPMixin(AT):
         awp_mode: `eval` ascends on running BatchNorm statistics (the paper's code), `train` on
             those of the batch (the original's).
         direction: `adversarial`, or `random` for one drawn on the sphere in each step.
+        args: The network, as the first argument of `AT`.
         kwargs: Arguments of the variant.
 
     Raises:
@@ -59,7 +60,7 @@ class AWPMixin(AT):
 
     def __init__(
         self,
-        *,
+        *args: Any,
         xi: float = 0.01,
         awp_steps: int = 1,
         order: Order = "sam",
@@ -68,7 +69,7 @@ class AWPMixin(AT):
         direction: Direction = "adversarial",
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(*args, **kwargs)
         check_number("xi", xi)
         check_count("awp_steps", awp_steps, low=1)
         check_number("warmup", warmup, high=1.0)

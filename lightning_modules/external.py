@@ -4,13 +4,15 @@ import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from robust_flatness.networks import Normalize
+from robust_flatness.lightning_modules.external_weights import load_weights
+from robust_flatness.networks import Normalize, UserNetwork
 
 
 class External(LightningModule):
@@ -19,11 +21,11 @@ class External(LightningModule):
     `python cli.py test --model External --model.network pkg.Network --model.weights file.pt`.
 
     Args:
-        network: A module (on the command line its class path, with its arguments behind it), or the
-            name of a model of RobustBench's zoo, which RobustBench downloads; `None` where
-            `weights` is a TorchScript file.
-        weights: File of a state dict, alone or under `state_dict`, `model` or `model_state_dict`,
-            from a module in DataParallel or not; or a TorchScript file.
+        network: A module; the path of a class, function or module, such as `package.Network` (on
+            the command line with its arguments behind it); or the name of a model of RobustBench's
+            zoo, which RobustBench downloads. `None` if `weights` is a TorchScript file.
+        weights: File of a state dict, anywhere in it (`state_dict`, `model`, …) and with any prefix
+            (`module.`, `_orig_mod.`, …); or a TorchScript file.
         input_mean: Per-channel mean of a normalisation to put in front of the network, which then
             takes normalised images; `None` where it takes pixels in [0, 1]. The data's own mean is
             not put in: a network trained elsewhere was trained with one of its own.
@@ -63,11 +65,20 @@ class External(LightningModule):
                 f"{input_mean} and {input_std}."
             )
         if isinstance(network, str):
-            network = _from_zoo(network, dataset, threat_model)
+            path = "." in network
+            network = (
+                UserNetwork(path=network) if path else _from_zoo(network, dataset, threat_model)
+            )
         if network is None:
             network = _from_script(weights)
+        elif not isinstance(network, nn.Module):
+            raise ValueError(
+                "Expected `network` to be a torch.nn.Module, a path or a name but got "
+                f"{getattr(network, '__name__', type(network).__name__)}."
+            )
         elif weights is not None:
-            _load(network, _state_dict(weights, trusted=trust_weights), weights)
+            tensors = _tensors_of(_content(weights, trusted=trust_weights))
+            load_weights(network, tensors, weights, normalized=input_mean is not None)
         self.network = network
         self.normalize: nn.Module = nn.Identity()
         if input_mean is not None and input_std is not None:
@@ -88,10 +99,13 @@ def _from_zoo(name: str, dataset: str, threat_model: str) -> nn.Module:
         if importlib.util.find_spec("autoattack") is None:
             sys.modules["autoattack"] = importlib.import_module("pyautoattack")
         from robustbench.utils import load_model
-    except ImportError as error:
+    except Exception as error:
+        reason = " ".join(str(error).split())
         raise ValueError(
-            f"Expected `network` to be a module's class path, or RobustBench for the name {name}: "
-            f"`pip install 'robust-flatness[robustbench]'`; {error}."
+            "Expected `network` to be a path such as package.Network, or RobustBench to be "
+            f"installed for the name {name}, but importing it raises {type(error).__name__}: "
+            f"{reason}; `pip install robustbench 'setuptools<82'`, as it needs pkg_resources, which "
+            "setuptools 82 lacks."
         ) from error
     try:
         model: nn.Module = load_model(name, dataset=dataset, threat_model=threat_model)
@@ -100,10 +114,16 @@ def _from_zoo(name: str, dataset: str, threat_model: str) -> nn.Module:
             f"Expected `network` to be in RobustBench's zoo of {dataset} and {threat_model} but "
             f"got {name}."
         ) from error
-    except OSError as error:
+    except ValueError as error:
+        raise ValueError(
+            f"Expected `dataset` and `threat_model` to be RobustBench's but got {dataset} and "
+            f"{threat_model}: {error}."
+        ) from error
+    except Exception as error:
         raise ValueError(
             f"Expected `network` {name} to be downloaded by RobustBench, once, into "
-            f"models/{dataset}/{threat_model} but got a {type(error).__name__}; is there a network?"
+            f"models/{dataset}/{threat_model} but got a {type(error).__name__}: "
+            f"{shorten(str(error), 200)}; is there a network?"
         ) from error
     return model
 
@@ -121,10 +141,10 @@ def _from_script(weights: str | None) -> nn.Module:
     return script
 
 
-def _state_dict(weights: str, *, trusted: bool) -> Mapping[str, Tensor]:
+def _content(weights: str, *, trusted: bool) -> Any:
     path = _file(weights)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=not trusted)
+        return torch.load(path, map_location="cpu", weights_only=not trusted)
     except Exception as error:
         advice = (
             ""
@@ -134,36 +154,24 @@ def _state_dict(weights: str, *, trusted: bool) -> Mapping[str, Tensor]:
         raise ValueError(
             f"Expected `weights` to be a file of tensors but got {weights}{advice}."
         ) from error
-    for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
+
+
+def _tensors_of(content: Any) -> dict[str, Tensor]:
+    """All tensors of a file by the path to each."""
+    if isinstance(content, nn.Module):
+        content = content.state_dict()
     if not isinstance(content, Mapping):
         raise ValueError(
             f"Expected `weights` to hold a state dict but got {type(content).__name__}."
         )
-    return content
-
-
-def _load(network: nn.Module, weights: Mapping[str, Tensor], path: str) -> None:
-    """Loads all weights, without the prefix that DataParallel or a wrapper left."""
-    own = network.state_dict()
-    for prefix in ("", "module.", "network.", "model.", "module.model."):
-        short = {name.removeprefix(prefix): value for name, value in weights.items()}
-        if own.keys() <= short.keys():
-            break
-    else:
-        missing = sorted(own.keys() - weights.keys())
-        raise ValueError(
-            f"Expected `weights` to have all of the network's {len(own)} tensors but {path} lacks "
-            f"{len(missing)}, such as {missing[0]}."
-        )
-    for name, value in own.items():
-        if value.shape != short[name].shape:
-            raise ValueError(
-                f"Expected `weights` to have {name} of shape {tuple(value.shape)} but got "
-                f"{tuple(short[name].shape)}."
-            )
-    network.load_state_dict({name: short[name] for name in own})
+    tensors: dict[str, Tensor] = {}
+    for name, value in content.items():
+        if isinstance(value, Tensor):
+            tensors[str(name)] = value
+        elif isinstance(value, (Mapping, nn.Module)):
+            inner = _tensors_of(value)
+            tensors |= {f"{name}.{key}": tensor for key, tensor in inner.items()}
+    return tensors
 
 
 def _file(weights: str) -> str:

@@ -20,6 +20,7 @@ class TRADES(AT):
 
     Args:
         lam: Weight λ of the divergence; 6 in Table 1, swept over 1, 3, 6 and 9.
+        args: The network, as the first argument of `AT`.
         kwargs: Arguments of `AT`.
 
     Raises:
@@ -31,8 +32,8 @@ class TRADES(AT):
         3.0
     """
 
-    def __init__(self, *, lam: float = 6.0, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, *args: Any, lam: float = 6.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         check_number("lam", lam)
         self.lam = lam
         self.check_attack()

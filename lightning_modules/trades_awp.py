@@ -15,6 +15,7 @@ class TRADESAWP(AWPMixin, TRADES):
     Args:
         xi: Relative length ξ.
         warmup: Share of training before weights are perturbed.
+        args: The network, as the first argument of `AT`.
         kwargs: Arguments of `AWPMixin` and of `TRADES`.
 
     Example:
@@ -22,5 +23,5 @@ class TRADESAWP(AWPMixin, TRADES):
         3.0
     """
 
-    def __init__(self, *, xi: float = 0.005, warmup: float = 0.05, **kwargs: Any) -> None:
-        super().__init__(xi=xi, warmup=warmup, **kwargs)
+    def __init__(self, *args: Any, xi: float = 0.005, warmup: float = 0.05, **kwargs: Any) -> None:
+        super().__init__(*args, xi=xi, warmup=warmup, **kwargs)

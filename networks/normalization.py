@@ -1,9 +1,41 @@
 """Normalisation of the input by fixed channel statistics, as the first layer of a network."""
 
+import math
 from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+def channel_values(name: str, values: Any) -> list[float]:
+    """Reads one number a channel.
+
+    Args:
+        name: the argument's name, for the message.
+        values: a sequence, a tensor or an array, in any shape.
+
+    Raises:
+        ValueError: if it is something else, or if a number is not finite.
+
+    Example:
+        >>> channel_values("mean", torch.tensor([[0.5]]))
+        [0.5]
+    """
+    if isinstance(values, (property, cached_property)):
+        raise ValueError(
+            f"Expected `{name}` to be one number a channel but got a property of a class; take"
+            f" that of an instance, as in `Digits().{name}`."
+        )
+    numbers = values.reshape(-1).tolist() if hasattr(values, "tolist") else values
+    try:
+        floats = [float(number) for number in numbers]
+    except (TypeError, ValueError):
+        floats = [math.nan]
+    if not all(map(math.isfinite, floats)):
+        raise ValueError(f"Expected `{name}` to be one finite number a channel but got {values}.")
+    return floats
 
 
 class Normalize(nn.Module):
@@ -21,7 +53,8 @@ class Normalize(nn.Module):
         Input and output: `(..., C, H, W)`.
 
     Raises:
-        ValueError: if the lengths differ, if they are empty, or if a `std` is not above 0.
+        ValueError: if the lengths differ, if they are empty, if a `std` is not above 0, or if a
+            number is not finite.
 
     Example:
         >>> layer = Normalize(mean=[0.5], std=[0.25])
@@ -34,6 +67,7 @@ class Normalize(nn.Module):
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
+        mean, std = channel_values("mean", mean), channel_values("std", std)
         if not mean or len(mean) != len(std):
             raise ValueError(
                 "Expected `mean` and `std` to have one value a channel each"

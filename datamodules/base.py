@@ -155,8 +155,10 @@ class RobustDataModule(LightningDataModule, ABC):
             ValueError: if the images do not fit the splits, the classes, the channels, the batch
                 size, the augmentation, or each other.
         """
-        if not self._images:
-            self._read()
+        # `test` needs no images for early stopping.
+        with_val = stage != "test"
+        if not self._images or (with_val and not self._splits.val):
+            self._read(with_val=with_val)
         if stage != "fit" or self.trainer is None:
             return
         strategy = self.trainer.strategy
@@ -185,7 +187,7 @@ class RobustDataModule(LightningDataModule, ABC):
         """
         if split not in ("train", "val", "test"):
             raise ValueError(f"Expected `split` to be 'train', 'val' or 'test' but got {split!r}.")
-        if not self._images:
+        if not self._images or (split == "val" and not self._splits.val):
             self.setup()
         return EvaluationImages(self._images[split])
 
@@ -253,12 +255,13 @@ class RobustDataModule(LightningDataModule, ABC):
         if self.seed is None:
             self._run_seed = state_dict["seed"]
 
-    def _read(self) -> None:
+    def _read(self, *, with_val: bool) -> None:
         """Read the splits into memory, or remember where their images are."""
         train, test = self.sources()
         self._check(train, name="training")
         self._check(test, name="test")
-        splits = make_splits(*self.orders(len(train), len(test)), self.sizes)
+        orders = self.orders(len(train), len(test))
+        splits = make_splits(*orders, self.sizes, with_val=with_val)
         self._images = read_splits(
             train, test, splits, val_from=self.sizes.val_from, in_memory=self.in_memory
         )

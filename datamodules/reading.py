@@ -23,16 +23,19 @@ def read_splits(
         in_memory: whether to read them now, instead of whenever they are asked for.
 
     Returns:
-        The images of `"training"`, `"train"`, `"val"` and `"test"`, on the CPU.
+        The images of `"training"`, `"train"`, `"test"` and, unless it is empty, `"val"`, on the
+        CPU.
     """
     take = ResidentImages.load if in_memory else lambda images: images
     training = take(train.subset(splits.training))
-    return {
+    images = {
         "training": training,
         "train": training.subset(range(len(splits.train))),
-        "val": take((test if val_from == "test" else train).subset(splits.val)),
         "test": take(test.subset(splits.test)),
     }
+    if splits.val:
+        images["val"] = take((test if val_from == "test" else train).subset(splits.val))
+    return images
 
 
 def check_images(

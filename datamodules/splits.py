@@ -62,13 +62,21 @@ class Splits:
     test: list[int]
 
 
-def make_splits(train_order: Sequence[int], test_order: Sequence[int], sizes: SplitSizes) -> Splits:
+def make_splits(
+    train_order: Sequence[int],
+    test_order: Sequence[int],
+    sizes: SplitSizes,
+    *,
+    with_val: bool = True,
+) -> Splits:
     """Cut the ordered training and test images into splits, of which `val` overlaps none.
 
     Args:
         train_order: positions of the training images, in the order that counts.
         test_order: positions of the test images, in the order that counts.
         sizes: how many images each split has.
+        with_val: whether `val` is needed; if not, and if there are too few test images for it, it
+            is empty.
 
     Returns:
         The positions of each split.
@@ -89,9 +97,11 @@ def make_splits(train_order: Sequence[int], test_order: Sequence[int], sizes: Sp
                 f" where `val_from` is 'train' but got {sizes.num_val}."
             )
         training, val = training[: -sizes.num_val], training[-sizes.num_val :]
-    else:
+    elif with_val or len(test) >= sizes.num_test + sizes.num_val:
         val = test[-sizes.num_val :]
-    _check_test_images(len(test), sizes)
+    else:
+        val = []
+    _check_test_images(len(test), sizes, with_val=bool(val))
     if sizes.num_train is not None and sizes.num_train > len(training):
         raise ValueError(
             f"Expected `num_train` to be at most {len(training)}, the number of training images,"
@@ -116,9 +126,9 @@ def fixed_permutation(length: int) -> list[int]:
     return torch.randperm(length, generator=generator).tolist()
 
 
-def _check_test_images(available: int, sizes: SplitSizes) -> None:
+def _check_test_images(available: int, sizes: SplitSizes, *, with_val: bool) -> None:
     """Make sure that `test` and `val` do not overlap."""
-    num_val = sizes.num_val if sizes.val_from == "test" else 0
+    num_val = sizes.num_val if sizes.val_from == "test" and with_val else 0
     if available < sizes.num_test + num_val:
         raise ValueError(
             f"Expected at least {sizes.num_test + num_val} test images for `num_test`"

@@ -143,6 +143,11 @@ class AT(FastMixin, PGDMixin, WalkMixin):
         self.training_labels = TrainingLabels(label_noise, label_smoothing, smoothing_spread)
         self.normalize = Normalize(mean, std)
         self.network = channels_last(build_network(network, num_classes, in_channels))
+        if not any(True for _ in self.network.parameters()):
+            raise ValueError(
+                f"Expected `network` to have weights to train but {type(self.network).__name__} "
+                "has none."
+            )
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self.means, self.fast = EpochMeans(), fast
 

@@ -104,8 +104,8 @@ def _from_zoo(name: str, dataset: str, threat_model: str) -> nn.Module:
         raise ValueError(
             "Expected `network` to be a path such as package.Network, or RobustBench to be "
             f"installed for the name {name}, but importing it raises {type(error).__name__}: "
-            f"{reason}; `pip install robustbench 'setuptools<82'`, as it needs pkg_resources, which "
-            "setuptools 82 lacks."
+            f"{reason}; `pip install robustbench 'setuptools<82'`, as it needs pkg_resources, "
+            "which setuptools 82 lacks."
         ) from error
     try:
         model: nn.Module = load_model(name, dataset=dataset, threat_model=threat_model)

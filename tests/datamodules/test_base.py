@@ -4,6 +4,7 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from toy_datamodule import Toy, epoch_of, fake_trainer, record
 
+from robust_flatness.callbacks import FinalEvaluation, evaluate
 from robust_flatness.datamodules import random_flip_and_crop
 from robust_flatness.datamodules.global_batches import GlobalBatches
 
@@ -215,3 +216,16 @@ def test_other_channels_and_other_splits_are_refused():
         datamodule.setup()
     with pytest.raises(RuntimeError, match="Expected a trainer that uses the datamodule"):
         Toy().train_dataloader()
+
+
+def test_a_test_set_of_the_size_asked_for_is_enough():
+    data = Toy(test=10, num_test=10, num_val=5, num_classes=24)
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 24))
+    light = FinalEvaluation(num_examples=10, restarts=1, steps=1, num_perturbations=0)
+    quiet = {"accelerator": "cpu", "enable_progress_bar": False}
+    assert evaluate(network, data, [light], **quiet)["test/robust_error"] <= 1
+    assert light.final_results["num_examples"]["test/error"] == 10
+    with pytest.raises(ValueError, match="at least 15 test images .* but got 10"):
+        data.split_dataset("val")
+    with pytest.raises(ValueError, match="at least 11 test images .* but got 10"):
+        evaluate(network, Toy(test=10, num_test=11), [light], **quiet)

@@ -1,6 +1,5 @@
 """Normalisation of the input by fixed channel statistics, as the first layer of a network."""
 
-import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -17,7 +16,7 @@ def channel_values(name: str, values: Any) -> list[float]:
         values: a sequence, a tensor or an array, in any shape.
 
     Raises:
-        ValueError: if it is something else, or if a number is not finite.
+        ValueError: if it is something else.
 
     Example:
         >>> channel_values("mean", torch.tensor([[0.5]]))
@@ -30,12 +29,11 @@ def channel_values(name: str, values: Any) -> list[float]:
         )
     numbers = values.reshape(-1).tolist() if hasattr(values, "tolist") else values
     try:
-        floats = [float(number) for number in numbers]
-    except (TypeError, ValueError):
-        floats = [math.nan]
-    if not all(map(math.isfinite, floats)):
-        raise ValueError(f"Expected `{name}` to be one finite number a channel but got {values}.")
-    return floats
+        return [float(number) for number in numbers]
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"Expected `{name}` to be one number a channel but got {values}."
+        ) from error
 
 
 class Normalize(nn.Module):
@@ -53,8 +51,8 @@ class Normalize(nn.Module):
         Input and output: `(..., C, H, W)`.
 
     Raises:
-        ValueError: if the lengths differ, if they are empty, if a `std` is not above 0, or if a
-            number is not finite.
+        ValueError: if the lengths differ, if they are empty, if a `mean` is not finite, or if a
+            `std` is not finite or not above 0.
 
     Example:
         >>> layer = Normalize(mean=[0.5], std=[0.25])
@@ -73,10 +71,16 @@ class Normalize(nn.Module):
                 "Expected `mean` and `std` to have one value a channel each"
                 f" but got {len(mean)} and {len(std)} values."
             )
-        if not all(value > 0 for value in std):
-            raise ValueError(f"Expected each value of `std` to be > 0 but got {list(std)}.")
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
+        # As tensors: what is finite and above 0 in float64 may not be so in the weights' precision.
+        mean_tensor, std_tensor = torch.tensor(mean), torch.tensor(std)
+        if not mean_tensor.isfinite().all():
+            raise ValueError(f"Expected each value of `mean` to be finite but got {list(mean)}.")
+        if not (std_tensor.isfinite() & (std_tensor > 0)).all():
+            raise ValueError(
+                f"Expected each value of `std` to be finite and > 0 but got {list(std)}."
+            )
+        self.register_buffer("mean", mean_tensor.view(-1, 1, 1))
+        self.register_buffer("std", std_tensor.view(-1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the channels of `x`.

@@ -59,9 +59,9 @@ class AutoAttack(FinalMeasurement):
     Args:
         split: `test`, `val` or `train`.
         num_examples: The first so many images are attacked; 1000 in the paper.
-        version: `standard` (the paper), `plus`, `rand`, or `custom`, which runs `attacks`; `None`
-            is `custom` with `attacks` and `standard` without.
-        attacks: Some of `apgd-ce`, `apgd-dlr`, `fab`, `square`, `apgd-t` and `fab-t`.
+        version: `standard` (the paper), `plus`, `rand`, or `custom`, which runs `attacks`.
+        attacks: Some of `apgd-ce`, `apgd-dlr`, `fab`, `square`, `apgd-t` and `fab-t`, which makes
+            the version `custom`.
         chunk_size: Images of one call.
         dataset: Where the images come from; `None` finds the split.
         eps: Radius of the attack; `None` takes the datamodule's `eps`, else 8/255.
@@ -85,7 +85,7 @@ class AutoAttack(FinalMeasurement):
         *,
         split: str = "test",
         num_examples: int = 1000,
-        version: str | None = None,
+        version: str = "standard",
         attacks: list[str] | None = None,
         chunk_size: int = 100,
         dataset: Dataset[Any] | None = None,
@@ -95,7 +95,8 @@ class AutoAttack(FinalMeasurement):
         normalization: Normalization | None = None,
     ) -> None:
         super().__init__()
-        version = version or ("standard" if attacks is None else "custom")
+        if version == "standard" and attacks is not None:
+            version = "custom"
         check_choice("version", version, (*VERSIONS, "custom"))
         check_count("chunk_size", chunk_size, low=1)
         _check_attacks(version, attacks)

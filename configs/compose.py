@@ -83,8 +83,9 @@ def compose(arguments: Sequence[str], known: Mapping[str, Mapping[str, str]]) ->
     # A model of the user's own may mean something else by `network`.
     own, networks = classes["model"] in known["model"].values(), known.get("model.network", {})
     network = typed_network(options, networks) if own else None
-    for layer in layers if network else ():
-        drop_other_networks(layer, network, networks)
+    if network is not None:
+        for layer in layers:
+            drop_other_networks(layer, network, networks)
     merged = _stacked(layers, classes["data"], known["data"], resumed=bool(run))
     for key, name in classes.items():
         merged[key] = {**merged.get(key, {}), "class_path": name}

@@ -1,7 +1,7 @@
 """Adversarial training."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -38,12 +38,8 @@ from robust_flatness.lightning_modules.schedules import MultiStep, prepare_sched
 from robust_flatness.lightning_modules.walk_mixin import WalkMixin
 from robust_flatness.networks import Normalize, ResNet18, build_network, channels_last
 from robust_flatness.networks.normalization import channel_values
+from robust_flatness.networks.user_network import Network
 
-if TYPE_CHECKING:
-    Network = Callable[..., nn.Module] | nn.Module
-else:
-    # What the command line builds; modules come from Python alone.
-    Network = Callable[[int, int], nn.Module]
 Incorrect = Literal["attack", "ignore", "predicted"]
 CLASS_KEY, SEED_KEY = "robust_flatness_class", "robust_flatness_seed"
 
@@ -58,10 +54,9 @@ class AT(FastMixin, PGDMixin, WalkMixin):
 
     Args:
         network: Takes normalised images `(N, C, H, W)` and returns logits `(N, num_classes)`: a
-            class or function that builds it from the numbers of classes and of channels, see
-            `build_network`; or a module, which is trained as it is, so that two variants of one
-            module share its weights. Load checkpoints of a network that was built in Python with
-            `network=` again.
+            class or function that builds it, see `build_network`; or a module, which is trained as
+            it is: two variants of one module share its weights. A checkpoint does not hold what was
+            built in Python: load it with `network=`.
         num_classes: Number of classes, linked from the data on the command line.
         in_channels: Number of image channels, linked likewise.
         mean: Per-channel mean for the normalisation in front of the network, linked likewise: a
@@ -144,10 +139,8 @@ class AT(FastMixin, PGDMixin, WalkMixin):
         self.normalize = Normalize(mean, std)
         self.network = channels_last(build_network(network, num_classes, in_channels))
         if not any(True for _ in self.network.parameters()):
-            raise ValueError(
-                f"Expected `network` to have weights to train but {type(self.network).__name__} "
-                "has none."
-            )
+            name = type(self.network).__name__
+            raise ValueError(f"Expected `network` to have weights to train but {name} has none.")
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self.means, self.fast = EpochMeans(), fast
 

@@ -4,7 +4,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -13,6 +13,13 @@ CLASSES = ("num_classes", "n_classes", "nb_classes", "num_class", "classes", "nu
 CHANNELS = ("in_channels", "in_chans", "in_ch", "input_channels", "num_input_channels")
 # Names of image channels or of the width: required, or 1 or 3 by default, they are the former.
 PERHAPS_CHANNELS = ("channels", "num_channels", "n_channels")
+
+
+if TYPE_CHECKING:
+    Network = Callable[..., nn.Module] | nn.Module
+else:
+    # What the command line builds; modules come from Python alone.
+    Network = Callable[[int, int], nn.Module]
 
 
 def import_path(path: str) -> Any:
@@ -82,7 +89,7 @@ def check_buildable(network: Any, name: str) -> None:
 
 
 def build_network(
-    network: Callable[..., nn.Module] | nn.Module,
+    network: Network,
     num_classes: int | None = None,
     in_channels: int | None = None,
 ) -> nn.Module:

@@ -29,8 +29,10 @@ def test_normalize_is_saved_but_not_trained():
     [
         ([0.1, 0.2], [1.0], "one value a channel each but got 2 and 1 values"),
         ([], [], "got 0 and 0 values"),
-        ([0.5], [0.0], r"each value of `std` to be > 0 but got \[0.0\]"),
-        ([0.5], [float("nan")], r"each value of `std` to be > 0 but got \[nan\]"),
+        ([0.5], [0.0], r"each value of `std` to be finite and > 0 but got \[0.0\]"),
+        ([0.5], [float("nan")], r"each value of `std` to be finite and > 0 but got \[nan\]"),
+        ([0.5], [float("inf")], r"each value of `std` to be finite and > 0 but got \[inf\]"),
+        ([float("nan")], [0.5], r"each value of `mean` to be finite but got \[nan\]"),
     ],
 )
 def test_normalize_refuses_bad_statistics(mean, std, message):

@@ -34,6 +34,8 @@ def test_normalize_is_saved_but_not_trained():
         ("abc", [0.5], "`mean` to be one number a channel but got abc"),
         (0.5, [0.5], "`mean` to be one number a channel but got 0.5"),
         ([0.5], None, "`std` to be one number a channel but got None"),
+        ([0.5], [float("inf")], r"each value of `std` to be finite and > 0 but got \[inf\]"),
+        ([float("nan")], [0.5], r"each value of `mean` to be finite but got \[nan\]"),
     ],
 )
 def test_normalize_refuses_bad_statistics(mean, std, message):

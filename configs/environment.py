@@ -37,6 +37,11 @@ def check_environment() -> None:
         value = os.environ.get(name)
         if value is not None and not (value.isascii() and value.isdigit()):
             _refuse(f"Expected the environment's {name} to be an integer >= 0 but got {value!r}.")
+    debug = os.environ.get("JSONARGPARSE_DEBUG", "").lower()
+    if debug not in ("", "true", "false"):
+        _refuse(
+            f"Expected the environment's JSONARGPARSE_DEBUG to be true or false but got {debug!r}."
+        )
     mode = os.environ.get("WANDB_MODE")
     if mode and mode not in _WANDB_MODES:
         _refuse(

@@ -6,8 +6,8 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
-from itertools import chain, count
 from importlib.metadata import version
+from itertools import chain, count
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, NoReturn

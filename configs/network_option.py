@@ -88,7 +88,8 @@ def place_network(
     if path.startswith("robust_flatness."):
         # The parser hands the arguments of a default class on to the class that replaces it.
         settings["network"] = {"class_path": path, "init_args": {**_defaults(network), **arguments}}
-        return list(options)
+        # Short names are not for the parser, which knows classes of other packages as well.
+        return [option for name, option in typed if name not in ("", "class_path")]
     for name, option in typed:
         if name not in (None, "", "class_path"):
             _set(arguments, name.removeprefix("init_args."), option.value)

@@ -230,7 +230,9 @@ class WeightAveraging(FixedImages, LightningWeightAveraging):
         if self.normalization is not None:
             network = PixelInput(network, self.normalization)
         images = self._read_images(trainer, pl_module)
-        with float32_forwards(pl_module.device):
+        # Forwards make tensors of the type that they make in training.
+        types = trainer.precision_plugin.forward_context()
+        with types, float32_forwards(pl_module.device):
             reestimate_batch_norm(network, images, self.batch_size)
         self._reestimated_at = self._updates
 

@@ -1,8 +1,9 @@
 """Whether a layer computes with the tensors of its names, so that these can be perturbed."""
 
 import copy
+import re
 import warnings
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 PERTURBED_LAYERS = (_ConvNd, nn.Linear, nn.MultiheadAttention)
+PERTURBED_NAMES = re.compile(r"Conv(Transpose)?[123]d|.*Linear|MultiheadAttention")
 # In the order that layers register them, which a parametrization changes.
 WEIGHT_NAMES = (
     *("weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_weight"),
@@ -27,6 +29,37 @@ OPERATIONS = {
 SIDE = 16
 
 _known: "WeakKeyDictionary[nn.Module, bool | None]" = WeakKeyDictionary()
+
+
+def perturbed_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Convolutions, linear layers and attention, without those that compute another's tensor.
+
+    In TorchScript layers are known by the names of their classes.
+
+    Args:
+        model: The network.
+
+    Raises:
+        ValueError: If a layer is quantised.
+    """
+    inside = {
+        id(part)
+        for module in model.modules()
+        if isinstance(module, parametrize.ParametrizationList)
+        for part in module.modules()
+    }
+    for prefix, module in model.named_modules():
+        if id(module) not in inside and _is_perturbed(prefix, module):
+            yield prefix, module
+
+
+def _is_perturbed(prefix: str, module: nn.Module) -> bool:
+    if isinstance(module, torch.jit.ScriptModule):
+        # TorchScript keeps of a module's class nothing but the name.
+        return PERTURBED_NAMES.fullmatch(module.original_name) is not None
+    if hasattr(module, "_packed_params"):
+        raise refusal(prefix, module, "the weights", "floating point", "quantised ones")
+    return isinstance(module, PERTURBED_LAYERS)
 
 
 def check_layer(prefix: str, module: nn.Module, computed: Container[str]) -> None:

@@ -1,9 +1,9 @@
 """The tensors that layers compute with: parameters, or what parametrizations make of them."""
 
-import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,10 @@ from robust_flatness.functional.layer_checks import (
     PERTURBED_LAYERS,
     WEIGHT_NAMES,
     check_layer,
-    refusal,
+    perturbed_layers,
 )
 from robust_flatness.functional.modes import module_modes
 
-PERTURBED_NAMES = re.compile(r"Conv(Transpose)?[123]d|.*Linear|MultiheadAttention")
 NORMALIZATIONS = (nn.LayerNorm, nn.RMSNorm)
 # These set a layer's tensor before each forward, from parameters with the names' suffixes.
 COMPUTING_HOOKS = (SpectralNorm, WeightNorm, BasePruningMethod)
@@ -33,8 +32,7 @@ def perturbed_parameters(model: nn.Module, *, biases: bool = True) -> dict[str, 
 
     Normalisation layers are left out, as in the paper. Each weight and each bias is a layer of its
     own in Eq. (2), and a tensor that several modules share is one. Of a layer with spectral norm,
-    weight norm, pruning or another parametrization it is the tensor that it computes with. In
-    TorchScript layers are known by the names of their classes.
+    weight norm, pruning or another parametrization it is the tensor that it computes with.
 
     Args:
         model: The network.
@@ -42,7 +40,7 @@ def perturbed_parameters(model: nn.Module, *, biases: bool = True) -> dict[str, 
 
     Returns:
         Parameters by name, each once, in the order of `model.named_modules()`. A computed tensor is
-        a copy; whether it requires a gradient says whether any of the parameters behind it does.
+        a copy that requires a gradient if any of the parameters behind it does.
 
     Raises:
         ValueError: If the network has no convolution and no linear layer, or one whose tensors
@@ -56,7 +54,7 @@ def perturbed_parameters(model: nn.Module, *, biases: bool = True) -> dict[str, 
     found: dict[str, Tensor] = {}
     owned: dict[object, str] = {}
     behind: dict[str, Sequence[Tensor]] = {}
-    for prefix, module in _layers(model):
+    for prefix, module in perturbed_layers(model):
         computed = _computed(module)
         check_layer(prefix, module, computed)
         for name in _tensor_names(module, computed):
@@ -75,11 +73,11 @@ def perturbed_parameters(model: nn.Module, *, biases: bool = True) -> dict[str, 
             "Expected `model` to have convolution or linear layers to perturb but got "
             f"{type(model).__name__} without any."
         )
-    for name, sources in behind.items():
-        for shared in (owned[_memory(s)] for s in sources if _memory(s) in owned):
+    for name, source in ((name, source) for name, some in behind.items() for source in some):
+        if _memory(source) in owned:
             raise ValueError(
-                f"Expected `{name}` to be computed from parameters of its own but got `{shared}`, "
-                "which another layer computes with as it is."
+                f"Expected `{name}` to be computed from parameters of its own but got "
+                f"`{owned[_memory(source)]}`, which another layer computes with as it is."
             )
     _warn_of_others(model)
     return found
@@ -101,12 +99,10 @@ def weight_at(model: nn.Module, name: str) -> Tensor:
     Raises:
         ValueError: If the network has no tensor of this name.
     """
-    module, attribute = _place(model, name)
-    sources = _computed(module).get(attribute)
-    if sources is None:
-        tensor: Tensor = getattr(module, attribute)
+    if (tensor := own_tensor(model, name)) is not None:
         return tensor
-    return _value(module, attribute, sources)
+    module, attribute = _place(model, name)
+    return _value(module, attribute, _computed(module)[attribute])
 
 
 @contextmanager
@@ -143,7 +139,7 @@ def differentiable_weights(
         weights: Of `perturbed_parameters`.
 
     Returns:
-        The parameters themselves, and zeros that are added to what layers compute, by name.
+        By name, parameters themselves, and zeros that are added to what layers compute.
 
     Example:
         >>> frozen = nn.Linear(2, 1).requires_grad_(False)
@@ -184,12 +180,12 @@ class _Plus(nn.Module):
 def _added(module: nn.Module, attribute: str, summand: Tensor) -> Iterator[None]:
     plus = _Plus(summand.clone() if summand.is_inference() else summand)
     if parametrize.is_parametrized(module, attribute):
-        steps = module.parametrizations[attribute]  # type: ignore[index, union-attr]
-        steps.append(plus)  # type: ignore[operator, union-attr]
+        steps = _steps(module)[attribute]
+        steps.append(plus)
         try:
             yield
         finally:
-            del steps[[*steps].index(plus)]  # type: ignore[arg-type, misc, operator, union-attr]
+            del steps[[*steps].index(plus)]
         return
     before = getattr(module, attribute)
     # Also for code that reads the tensor without calling the layer, such as fused attention.
@@ -204,35 +200,13 @@ def _added(module: nn.Module, attribute: str, summand: Tensor) -> Iterator[None]
         setattr(module, attribute, before)
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Convolutions and linear layers, without those that only compute another layer's tensor."""
-    inside = {
-        id(part)
-        for module in model.modules()
-        if isinstance(module, parametrize.ParametrizationList)
-        for part in module.modules()
-    }
-    for prefix, module in model.named_modules():
-        if id(module) not in inside and _is_perturbed(prefix, module):
-            yield prefix, module
-
-
-def _is_perturbed(prefix: str, module: nn.Module) -> bool:
-    if isinstance(module, torch.jit.ScriptModule):
-        # TorchScript keeps of a module's class nothing but the name.
-        return PERTURBED_NAMES.fullmatch(module.original_name) is not None
-    if hasattr(module, "_packed_params"):
-        raise refusal(prefix, module, "the weights", "floating point", "quantised ones")
-    return isinstance(module, PERTURBED_LAYERS)
-
-
 def _computed(module: nn.Module) -> dict[str, Sequence[Tensor]]:
     """Names of the tensors that a layer computes, with the tensors behind each."""
     found: dict[str, Sequence[Tensor]] = {}
     if isinstance(module, torch.jit.ScriptModule):
-        return found
+        return {}
     if parametrize.is_parametrized(module):
-        for name, steps in module.parametrizations.items():  # type: ignore[operator, union-attr]
+        for name, steps in _steps(module).items():
             found[name] = [*steps.parameters(), *steps.buffers(recurse=False)]
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, COMPUTING_HOOKS):
@@ -242,17 +216,22 @@ def _computed(module: nn.Module) -> dict[str, Sequence[Tensor]]:
     return found
 
 
-def _name_of(hook: object) -> str:
-    name: str = hook._tensor_name if isinstance(hook, BasePruningMethod) else hook.name  # type: ignore[attr-defined]
+def _steps(module: nn.Module) -> Any:
+    """The parametrizations of a parametrised layer by name, as lists of modules."""
+    return module.parametrizations
+
+
+def _name_of(hook: Any) -> str:
+    name: str = hook._tensor_name if isinstance(hook, BasePruningMethod) else hook.name
     return name
 
 
 def _tensor_names(module: nn.Module, computed: Mapping[str, Sequence[Tensor]]) -> list[str]:
     """Names of a layer's tensors, in the order that they have without parametrizations."""
     behind = {id(part) for sources in computed.values() for part in sources}
-    own = [name for name, p in module.named_parameters(recurse=False) if id(p) not in behind]
-    names = [*own, *(name for name, _ in _weight_buffers(module)), *computed]
-    return sorted(names, key=lambda n: WEIGHT_NAMES.index(n) if n in WEIGHT_NAMES else len(names))
+    own = (*module.named_parameters(recurse=False), *_weight_buffers(module))
+    names = [*(name for name, tensor in own if id(tensor) not in behind), *computed]
+    return sorted(names, key=lambda n: [*WEIGHT_NAMES, n].index(n))
 
 
 def _weight_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
@@ -271,17 +250,18 @@ def _value(module: nn.Module, name: str, sources: Sequence[Tensor]) -> Tensor:
                     "Expected to measure outside of `torch.nn.utils.parametrize.cached()`, which "
                     "hides changes of weights, but got a call inside."
                 )
-            with module_modes(module.parametrizations[name]):  # type: ignore[index, union-attr]
-                value = getattr(module, name).detach().clone()
+            with module_modes(_steps(module)[name]):
+                value = getattr(module, name)
         else:
             before = getattr(module, name)
             with module_modes(module):
                 for hook in module._forward_pre_hooks.values():
                     if isinstance(hook, COMPUTING_HOOKS) and _name_of(hook) == name:
                         hook(module, ())
-            value = getattr(module, name).detach().clone()
+            value = getattr(module, name)
             setattr(module, name, before)
-    return value.requires_grad_(any(part.requires_grad for part in sources))  # type: ignore[no-any-return]
+        copied: Tensor = value.detach().clone()
+    return copied.requires_grad_(any(part.requires_grad for part in sources))
 
 
 def _memory(tensor: Tensor) -> object:
@@ -303,7 +283,7 @@ def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 def _warn_of_others(model: nn.Module) -> None:
     """Names the weights that belong to no layer that is perturbed."""
-    covered = {_memory(p) for _, layer in _layers(model) for p in layer.parameters()}
+    covered = {_memory(p) for _, layer in perturbed_layers(model) for p in layer.parameters()}
     others = [
         f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules()

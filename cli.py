@@ -5,6 +5,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, NoReturn
@@ -275,6 +276,9 @@ def main(args: Sequence[str] | None = None, cli_class: type[CLI] = CLI) -> None:
         cli_class: What `fit` and `test` are built by.
     """
     arguments = list(sys.argv[1:] if args is None else args)
+    if arguments == ["--version"]:
+        print(f"robust-flatness {version('robust-flatness')}")
+        return
     if arguments and arguments[0] in COMMANDS:
         run_command(resolve_name(COMMANDS[arguments[0]]), arguments)
         return
@@ -292,7 +296,7 @@ def main(args: Sequence[str] | None = None, cli_class: type[CLI] = CLI) -> None:
             **{name: {"default_config_files": [str(DEFAULTS)]} for name in CLI.subcommands()},
             # A share of a name would also be a misspelt one.
             "allow_abbrev": False,
-            "epilog": f"Also, with a --help of their own: {', '.join(COMMANDS)}.",
+            "epilog": f"Also, with a --help of their own: {', '.join(COMMANDS)}. And: --version.",
         },
         args=None if args is None else list(args),
     )

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,12 @@ def test_fit_leaves_a_run_folder_as_the_design_says(trainers, capsys):
     assert "RErr AutoAttack, test (n=4)" in printed
     assert "runs/ATAWP-Digits-s0" in printed
     assert type(load_checkpoint(folder / "checkpoints" / "best.ckpt")) is ATAWP
+
+
+def test_version_is_that_of_the_distribution(capsys):
+    main(["--version"])
+    assert capsys.readouterr().out == f"robust-flatness {version('robust-flatness')}\n"
+    assert not list(Path().iterdir())
 
 
 def test_a_taken_name_gets_a_number(trainers):

@@ -18,6 +18,8 @@ logging.getLogger(lightning.pytorch.__name__).setLevel(logging.WARNING)
 # The tests' tensors are tiny: more threads only wait for each other.
 torch.set_num_threads(1)
 sys.path.insert(0, os.path.dirname(__file__))
+# Its scripts import each other by name, as scripts do.
+sys.path.insert(1, os.path.join(os.path.dirname(__file__), "soak"))
 
 
 @pytest.fixture(autouse=True)

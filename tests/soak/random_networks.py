@@ -12,6 +12,7 @@ import logging
 import math
 import random
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -101,7 +102,7 @@ class Trained:
 
 
 def train(seed: int, callbacks: Sequence[Callback]) -> Trained:
-    """Trains the network of a seed for two epochs.
+    """Trains the network of a seed for two epochs, in a folder that is removed.
 
     Args:
         seed: Of the network, the data, the optimizer and the training.
@@ -118,22 +119,24 @@ def train(seed: int, callbacks: Sequence[Callback]) -> Trained:
         lambda parameters: torch.optim.AdamW(parameters, 1e-3),
     ]
     module = Plain(network, draw.choice(optimizers))
-    trainer = Trainer(
-        max_epochs=2,
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=draw.choice([0, 2]),
-        gradient_clip_val=1.0,
-        callbacks=list(callbacks),
-    )
-    torch.manual_seed(seed)
-    np.random.seed(seed)
-    random.seed(seed)
-    trainer.fit(module, DataLoader(parts[0], 8, shuffle=True), DataLoader(parts[1], 5))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            default_root_dir=folder,
+            max_epochs=2,
+            accelerator="cpu",
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=draw.choice([0, 2]),
+            gradient_clip_val=1.0,
+            callbacks=list(callbacks),
+        )
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        trainer.fit(module, DataLoader(parts[0], 8, shuffle=True), DataLoader(parts[1], 5))
     # Buffers that no state dict holds count too.
     state = {**module.state_dict(), **dict(module.named_buffers())}
     torch_state = torch.get_rng_state().numpy().tobytes()

@@ -47,7 +47,7 @@ from robust_flatness.configs.compose import DEFAULTS, compose, run_folder_of
 from robust_flatness.configs.normalization import hand_on_normalization
 from robust_flatness.configs.options import read_options
 from robust_flatness.configs.parser import Parser, refusing, set_known, told
-from robust_flatness.configs.run_start import RunStart, check_arguments, check_monitors
+from robust_flatness.configs.run_start import RunStart, check_monitors
 from robust_flatness.configs.signals import interrupted_status, resume_command, sigterm_exits
 from robust_flatness.datamodules import RobustDataModule
 from robust_flatness.datamodules.global_batches import GlobalBatches
@@ -151,7 +151,6 @@ class CLI(LightningCLI):
         self._wandb_logger: EpochWandbLogger | None = None
         config = self.config[self.subcommand]
         try:
-            check_arguments(config)
             super().instantiate_classes()
             check_linked(config, self._settings, self._typed, self.datamodule)
             if isinstance(self.datamodule, RobustDataModule) and self.trainer is not None:

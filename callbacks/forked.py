@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 _OPEN = open
+# Seconds that reading may take.
+PATIENCE = 600
 EXCHANGES = ("all_gather", "all_gather_object", "all_reduce", "broadcast", "broadcast_object_list")
 
 
@@ -53,8 +55,13 @@ def in_fork(read: Callable[[], Any], what: str) -> Any:
                 warnings.simplefilter("ignore")
                 process.start()
             sender.close()
-            answer, refusal, problem = receiver.recv()
-            process.join()
+            # A lock that another thread holds stays locked in a fork.
+            if receiver.poll(PATIENCE):
+                answer, refusal, problem = receiver.recv()
+                process.join()
+            else:
+                problem = f"no answer in {PATIENCE} s"
+                process.kill()
         except EOFError:
             problem = "its process died"
         except (AssertionError, OSError) as error:

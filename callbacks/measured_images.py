@@ -27,6 +27,7 @@ from robust_flatness.callbacks.examples import (
     read_examples,
 )
 from robust_flatness.callbacks.loader_order import Batches
+from robust_flatness.functional.processes import errors_on_all_ranks
 
 CHECKPOINT_KEY = "robust_flatness_measured_images"
 FEW = 64
@@ -192,25 +193,15 @@ def _digest(examples: Examples | Delivery) -> list[str]:
 
 def _same_on_all_ranks(trainer: Trainer, read: Callable[[], Examples]) -> Examples:
     """What all ranks read, if it is the same; an error on one rank is one on all."""
-    if trainer.world_size == 1 or not torch.distributed.is_initialized():
-        return read()
-    examples, problem, digest = None, None, None
-    try:
+    with errors_on_all_ranks():
         examples = read()
-        digest = _digest(examples)
-    except Exception as error:
-        problem = error
-    results: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(results, (digest, problem and str(problem)))
-    if problem is not None:
-        raise problem
-    for rank, (other, message) in enumerate(results):
-        if message is not None:
-            raise ValueError(f"Reading the measured images failed on rank {rank}: {message}")
-        if other != digest:
-            raise ValueError(
-                f"Expected all ranks to measure the same images but rank {rank} read others than "
-                f"rank {trainer.global_rank}; pass `dataset=`."
-            )
-    assert examples is not None
+    if trainer.world_size > 1 and torch.distributed.is_initialized():
+        digests: list[Any] = [None] * trainer.world_size
+        torch.distributed.all_gather_object(digests, _digest(examples))
+        for rank, digest in enumerate(digests):
+            if digest != digests[0]:
+                raise ValueError(
+                    "Expected all ranks to measure the same images but those of rank "
+                    f"{rank} are not those of rank 0; pass `dataset=`."
+                )
     return examples

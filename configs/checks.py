@@ -166,12 +166,20 @@ def _check_names(config: Namespace) -> None:
         value = config.get(key)
         if value is not None and (not value.strip() or not value.isprintable()):
             raise ValueError(f"Expected `--{key}` to be a printable name but got {value!r}.")
-    files = {
-        f"{key}.filename": config[key].filename for key in ("best_checkpoint", "last_checkpoint")
+    best, last = config.best_checkpoint.filename, config.last_checkpoint.filename
+    names = {
+        "name": ("a folder's name", config.name),
+        "best_checkpoint.filename": ("a file's name", best),
+        "last_checkpoint.filename": ("a file's name", last),
     }
-    for key, value in {"name": config.name, **files}.items():
-        if value is not None and (Path(value).name != value or "\\" in value):
-            raise ValueError(f"Expected `--{key}` to be a folder's name but got {value!r}.")
+    for key, (wanted, value) in names.items():
+        if value is not None and not (value.isprintable() and Path(value).name == value):
+            raise ValueError(f"Expected `--{key}` to be {wanted} but got {value!r}.")
+    if best is not None and best == last:
+        raise ValueError(
+            "Expected `--best_checkpoint.filename` and `--last_checkpoint.filename` to differ but "
+            f"got {best!r} for both."
+        )
     if re.search(r"[/\\#?%:]", config.project) or len(config.project) > 128:
         raise ValueError(
             "Expected `--project` to be up to 128 characters without any of /\\#?%: but got "

@@ -1,6 +1,5 @@
-"""What is checked before a run starts, and when it has started."""
+"""When a run has started, and whether what it watches is logged."""
 
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -9,8 +8,6 @@ from typing_extensions import override
 
 from robust_flatness.loggers import EpochCSVLogger, EpochWandbLogger
 
-# Lowest values of arguments that Lightning does not check, or only when it has begun to train.
-_LOWEST = {"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "gradient_clip_val": 0}
 # What modules of this package log themselves.
 _OF_MODULES = ("train/", "awp/", "entropy_sgd/", "label_noise/", "unlabeled/")
 
@@ -54,37 +51,6 @@ class RunStart(SaveConfigCallback):
                 logger.release()
         # Last, as the folder of a run that has started is known by its config.yaml.
         super().setup(trainer, pl_module, "fit")
-
-
-def check_arguments(config: Any) -> None:
-    """Refuses arguments that would be found wrong only after training has begun.
-
-    Args:
-        config: Of `fit` or `test`, as parsed.
-
-    Raises:
-        ValueError: If a name, a number or a file's name cannot be one.
-    """
-    for name in ("name", "folder", "project", "group"):
-        text = config[name]
-        if text is not None and not (text and text.isprintable()):
-            raise ValueError(f"Expected `--{name}` to be a name but got {text!r}.")
-    for name, low in _LOWEST.items():
-        value = config.trainer[name]
-        if value is not None and not value >= low:
-            raise ValueError(f"Expected `--trainer.{name}` to be >= {low} but got {value}.")
-    best, last = config.best_checkpoint.filename, config.last_checkpoint.filename
-    for name, filename in {"best_checkpoint": best, "last_checkpoint": last}.items():
-        own = filename is None or (filename.isprintable() and Path(filename).name == filename)
-        if not own:
-            raise ValueError(
-                f"Expected `--{name}.filename` to be a file's name but got {filename!r}."
-            )
-    if best is not None and best == last:
-        raise ValueError(
-            "Expected `--best_checkpoint.filename` and `--last_checkpoint.filename` to differ but "
-            f"got {best!r} for both."
-        )
 
 
 def check_monitors(trainer: Trainer, module: LightningModule) -> None:

@@ -229,6 +229,11 @@ def _named(sentence: str, options: Sequence[Option], *, exact: bool = False) -> 
     With `exact`, an option must have the value that the sentence mentions.
     """
     subject = re.match(r"Expected `([\w.]+)`", sentence)
+    # What the subject could not be built with says more than the subject.
+    for inner in (o for o in options if subject and f".{subject[1]}." in f".{o.name}"):
+        value, leaf = _short(inner.value or "", 80), inner.name.rsplit(".", 1)[-1]
+        if value and _mentions(sentence, leaf) and _mentions_value(sentence, value):
+            return f"Expected `--{inner.name}` to be valid but got {value}: {sentence}"
     text = sentence if subject is None else subject[1]
     near = [o for o in options if o.value and _mentions(text, o.name.rsplit(".", 1)[-1])]
     valued = [option for option in near if _mentions_value(sentence, option.value or "")]

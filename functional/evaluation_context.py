@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from robust_flatness.functional.checks import HALF
 from robust_flatness.functional.modes import Model, differentiable
@@ -118,7 +119,7 @@ def _float32(model: Model) -> Iterator[None]:
 
 
 def _tensors(model: Model) -> list[Tensor]:
-    """Parameters and buffers, each once."""
+    """Parameters and buffers, each once, without those that have no values yet."""
     if not isinstance(model, nn.Module):
         return []
-    return list(chain(model.parameters(), model.buffers()))
+    return [t for t in chain(model.parameters(), model.buffers()) if not is_lazy(t)]

@@ -39,4 +39,6 @@ def channels_last(network: nn.Module) -> nn.Module:
         and layer.in_channels < SAFE_CHANNELS
         for layer in network.modules()
     )
-    return network.to(memory_format=torch.channels_last) if own and not narrow else network  # type: ignore[call-overload, no-any-return]
+    if own and not narrow:
+        network.to(memory_format=torch.channels_last)
+    return network

@@ -292,6 +292,8 @@ def _finite(figures: Mapping[str, Any], where: str) -> dict[str, float]:
         if is_number(value) and abs(value) < _HUGE
     }
     for name, value in finite.items():
-        if "error" in name and not 0 <= value <= 1:
+        # The difference of two shares may be negative.
+        low = -1 if "gap/" in name else 0
+        if "error" in name and not low <= value <= 1:
             raise ValueError(f"`{where}` has {name} {value:g}, no share of 1")
     return finite

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import random
+import time
 from collections import Counter
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch.utils.data import (
 from trainers import dataset, loader, quiet_trainer
 
 from robust_flatness.callbacks import RobustEarlyStopping, WeightAveraging
+from robust_flatness.callbacks.forked import in_fork
 
 
 class Noisy(Dataset):
@@ -172,3 +174,9 @@ def test_a_trace_that_a_fork_would_leave_is_refused(leave, message, tmp_path):
     with pytest.raises(ValueError, match=f"failed .*{message}.*; pass `dataset=`"):
         fitted(watch(), None, DataLoader(data, 4), num_sanity_val_steps=0)
     assert not data.path.exists()
+
+
+def test_a_fork_that_hangs_is_refused(monkeypatch):
+    monkeypatch.setattr("robust_flatness.callbacks.forked.PATIENCE", 0.2)
+    with pytest.raises(ValueError, match=r"that failed \(no answer in 0.2 s\); pass `dataset=`"):
+        in_fork(lambda: time.sleep(60), "a loader")

@@ -83,14 +83,14 @@ def refusal(arguments: list[str], capsys) -> str:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data.batch_size=100000"], "`batch_size` to be at most"),
-        (["--model.lr_scheduler.milestones=[2]"], "`milestones` to be in [0, 1] but got 2.0"),
+        (["--data.batch_size=100000"], "batch_size` to be at most"),
+        (["--model.lr_scheduler.milestones=[2]"], "milestones` to be in [0, 1] but got 2.0"),
         (["--model.optimizer.lr=-1"], "Invalid learning rate: -1.0"),
-        (["--data.unlabeled=no", "--data.unlabeled_share=0.5"], "`unlabeled` to be"),
+        (["--data.unlabeled=no", "--data.unlabeled_share=0.5"], "unlabeled` to be"),
         (["--model=ATUnlabeled"], "set `data.unlabeled_share`"),
         (["--trainer.val_check_interval=1000"], "val_check_interval"),
-        (["--evaluation.step_size=-0.1"], "`step_size` to be >= 0 but got -0.1"),
-        (["--landscape={step_size: -1}"], "`step_size` to be >= 0 but got -1"),
+        (["--evaluation.step_size=-0.1"], "step_size` to be >= 0 but got -0.1"),
+        (["--landscape={step_size: -1}"], "step_size` to be >= 0 but got -1"),
         (["--trainer.accumulate_grad_batches=0"], "`--trainer.accumulate_grad_batches` to be >= 1"),
         (["--trainer.check_val_every_n_epoch=0"], "`--trainer.check_val_every_n_epoch` to be >= 1"),
         (["--trainer.gradient_clip_val=-1"], "`--trainer.gradient_clip_val` to be >= 0 but got -1"),
@@ -102,14 +102,14 @@ def refusal(arguments: list[str], capsys) -> str:
         (["--best_checkpoint.monitor=foo"], "but got foo."),
         (["--best_checkpoint.monitor=val/robust_loss_correct"], "but got val/robust_loss_correct."),
         (["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=a"], "but got a."),
-        (["--name="], "`--name` to be a name but got ''"),
-        (["--name=a\0b"], "`--name` to be a name but got 'a\\x00b'"),
+        (["--name="], "`--name` to be a printable name but got ''"),
+        (["--name=a\0b"], "`--name` to be a printable name but got 'a\\x00b'"),
         (["--name=" + "x" * 300], "File name too long"),
-        (["--folder="], "`--folder` to be a name but got ''"),
-        (["--folder=a\0b"], "`--folder` to be a name"),
-        (["--project="], "`--project` to be a name but got ''"),
-        (["--project=a/b"], "`project` to be one that W&B takes but got 'a/b'"),
-        (["--group="], "`--group` to be a name but got ''"),
+        (["--folder="], "`--folder` to be a printable name but got ''"),
+        (["--folder=a\0b"], "`--folder` to be a printable name"),
+        (["--project="], "`--project` to be a printable name but got ''"),
+        (["--project=a/b"], "`--project` to be up to 128 characters"),
+        (["--group="], "`--group` to be a printable name but got ''"),
     ],
 )
 def test_a_refused_start_leaves_no_file_and_no_wandb_run(arguments, message, capsys, opened):
@@ -237,7 +237,7 @@ def test_a_resumed_run_that_is_refused_stays_as_it_was(capsys, monkeypatch):
     longer = ["--trainer.max_epochs=3", "--trajectory.every_n_epochs=1", f"--ckpt_path={last}"]
     with monkeypatch.context() as patch:
         patch.setattr(AT, "attack", fail)
-        for wrong, message in (("32", "a better batch"), ("100", "`batch_size` to be at most")):
+        for wrong, message in (("32", "a better batch"), ("100", "batch_size` to be at most")):
             assert message in refusal([*longer, f"--data.batch_size={wrong}"], capsys)
             assert contents() == before
     # A finished run has no further batch, and is measured once more.

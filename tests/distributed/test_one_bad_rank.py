@@ -29,7 +29,6 @@ def ranks(tmp_path_factory):
     [
         ("pixel", 1, "ValueError", "Expected `images` to have pixels in [0, 1] but got [0"),
         ("label", 0, "ValueError", "Expected `labels` to be >= 0 and below the 10 classes but"),
-        ("measured", 1, "ValueError", "Expected `labels` to be >= 0 and below the 10 classes but"),
         ("broken", 0, "OSError", "The disk is gone."),
         ("unreadable", 0, "FileNotFoundError", "There is no such folder."),
     ],
@@ -42,3 +41,11 @@ def test_all_processes_raise_what_one_of_them_refuses(ranks, case, bad, kind, me
         assert text.endswith(f" This was on process {bad}.") == (rank != bad)
         assert seconds < WAIT
         assert steps == 0
+
+
+def test_all_processes_refuse_other_measured_images_on_one_of_them(ranks):
+    for found in ranks:
+        name, text, seconds, steps = found["measured"]
+        assert (name, steps) == ("ValueError", 0)
+        assert text.startswith("Expected all ranks to measure the same images but")
+        assert seconds < WAIT

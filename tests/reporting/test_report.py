@@ -165,7 +165,7 @@ def test_names_are_shown_as_they_are(capsys):
     ):
         Console(width=100).print(drawn)
     printed = capsys.readouterr().out
-    assert all(name in printed for name in (*names, r"$\bar$", "[/red] on [/b]", ": [/i]"))
+    assert all(name in printed for name in (*names, r"$\bar$", "[/red] on [/b]", "[/i]"))
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ from robust_flatness.configs.signals import interrupted_status, resume_command, 
 from robust_flatness.datamodules import RobustDataModule
 from robust_flatness.datamodules.global_batches import GlobalBatches
 from robust_flatness.loggers import EpochCSVLogger, EpochWandbLogger, make_wandb_logger
-from robust_flatness.reporting.checkpoint_io import AtomicCheckpointIO
+from robust_flatness.run_folder.checkpoint_io import AtomicCheckpointIO
 
 for message in (".*LeafSpec.*", ".*does not have many workers.*"):
     # Said by Lightning about itself, and about data that is in memory already.

@@ -11,7 +11,7 @@ from statistics import median
 import lightning
 import torch
 
-from robust_flatness.reporting.environment import hardware
+from robust_flatness.run_folder.environment import hardware
 
 Variant = Callable[[], object]
 

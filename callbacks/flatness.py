@@ -8,7 +8,6 @@ from torch.utils.data import Dataset
 
 from robust_flatness.callbacks.examples import Normalization
 from robust_flatness.callbacks.measurement import Measurement
-from robust_flatness.configs.types import Eps
 from robust_flatness.functional.checks import check_choice, check_count, check_number
 from robust_flatness.functional.flatness import (
     PAPER_REFERENCE_RESTARTS,
@@ -18,6 +17,7 @@ from robust_flatness.functional.flatness import (
     average_case_flatness,
 )
 from robust_flatness.functional.noise import Norm
+from robust_flatness.functional.types import Eps
 from robust_flatness.functional.weight_perturbation import Distribution, RelativeTo
 
 

@@ -15,17 +15,17 @@ from robust_flatness.callbacks.final_measurement import Figures, FinalMeasuremen
 from robust_flatness.callbacks.loss_around import SURFACE, LossAround
 from robust_flatness.callbacks.measurement import Measurement
 from robust_flatness.callbacks.trajectory import run_folder, run_title, save_figure
-from robust_flatness.configs.types import Eps
 from robust_flatness.functional.checks import check_choice, check_count, check_number
 from robust_flatness.functional.directions import DirectionKind
 from robust_flatness.functional.flatness import Loss
 from robust_flatness.functional.layer_weights import perturbed_parameters
 from robust_flatness.functional.noise import Norm
+from robust_flatness.functional.types import Eps
 from robust_flatness.functional.weight_perturbation import RelativeTo
 from robust_flatness.loggers.failures import warn_on_failure
-from robust_flatness.reporting.landscape_figures import landscape_figure, surface_figure
-from robust_flatness.reporting.landscape_file import Landscape as Measured
-from robust_flatness.reporting.landscape_file import write_landscapes
+from robust_flatness.plotting.landscape_figures import landscape_figure, surface_figure
+from robust_flatness.run_folder.landscape_file import Landscape as Measured
+from robust_flatness.run_folder.landscape_file import write_landscapes
 
 WEIGHTS = {"final": "final weights", "early_stopped": "early-stopped weights"}
 

@@ -24,7 +24,6 @@ from robust_flatness.callbacks.logs import log_after_epochs, log_equal
 from robust_flatness.callbacks.measured_images import FixedImages, find_examples, has_examples
 from robust_flatness.callbacks.progress import measuring
 from robust_flatness.callbacks.sharding import measure_sharded
-from robust_flatness.configs.types import Eps
 from robust_flatness.functional.checks import (
     check_choice,
     check_count,
@@ -35,6 +34,7 @@ from robust_flatness.functional.layer_weights import perturbed_parameters
 from robust_flatness.functional.logits import first_logits
 from robust_flatness.functional.noise import Norm
 from robust_flatness.functional.processes import errors_on_all_ranks
+from robust_flatness.functional.types import Eps
 from robust_flatness.networks import Normalize
 
 DEFAULT_EPS = 8 / 255

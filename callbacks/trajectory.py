@@ -24,13 +24,13 @@ from robust_flatness.callbacks.logs import warn_if_results_stay
 from robust_flatness.loggers.epoch_csv import EpochCSVLogger
 from robust_flatness.loggers.failures import warn_on_failure
 from robust_flatness.loggers.wandb import log_trajectory
-from robust_flatness.reporting.figures import (
+from robust_flatness.plotting.figures import (
     LOSSES,
     logged_split,
     overfitting_figure,
     trajectory_figure,
 )
-from robust_flatness.reporting.whole_file import whole_file
+from robust_flatness.run_folder.atomic_write import whole_file
 
 
 class Trajectory(Callback):

@@ -9,12 +9,12 @@ from torch.utils.data import Dataset
 
 from robust_flatness.callbacks.examples import Normalization
 from robust_flatness.callbacks.measurement import Measurement
-from robust_flatness.configs.types import Eps
 from robust_flatness.functional.attack import Keep
 from robust_flatness.functional.checks import check_choice, check_count, check_number
 from robust_flatness.functional.flatness import Loss
 from robust_flatness.functional.joint_ascent import Sharing
 from robust_flatness.functional.noise import Norm
+from robust_flatness.functional.types import Eps
 from robust_flatness.functional.worst_case_flatness import (
     WorstCaseFlatnessResult,
     worst_case_flatness,

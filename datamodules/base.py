@@ -7,7 +7,6 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
-from robust_flatness.configs.types import Eps
 from robust_flatness.datamodules.augmentation import Augment, Augmentation
 from robust_flatness.datamodules.evaluation_images import EvaluationImages
 from robust_flatness.datamodules.global_batches import GlobalBatches, epochs_trained
@@ -20,6 +19,7 @@ from robust_flatness.datamodules.training_loader import training_loader
 from robust_flatness.datamodules.unlabeled_files import read_unlabeled
 from robust_flatness.functional.checks import check_choice, check_count, check_number
 from robust_flatness.functional.processes import errors_on_all_ranks
+from robust_flatness.functional.types import Eps
 
 
 class RobustDataModule(LightningDataModule, ABC):

@@ -8,7 +8,6 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from robust_flatness.configs.types import Eps
 from robust_flatness.functional.attack import PGD, Keep
 from robust_flatness.functional.checks import (
     check_choice,
@@ -26,6 +25,7 @@ from robust_flatness.functional.labels import Smoothing, TrainingLabels
 from robust_flatness.functional.logits import first_logits
 from robust_flatness.functional.modes import Mode
 from robust_flatness.functional.noise import Norm, Start
+from robust_flatness.functional.types import Eps
 from robust_flatness.lightning_modules.epoch_means import EpochMeans
 from robust_flatness.lightning_modules.fast_mixin import Fast, FastMixin
 from robust_flatness.lightning_modules.network_of_checkpoint import (

@@ -25,7 +25,7 @@ from lightning.pytorch.loggers.logger import DummyExperiment  # type: ignore[att
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
-from robust_flatness.reporting.whole_file import whole_file
+from robust_flatness.run_folder.atomic_write import whole_file
 
 
 class EpochCSVLogger(Logger):

@@ -20,8 +20,8 @@ from rich.table import Table
 from typing_extensions import override
 
 from robust_flatness.loggers.failures import warn_on_failure
+from robust_flatness.loggers.wandb_login import offline_mode, why_no_login
 from robust_flatness.loggers.wandb_settings import check_settings, run_id
-from robust_flatness.reporting.wandb_login import offline_mode, why_no_login
 
 # What a run logs once an epoch; everything else keeps Lightning's axis, the global step.
 EPOCH_PREFIXES = (

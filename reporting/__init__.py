@@ -1,17 +1,8 @@
 """Finished runs as tables and figures."""
 
-from robust_flatness.reporting.checkpoint_io import AtomicCheckpointIO
+from robust_flatness.plotting.figures import overfitting_figure, trajectory_figure
+from robust_flatness.plotting.landscape_figures import landscape_figure, surface_figure
 from robust_flatness.reporting.correlation import Correlation, correlate
-from robust_flatness.reporting.environment import hardware, versions
-from robust_flatness.reporting.figures import overfitting_figure, trajectory_figure
-from robust_flatness.reporting.intervals import error_interval
-from robust_flatness.reporting.json_file import jsonable, write_json
-from robust_flatness.reporting.landscape_figures import landscape_figure, surface_figure
-from robust_flatness.reporting.landscape_file import (
-    Landscape,
-    read_landscapes,
-    write_landscapes,
-)
 from robust_flatness.reporting.models import Model, Point, group_models
 from robust_flatness.reporting.published import (
     PublishedModel,
@@ -19,7 +10,16 @@ from robust_flatness.reporting.published import (
     published_trajectories,
 )
 from robust_flatness.reporting.runs import Run, read_run, read_runs
-from robust_flatness.reporting.summary import summary_table
+from robust_flatness.run_folder.checkpoint_io import AtomicCheckpointIO
+from robust_flatness.run_folder.environment import hardware, versions
+from robust_flatness.run_folder.intervals import error_interval
+from robust_flatness.run_folder.json_file import jsonable, write_json
+from robust_flatness.run_folder.landscape_file import (
+    Landscape,
+    read_landscapes,
+    write_landscapes,
+)
+from robust_flatness.run_folder.summary import summary_table
 
 __all__ = [
     "AtomicCheckpointIO",

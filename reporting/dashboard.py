@@ -14,13 +14,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from robust_flatness.loggers.wandb_login import offline_mode, why_no_login
 from robust_flatness.reporting.dashboard_panels import (
     MOST_RUNS,
     dashboard_library,
     dashboard_sections,
 )
-from robust_flatness.reporting.json_file import write_json
-from robust_flatness.reporting.wandb_login import offline_mode, why_no_login
+from robust_flatness.run_folder.json_file import write_json
 
 _TITLE = "Robust overfitting and flat minima"
 _INTRODUCTION = (

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from robust_flatness.loggers.wandb_login import offline_mode
 from robust_flatness.reporting.dashboard import save_dashboard
-from robust_flatness.reporting.wandb_login import offline_mode
 
 
 def dashboard(

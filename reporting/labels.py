@@ -12,7 +12,7 @@ from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
-from robust_flatness.reporting.canvas import FONT
+from robust_flatness.plotting.canvas import FONT
 from robust_flatness.reporting.scatter import METHOD, Spot
 
 Array = NDArray[np.float64]

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from robust_flatness.reporting.canvas import (
+from robust_flatness.plotting.canvas import (
     BLACK,
     BLUE,
     FONT,
@@ -15,9 +15,9 @@ from robust_flatness.reporting.canvas import (
     make_canvas,
     set_title,
 )
-from robust_flatness.reporting.landscape_file import Array, Landscape
 from robust_flatness.reporting.models import method_label
 from robust_flatness.reporting.runs import Run
+from robust_flatness.run_folder.landscape_file import Array, Landscape
 
 _SMALL = FONT - 1
 

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 
-from robust_flatness.reporting.canvas import (
+from robust_flatness.plotting.canvas import (
     FONT,
     GREY,
     MethodStyle,
@@ -17,10 +17,11 @@ from robust_flatness.reporting.canvas import (
     method_style,
     set_title,
 )
-from robust_flatness.reporting.landscape_figures import NAMES, drawn_line, set_loss_axes
-from robust_flatness.reporting.landscape_file import Array, Landscape
-from robust_flatness.reporting.models import METHOD_LABELS, Model
+from robust_flatness.plotting.landscape_figures import NAMES, drawn_line, set_loss_axes
+from robust_flatness.plotting.method_labels import METHOD_LABELS
+from robust_flatness.reporting.models import Model
 from robust_flatness.reporting.series import ADAM, BATCH_SIZE, select_models
+from robust_flatness.run_folder.landscape_file import Array, Landscape
 
 MOST_LINES = 12
 _KINDS = ("random", "adversarial")

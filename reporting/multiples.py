@@ -9,7 +9,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 
-from robust_flatness.reporting.canvas import FONT, make_canvas
+from robust_flatness.plotting.canvas import FONT, make_canvas
 
 COLUMNS = 5
 SMALL = FONT - 2  # points, of labels in panels a fifth of the page wide

@@ -21,7 +21,7 @@ from plotly.offline import get_plotlyjs
 from robust_flatness.reporting.models import Model, Point
 from robust_flatness.reporting.page_data import page_data
 from robust_flatness.reporting.runs import LeftOut, Run
-from robust_flatness.reporting.whole_file import whole_file
+from robust_flatness.run_folder.atomic_write import whole_file
 
 _FOLDER = Path(__file__).parent
 _SLOT = re.compile(r"\{\{(\w+)\}\}")

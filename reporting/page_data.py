@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from typing import Any
 
-from robust_flatness.reporting.canvas import method_style
+from robust_flatness.plotting.canvas import method_style
 from robust_flatness.reporting.correlation import correlate
 from robust_flatness.reporting.models import Model, Point, method_label
 from robust_flatness.reporting.page_points import FIGURES, PagePoint, number

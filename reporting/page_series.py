@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from robust_flatness.reporting.landscape_file import Array, Landscape
 from robust_flatness.reporting.models import Model, method_label
 from robust_flatness.reporting.page_points import number
 from robust_flatness.reporting.series import model_series
+from robust_flatness.run_folder.landscape_file import Array, Landscape
 
 Rows = Sequence[Mapping[str, float]]
 _FLATNESS, _LOSS = "flatness/average/test", "test/robust_loss"

@@ -30,7 +30,7 @@ from robust_flatness.reporting.sweep_figure import hyperparameter_figure
 from robust_flatness.reporting.table1 import Table1, table1
 from robust_flatness.reporting.table1_files import write_table
 from robust_flatness.reporting.trajectory_figures import trajectories_figure
-from robust_flatness.reporting.whole_file import whole_file
+from robust_flatness.run_folder.atomic_write import whole_file
 
 # What the paper relates, and what robust overfitting would be judged by instead.
 _FLATNESS = (

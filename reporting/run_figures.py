@@ -16,7 +16,7 @@ from matplotlib.ticker import (
     PercentFormatter,
 )
 
-from robust_flatness.reporting.canvas import (
+from robust_flatness.plotting.canvas import (
     BLACK,
     BLUE,
     GREEN,

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from robust_flatness.reporting.landscape_file import Landscape, read_landscapes
+from robust_flatness.run_folder.landscape_file import Landscape, read_landscapes
 
 Weights = Literal["final", "early_stopped"]
 Figures = Mapping[str, float]

@@ -16,7 +16,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from robust_flatness.reporting.canvas import FONT, GREY, method_style
+from robust_flatness.plotting.canvas import FONT, GREY, method_style
 from robust_flatness.reporting.models import Point, method_label
 from robust_flatness.reporting.runs import Weights
 

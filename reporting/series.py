@@ -13,7 +13,8 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from robust_flatness.reporting.models import METHOD_LABELS, Model
+from robust_flatness.plotting.method_labels import METHOD_LABELS
+from robust_flatness.reporting.models import Model
 from robust_flatness.reporting.runs import Run
 from robust_flatness.reporting.settings import flat_settings
 

@@ -19,7 +19,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from robust_flatness.reporting.canvas import FONT, GREY, make_canvas, method_style, set_title
+from robust_flatness.plotting.canvas import FONT, GREY, make_canvas, method_style, set_title
 from robust_flatness.reporting.correlation import correlate
 from robust_flatness.reporting.labels import label_models
 from robust_flatness.reporting.models import Point

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
-from robust_flatness.reporting.canvas import FONT, GREY, make_canvas, method_style, set_title
+from robust_flatness.plotting.canvas import FONT, GREY, make_canvas, method_style, set_title
 from robust_flatness.reporting.labels import label_models
 from robust_flatness.reporting.models import Point
 from robust_flatness.reporting.scatter import (

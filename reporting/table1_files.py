@@ -18,7 +18,7 @@ from robust_flatness.reporting.table1_text import (
     published_columns,
     published_text,
 )
-from robust_flatness.reporting.whole_file import whole_file
+from robust_flatness.run_folder.atomic_write import whole_file
 
 _LATEX = {
     "\\": r"\textbackslash{}",

@@ -9,7 +9,7 @@ from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, MultipleLocator, PercentFormatter
 
-from robust_flatness.reporting.canvas import BLACK, GREY, add_legend, sequential, set_title
+from robust_flatness.plotting.canvas import BLACK, GREY, add_legend, sequential, set_title
 from robust_flatness.reporting.models import Model
 from robust_flatness.reporting.multiples import COLUMNS, SMALL, Ruler, share_axes, small_multiples
 from robust_flatness.reporting.scatter import PUBLISHED

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from robust_flatness.configs.options import read_options
-from robust_flatness.reporting.json_file import jsonable, write_json
 from robust_flatness.reporting.runs import read_run
+from robust_flatness.run_folder.json_file import jsonable, write_json
 from robust_flatness.study.plan import PlannedRun
 
 # Differences in settings that an error tells one by one.

@@ -11,7 +11,7 @@ from wandb_reader import read_runs
 
 from robust_flatness.loggers import log_summary, log_trajectory, make_wandb_logger
 from robust_flatness.reporting import trajectory_figure
-from robust_flatness.reporting.summary import summary_table
+from robust_flatness.run_folder.summary import summary_table
 
 ROWS = [
     {"epoch": 0, "test/robust_loss": 1.7, "flatness/average/test": 0.2},

@@ -1,7 +1,8 @@
 import pytest
 from run_factory import make_run
 
-from robust_flatness.reporting.models import METHOD_LABELS, group_models, method_label
+from robust_flatness.plotting.method_labels import METHOD_LABELS
+from robust_flatness.reporting.models import group_models, method_label
 from robust_flatness.reporting.settings import flat_settings
 
 

@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
+from robust_flatness.plotting.method_labels import METHOD_LABELS
 from robust_flatness.reporting import published
 from robust_flatness.reporting.correlation import correlate
-from robust_flatness.reporting.models import METHOD_LABELS
 from robust_flatness.reporting.published import published_models, published_trajectories
 
 FLATNESS, RLOSS = "flatness/average/test", "test/robust_loss"

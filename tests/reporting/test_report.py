@@ -12,13 +12,13 @@ from rich.console import Console
 from run_factory import EARLY_STOPPED, FINAL, make_run, write_metrics, write_run
 
 from robust_flatness.cli import main
-from robust_flatness.reporting.landscape_file import Landscape
 from robust_flatness.reporting.models import group_models
 from robust_flatness.reporting.report import write_report
 from robust_flatness.reporting.study_figures import flatness_figure
-from robust_flatness.reporting.summary import summary_table
 from robust_flatness.reporting.table1 import table1
 from robust_flatness.reporting.table1_text import terminal_table
+from robust_flatness.run_folder.landscape_file import Landscape
+from robust_flatness.run_folder.summary import summary_table
 
 METHODS = ("at", "at_awp", "trades", "mart")
 

@@ -6,7 +6,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from run_factory import make_run
 
-from robust_flatness.reporting.models import METHOD_LABELS, Model, group_models
+from robust_flatness.plotting.method_labels import METHOD_LABELS
+from robust_flatness.reporting.models import Model, group_models
 from robust_flatness.reporting.run_figures import curves_figure, epochs_figure, rate_drops
 
 

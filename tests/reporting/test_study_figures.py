@@ -10,9 +10,10 @@ from matplotlib.colors import to_rgb
 from matplotlib.text import Annotation
 from run_factory import EARLY_STOPPED, FINAL, make_run
 
-from robust_flatness.reporting.canvas import method_style
+from robust_flatness.plotting.canvas import method_style
+from robust_flatness.plotting.method_labels import METHOD_LABELS
 from robust_flatness.reporting.correlation import correlate
-from robust_flatness.reporting.models import METHOD_LABELS, group_models, method_label
+from robust_flatness.reporting.models import group_models, method_label
 from robust_flatness.reporting.published import published_models
 from robust_flatness.reporting.scatter import PUBLISHED
 from robust_flatness.reporting.study_figures import (

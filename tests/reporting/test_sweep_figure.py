@@ -6,7 +6,7 @@ from drawn import legend, names, scatters, slope
 from matplotlib.colors import to_rgb
 from run_factory import make_run
 
-from robust_flatness.reporting.canvas import method_style
+from robust_flatness.plotting.canvas import method_style
 from robust_flatness.reporting.models import group_models
 from robust_flatness.reporting.published import published_models
 from robust_flatness.reporting.sweep_figure import hyperparameter_figure

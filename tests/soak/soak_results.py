@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
 
-from robust_flatness.reporting.environment import hardware, versions
+from robust_flatness.run_folder.environment import hardware, versions
 
 FOLDER = Path(__file__).parent / "results"
 

@@ -16,7 +16,7 @@ from matplotlib.colors import Colormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from robust_flatness.reporting.models import METHOD_LABELS
+from robust_flatness.plotting.method_labels import METHOD_LABELS
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers and in grey.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"

@@ -8,7 +8,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from typing_extensions import override
 
 from robust_flatness.functional.checks import check_archive
-from robust_flatness.reporting.whole_file import whole_file
+from robust_flatness.run_folder.atomic_write import whole_file
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -16,7 +16,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from robust_flatness.reporting.canvas import (
+from robust_flatness.plotting.canvas import (
     AMBER,
     BLACK,
     BLUE,
@@ -31,7 +31,7 @@ from robust_flatness.reporting.canvas import (
     sequential,
     set_title,
 )
-from robust_flatness.reporting.landscape_file import Array, Landscape
+from robust_flatness.run_folder.landscape_file import Array, Landscape
 
 _COLOURS = (BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY, BLACK)
 # The paper cuts its figures at a loss of 15.

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from robust_flatness.reporting.canvas import (
+from robust_flatness.plotting.canvas import (
     BLUE,
     FONT,
     GREEN,

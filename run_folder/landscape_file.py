@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from robust_flatness.reporting.json_file import jsonable
-from robust_flatness.reporting.whole_file import write_arrays
+from robust_flatness.run_folder.atomic_write import write_arrays
+from robust_flatness.run_folder.json_file import jsonable
 
 Array = NDArray[np.float64]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from robust_flatness.reporting.whole_file import whole_file
+from robust_flatness.run_folder.atomic_write import whole_file
 
 # The numbers of one list belong on one line: the indices of a split are thousands.
 _LIST_OF_NUMBERS = re.compile(r"\[\n\s+(-?[\d.e+-]+(?:,\s+-?[\d.e+-]+)*)\n\s*\]")

@@ -18,7 +18,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from robust_flatness.reporting.intervals import error_interval
+from robust_flatness.run_folder.intervals import error_interval
 
 _DASH, _NOT_FINITE = "–", "not finite"
 # Label, and the names that may hold the figure, the most telling first: training images are best

@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
-from matplotlib.figure import Figure
 from torch.utils.data import Dataset
 from typing_extensions import override
 
@@ -23,9 +22,11 @@ from robust_flatness.functional.noise import Norm
 from robust_flatness.functional.types import Eps
 from robust_flatness.functional.weight_perturbation import RelativeTo
 from robust_flatness.loggers.failures import warn_on_failure
-from robust_flatness.plotting.landscape_figures import landscape_figure, surface_figure
 from robust_flatness.run_folder.landscape_file import Landscape as Measured
 from robust_flatness.run_folder.landscape_file import write_landscapes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 WEIGHTS = {"final": "final weights", "early_stopped": "early-stopped weights"}
 
@@ -182,7 +183,10 @@ class Landscape(FinalMeasurement):
                 with warn_on_failure("log the landscape to Weights & Biases"):
                     _show(logger, images, max(trainer.current_epoch - 1, 0))
 
-    def _figures(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Figure | None]:
+    def _figures(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, "Figure | None"]:
+        # Only here, as matplotlib takes long to load.
+        from robust_flatness.plotting.landscape_figures import landscape_figure, surface_figure
+
         found, around = dict(zip(WEIGHTS, self._around.found)), self._around
         look = {
             "title": run_title(trainer, pl_module, self.method),

@@ -12,25 +12,22 @@ Example:
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
-from matplotlib.figure import Figure
 from typing_extensions import override
 
 from robust_flatness.callbacks.logs import warn_if_results_stay
 from robust_flatness.loggers.epoch_csv import EpochCSVLogger
 from robust_flatness.loggers.failures import warn_on_failure
 from robust_flatness.loggers.wandb import log_trajectory
-from robust_flatness.plotting.figures import (
-    LOSSES,
-    logged_split,
-    overfitting_figure,
-    trajectory_figure,
-)
 from robust_flatness.run_folder.atomic_write import whole_file
+from robust_flatness.run_folder.metrics import LOSSES, logged_split
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Trajectory(Callback):
@@ -179,6 +176,9 @@ class Trajectory(Callback):
     def _save_figures(
         self, trainer: Trainer, pl_module: LightningModule, split: str
     ) -> dict[str, Path]:
+        # Only here, as matplotlib takes long to load.
+        from robust_flatness.plotting.figures import overfitting_figure, trajectory_figure
+
         rows, title = self.rows, run_title(trainer, pl_module, self.method)
         figures = {
             "trajectory": trajectory_figure(rows, title=title, split=split),
@@ -234,7 +234,7 @@ def run_title(trainer: Trainer, pl_module: LightningModule, method: str | None) 
     return title if data is None else f"{title} on {type(data).__name__}"
 
 
-def save_figure(figure: Figure, path: Path) -> Path:
+def save_figure(figure: "Figure", path: Path) -> Path:
     """Writes a figure as PNG and returns its path."""
     with whole_file(path) as beside:
         figure.savefig(beside, format="png")

@@ -30,27 +30,7 @@ from robust_flatness.plotting.canvas import (
     sequential,
     set_title,
 )
-
-Rows = Sequence[Mapping[str, float]]
-# The robust loss of each split.
-LOSSES = {
-    "test": "test/robust_loss",
-    "val": "val/robust_loss",
-    "train": "train_eval/robust_loss",
-}
-
-
-def logged_split(rows: Rows) -> str | None:
-    """Returns the first of `test`, `val` and `train` of which an epoch has flatness and RLoss.
-
-    Args:
-        rows: Rows of a run.
-
-    Example:
-        >>> logged_split([{"epoch": 0, "flatness/average/val": 0.1, "val/robust_loss": 2.0}])
-        'val'
-    """
-    return next((split for split in LOSSES if _points(rows, split)), None)
+from robust_flatness.run_folder.metrics import LOSSES, Rows, series
 
 
 def trajectory_figure(
@@ -135,7 +115,7 @@ def overfitting_figure(
 
 
 def _draw_losses(axes: Axes, rows: Rows) -> bool:
-    split = "test" if _series(rows, "test/robust_loss") else "val"
+    split = "test" if series(rows, "test/robust_loss") else "val"
     return _draw_lines(
         axes,
         rows,
@@ -164,7 +144,7 @@ def _draw_errors(axes: Axes, rows: Rows) -> bool:
 
 def _draw_lines(axes: Axes, rows: Rows, lines: Mapping[str, tuple[str, str, str, float]]) -> bool:
     for name, (label, colour, style, width) in lines.items():
-        points = _series(rows, name)
+        points = series(rows, name)
         if points:
             # A single epoch is no line, and a few are easier to read with their points.
             marker: dict[str, Any] = {"marker": "o", "markersize": 2.5} if len(points) <= 20 else {}
@@ -178,7 +158,7 @@ def _draw_early_stopping(left: Axes, right: Axes, rows: Rows, best_epoch: int) -
     line: dict[str, Any] = {"color": "black", "linestyle": "-.", "linewidth": 0.8}
     for axes in (left, right):
         axes.axvline(best_epoch, label="early stopping", **line)
-    error = dict(_series(rows, "test/robust_error")).get(best_epoch)
+    error = dict(series(rows, "test/robust_error")).get(best_epoch)
     if error is not None:
         right.axhline(error, **line)
 
@@ -190,13 +170,8 @@ def _mark_ends(axes: Axes, points: Sequence[tuple[float, ...]]) -> None:
         axes.annotate(f"epoch {epoch:g}", (x, y), fontsize=FONT - 1, **where)
 
 
-def _series(rows: Rows, name: str) -> list[tuple[float, float]]:
-    pairs = ((row["epoch"], row.get(name)) for row in rows)
-    return sorted((e, value) for e, value in pairs if value is not None and math.isfinite(value))
-
-
 def _points(rows: Rows, split: str) -> list[tuple[float, float, float, float]]:
-    losses = dict(_series(rows, LOSSES[split]))
-    errors = dict(_series(rows, f"flatness/average/{split}_sem"))
-    flatness = _series(rows, f"flatness/average/{split}")
+    losses = dict(series(rows, LOSSES[split]))
+    errors = dict(series(rows, f"flatness/average/{split}_sem"))
+    flatness = series(rows, f"flatness/average/{split}")
     return [(e, x, losses[e], errors.get(e, 0.0)) for e, x in flatness if e in losses]

@@ -10,7 +10,6 @@ from robust_flatness.reporting.published import (
     published_trajectories,
 )
 from robust_flatness.reporting.runs import Run, read_run, read_runs
-from robust_flatness.run_folder.checkpoint_io import AtomicCheckpointIO
 from robust_flatness.run_folder.environment import hardware, versions
 from robust_flatness.run_folder.intervals import error_interval
 from robust_flatness.run_folder.json_file import jsonable, write_json
@@ -22,7 +21,6 @@ from robust_flatness.run_folder.landscape_file import (
 from robust_flatness.run_folder.summary import summary_table
 
 __all__ = [
-    "AtomicCheckpointIO",
     "Correlation",
     "Landscape",
     "Model",

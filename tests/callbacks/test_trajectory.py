@@ -15,6 +15,7 @@ from wandb_reader import read_runs
 from robust_flatness.callbacks import trajectory
 from robust_flatness.callbacks.trajectory import Trajectory
 from robust_flatness.loggers import EpochCSVLogger, make_wandb_logger
+from robust_flatness.plotting import figures
 
 EVERY_EPOCH = {"epoch", "train/robust_loss", "val/robust_error"}
 MEASURED = {"flatness/average/test", "test/robust_loss"}
@@ -105,8 +106,8 @@ def test_figures_are_drawn_for_finished_epochs_and_at_the_end(
     def figure(rows: Any, **kwargs: Any) -> None:
         drawn.append(([row["epoch"] for row in rows], "train/robust_loss" in rows[-1], kwargs))
 
-    monkeypatch.setattr(trajectory, "trajectory_figure", lambda *_, **__: None)
-    monkeypatch.setattr(trajectory, "overfitting_figure", figure)
+    monkeypatch.setattr(figures, "trajectory_figure", lambda *_, **__: None)
+    monkeypatch.setattr(figures, "overfitting_figure", figure)
     best = Callback()
     best.best_epoch = 1  # type: ignore[attr-defined]
     fit(tmp_path, best, Trajectory(every_n_epochs=2), epochs=5)

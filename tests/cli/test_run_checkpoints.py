@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from robust_flatness.cli import CLI, main
-from robust_flatness.reporting import AtomicCheckpointIO
+from robust_flatness.run_folder.checkpoint_io import AtomicCheckpointIO
 
 SHORT = ["--data.num_train=64", "--model.network.width=4", "--model.steps=1", "--model=AT"]
 SHORT += ["--trainer.enable_progress_bar=false", "--early_stopping.num_examples=8"]

@@ -18,7 +18,7 @@ from trainers import PLAIN, ToyData, quiet_trainer
 
 from robust_flatness.functional.checks import check_archive
 from robust_flatness.lightning_modules import AT, External, load_checkpoint
-from robust_flatness.reporting import AtomicCheckpointIO
+from robust_flatness.run_folder.checkpoint_io import AtomicCheckpointIO
 
 
 @pytest.fixture(autouse=True)

@@ -230,12 +230,12 @@ def _named(sentence: str, options: Sequence[Option], *, exact: bool = False) -> 
     """
     subject = re.match(r"Expected `([\w.]+)`", sentence)
     near = _mentioned(options, sentence if subject is None else subject[1], sentence, exact=exact)
-    if not near and subject is not None:
-        # It may be about a part, such as a network, that could not be built with an argument.
-        subject, near = None, _mentioned(options, sentence, sentence, exact=True)
     if not near and subject is None and not exact:
         near = [o for o in options if o.value and _mentions(sentence, o.value)]
         near = near or [option for option in options if option.value == ""]
+    if not near and subject is not None:
+        # It may be about a part, such as a network, that could not be built with an argument.
+        subject, near = None, _mentioned(options, sentence, sentence, exact=True)
     if len({option.name for option in near}) != 1:
         return None
     if subject is not None:
@@ -245,7 +245,7 @@ def _named(sentence: str, options: Sequence[Option], *, exact: bool = False) -> 
 
 
 def _mentioned(options: Sequence[Option], text: str, sentence: str, *, exact: bool) -> list[Option]:
-    """Options whose names a text mentions, and, if there are any, whose values the sentence does."""
+    """Options whose names a text mentions, if possible those whose values the sentence does."""
     near = [o for o in options if o.value and _mentions(text, o.name.rsplit(".", 1)[-1])]
     valued = [option for option in near if _mentions_value(sentence, option.value or "")]
     return valued if exact or valued else near

@@ -229,24 +229,26 @@ def _named(sentence: str, options: Sequence[Option], *, exact: bool = False) -> 
     With `exact`, an option must have the value that the sentence mentions.
     """
     subject = re.match(r"Expected `([\w.]+)`", sentence)
-    # What the subject could not be built with says more than the subject.
-    for inner in (o for o in options if subject and f".{subject[1]}." in f".{o.name}"):
-        value, leaf = _short(inner.value or "", 80), inner.name.rsplit(".", 1)[-1]
-        if value and _mentions(sentence, leaf) and _mentions_value(sentence, value):
-            return f"Expected `--{inner.name}` to be valid but got {value}: {sentence}"
-    text = sentence if subject is None else subject[1]
-    near = [o for o in options if o.value and _mentions(text, o.name.rsplit(".", 1)[-1])]
-    valued = [option for option in near if _mentions_value(sentence, option.value or "")]
-    near = valued if exact or valued else near
-    if subject is None and not exact:
-        near = near or [o for o in options if o.value and _mentions(text, o.value)]
+    near = _mentioned(options, sentence if subject is None else subject[1], sentence, exact=exact)
+    if not near and subject is None and not exact:
+        near = [o for o in options if o.value and _mentions(sentence, o.value)]
         near = near or [option for option in options if option.value == ""]
+    if not near and subject is not None:
+        # It may be about a part, such as a network, that could not be built with an argument.
+        subject, near = None, _mentioned(options, sentence, sentence, exact=True)
     if len({option.name for option in near}) != 1:
         return None
     if subject is not None:
         return sentence.replace(f"`{subject[1]}`", f"`--{near[-1].name}`", 1)
     value = _short(near[-1].value or "", 80) or "nothing"
     return f"Expected `--{near[-1].name}` to be valid but got {value}: {sentence}"
+
+
+def _mentioned(options: Sequence[Option], text: str, sentence: str, *, exact: bool) -> list[Option]:
+    """Options whose names a text mentions, if possible those whose values the sentence does."""
+    near = [o for o in options if o.value and _mentions(text, o.name.rsplit(".", 1)[-1])]
+    valued = [option for option in near if _mentions_value(sentence, option.value or "")]
+    return valued if exact or valued else near
 
 
 def _leaves(settings: Any, name: str = "") -> list[Option]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from malformed import CHECKPOINTS, RUN_CONFIGS
+from malformed_checkpoints import CHECKPOINTS, RUN_CONFIGS
 from test_bad_inputs import refused
 
 from robust_flatness.cli import CLI, main

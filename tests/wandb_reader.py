@@ -53,6 +53,8 @@ def _records(data: bytes) -> Iterator[bytes]:
         if kind == 0:  # padding up to the next block
             position += left
             continue
+        if position + _HEADER + length > len(data):
+            return  # W&B is still writing it
         parts += data[position + _HEADER : position + _HEADER + length]
         position += _HEADER + length
         if kind in (1, 4):  # a whole record, or the last of its chunks

@@ -93,6 +93,9 @@ def main(folder):
     with errors_on_all_ranks():
         rank = torch.distributed.get_rank()
     torch.save(results, Path(folder) / f"rank{rank}.pt")
+    # A process that exits alone may abort the other one, whose threads still listen to it.
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -250,9 +250,10 @@ def test_a_figure_that_fails_costs_no_results(monkeypatch, recwarn):
     def fail(*args, **kwargs):
         raise ValueError("no ink")
 
-    drawn = ("trajectory.trajectory_figure", "trajectory.log_trajectory")
-    for name in (*drawn, "results.log_summary", "landscape.landscape_figure"):
-        monkeypatch.setattr(f"robust_flatness.callbacks.{name}", fail)
+    drawn = ("figures.trajectory_figure", "landscape_figures.landscape_figure")
+    logged = ("trajectory.log_trajectory", "results.log_summary")
+    for name in (*(f"plotting.{n}" for n in drawn), *(f"callbacks.{n}" for n in logged)):
+        monkeypatch.setattr(f"robust_flatness.{name}", fail)
     monkeypatch.setattr(EpochWandbLogger, "_log_checkpoints", fail)
     landscape = "--landscape={num_examples: 4, num_directions: 1, num_steps: 2, steps: 1}"
     main(["fit", *TINY, "--log_checkpoints", landscape, LIGHT])
@@ -281,7 +282,8 @@ def test_processes_that_claim_at_once_have_folders_of_their_own(tmp_path):
         folder.discard()
     assert [*(tmp_path / "new" / "runs").iterdir()] == [claimed[0].path]
     claimed[0].discard()
-    assert everything() == []
+    # The folder above stays if its maker discarded its own run first, while others were in it.
+    assert set(everything()) <= {"new", "new/runs"}
 
 
 def test_a_folder_is_left_to_the_run_that_started_in_it(tmp_path):

@@ -41,8 +41,9 @@ def check_settings(config: Namespace, subcommand: str) -> None:
             raise ValueError(f"Expected `{key}` to be a mapping but got {config.get(key)}.")
     for key, value in config.items():
         name = key.replace(".init_args", "")
-        if isinstance(value, float) and math.isnan(value):
-            raise ValueError(f"Expected `--{name}` to be a number but got nan.")
+        if isinstance(value, float) and not math.isfinite(value):
+            wanted = "a number" if math.isnan(value) else "finite"
+            raise ValueError(f"Expected `--{name}` to be {wanted} but got {value}.")
         if isinstance(value, int) and abs(value) > _LARGEST_INTEGER:
             raise ValueError(f"Expected `--{name}` to be below 2**63 but got {value}.")
     _check_trainer(config.trainer)

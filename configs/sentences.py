@@ -231,7 +231,7 @@ def _named(sentence: str, options: Sequence[Option], *, exact: bool = False) -> 
     subject = re.match(r"Expected `([\w.]+)`", sentence)
     near = _mentioned(options, sentence if subject is None else subject[1], sentence, exact=exact)
     if not near and subject is None and not exact:
-        near = [o for o in options if o.value and _mentions(sentence, o.value)]
+        near = [o for o in options if o.value and _mentions_value(sentence, o.value)]
         near = near or [option for option in options if option.value == ""]
     if not near and subject is not None:
         # It may be about a part, such as a network, that could not be built with an argument.
@@ -267,7 +267,8 @@ def _mentions(text: str, word: str) -> bool:
 
 
 def _mentions_value(text: str, value: str) -> bool:
-    if value and value in text:
+    # As a whole: 1 is not in -1.0.
+    if value and re.search(rf"(?<![\w.-]){re.escape(value)}(?!\w|\.\d)", text):
         return True
     with suppress(ValueError):
         numbers = re.findall(r"-?\d+(?:\.\d+)?(?:e-?\d+)?", text)

@@ -55,6 +55,7 @@ MODEL = _options(
     ("model.network", "nowhere.Net"),
     ("model.optimizer", "torch.nn.Linear"),
     ("model.optimizer.lr", "abc"),
+    ("model.optimizer.lr", "1e400"),
     ("model.lr_scheduler.milestones", "abc"),
     ("model", ""),
     ("model", "{class_path: AT}"),

@@ -85,7 +85,10 @@ def refusal(arguments: list[str], capsys) -> str:
     [
         (["--data.batch_size=100000"], "batch_size` to be at most"),
         (["--model.lr_scheduler.milestones=[2]"], "milestones` to be in [0, 1] but got 2.0"),
-        (["--model.optimizer.lr=-1"], "Invalid learning rate: -1.0"),
+        (
+            ["--model.optimizer.lr=-1"],
+            "`--model.optimizer.lr` to be valid but got -1: Invalid learning rate: -1.0",
+        ),
         (["--data.unlabeled=no", "--data.unlabeled_share=0.5"], "unlabeled` to be"),
         (["--model=ATUnlabeled"], "set `data.unlabeled_share`"),
         (["--trainer.val_check_interval=1000"], "val_check_interval"),

@@ -19,8 +19,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.functional import to_pil_image
 
 from robust_flatness.datamodules.augmentation import Augment, Augmentation
-from robust_flatness.datamodules.global_batches import GlobalBatches
-from robust_flatness.datamodules.labelled_images import to_unit_range
+from robust_flatness.datamodules.batches import GlobalBatches
+from robust_flatness.datamodules.images import to_unit_range
 from robust_flatness.datamodules.resident import ResidentImages
 from robust_flatness.datamodules.training_loader import training_loader
 

@@ -10,7 +10,7 @@ from robust_flatness.datamodules.base import RobustDataModule
 from robust_flatness.datamodules.cifar import CIFAR10, CIFAR100
 from robust_flatness.datamodules.digits import Digits
 from robust_flatness.datamodules.image_folder import ImageFolder
-from robust_flatness.datamodules.labelled_images import LabelledImages
+from robust_flatness.datamodules.images import LabelledImages
 from robust_flatness.datamodules.resident import ResidentImages
 
 __all__ = [

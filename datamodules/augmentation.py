@@ -8,7 +8,7 @@ from torch import Tensor
 
 from robust_flatness.datamodules.augment import random_flip_and_crop
 from robust_flatness.datamodules.autoaugment import autoaugment, cutout
-from robust_flatness.datamodules.global_batches import GlobalBatches
+from robust_flatness.datamodules.batches import GlobalBatches
 from robust_flatness.functional.checks import check_choice
 
 Augment: TypeAlias = Literal["none", "flip_crop", "autoaugment", "autoaugment_batch"]

@@ -8,9 +8,9 @@ from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
 from robust_flatness.datamodules.augmentation import Augment, Augmentation
+from robust_flatness.datamodules.batches import GlobalBatches, epochs_trained
 from robust_flatness.datamodules.evaluation_images import EvaluationImages
-from robust_flatness.datamodules.global_batches import GlobalBatches, epochs_trained
-from robust_flatness.datamodules.labelled_images import LabelledImages, to_unit_range
+from robust_flatness.datamodules.images import LabelledImages, to_unit_range
 from robust_flatness.datamodules.mixed_batches import check_share
 from robust_flatness.datamodules.reading import check_images, read_splits
 from robust_flatness.datamodules.resident import ResidentImages

@@ -2,7 +2,7 @@
 
 import torch
 
-from robust_flatness.datamodules.labelled_images import LabelledImages
+from robust_flatness.datamodules.images import LabelledImages
 
 
 def channel_statistics(images: LabelledImages, chunk: int = 500) -> tuple[list[float], list[float]]:

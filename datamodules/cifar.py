@@ -7,7 +7,7 @@ import torch
 from torchvision import datasets
 
 from robust_flatness.datamodules.base import RobustDataModule
-from robust_flatness.datamodules.labelled_images import LabelledImages
+from robust_flatness.datamodules.images import LabelledImages
 from robust_flatness.datamodules.resident import ResidentImages
 
 

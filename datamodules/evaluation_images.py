@@ -3,7 +3,7 @@
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from robust_flatness.datamodules.labelled_images import LabelledImages, to_unit_range
+from robust_flatness.datamodules.images import LabelledImages, to_unit_range
 
 
 class EvaluationImages(Dataset[tuple[Tensor, int]]):

@@ -10,7 +10,7 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffI
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from robust_flatness.datamodules.labelled_images import Batch, LabelledImages
+from robust_flatness.datamodules.images import Batch, LabelledImages
 
 _SIXTEEN_BITS = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 _TRANSPARENT = "it has transparent pixels, so put them on a background"

@@ -10,7 +10,7 @@ from robust_flatness.datamodules.class_folders import (
     labels_by_name,
 )
 from robust_flatness.datamodules.computed_statistics import ComputedStatistics
-from robust_flatness.datamodules.labelled_images import LabelledImages
+from robust_flatness.datamodules.images import LabelledImages
 from robust_flatness.datamodules.splits import fixed_permutation
 from robust_flatness.networks import Normalize
 

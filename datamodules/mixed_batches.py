@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from robust_flatness.datamodules.global_batches import GlobalBatches
+from robust_flatness.datamodules.batches import GlobalBatches
 from robust_flatness.datamodules.mixed_images import MixedImages
 from robust_flatness.functional.checks import check_number
 from robust_flatness.functional.noise import stream

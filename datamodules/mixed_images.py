@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from robust_flatness.datamodules.labelled_images import LabelledImages
+from robust_flatness.datamodules.images import LabelledImages
 
 
 class MixedImages(Dataset[Any]):

@@ -1,6 +1,6 @@
 """From all images of a data set to those of each split, read once and checked."""
 
-from robust_flatness.datamodules.labelled_images import LabelledImages
+from robust_flatness.datamodules.images import LabelledImages
 from robust_flatness.datamodules.resident import ResidentImages
 from robust_flatness.datamodules.splits import Splits, ValFrom
 

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.progress import track
 from torch import Tensor
 
-from robust_flatness.datamodules.labelled_images import Batch, LabelledImages
+from robust_flatness.datamodules.images import Batch, LabelledImages
 
 
 class ResidentImages(LabelledImages):

@@ -4,8 +4,8 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from robust_flatness.datamodules.global_batches import GlobalBatches
-from robust_flatness.datamodules.labelled_images import LabelledImages, keep_batch
+from robust_flatness.datamodules.batches import GlobalBatches
+from robust_flatness.datamodules.images import LabelledImages, keep_batch
 from robust_flatness.datamodules.mixed_batches import MixedSampler
 from robust_flatness.datamodules.mixed_images import MixedImages
 

@@ -16,7 +16,7 @@ from robust_flatness.datamodules.class_folders import (
     labels_by_name,
 )
 from robust_flatness.datamodules.image_files import ImageFiles
-from robust_flatness.datamodules.labelled_images import LabelledImages
+from robust_flatness.datamodules.images import LabelledImages
 from robust_flatness.datamodules.resident import ResidentImages
 
 _KINDS = (

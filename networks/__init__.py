@@ -6,8 +6,8 @@ a layer of its own, `Normalize`, put before any of them.
 """
 
 from robust_flatness.networks.activations import Activation, make_activation
+from robust_flatness.networks.layers import Normalize
 from robust_flatness.networks.memory_format import channels_last
-from robust_flatness.networks.normalization import Normalize
 from robust_flatness.networks.norms import Norm, make_norm
 from robust_flatness.networks.reparameterized_batch_norm import ReparameterizedBatchNorm2d
 from robust_flatness.networks.residual_network import ResidualNetwork

@@ -3,7 +3,7 @@ import torch
 
 from robust_flatness.datamodules import autoaugment, cutout, random_flip_and_crop
 from robust_flatness.datamodules.augmentation import Augmentation
-from robust_flatness.datamodules.global_batches import GlobalBatches
+from robust_flatness.datamodules.batches import GlobalBatches
 
 MEAN = (0.5, 0.4, 0.3)
 FILL = [128, 102, 76]

@@ -6,7 +6,7 @@ from toy_datamodule import Toy, epoch_of, fake_trainer, record
 
 from robust_flatness.callbacks import FinalEvaluation, evaluate
 from robust_flatness.datamodules import random_flip_and_crop
-from robust_flatness.datamodules.global_batches import GlobalBatches
+from robust_flatness.datamodules.batches import GlobalBatches
 
 
 def assert_same(ours, theirs):

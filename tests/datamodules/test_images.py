@@ -5,7 +5,7 @@ from torch.utils.data import DataLoader
 from robust_flatness.datamodules import LabelledImages, ResidentImages
 from robust_flatness.datamodules.channel_statistics import channel_statistics
 from robust_flatness.datamodules.evaluation_images import EvaluationImages
-from robust_flatness.datamodules.labelled_images import keep_batch, to_unit_range
+from robust_flatness.datamodules.images import keep_batch, to_unit_range
 
 
 def random_images(n=10, channels=3):

@@ -3,8 +3,8 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
 from robust_flatness.datamodules import ResidentImages
-from robust_flatness.datamodules.global_batches import GlobalBatches
-from robust_flatness.datamodules.labelled_images import keep_batch
+from robust_flatness.datamodules.batches import GlobalBatches
+from robust_flatness.datamodules.images import keep_batch
 from robust_flatness.datamodules.mixed_batches import MixedSampler
 from robust_flatness.datamodules.mixed_images import MixedImages
 

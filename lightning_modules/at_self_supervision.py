@@ -18,7 +18,7 @@ from robust_flatness.functional.iterate import example_losses
 from robust_flatness.functional.modes import module_modes
 from robust_flatness.functional.rotation import rotate
 from robust_flatness.lightning_modules.at import AT
-from robust_flatness.networks.rotation_head import RotationHead
+from robust_flatness.networks import RotationHead
 
 Rotations = Literal["half", "all"]
 

@@ -14,16 +14,12 @@ from robust_flatness.networks import ResNet18, SmallResNet, channels_last
 # The smallest case, whose weight gradients corrupted the heap in channels_last, and narrow nets.
 CODE = """
 import torch
-from functools import partial
-from robust_flatness.lightning_modules import AT
 from robust_flatness.networks import ResNet18, SmallResNet, channels_last
 torch.manual_seed(0)
-narrow = [(network, width) for network in (ResNet18, SmallResNet) for width in (2, 4, 6)]
-settings = {"in_channels": 1, "mean": [0.3], "std": [0.3]}
-modules = [AT(partial(network, width=width), **settings) for network, width in narrow]
-for module in modules:
+narrow = [network(10, 1, width=w) for network in (ResNet18, SmallResNet) for w in (2, 4, 6)]
+for network in map(channels_last, narrow):
     for _ in range(10):
-        module(torch.rand(16, 1, 8, 8)).sum().backward()
+        network(torch.rand(16, 1, 8, 8)).sum().backward()
 smallest = channels_last(torch.nn.Conv2d(4, 8, 1, stride=2))
 for _ in range(30):
     smallest(torch.rand(16, 4, 8, 8)).sum().backward()

@@ -14,8 +14,7 @@ from robust_flatness.networks import (
     WideResNet28x10,
     WideResNet34x10,
 )
-from robust_flatness.networks.basic_block import BasicBlock
-from robust_flatness.networks.preactivation_block import PreactivationBlock
+from robust_flatness.networks.resnet import BasicBlock, PreactivationBlock
 
 # A fresh normalisation in evaluation is the identity but for its eps.
 ROUGH = {"rtol": 1e-3, "atol": 1e-4}

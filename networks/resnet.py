@@ -17,15 +17,8 @@ class BasicBlock(nn.Module):
     """The block of ResNets: `act(norm2(conv2(act(norm1(conv1(x))))) + shortcut(x))`.
 
     The shortcut is the identity, or a 1x1 convolution and a normalization if the shape changes. As
-    in the paper's code the 1x1 convolution has a bias and the 3x3 convolutions have none.
-
-    Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        stride: Stride of the first convolution and of the shortcut.
-        activation: Name of the activation, see `make_activation`.
-        norm: Name of the normalization, see `make_norm`.
-        dropout: Probability of dropout after the second convolution, as in the paper's code.
+    in the paper's code the 1x1 convolution has a bias and the 3x3 convolutions have none, and
+    dropout comes after the second convolution.
 
     Shape:
         Input `(N, in_channels, H, W)`, output `(N, out_channels, ceil(H / stride),
@@ -70,8 +63,8 @@ class PreactivationBlock(nn.Module):
     """The block of WideResNets: normalization and activation come before each 3x3 convolution.
 
     The shortcut is the identity, or a 1x1 convolution of the activated input if the shape changes.
-    No convolution has a bias. Dropout acts before the second convolution, as in Zagoruyko and
-    Komodakis. Arguments and shapes are those of `BasicBlock`.
+    No convolution has a bias. Dropout comes before the second convolution, as in Zagoruyko and
+    Komodakis. Shapes are those of `BasicBlock`.
     """
 
     def __init__(

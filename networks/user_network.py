@@ -2,7 +2,7 @@
 
 import inspect
 import pydoc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +23,6 @@ else:
 
 def import_path(path: str) -> Any:
     """Returns the object at a dotted path.
-
-    Args:
-        path: For example `package.module.Network`.
 
     Raises:
         ValueError: If there is no such object, or if importing its module raises an error.
@@ -57,14 +54,11 @@ def import_path(path: str) -> Any:
 
 
 def check_buildable(network: Any, name: str) -> None:
-    """Raises an error if an object neither is a network nor can build one.
+    """Raises an error if an object is neither a module, nor a class of modules, nor a function.
 
     Args:
         network: The object.
         name: Name of the object, for the error message.
-
-    Raises:
-        ValueError: If it is neither a module, nor a class of modules, nor a function.
     """
     other_class = inspect.isclass(network) and not issubclass(network, nn.Module)
     if other_class or not callable(network):
@@ -201,27 +195,16 @@ class UserNetwork(nn.Module):
         Linear(in_features=4, out_features=3, bias=True)
     """
 
-    # Never called: the command line reads the arguments from this signature.
-    def __init__(
-        self,
-        num_classes: int | None = None,
-        in_channels: int | None = None,
-        *,
-        path: str,
-        arguments: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__()
-
     def __new__(
         cls,
         num_classes: int | None = None,
         in_channels: int | None = None,
         *,
         path: str,
-        arguments: Mapping[str, Any] | None = None,
+        arguments: dict[str, Any] | None = None,
     ) -> Any:
         """Returns the network."""
-        network, arguments = import_path(path), dict(arguments or {})
+        network, arguments = import_path(path), arguments or {}
         check_buildable(network, path)
         if isinstance(network, nn.Module):
             if arguments:

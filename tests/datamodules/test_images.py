@@ -2,10 +2,13 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from robust_flatness.datamodules import LabelledImages, ResidentImages
-from robust_flatness.datamodules.channel_statistics import channel_statistics
-from robust_flatness.datamodules.evaluation_images import EvaluationImages
-from robust_flatness.datamodules.images import keep_batch, to_unit_range
+from robust_flatness.datamodules import LabeledImages, ResidentImages
+from robust_flatness.datamodules.images import (
+    EvaluationImages,
+    channel_statistics,
+    keep_batch,
+    to_unit_range,
+)
 
 
 def random_images(n=10, channels=3):
@@ -13,7 +16,7 @@ def random_images(n=10, channels=3):
     return ResidentImages(images, torch.arange(n))
 
 
-class OneByOne(LabelledImages):
+class OneByOne(LabeledImages):
     """Images that can only be asked for, as those in files."""
 
     def __init__(self, images):

@@ -80,8 +80,8 @@ class AT(FastMixin, PGDMixin, WalkMixin):
         optimizer: Builds the optimizer from the parameters.
         lr_scheduler: Builds the schedule from the optimizer; stepped once an epoch, `Cyclic` after
             each step.
-        fast: bfloat16 and fused steps on GPUs that have them, see `FastMixin`; `graph` adds a CUDA
-            graph of the attack.
+        fast: bfloat16 and fused steps on GPUs that have them, see `FastMixin`; `graph` is the same
+            as `True`.
 
     Raises:
         ValueError: If an argument is out of range; before the first step, if the network does not

@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from robust_flatness.functional.arithmetic import bfloat16_forwards, has_bfloat16
+from robust_flatness.functional.evaluation import bfloat16_autocast, has_bfloat16
 from robust_flatness.lightning_modules.pgd_mixin import PGDMixin
 
 Fast = bool | Literal["graph"]
@@ -44,7 +44,7 @@ class FastMixin(PGDMixin, LightningModule):
     def arithmetic(self) -> Iterator[None]:
         """The arithmetic of a training step's forwards."""
         if self.is_fast:
-            with bfloat16_forwards(self.device):
+            with bfloat16_autocast(self.device):
                 yield
         else:
             yield

@@ -26,9 +26,13 @@ from robust_flatness.datamodules.images import (
 )
 from robust_flatness.datamodules.splits import SplitSizes, ValFrom, make_splits
 from robust_flatness.datamodules.unlabeled_files import read_unlabeled
-from robust_flatness.functional.checks import check_choice, check_count, check_number
-from robust_flatness.functional.processes import errors_on_all_ranks
-from robust_flatness.functional.types import Eps
+from robust_flatness.functional.checks import (
+    Eps,
+    check_choice,
+    check_count,
+    check_number,
+    errors_on_all_ranks,
+)
 
 
 class RobustDataModule(LightningDataModule, ABC):

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, DistributedSampler
 
 from robust_flatness.datamodules.images import LabeledImages
 from robust_flatness.functional.checks import check_number
-from robust_flatness.functional.noise import stream
+from robust_flatness.functional.noise import keyed_generator
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class MixedSampler(DistributedSampler[int]):
         # The keys have this spelling because they decide the order of all earlier runs.
         labeled = self._positions("labelled", num_labeled, self.num_labeled)
         unlabeled = self._positions("unlabelled", len(self.images.unlabeled), self.num_unlabeled)
-        generator = stream(self.seed, "order", self.epoch)
+        generator = keyed_generator(self.seed, "order", self.epoch)
         for ours, others in zip(labeled, unlabeled):
             batch = torch.cat([ours, others + num_labeled])
             order = torch.rand(len(batch), generator=generator).argsort()
@@ -182,7 +182,7 @@ class MixedSampler(DistributedSampler[int]):
         first, end = self.epoch * total, (self.epoch + 1) * total
         passes = range(first // population, end // population + 1)
         permutations = [
-            torch.randperm(population, generator=stream(self.seed, kind, number))
+            torch.randperm(population, generator=keyed_generator(self.seed, kind, number))
             for number in passes
         ]
         start = first - passes.start * population

@@ -9,8 +9,7 @@ from robust_flatness.datamodules.augmentation import Augment
 from robust_flatness.datamodules.base import RobustDataModule
 from robust_flatness.datamodules.images import LabeledImages, ResidentImages, to_unit_range
 from robust_flatness.datamodules.splits import fixed_permutation
-from robust_flatness.functional.checks import check_count
-from robust_flatness.functional.types import Eps
+from robust_flatness.functional.checks import Eps, check_count
 
 _NUM_IMAGES = 1797
 

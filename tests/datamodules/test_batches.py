@@ -109,7 +109,7 @@ def test_seed_and_epoch_decide_and_nothing_else():
 def test_a_loader_keeps_the_order_and_says_which_are_pseudo_labeled():
     images, built = mixed_images(), sampler(0.5)
     loader = DataLoader(images, BATCH, sampler=built, collate_fn=keep_batch)
-    # Lightning replaces any other kind of sampler where there are several processes.
+    # Lightning replaces samplers of other classes if there are several processes.
     assert isinstance(loader.sampler, DistributedSampler)
     pixels = torch.cat([images.labeled.images, images.unlabeled.images])
     labels = torch.cat([images.labeled.labels, images.unlabeled.labels])

@@ -82,7 +82,7 @@ def test_pixels_in_unit_range_are_rounded():
     assert data.images.flatten().tolist() == [0, 0, 1, 255]
 
 
-def test_statistics_are_those_of_the_pixels_whatever_the_chunk():
+def test_statistics_are_those_of_the_pixels_for_any_chunk():
     data = random_images()
     pixels = data.images.double() / 255
     mean, std = channel_statistics(data, chunk=3)

@@ -24,8 +24,8 @@ def save_folder(parent, names=("cat", "dog", "emu")):
     for label, name in enumerate(names):
         (parent / name).mkdir(parents=True)
         for i in (1, 0):
-            colour = (100 * label, i, 0)
-            Image.new("RGB", (5, 4), colour).save(parent / name / f"{i}.png")
+            color = (100 * label, i, 0)
+            Image.new("RGB", (5, 4), color).save(parent / name / f"{i}.png")
     return parent
 
 
@@ -87,7 +87,7 @@ def test_folders_are_numbered_by_name_or_as_the_labeled_ones(tmp_path):
 
 
 class Evil:
-    """Runs a command where it is unpickled."""
+    """Runs a command when it is unpickled."""
 
     def __init__(self, command):
         self.command = command

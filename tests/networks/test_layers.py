@@ -82,7 +82,7 @@ def test_unknown_names_are_listed_against():
 
 @pytest.fixture
 def pair():
-    """The paper's normalisation and the stock one with the same scale and shift."""
+    """The paper's normalization and the stock one with the same scale and shift."""
     torch.manual_seed(0)
     ours, stock = ReparameterizedBatchNorm2d(3).double(), nn.BatchNorm2d(3).double()
     with torch.no_grad():

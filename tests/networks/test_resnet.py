@@ -223,7 +223,7 @@ class ViewingResNet(SmallResNet):
 
 
 def channels_are_last(network: nn.Module) -> set[bool]:
-    """Whether convolutions whose memory format can be told are in channels_last."""
+    """Whether convolutions of more than one pixel and channel are in channels_last."""
     weights = [m.weight for m in network.modules() if isinstance(m, nn.Conv2d)]
     return {not w.is_contiguous() for w in weights if w.shape[1] > 1 and w.shape[2] > 1}
 

@@ -56,7 +56,7 @@ class Any(Recorded):
 @pytest.mark.parametrize(
     "network", [Both, Reversed, Unnamed, Defaults, KeywordsOnly, PositionsOnly, Any]
 )
-def test_both_numbers_are_passed_under_whatever_name(network):
+def test_both_numbers_are_passed_under_any_name(network):
     expected = {"classes": 7, "channels": 2, "width": 4}
     assert build_network(network, 7, 2).arguments == expected
     if network is not PositionsOnly:

@@ -6,7 +6,7 @@ from typing import Any, cast, get_args
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_convert
 
 from robust_flatness.datamodules.augmentation import Augment, Augmentation
 from robust_flatness.datamodules.batches import (
@@ -21,7 +21,6 @@ from robust_flatness.datamodules.images import (
     LabeledImages,
     ResidentImages,
     channel_statistics,
-    keep_batch,
     to_unit_range,
 )
 from robust_flatness.datamodules.splits import SplitSizes, ValFrom, make_splits
@@ -251,7 +250,7 @@ class RobustDataModule(LightningDataModule, ABC):
             dataset,
             batches.local_size,
             sampler=sampler,
-            collate_fn=keep_batch,
+            collate_fn=default_convert,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=not self.in_memory and trainer.strategy.root_device.type == "cuda",

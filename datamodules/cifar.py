@@ -80,7 +80,7 @@ class CIFAR100(CIFAR10):
     """50,000 training and 10,000 test images of 32x32 pixels in 100 classes, downloaded once.
 
     Args:
-        root: As in `CIFAR10`.
+        root: Folder with the data set, or to download it to; `~` is the home folder.
         **kwargs: Arguments of `RobustDataModule`.
     """
 

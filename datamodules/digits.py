@@ -25,9 +25,9 @@ class Digits(RobustDataModule):
     support vector machine that was trained on the training images alone.
 
     Args:
-        eps: As in `RobustDataModule`.
-        batch_size: As in `RobustDataModule`.
-        augment: As in `RobustDataModule`, but `"none"` by default.
+        eps: Radius of the ball that measures use on these images, in pixels of [0, 1].
+        batch_size: Images in a global batch, shared among the processes.
+        augment: As in `RobustDataModule`, but nothing by default.
         flip: Whether augmentation flips images; mirrored digits are not digits.
         num_train: Number of training images, the first ones of the permutation.
         num_pool: Number of images in the pool, after the training images.

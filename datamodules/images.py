@@ -3,7 +3,7 @@
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
@@ -18,8 +18,8 @@ Batch: TypeAlias = tuple[Tensor, Tensor]
 class LabeledImages(Dataset[tuple[Tensor, int]], ABC):
     """Base class of data sets of uint8 images with labels, in a fixed order.
 
-    A `torch.utils.data.DataLoader` with `keep_batch` as `collate_fn` asks `__getitems__` for whole
-    batches, so that no image is handled on its own.
+    A `DataLoader` asks `__getitems__` for whole batches, so that no image is handled on its own;
+    its `collate_fn` is `torch.utils.data.default_convert`, which leaves batches as they are.
 
     Attributes:
         labels: Labels of all images `(N,)`, int64.
@@ -142,11 +142,6 @@ class EvaluationImages(Dataset[tuple[Tensor, int]]):
         """Returns one image and its label."""
         image, label = self.images[index]
         return to_unit_range(image), label
-
-
-def keep_batch(batch: Any) -> Any:
-    """Returns `batch`: the `collate_fn` of data sets that return whole batches."""
-    return batch
 
 
 def to_unit_range(images: Tensor) -> Tensor:

@@ -219,8 +219,6 @@ class ResNet18(ResNet):
     """The paper's network, with four stages of two blocks: 11,174,922 parameters for 10 classes.
 
     Args:
-        num_classes: Number of logits.
-        in_channels: Channels of the images.
         width: Channels of the stem and of the first stage.
         **kwargs: `activation`, `norm` and `dropout` of `ResNet`.
 
@@ -242,8 +240,6 @@ class SmallResNet(ResNet):
     of normalization, a linear layer), at a cost of milliseconds on a laptop.
 
     Args:
-        num_classes: Number of logits.
-        in_channels: Channels of the images.
         width: Channels of the stem and of the first stage.
         **kwargs: `activation`, `norm` and `dropout` of `ResNet`.
 
@@ -269,9 +265,9 @@ class WideResNet(ResidualNetwork):
         in_channels: Channels of the images.
         depth: Number of layers, 4 more than a multiple of 6.
         widen_factor: Factor on the channels of the stages.
-        activation: As in `ResNet`.
-        norm: As in `ResNet`.
-        dropout: As in `ResNet`.
+        activation: `"relu"`, `"silu"`, `"gelu"` or `"mish"`, for all layers.
+        norm: `"reparameterized"` (the paper's, scale `1 + weight`) or `"batch"`.
+        dropout: Probability of dropout in each block.
 
     Shape:
         Images `(N, in_channels, H, W)`, features `(N, 64 * widen_factor)`, logits
@@ -315,9 +311,7 @@ class WideResNet28x10(WideResNet):
     """WideResNet of 28 layers and widen factor 10: 36,479,194 parameters for 10 classes.
 
     Args:
-        num_classes: Number of logits.
-        in_channels: Channels of the images.
-        **kwargs: `activation`, `norm` and `dropout` of `ResNet`.
+        **kwargs: `activation`, `norm` and `dropout` of `WideResNet`.
     """
 
     def __init__(self, num_classes: int, in_channels: int = 3, **kwargs: Any) -> None:
@@ -328,9 +322,7 @@ class WideResNet34x10(WideResNet):
     """WideResNet of 34 layers and widen factor 10, TRADES': 46,160,474 parameters for 10 classes.
 
     Args:
-        num_classes: Number of logits.
-        in_channels: Channels of the images.
-        **kwargs: `activation`, `norm` and `dropout` of `ResNet`.
+        **kwargs: `activation`, `norm` and `dropout` of `WideResNet`.
     """
 
     def __init__(self, num_classes: int, in_channels: int = 3, **kwargs: Any) -> None:

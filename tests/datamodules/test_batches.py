@@ -1,10 +1,9 @@
 import pytest
 import torch
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, default_convert
 
 from robust_flatness.datamodules import ResidentImages
 from robust_flatness.datamodules.batches import GlobalBatches, MixedImages, MixedSampler
-from robust_flatness.datamodules.images import keep_batch
 
 LABELED, POOL, BATCH = 43, 29, 8
 WHOLE, REST = divmod(LABELED, BATCH)
@@ -108,7 +107,7 @@ def test_seed_and_epoch_decide_and_nothing_else():
 
 def test_a_loader_keeps_the_order_and_says_which_are_pseudo_labeled():
     images, built = mixed_images(), sampler(0.5)
-    loader = DataLoader(images, BATCH, sampler=built, collate_fn=keep_batch)
+    loader = DataLoader(images, BATCH, sampler=built, collate_fn=default_convert)
     # Lightning replaces samplers of other classes if there are several processes.
     assert isinstance(loader.sampler, DistributedSampler)
     pixels = torch.cat([images.labeled.images, images.unlabeled.images])

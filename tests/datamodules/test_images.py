@@ -1,12 +1,11 @@
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_convert
 
 from robust_flatness.datamodules import LabeledImages, ResidentImages
 from robust_flatness.datamodules.images import (
     EvaluationImages,
     channel_statistics,
-    keep_batch,
     to_unit_range,
 )
 
@@ -32,7 +31,7 @@ class OneByOne(LabeledImages):
 
 def test_a_loader_gets_whole_batches():
     data = random_images()
-    batches = list(DataLoader(data, 4, collate_fn=keep_batch))
+    batches = list(DataLoader(data, 4, collate_fn=default_convert))
     assert [len(labels) for _, labels in batches] == [4, 4, 2]
     assert torch.equal(torch.cat([images for images, _ in batches]), data.images)
     assert batches[0][0].dtype is torch.uint8

@@ -35,9 +35,8 @@ def import_path(path: str) -> Any:
     if len(parts) < 2 or not all(part.isidentifier() for part in parts):
         raise ValueError(f"Expected `network` to be a path such as package.Class but got {path}.")
     try:
-        network = pydoc.locate(path)
-        known = len(parts) if network is not None else 0
-        while network is None and known < len(parts) and pydoc.locate(".".join(parts[: known + 1])):
+        network, known = pydoc.locate(path), 0
+        while network is None and pydoc.locate(".".join(parts[: known + 1])) is not None:
             known += 1
     except pydoc.ErrorDuringImport as error:
         kind, reason = type(error.value).__name__, " ".join(str(error.value).split())

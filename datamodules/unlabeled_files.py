@@ -120,7 +120,7 @@ def _load(path: Path) -> Mapping[str, Any]:
             content = _ArrayUnpickler(mapped).load()
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__} and no dictionary")
-        return {k: v.array if isinstance(v, _Array) else v for k, v in content.items()}
+        return {k: v.array if isinstance(v, _Replacement) else v for k, v in content.items()}
     # Damaged files raise errors of almost any type.
     except Exception as error:
         raise ValueError(
@@ -128,12 +128,72 @@ def _load(path: Path) -> Mapping[str, Any]:
         ) from error
 
 
-# Types of NumPy arrays and scalars that are read: numbers, no objects and no records.
-_TYPES = {name.removeprefix("|"): np.dtype(name) for name in ("|b1", "|i1", "|u1")} | {
-    f"{kind}{size}": np.dtype(f"{kind}{size}") for kind in "iuf" for size in (2, 4, 8)
+class _Replacement:
+    """Replaces a class or function of NumPy that a pickle calls.
+
+    NumPy's own trust their arguments: the bytes of an array of objects become pointers.
+    """
+
+    array: np.ndarray[Any, Any] | None = None
+
+    def __init__(self, *args: object) -> None:
+        pass
+
+    # Pickles set the state of objects by this method, or else their attributes.
+    def __setstate__(self, state: object) -> None:
+        _require(False)
+
+
+class _DType(_Replacement):
+    dtype: np.dtype[Any]
+
+    def __init__(self, name: object, *_: object) -> None:
+        _require(isinstance(name, str) and name in _TYPES)
+        self.dtype = np.dtype(str(name))
+
+    def __setstate__(self, state: object) -> None:
+        _require(isinstance(state, tuple) and len(state) == 8)
+        _, order, *rest = cast("tuple[object, ...]", state)
+        # The rest is the state of a type without fields.
+        _require(order in ("<", ">", "|", "=") and rest == [None, None, None, -1, -1, 0])
+        self.dtype = self.dtype.newbyteorder(cast(Any, order))
+
+
+class _FromBuffer(_Replacement):
+    def __init__(self, data: object, dtype: object, shape: object, order: object) -> None:
+        _require(isinstance(data, bytes) and isinstance(dtype, _DType))
+        _require(isinstance(shape, tuple) and all(type(n) is int and n >= 0 for n in shape))
+        kind, sides = cast(_DType, dtype).dtype, cast("tuple[int, ...]", shape)
+        _require(math.prod(sides) * kind.itemsize == len(cast(bytes, data)))
+        array = np.frombuffer(cast(bytes, data), kind)
+        self.array = array.reshape(sides, order="F" if order == "F" else "C")
+
+
+class _Array(_Replacement):
+    def __setstate__(self, state: object) -> None:
+        _require(isinstance(state, tuple) and len(state) == 5)
+        _, shape, dtype, is_fortran, data = cast("tuple[object, ...]", state)
+        self.array = _FromBuffer(data, dtype, shape, "F" if is_fortran else "C").array
+
+
+class _Latin1(_Replacement):
+    """Replaces `_codecs.encode`, by which old protocols write bytes."""
+
+    def __new__(cls, text: object, encoding: object) -> Any:
+        _require(isinstance(text, str) and encoding == "latin1")
+        return str(text).encode("latin1")
+
+
+# Numbers: no objects, no records, no text.
+_TYPES = {"b1", "i1", "u1", *(f"{kind}{size}" for kind in "iuf" for size in (2, 4, 8))}
+_REPLACEMENTS = {
+    "numpy.ndarray": _Replacement,
+    "numpy.dtype": _DType,
+    "numpy.core.multiarray._reconstruct": _Array,
+    "numpy.core.multiarray.scalar": _Replacement,
+    "numpy.core.numeric._frombuffer": _FromBuffer,
+    "_codecs.encode": _Latin1,
 }
-_DTYPE_STATE = (None, None, None, -1, -1, 0)  # of a type without fields, after its byte order
-_NDARRAY = object()  # replaces `numpy.ndarray` and cannot be called
 
 
 def _require(condition: bool) -> None:
@@ -141,108 +201,37 @@ def _require(condition: bool) -> None:
         raise pickle.UnpicklingError("of NumPy, only plain arrays of numbers are read")
 
 
-class _DType:
-    """Replaces `numpy.dtype` while a file is read."""
-
-    def __init__(self, name: object, *_: object) -> None:
-        _require(isinstance(name, str) and name in _TYPES)
-        self.dtype = _TYPES[str(name)]
-
-    def set_state(self, state: object) -> None:
-        """Sets the byte order, which is the only state of a type of numbers."""
-        _require(isinstance(state, tuple) and len(state) == 8)
-        _, order, *rest = cast("tuple[object, ...]", state)
-        _require(order in ("<", ">", "|", "=") and tuple(rest) == _DTYPE_STATE)
-        self.dtype = self.dtype.newbyteorder(cast(Any, order))
-
-
-class _Array:
-    """Replaces an array, which NumPy's pickles create empty and fill afterwards."""
-
-    def __init__(self, kind: object, shape: object, typecode: object) -> None:
-        _require(kind is _NDARRAY)
-        self.array: np.ndarray[Any, Any] | None = None
-
-    def set_state(self, state: object) -> None:
-        """Sets the numbers of the array."""
-        _require(isinstance(state, tuple) and len(state) == 5)
-        _, shape, dtype, is_fortran, data = cast("tuple[object, ...]", state)
-        self.array = _array(data, dtype, shape, "F" if is_fortran else "C")
-
-
-def _array(data: object, dtype: object, shape: object, order: object = "C") -> np.ndarray[Any, Any]:
-    """Returns an array of the numbers in `data`, whose number of bytes must match."""
-    _require(isinstance(data, bytes) and isinstance(dtype, _DType) and order in ("C", "F"))
-    _require(isinstance(shape, tuple) and all(type(n) is int and n >= 0 for n in shape))
-    kind, sides = cast(_DType, dtype).dtype, cast("tuple[int, ...]", shape)
-    buffer = cast(bytes, data)
-    _require(math.prod(sides) * kind.itemsize == len(buffer))
-    return np.frombuffer(buffer, kind).reshape(sides, order=cast(Any, order))
-
-
-def _scalar(dtype: object, data: object) -> Any:
-    return _array(data, dtype, ())[()]
-
-
-def _latin1(text: object, encoding: object) -> bytes:
-    """Returns the bytes that old pickle protocols write as text."""
-    _require(isinstance(text, str) and encoding == "latin1")
-    return str(text).encode("latin1")
-
-
-_ALLOWED: dict[tuple[str, str], Any] = {
-    ("numpy", "ndarray"): _NDARRAY,
-    ("numpy", "dtype"): _DType,
-    ("_codecs", "encode"): _latin1,
-}
-for _core in ("numpy.core", "numpy._core"):  # NumPy 1 and 2
-    _ALLOWED[f"{_core}.multiarray", "_reconstruct"] = _Array
-    _ALLOWED[f"{_core}.multiarray", "scalar"] = _scalar
-    _ALLOWED[f"{_core}.numeric", "_frombuffer"] = _array
-
-
 class _ArrayUnpickler(pickle._Unpickler):
     """Unpickles arrays of numbers and plain containers, and calls nothing that a file names.
 
-    NumPy's own functions trust their arguments: the bytes of an array of objects become pointers.
-    So functions of this file replace them and check the arguments. The base class is Python's
-    unpickler because C's allocates as much memory as a damaged length in the file says.
+    The base class is Python's unpickler because C's allocates as much memory as a damaged length in
+    the file says. Keys must be strings because hashing a deep tuple crashes the process.
     """
 
     stack: list[Any]
     append: Callable[[Any], None]
     read: Callable[[int], bytes]
     pop_mark: Callable[[], list[Any]]
-    # Without sets, objects of classes, and what pickles take from outside of the file.
     dispatch: ClassVar[dict[int, Any]] = {
         code: load
         for code, load in pickle._Unpickler.dispatch.items()
-        if code
-        not in {
-            *pickle.INST, *pickle.OBJ, *pickle.NEWOBJ, *pickle.NEWOBJ_EX,
-            *pickle.EXT1, *pickle.EXT2, *pickle.EXT4, *pickle.PERSID, *pickle.BINPERSID,
-            *pickle.EMPTY_SET, *pickle.ADDITEMS, *pickle.FROZENSET,
-            *pickle.NEXT_BUFFER, *pickle.READONLY_BUFFER,
-        }
-    }  # fmt: skip
+        if code not in {*pickle.EMPTY_SET, *pickle.ADDITEMS, *pickle.FROZENSET}
+        and code not in {*pickle.EXT1, *pickle.EXT2, *pickle.EXT4}
+    }
 
     def find_class(self, module: str, name: str) -> Any:
         """Returns the replacement of `module.name` if arrays need it."""
-        if (module, name) not in _ALLOWED:
+        # NumPy 2 renamed `numpy.core`.
+        path = f"{module}.{name}".replace("numpy._core.", "numpy.core.")
+        if path not in _REPLACEMENTS:
             raise pickle.UnpicklingError(
                 f"it asks for {module}.{name}, and of pickles, which can run any code, only NumPy"
                 " arrays and plain containers are read"
             )
-        return _ALLOWED[module, name]
-
-    def load_build(self) -> None:
-        """Sets the state of the replacement of an array or of a type."""
-        state = self.stack.pop()
-        _require(isinstance(self.stack[-1], (_Array, _DType)))
-        self.stack[-1].set_state(state)
+        return _REPLACEMENTS[path]
 
     def load_bytearray8(self) -> None:
-        """Reads bytes, whose length may be wrong."""
+        """Reads bytes, without allocating their length before."""
         self.append(self.read(int.from_bytes(self.read(8), "little")))
 
     def load_dict(self) -> None:
@@ -253,18 +242,14 @@ class _ArrayUnpickler(pickle._Unpickler):
     def load_setitem(self) -> None:
         """Sets one item of a dictionary."""
         value, key = self.stack.pop(), self.stack.pop()
-        self._update([key, value])
+        self.stack[-1].update(_dictionary([key, value]))
 
     def load_setitems(self) -> None:
         """Sets the items since the mark."""
-        self._update(self.pop_mark())
-
-    def _update(self, items: list[Any]) -> None:
-        _require(isinstance(self.stack[-1], dict))
+        items = self.pop_mark()
         self.stack[-1].update(_dictionary(items))
 
     dispatch |= {
-        pickle.BUILD[0]: load_build,
         pickle.BYTEARRAY8[0]: load_bytearray8,
         pickle.DICT[0]: load_dict,
         pickle.SETITEM[0]: load_setitem,
@@ -273,7 +258,6 @@ class _ArrayUnpickler(pickle._Unpickler):
 
 
 def _dictionary(items: list[Any]) -> dict[str, Any]:
-    """Pairs keys, which must be strings, with values; hashing a deep tuple crashes the process."""
     if not all(isinstance(key, str) for key in items[::2]):
         raise pickle.UnpicklingError("of dictionaries, only those with names as keys are read")
     return dict(zip(items[::2], items[1::2]))

@@ -40,18 +40,15 @@ Precision = Literal["float32", "bfloat16"]
 
 
 def example_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of each example, `(N,)`: the default criterion of an attack."""
+    """Cross-entropy of each example `(N,)`: the default criterion of an attack."""
     return cross_entropy(logits, labels, reduction="none")
 
 
 class Iterate(NamedTuple):
-    """The iterate that an attack keeps for each example.
+    """Adversarial examples `(N, C, H, W)` with losses and predicted classes `(N,)`.
 
-    Attributes:
-        images: Adversarial examples `(N, C, H, W)` in [0, 1].
-        losses: The attack's criterion there, `(N,)`; `None` if the last iterate is kept, which
-            saves a forward.
-        predictions: Predicted classes there, `(N,)`, -1 if a logit is not finite; `None` likewise.
+    A class is -1 if a logit is not finite. Losses and classes are `None` if the attack keeps the
+    last iterate, which saves a forward.
     """
 
     images: Tensor
@@ -59,14 +56,9 @@ class Iterate(NamedTuple):
     predictions: Tensor | None = None
 
     def keep_higher_loss(self, images: Tensor, losses: Tensor, logits: Tensor) -> "Iterate":
-        """Takes, for each example, the iterate of higher loss, the earlier one on ties.
+        """Takes, for each example, this or a later iterate by its loss, this one on ties.
 
         A loss that is NaN, or that comes from logits that are not finite, is the highest.
-
-        Args:
-            images: The later iterate `(N, C, H, W)`.
-            losses: Its losses `(N,)`.
-            logits: Its logits `(N, K)`.
         """
         predictions, losses = predicted_classes(logits), nan_unless_finite(losses, logits)
         if self.losses is None or self.predictions is None:
@@ -86,11 +78,10 @@ class PGD:
     Args:
         eps: Radius of the perturbation, in pixel units of images in [0, 1].
         steps: Number of gradient steps.
-        step_size: Length of a step; `None` takes eps · 0.007 / (8/255), the paper's 0.007 at 8/255.
+        step_size: Length of a step; `None` is eps · 0.007 / (8/255), the paper's 0.007 at 8/255.
         norm: `linf`, or `l2` with per-example norms.
         keep: `best` keeps the iterate of highest loss for each example, the start included (the
-            paper), at the cost of one more forward; `last` keeps the last one (Rice et al.,
-            torchattacks).
+            paper), at the cost of one more forward; `last` keeps the last one (Rice et al.).
         start: Where the attack starts, see `random_start`.
         mode: `eval` uses BatchNorm's running statistics (the paper); `train` uses those of the
             batch and updates the running ones (Rice et al.).
@@ -115,15 +106,12 @@ class PGD:
     precision: Precision = "float32"
 
     def __post_init__(self) -> None:
-        check_choice("norm", self.norm, get_args(Norm))
+        choices = {"norm": Norm, "keep": Keep, "start": Start, "mode": Mode, "precision": Precision}
+        for name, kind in choices.items():
+            check_choice(name, getattr(self, name), get_args(kind))
         check_radius("eps", self.eps, self.norm)
+        check_radius("step_size", self.length, self.norm)
         check_count("steps", self.steps)
-        if self.step_size is not None:
-            check_radius("step_size", self.step_size, self.norm)
-        check_choice("keep", self.keep, get_args(Keep))
-        check_choice("start", self.start, get_args(Start))
-        check_choice("mode", self.mode, get_args(Mode))
-        check_choice("precision", self.precision, get_args(Precision))
 
     @property
     def length(self) -> float:
@@ -192,17 +180,9 @@ class PGD:
             return best.keep_higher_loss(adversarial, criterion(logits, labels), logits)
 
     def starts(self, images: Tensor, indices: Sequence[int], *, seed: int, restart: int) -> Tensor:
-        """Draws starts that depend on (seed, example index, restart) alone.
+        """Draws starts that depend on (seed, example index, restart) alone, whatever the batch.
 
-        Args:
-            images: `(N, C, H, W)`; gives shape, dtype and device.
-            indices: Global index of each image in the measured set.
-            seed: Seed of the measure.
-            restart: Number of the restart.
-
-        Returns:
-            `(N, C, H, W)`, independent of the batch and of the number of processes; in the dtype of
-            `images`, but at least float32.
+        They are `(N, C, H, W)`, in the dtype of `images` but at least float32.
         """
         draws = [
             random_start(
@@ -263,21 +243,20 @@ def pgd_attack(
 ) -> Tensor:
     """Adversarial examples by projected gradient descent (Madry et al., 2018).
 
-    Modes of the modules, `.grad`, BatchNorm buffers (in `eval` mode) and global random state are
-    not changed, unless `forward` itself changes them in eval mode; works under `torch.no_grad` and
-    `torch.inference_mode` too.
+    Modes, `.grad`, BatchNorm buffers (in `eval` mode) and global random state are not changed. It
+    works under `torch.no_grad` and `torch.inference_mode` too.
 
     Args:
         model: Maps images in [0, 1] to logits `(N, K)`.
         images: `(N, C, H, W)` in [0, 1].
         labels: `(N,)` true classes.
-        eps: Radius of the perturbation, such as 8/255; 0 returns the images.
-        steps: Number of gradient steps; 0 returns the images.
-        step_size: Length of a step; `None` is the paper's 0.007 at 8/255, in proportion elsewhere.
+        eps: Radius of the perturbation, such as 8/255; as in `PGD`, like the next six.
+        steps: Number of gradient steps.
+        step_size: Length of a step.
         norm: `linf` or `l2`.
-        keep: `best` (the paper) or `last` iterate.
-        start: `paper`, `uniform`, `gaussian` or `zero`, see `random_start`.
-        mode: `eval` (the paper) or `train`.
+        keep: `best` or `last` iterate.
+        start: `paper`, `uniform`, `gaussian` or `zero`.
+        mode: `eval` or `train`.
         criterion: Maps logits and labels to the losses `(N,)` that the attack increases.
         seed: Seed of the starts; example i has its own generator, whatever the batch.
 
@@ -310,13 +289,11 @@ class FriendlyPGD(PGD):
     The paper's rows PGD-7-0 to PGD-7-3. As in the paper's code an example that no iterate fools
     stays clean; Zhang et al. keep its last iterate. An attack costs `steps + 1` forwards and
     `steps` backwards. Labels are classes `(N,)`, or logits or probabilities `(N, K)` of the class
-    to leave. Other args are those of `PGD`; `keep` is not used.
+    to leave.
 
     Args:
         tau: How many more misclassified iterates τ the attack goes through after the first.
-
-    Raises:
-        ValueError: If an argument is out of range.
+        **kwargs: Those of `PGD`; `keep` is not used.
 
     Example:
         >>> FriendlyPGD(eps=0.1, tau=1).tau

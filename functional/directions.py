@@ -67,8 +67,7 @@ def weight_directions(
     the eigenvectors of λ_max and, as a second one, λ_min of the clean loss, without biases.
 
     Args:
-        model: Maps images in [0, 1] to logits; BatchNorm layers are left out, and for parametrised
-            layers it is the tensor that they compute with.
+        model: Maps images in [0, 1] to logits.
         images: `(N, C, H, W)` in [0, 1]; random directions do not depend on them.
         labels: `(N,)` true classes.
         kind: `random`, `adversarial` or `hessian`.
@@ -77,12 +76,12 @@ def weight_directions(
         length: Relative length; `None` is the paper's 0.5, or 0.025 for `adversarial`.
         eps: Radius of the attack, for adversarial directions.
         steps: Steps of the attack.
-        step_size: As in `pgd_attack`.
-        norm: As in `pgd_attack`.
-        start: As in `pgd_attack`.
         ascent_steps: Steps in weight space of an adversarial direction.
+        step_size: Length of a step, as in `PGD`, like the next two.
+        norm: `linf` or `l2`.
+        start: Where the attack starts.
         seed: Seed of all random numbers.
-        batch_size: Images in a batch.
+        batch_size: Images measured at once.
         indices: Global index of each image in the whole measured set; `None` numbers them.
         on_attack: Called after each attack on each batch, for progress.
 
@@ -123,11 +122,7 @@ def weight_directions(
 def check_direction_kind(
     kind: DirectionKind, num_directions: int | None, relative_to: RelativeTo, length: float | None
 ) -> None:
-    """Checks what a kind of directions is described by.
-
-    Raises:
-        ValueError: If a choice is unknown or a number out of range.
-    """
+    """Checks the arguments that describe a kind of directions."""
     check_choice("kind", kind, get_args(DirectionKind))
     check_choice("relative_to", relative_to, get_args(RelativeTo))
     count = COUNT[kind] if num_directions is None else num_directions
@@ -279,11 +274,7 @@ def normalize_direction(
 
 
 def check_direction(model: nn.Module, direction: Direction) -> None:
-    """Raises if a direction is not one in the weight space of a network.
-
-    Raises:
-        ValueError: If a name or a shape is not that of a parameter.
-    """
+    """Raises if a name or a shape of a direction is not that of a parameter."""
     for name, value in direction.items():
         wanted: object = "a weight of the network"
         with suppress(ValueError):

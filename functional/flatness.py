@@ -35,12 +35,12 @@ PAPER_REFERENCE_RESTARTS = 10
 
 
 @dataclass(frozen=True)
-class FlatnessResult:
-    """Average-case flatness with what it was computed from.
+class LossIncrease:
+    """Losses of each example at w and, in each row, at other weights.
 
     Attributes:
-        reference_losses: Robust loss of each example at the weights w, `(N,)`.
-        perturbed_losses: Robust loss of each example at w + ν_k, `(K, N)`.
+        reference_losses: Robust loss at the weights w, `(N,)`.
+        perturbed_losses: Loss at each w + ν, `(K, N)`.
     """
 
     reference_losses: Tensor
@@ -48,8 +48,18 @@ class FlatnessResult:
 
     @property
     def increases(self) -> Tensor:
-        """Perturbed minus reference loss of each example, `(K, N)`, float64."""
+        """Perturbed minus reference loss, `(K, N)`, float64."""
         return self.perturbed_losses.double() - self.reference_losses.double()
+
+    @property
+    def reference_loss(self) -> float:
+        """RLoss at w, in nats."""
+        return self.reference_losses.double().mean().item()
+
+
+@dataclass(frozen=True)
+class FlatnessResult(LossIncrease):
+    """Average-case flatness, with the losses at w and at w + ν_k for K directions."""
 
     @property
     def value(self) -> float:
@@ -59,20 +69,16 @@ class FlatnessResult:
     @property
     def standard_error(self) -> float:
         """Standard error of `value` over the K directions, for this set; NaN for one direction."""
-        return _standard_error(self.increases.mean(dim=1))
+        return standard_error(self.increases.mean(dim=1))
 
     @property
     def standard_error_examples(self) -> float:
         """Standard error of `value` over the N examples, for these directions; NaN for one."""
-        return _standard_error(self.increases.mean(dim=0))
-
-    @property
-    def reference_loss(self) -> float:
-        """RLoss at w, in nats."""
-        return self.reference_losses.double().mean().item()
+        return standard_error(self.increases.mean(dim=0))
 
 
-def _standard_error(values: Tensor) -> float:
+def standard_error(values: Tensor) -> float:
+    """Standard error of the mean of values `(N,)`; NaN for one value."""
     return (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else math.nan
 
 
@@ -104,9 +110,8 @@ def average_case_flatness(
     Adversarial examples are computed anew at w + ν. The measure is invariant to the scale of
     layers that a BatchNorm follows, unless lengths are relative to the whole network. A batch costs
     `(K + 1) · restarts · (steps + 1)` forwards and `(K + 1) · restarts · steps` backwards to the
-    input, on clean images `K + 1` forwards. Nothing is left behind in the network, and one of half
-    precision is measured in float32, see `evaluation_context`. If an example's logits are not
-    finite at w or at some w + ν, neither is the value.
+    input, on clean images `K + 1` forwards. If an example's logits are not finite at w or at some
+    w + ν, neither is the value.
 
     Args:
         model: Maps images in [0, 1] to logits `(N, K)`.
@@ -120,23 +125,20 @@ def average_case_flatness(
         protocol: `shared` starts the attacks at w and at w + ν from the same points, so that
             ξ = 0 gives exactly 0 and noise cancels. `paper` is the published recipe: 10 restarts
             at w against one at each w + ν, from other points, which biases the value downwards.
-        loss: `robust`, or `clean` for the rise of the cross-entropy on the images themselves; what
-            is said of the attack is ignored then. The paper takes 50 directions for it.
+        loss: `robust`, or `clean` for the cross-entropy on the images themselves, without an
+            attack. The paper takes 50 directions for it.
         distribution: `sphere` or `ball`, see `sample_weight_perturbation`.
         relative_to: `layer`, `filter` or `network`, see `sample_weight_perturbation`.
-        per_batch: Whether each batch of `batch_size` images by global index has directions of its
-            own (the paper's text), so that the value depends on `batch_size`, or the whole set
-            shares K directions (its code).
-        step_size: As in `pgd_attack`.
-        norm: As in `pgd_attack`.
-        start: As in `pgd_attack`.
-        seed: Of directions and starts.
+        per_batch: Whether each batch of `batch_size` images by global index has its own directions
+            (the paper's text), so that the value depends on `batch_size`, or the whole set shares
+            K directions (its code).
+        step_size: Length of a step, as in `PGD`, like the next two.
+        norm: `linf` or `l2`.
+        start: Where the attack starts.
+        seed: Seed of all random numbers.
         batch_size: Images measured at once.
         indices: Global index of each image in the whole measured set; `None` numbers them.
         on_attack: Called after each restart on each batch, for progress.
-
-    Returns:
-        Value, standard error, and the losses behind them.
 
     Raises:
         ValueError: If pixels, shapes, or an argument are out of range.
@@ -233,12 +235,7 @@ def measure_flatness(
 def perturbation_units(
     indices: Sequence[int], batch_size: int, per_batch: bool
 ) -> list[tuple[int | None, list[slice]]]:
-    """What shares one weight perturbation: the set, or each batch by global index.
-
-    Args:
-        indices: Global index of each image.
-        batch_size: Images in a batch.
-        per_batch: Whether each batch has a perturbation of its own.
+    """The units that share a weight perturbation: the set, or each batch by global index.
 
     Returns:
         Number of the batch, `None` for the set, and the positions of its images, batch by batch.

@@ -105,8 +105,8 @@ def loss_landscape(
     """The loss along lines through the weights, attacked anew at each step (Fig. 4).
 
     At s = 0 it is the robust loss of the same attack; along random directions, s · `length` is the
-    ξ of average-case flatness. Costs `D · S · restarts` attacks on each image. The network is not
-    changed, and one of half precision is measured in float32, see `evaluation_context`.
+    ξ of average-case flatness. Costs `D · S · restarts` attacks on each image. All points share
+    their starts.
 
     Args:
         model: Maps images in [0, 1] to logits `(N, K)`.
@@ -114,26 +114,22 @@ def loss_landscape(
         labels: `(N,)` true classes.
         directions: A kind of `weight_directions`, or directions by parameter name, which are not
             scaled.
-        num_directions: Of a kind; `None` is the paper's 10, or 1 for `hessian`.
-        relative_to: Of a kind: `layer`, `filter` (Li et al., 2018) or `network`.
-        length: Of a kind, relative to the weights; `None` is the paper's 0.5, 0.025 for
-            `adversarial`.
+        num_directions: Of a kind, as in `weight_directions`, like the next two.
+        relative_to: `layer`, `filter` or `network`.
+        length: Relative length.
         num_steps: Number S of steps, both ends of `extent` included.
         extent: First and last s; `None` is (0, 1) for `adversarial`, else (-1, 1).
         loss: `robust`, or `clean` without an attack, also on adversarial directions.
         eps: Radius of the attack.
         steps: Steps of the attack.
         restarts: Restarts of the attack.
-        step_size: As in `pgd_attack`.
-        norm: As in `pgd_attack`.
-        start: As in `pgd_attack`.
-        seed: Seed of directions and starts; all points share their starts.
+        step_size: Length of a step, as in `PGD`, like the next two.
+        norm: `linf` or `l2`.
+        start: Where the attack starts.
+        seed: Seed of all random numbers.
         batch_size: Images measured at once.
         indices: Global index of each image in the whole measured set; `None` numbers them.
         on_attack: Called after each restart on each batch, for progress.
-
-    Returns:
-        The loss of each example at each step of each direction.
 
     Raises:
         ValueError: If pixels, shapes, or an argument are out of range.
@@ -148,32 +144,22 @@ def loss_landscape(
     pgd = attack_of(loss, PGD(eps, steps, step_size, norm, start=start))
     check_set(images, labels, restarts, batch_size)
     coordinates = steps_along(directions, num_steps, extent)
+    data = model, images, labels, pgd
+    kind: dict[str, Any] = {
+        "num_directions": num_directions,
+        "relative_to": relative_to,
+        "length": length,
+    }
+    shared: dict[str, Any] = {
+        "seed": seed,
+        "batch_size": batch_size,
+        "indices": indices,
+        "on_attack": on_attack,
+    }
     with evaluation_context(model):
+        lines = _directions(directions, *data, kind, shared)
         return measure_landscape(
-            model,
-            images,
-            labels,
-            pgd,
-            directions=_directions(
-                directions,
-                model,
-                images,
-                labels,
-                pgd,
-                num_directions=num_directions,
-                relative_to=relative_to,
-                length=length,
-                seed=seed,
-                batch_size=batch_size,
-                indices=indices,
-                on_attack=on_attack,
-            ),
-            coordinates=coordinates,
-            restarts=restarts,
-            seed=seed,
-            batch_size=batch_size,
-            indices=indices,
-            on_attack=on_attack,
+            *data, directions=lines, coordinates=coordinates, restarts=restarts, **shared
         )
 
 
@@ -201,12 +187,9 @@ def loss_surface(
 ) -> SurfaceResult:
     """The loss on the plane through the weights that two directions span, attacked anew everywhere.
 
-    Args and errors are those of `loss_landscape`; directions are the first two of a kind (for
+    Arguments and errors are those of `loss_landscape`; directions are the first two of a kind (for
     `hessian` those of λ_max and λ_min), or a sequence of two. Costs `S² · restarts` attacks on each
     image.
-
-    Returns:
-        The loss of each example at each point of the grid.
 
     Example:
         >>> images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -217,57 +200,31 @@ def loss_surface(
     pgd = attack_of(loss, PGD(eps, steps, step_size, norm, start=start))
     check_set(images, labels, restarts, batch_size)
     coordinates = steps_along(directions, num_steps, extent)
+    data = model, images, labels, pgd
+    kind = {"num_directions": 2, "relative_to": relative_to, "length": length}
+    shared: dict[str, Any] = {
+        "seed": seed,
+        "batch_size": batch_size,
+        "indices": indices,
+        "on_attack": on_attack,
+    }
     with evaluation_context(model):
-        pair = list(
-            _directions(
-                directions,
-                model,
-                images,
-                labels,
-                pgd,
-                num_directions=2,
-                relative_to=relative_to,
-                length=length,
-                seed=seed,
-                batch_size=batch_size,
-                indices=indices,
-                on_attack=on_attack,
-            )
-        )
+        pair = list(_directions(directions, *data, kind, shared))
         if len(pair) != 2:
             raise ValueError(f"Expected `directions` to be two for a surface but got {len(pair)}.")
         return measure_surface(
-            model,
-            images,
-            labels,
-            pgd,
-            directions=pair,
-            coordinates=coordinates,
-            restarts=restarts,
-            seed=seed,
-            batch_size=batch_size,
-            indices=indices,
-            on_attack=on_attack,
+            *data, directions=pair, coordinates=coordinates, restarts=restarts, **shared
         )
 
 
 def attack_of(loss: LossKind, pgd: PGD) -> PGD:
-    """Returns the attack that the loss is taken under: none for the clean loss.
-
-    Raises:
-        ValueError: If `loss` is neither `robust` nor `clean`.
-    """
+    """Returns the attack for a loss: `NO_ATTACK` for the clean one."""
     check_choice("loss", loss, get_args(LossKind))
     return pgd if loss == "robust" else NO_ATTACK
 
 
 def steps_along(directions: Directions, num_steps: int, extent: Extent | None) -> list[float]:
-    """The steps s of a landscape.
-
-    Args:
-        directions: Their kind, or others.
-        num_steps: Number of steps.
-        extent: First and last step; `None` is that of the kind.
+    """The steps s of a landscape along a kind of directions, or other ones.
 
     Raises:
         ValueError: If there are fewer than two, or `extent` is not increasing.
@@ -290,26 +247,13 @@ def _directions(
     images: Tensor,
     labels: Tensor,
     pgd: PGD,
-    *,
-    num_directions: int | None,
-    relative_to: RelativeTo,
-    length: float | None,
-    **settings: Any,
+    kind: dict[str, Any],
+    shared: dict[str, Any],
 ) -> Iterable[Direction]:
     """Directions of a kind, or those of the caller after a check."""
     if isinstance(directions, str):
-        check_direction_kind(directions, num_directions, relative_to, length)
-        return make_directions(
-            model,
-            images,
-            labels,
-            pgd,
-            kind=directions,
-            num_directions=num_directions,
-            relative_to=relative_to,
-            length=length,
-            **settings,
-        )
+        check_direction_kind(directions, **kind)
+        return make_directions(model, images, labels, pgd, kind=directions, **kind, **shared)
     directions = [directions] if isinstance(directions, Mapping) else list(directions)
     if not directions:
         raise ValueError("Expected `directions` to hold a direction at least but got none.")
@@ -331,10 +275,10 @@ def measure_landscape(
     """`loss_landscape` with checked arguments, inside `evaluation_context`.
 
     Args:
-        model: As in `loss_landscape`.
+        model: Maps images in [0, 1] to logits.
         images: `(N, C, H, W)`.
         labels: `(N,)`.
-        pgd: The attack; `NO_ATTACK` for the clean loss.
+        pgd: The attack, see `attack_of`.
         directions: At least one, for example of `make_directions`.
         coordinates: The steps s, see `steps_along`.
         **settings: `restarts`, `seed`, `batch_size`, `indices` and `on_attack` of `loss_landscape`.
@@ -393,7 +337,7 @@ def _losses(
                 # Without steps all restarts are the image itself.
                 restarts=range(restarts if pgd.steps else 1),
                 seed=seed,
-                indices=indices,
+                indices=range(len(images)) if indices is None else indices,
                 parts=batches(len(images), batch_size),
                 on_attack=on_attack,
             )

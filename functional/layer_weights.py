@@ -38,12 +38,7 @@ SUFFIXES = ("_orig", "_g", "_v")
 
 
 class LayerTensor(NamedTuple):
-    """A tensor that a layer computes with: its own, or the result of a parametrization.
-
-    Attributes:
-        layer: The layer.
-        name: Its attribute, such as `weight`.
-    """
+    """A tensor that a layer computes with: its own, or the result of a parametrization."""
 
     layer: nn.Module
     name: str
@@ -84,17 +79,17 @@ class LayerTensor(NamedTuple):
 def perturbed_parameters(model: nn.Module, *, biases: bool = True) -> dict[str, Tensor]:
     """The tensors that a weight perturbation moves: those of convolutions and linear layers.
 
-    Normalisation layers are left out, as in the paper. Each weight and each bias is a layer in
+    Normalization layers are not perturbed, as in the paper. Each weight and each bias is a layer in
     Eq. (2), and a tensor that several modules share is one. For a layer with spectral norm, weight
-    norm, pruning or another parametrization it is the tensor that the layer computes with.
+    norm, pruning or another parametrization it is the tensor that the layer computes with, as a
+    copy.
 
     Args:
         model: The network.
         biases: Whether to include biases (flatness) or not (AT-AWP).
 
     Returns:
-        Parameters by name, each once, in the order of `model.named_modules()`. A computed tensor is
-        a copy that requires a gradient if any of the parameters behind it does.
+        Tensors by name, each once, in the order of `model.named_modules()`.
 
     Raises:
         ValueError: If the network has no convolution and no linear layer, or one whose tensors
@@ -170,16 +165,16 @@ def perturbed_weights(
 ) -> Iterator[None]:
     """Adds a perturbation to the weights in place and restores the weights bit for bit.
 
-    They are restored from copies, also after an exception: subtracting would leave rounding behind.
-    To what a parametrised layer computes with, the perturbation is added each time it is computed.
+    They are restored from copies, also after an exception: subtracting would round. To what a
+    parametrized layer computes, the perturbation is added each time that it is computed.
 
     Args:
         model: The network.
-        perturbation: Summand by name, a parameter's or that of what a layer computes with.
+        perturbation: Summand by name.
         tensors: The tensors of these names, if known from `layer_tensors`.
 
     Raises:
-        ValueError: If a name is not that of a tensor of the network.
+        ValueError: If a name is not that of a weight of the network.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -220,12 +215,7 @@ def differentiable_weights(
 ) -> Iterator[dict[str, Tensor]]:
     """Tensors with respect to which the loss can be differentiated, also if they are frozen.
 
-    Args:
-        model: The network.
-        tensors: Of `layer_tensors`.
-
-    Returns:
-        By name the parameters themselves, and for what layers compute zeros that are added to it.
+    These are the parameters themselves, and for what layers compute zeros that are added to it.
 
     Example:
         >>> frozen = nn.Linear(2, 1).requires_grad_(False)
@@ -444,13 +434,8 @@ _computes_with_its_weight: "WeakKeyDictionary[nn.Module, bool | None]" = WeakKey
 def computes_with_its_weight(layer: _ConvNd | nn.Linear) -> bool | None:
     """Whether a layer passes `weight` itself to a convolution or product, not a tensor made of it.
 
-    A copy of the layer is tried on zeros, once for each layer, unless its forward is PyTorch's.
-
-    Args:
-        layer: A convolution or linear layer, or one of a subclass.
-
-    Returns:
-        `None` if the trial fails, for example because `forward` takes other inputs.
+    A copy of the layer is tried on zeros, once for each layer, unless its forward is PyTorch's. If
+    that fails, for example because `forward` takes other inputs, it is `None`.
 
     Example:
         >>> class Standardized(nn.Linear):
@@ -466,9 +451,6 @@ def computes_with_its_weight(layer: _ConvNd | nn.Linear) -> bool | None:
     return _computes_with_its_weight[layer]
 
 
-SIDE = 16
-
-
 def _try(layer: _ConvNd | nn.Linear) -> bool | None:
     devices = {parameter.device for parameter in layer.parameters() if parameter.is_cuda}
     try:
@@ -476,7 +458,7 @@ def _try(layer: _ConvNd | nn.Linear) -> bool | None:
             torch.inference_mode(False),
             torch.no_grad(),
             torch.random.fork_rng(devices=list(devices)),
-            # A parametrised weight is one tensor inside.
+            # A parametrized weight is one tensor inside.
             parametrize.cached(),
         ):
             trial = copy.deepcopy(layer).eval()
@@ -484,7 +466,7 @@ def _try(layer: _ConvNd | nn.Linear) -> bool | None:
             shape = [2, before.shape[1]]
             if isinstance(trial, _ConvNd):
                 reach = (d * (k - 1) + 1 for d, k in zip(trial.dilation, trial.kernel_size))
-                shape = [2, trial.in_channels, *(max(SIDE, side) for side in reach)]
+                shape = [2, trial.in_channels, *(max(16, side) for side in reach)]
             with _Uses(trial.weight) as uses:
                 trial.forward(before.new_zeros(shape))
             return uses.seen and torch.equal(trial.weight, before)

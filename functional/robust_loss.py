@@ -23,18 +23,17 @@ NO_ATTACK = PGD(0.0, steps=0, start="zero")
 
 @dataclass(frozen=True)
 class RobustnessResult:
-    """Losses and predictions of each example of a set, clean and under PGD.
+    """Losses and predictions of each example of a set, clean and under PGD, `(N,)` each.
 
     An example whose logits are not finite, clean or attacked, is incorrect, and its loss there is
     not finite: so are RLoss and its parts.
 
     Attributes:
-        clean_losses: Cross-entropy on the clean images, `(N,)`.
-        clean_correct: Whether the clean image is classified correctly, bool `(N,)`.
-        losses: Cross-entropy on the worst restart's adversarial example, `(N,)`; NaN if the logits
-            are not finite there.
+        clean_losses: Cross-entropy on the clean images.
+        clean_correct: Whether the clean image is classified correctly.
+        losses: Cross-entropy on the worst restart's adversarial example.
         robust_correct: Whether the clean image and the adversarial examples of all restarts are
-            classified correctly, bool `(N,)`.
+            classified correctly.
     """
 
     clean_losses: Tensor
@@ -91,8 +90,8 @@ def evaluate_robustness(
     """RLoss and RErr as the paper estimates them: PGD-20 with 10 restarts (Sec. 3).
 
     The loss of an example is that of its worst restart. A batch costs `restarts · (steps + 1) + 1`
-    forwards and `restarts · steps` backwards to the input. The network is not changed, and one of
-    half precision is measured in float32, see `evaluation_context`.
+    forwards and `restarts · steps` backwards to the input. The network is measured and restored as
+    `evaluation_context` says.
 
     Args:
         model: Maps images in [0, 1] to logits `(N, K)`.
@@ -101,16 +100,13 @@ def evaluate_robustness(
         eps: Radius of the attack, such as 8/255.
         steps: Steps of each restart.
         restarts: Number of restarts.
-        step_size: As in `pgd_attack`.
-        norm: As in `pgd_attack`.
-        start: As in `pgd_attack`.
+        step_size: Length of a step, as in `PGD`.
+        norm: `linf` or `l2`.
+        start: Where the attack starts, see `random_start`.
         seed: Seed of the starts, which depend on (seed, example index, restart).
         batch_size: Images measured at once; changes the result by rounding only.
         indices: Global index of each image in the whole measured set; `None` numbers them.
         on_attack: Called after each restart on each batch, for progress.
-
-    Returns:
-        Per-example losses and correctness on the device of `images`.
 
     Raises:
         ValueError: If pixels, shapes, or an argument are out of range.
@@ -139,11 +135,7 @@ def evaluate_robustness(
 
 
 def check_set(images: Tensor, labels: Tensor, restarts: int, batch_size: int) -> None:
-    """Checks what all measures under attack take.
-
-    Raises:
-        ValueError: If pixels, shapes, or a number are out of range.
-    """
+    """Checks what all measures under attack take."""
     check_examples(images, labels)
     check_count("restarts", restarts, low=1)
     check_count("batch_size", batch_size, low=1)
@@ -209,24 +201,21 @@ def worst_losses(
     criterion: Criterion = example_losses,
     on_attack: Callable[[], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Highest loss over restarts, and whether every restart failed to change the class.
+    """Attacks one batch several times.
 
     Args:
         model: Maps images in [0, 1] to logits.
-        images: One batch `(N, C, H, W)`.
+        images: `(N, C, H, W)`.
         labels: `(N,)`.
         pgd: The attack, with `keep` best.
         restarts: Numbers of the restarts, which select their starts.
         seed: Seed of the starts.
         indices: Global index of each image.
         criterion: Loss of each example, which the attack increases.
-        on_attack: Called after each restart, for progress.
+        on_attack: Called after each restart.
 
     Returns:
-        Losses `(N,)` and correctness, bool `(N,)`.
-
-    Raises:
-        ValueError: If the attack keeps the last iterate.
+        Highest loss over restarts, and whether none changed the class, `(N,)` each.
     """
     losses = torch.full(labels.shape, -math.inf, device=images.device)
     correct = torch.ones_like(labels, dtype=torch.bool)
@@ -250,24 +239,11 @@ def batched_losses(
     *,
     restarts: Sequence[int],
     seed: int,
-    indices: Sequence[int] | None,
+    indices: Sequence[int],
     parts: Iterable[slice],
     on_attack: Callable[[], None] | None = None,
 ) -> Tensor:
-    """The losses of `worst_losses` for each batch of a set, `(N,)`.
-
-    Args:
-        model: As in `worst_losses`, like the arguments not named here.
-        images: The set `(N, C, H, W)`.
-        labels: `(N,)`.
-        pgd: The attack.
-        restarts: Numbers of the restarts.
-        seed: Seed of the starts.
-        indices: Global index of each image; `None` numbers them.
-        parts: Position of each batch in the set.
-        on_attack: Called after each restart on each batch.
-    """
-    indices = range(len(images)) if indices is None else indices
+    """The losses of `worst_losses` for a set, batch by batch as `parts` say, `(N,)`."""
     losses = [
         worst_losses(
             model,
@@ -300,10 +276,8 @@ def robust_loss(
 ) -> Tensor:
     """Robust loss of each example: its cross-entropy under the worst of the restarts.
 
-    Args and errors are those of `evaluate_robustness`, which also returns errors and clean losses.
-
-    Returns:
-        Losses `(N,)`, in nats; their mean is the paper's RLoss.
+    Arguments and errors are those of `evaluate_robustness`, which also returns errors and clean
+    losses. The mean of the result `(N,)`, in nats, is the paper's RLoss.
 
     Example:
         >>> images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))

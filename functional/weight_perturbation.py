@@ -43,16 +43,15 @@ def sample_weight_perturbation(
 
     Args:
         model: The network; convolution and linear weights and biases are perturbed, for
-            parametrised layers the tensors that they compute with.
+            parametrized layers the tensors that they compute with.
         xi: Relative length ξ, 0.5 in the paper.
         seed: Seed of the measure.
         direction: Number of the direction; each has its own random numbers.
         distribution: `sphere` (the paper's code) has length ξ‖w_l‖; `ball` (the paper's text) is
             uniform in the ball of that radius, so the length is u^(1/d) ξ‖w_l‖ in d dimensions.
-        relative_to: What length is relative to. `layer` (the paper): each tensor's own norm.
-            `filter` (Li et al., 2018): that of each output filter, a slice along a weight's first
-            dimension; a bias, one number a filter, stays whole. `network`: one norm over all
-            tensors, which moves also those that are zero, and is not scale-invariant.
+        relative_to: `layer` (the paper): each tensor's norm. `filter` (Li et al., 2018): that of
+            each output filter, a slice along a weight's first dimension; a bias stays whole.
+            `network`: one norm over all tensors, which is not scale-invariant.
         batch: Number of the batch that has its own direction; `None` if all share one.
 
     Returns:
@@ -120,14 +119,6 @@ def random_perturbation(
 ) -> Perturbation:
     """A random direction of length ξ‖w_l‖ for each weight: AT at random weight perturbations.
 
-    Args:
-        weights: By name.
-        xi: Relative length ξ.
-        generator: Source of the random numbers, on the weights' device.
-
-    Returns:
-        Perturbation by name.
-
     Example:
         >>> weights = {"a": torch.tensor([3.0, 4.0])}
         >>> random_perturbation(weights, 0.1, torch.Generator().manual_seed(0))["a"].norm()
@@ -162,8 +153,8 @@ def adversarial_weight_perturbation(
 
     One step is ν_l = ξ‖w_l‖ g_l / ‖g_l‖ with g the gradient at w (Wu et al., 2020); each further
     step has the same length and ends on the ball ‖ν_l‖ ≤ ξ‖w_l‖. Weights of convolution and linear
-    layers are perturbed, but no biases, normalisation layers or frozen weights; for a parametrised
-    layer it is the tensor that it computes with. Weights, `.grad` and buffers are not changed.
+    layers are perturbed, but no biases, normalization layers or frozen weights. Weights, `.grad`
+    and buffers are not changed.
 
     Args:
         model: The network.
@@ -221,7 +212,7 @@ def adversarial_perturbation(
     """`adversarial_weight_perturbation` with checked arguments, for a training loop.
 
     Args:
-        model: The network, whose modules are put into `mode`.
+        model: The network.
         tensors: The weights to perturb by name, of `layer_tensors`, which a loop calls once.
         objective: Returns the scalar loss to increase.
         xi: As in `adversarial_weight_perturbation`, like the rest.
@@ -276,14 +267,9 @@ def scale_direction(
     relative_to: RelativeTo,
     radius: Callable[[int, Tensor, bool], float | Tensor] = lambda *_: 1.0,
 ) -> Perturbation:
-    """Scales a direction to length ξ relative to the weights.
+    """Scales a direction to length ξ relative to weights of the same names, in the same order.
 
-    Args:
-        direction: By name.
-        weights: By the same names, and in the same order.
-        xi: Relative length ξ.
-        relative_to: `layer`, `filter` or `network`, see `sample_weight_perturbation`.
-        radius: Maps position, weight and whether it is scaled by filter to a factor on ξ.
+    `radius` maps position, weight and whether it is scaled by filter to a factor on ξ.
     """
     if relative_to == "network":
         vector, weight = (
@@ -301,11 +287,7 @@ def scale_direction(
 
 
 def split_like(vector: Tensor, weights: Mapping[str, Tensor]) -> Perturbation:
-    """Cuts a vector into tensors of the shapes and dtypes of the weights.
-
-    Args:
-        vector: As many entries as all weights together, in their order.
-        weights: By name.
+    """Splits a vector into tensors of the shapes and dtypes of the weights.
 
     Example:
         >>> split_like(torch.arange(3), {"a": torch.zeros(1, 2), "b": torch.zeros(1)})
@@ -324,11 +306,7 @@ def scale_to(
 ) -> Tensor:
     """Scales a direction to length ξ‖w‖; zero if it, or the weight, is zero or not finite.
 
-    Args:
-        direction: Of the weight's shape.
-        weight: What length is relative to.
-        xi: Relative length; with `per_filter` also one for each filter, shaped to broadcast.
-        per_filter: Takes the norms of each slice along the first dimension instead of the whole.
+    With `per_filter` each slice along the first dimension is scaled to ξ times the weight's.
 
     Example:
         >>> scale_to(torch.tensor([0.0, 2.0]), torch.tensor([3.0, 4.0]), 0.5)

@@ -16,7 +16,12 @@ from robust_flatness.functional.evaluation import (
     nan_unless_finite,
     to_float32,
 )
-from robust_flatness.functional.flatness import LossKind, perturbation_units
+from robust_flatness.functional.flatness import (
+    LossIncrease,
+    LossKind,
+    perturbation_units,
+    standard_error,
+)
 from robust_flatness.functional.layer_weights import (
     LayerTensor,
     differentiable_weights,
@@ -49,31 +54,13 @@ class Sharing:
 
 
 @dataclass(frozen=True)
-class WorstCaseFlatnessResult:
-    """Worst-case flatness with what it was computed from.
-
-    Attributes:
-        reference_losses: Robust loss of each example at the weights w, `(N,)`.
-        perturbed_losses: Loss of each example at w + ν and x + δ of each restart, `(R, N)`.
-    """
-
-    reference_losses: Tensor
-    perturbed_losses: Tensor
-
-    @property
-    def increases(self) -> Tensor:
-        """Perturbed minus reference loss of each example, `(R, N)`, float64."""
-        return self.perturbed_losses.double() - self.reference_losses.double()
+class WorstCaseFlatnessResult(LossIncrease):
+    """Worst-case flatness, with the losses at w and at w + ν and x + δ of each restart."""
 
     @property
     def value(self) -> float:
         """Mean loss of the worst restart minus reference RLoss, in nats; lower is flatter."""
         return self.increases.mean(dim=1).max().item()
-
-    @property
-    def reference_loss(self) -> float:
-        """RLoss at w, in nats."""
-        return self.reference_losses.double().mean().item()
 
     @property
     def worst_restart(self) -> int:
@@ -88,8 +75,7 @@ class WorstCaseFlatnessResult:
     @property
     def standard_error_examples(self) -> float:
         """Standard error of `value` over the N examples, for this ν; NaN for one example."""
-        rises = self.increases[self.worst_restart]
-        return (rises.std() / math.sqrt(len(rises))).item() if len(rises) > 1 else math.nan
+        return standard_error(self.increases[self.worst_restart])
 
 
 def worst_case_flatness(
@@ -117,16 +103,15 @@ def worst_case_flatness(
     """Measures how much RLoss rises when weights move in the worst direction.
 
     max over ‖ν_l‖ ≤ ξ‖w_l‖ of the mean over examples of max over δ of the loss at w + ν and x + δ,
-    minus RLoss at w. Both maxima are sought by joint ascent on ν and δ, and the worst restart
+    minus RLoss at w. Joint ascent on ν and δ approximates both maxima, and the worst restart
     counts; RLoss at w has as many restarts, the worst for each example, from the same starts. At
     ξ = 0 the joint ascent is the plain attack, and with its last iterate the value is ≤ 0: what the
     reference gains by keeping the best iterate and restart of each example. The measure is
     invariant to the scale of layers that a BatchNorm follows.
 
     A batch costs `2 · restarts · (steps + 1)` forwards and `2 · restarts · steps` backwards, half
-    of them to the weights too; on clean images half of it and one forward. Nothing is left behind
-    in the network, and one of half precision is measured in float32, see `evaluation_context`. A
-    loss that is not finite counts as the highest.
+    of them to the weights too; on clean images half of it and one forward. A loss that is not
+    finite counts as the highest.
 
     Args:
         model: Maps images in [0, 1] to logits `(N, K)`.
@@ -138,27 +123,22 @@ def worst_case_flatness(
         restarts: Restarts of both.
         weight_step: Length of a step on ν_l relative to ‖w_l‖: 0.01 (the paper's code), with which
             every step ends on the ball's surface; the paper's text prints 0.001.
-        loss: `robust`, or `clean` for the cross-entropy on the images themselves, where ascent is
-            on ν alone and what is said of the attack is ignored.
-        keep: `last` iterate of the ascent, or the `best` by the mean over the set, at no further
-            cost; `None` is the paper's: last for the robust loss, best for the clean one.
-        per_batch: Whether each batch of `batch_size` images by global index has a ν of its own (the
-            paper's text), so that the value depends on `batch_size`, or the whole set shares one
-            (its code, though that moves ν after each batch instead of after each pass). The restart
-            is chosen by the mean over the set in both cases.
-        step_size: As in `pgd_attack`.
-        norm: As in `pgd_attack`.
-        start: As in `pgd_attack`.
-        seed: Of the starts of ν and δ.
-        batch_size: Images measured at once; if the set shares ν it changes the value by rounding
-            only.
+        loss: `robust`, or `clean` for the cross-entropy on the images themselves, with ascent on ν
+            alone.
+        keep: `last` iterate of the ascent, or the `best` by the mean over the set; `None` is the
+            paper's: last for the robust loss, best for the clean one.
+        per_batch: Whether each batch of `batch_size` images by global index has its own ν (the
+            paper's text), or the whole set shares one (its code, though that moves ν after each
+            batch instead of after each pass).
+        step_size: Length of a step, as in `PGD`, like the next two.
+        norm: `linf` or `l2`.
+        start: Where the attack starts.
+        seed: Seed of all random numbers.
+        batch_size: Images measured at once.
         indices: Global index of each image in the whole measured set; `None` numbers them.
         sharing: How other processes, which hold the rest of the set, take part in ν; the losses of
             the result are those of this process's images.
         on_attack: Called twice for each restart on each batch, for progress.
-
-    Returns:
-        Value, and the losses behind it.
 
     Raises:
         ValueError: If pixels, shapes, or an argument are out of range.
@@ -291,27 +271,11 @@ def _joint_ascent(
     number: int | None,
     sharing: Sharing | None,
 ) -> Tensor:
-    """Increases the mean cross-entropy of a set in ν and δ together.
+    """Increases the mean cross-entropy of a set in ν and δ together; returns the losses `(N,)`.
 
     A step moves each example as the attack does and each layer by `weight_step · ‖w_l‖` along its
-    gradient, and projects both, ν onto ‖ν_l‖ ≤ ξ‖w_l‖. All batches share one ν. Costs `steps + 1`
-    forwards and `steps` backwards to weights and images for each batch.
-
-    Args:
-        model: The network.
-        tensors: Its perturbed tensors.
-        data: Batches of this process.
-        pgd: The attack on images.
-        xi: Relative radius ξ in each layer.
-        weight_step: Relative length of a step in each layer.
-        keep: `last` iterate, or the `best` by the mean over the set.
-        seed: Seed of the starts.
-        restart: Number of the restart.
-        number: Number of the batch that has its own ν; `None` if the set shares it.
-        sharing: Which other processes share ν, unless a batch has its own.
-
-    Returns:
-        Losses `(N,)` at the iterate that is kept.
+    gradient, and projects both, ν onto ‖ν_l‖ ≤ ξ‖w_l‖. All batches share one ν, also with other
+    processes unless `number` is that of a batch with its own ν.
     """
     weights = {name: tensor.value() for name, tensor in tensors.items()}
     if sharing is None or number is not None:
@@ -360,8 +324,8 @@ def _pass(
     """One pass over the set at w + ν, which moves the adversarial examples if it ascends.
 
     Returns:
-        The sum of the losses over the whole set, followed by its gradient for all weights if it
-        ascends, as one vector; and this process's losses `(N,)`.
+        Sum of the losses over the whole set and, if it ascends, its gradient for all weights as
+        one vector; and this process's losses `(N,)`.
     """
     weights = list(leaves.values())
     exact = any(weight.dtype == torch.float64 for weight in weights)

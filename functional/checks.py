@@ -92,28 +92,14 @@ def check_radius(name: str, value: float, norm: str) -> None:
 
 
 def check_count(name: str, value: int, *, low: int = 0) -> None:
-    """Raises if a number is not an integer of at least `low`.
-
-    Example:
-        >>> check_count("steps", 2.5)
-        Traceback (most recent call last):
-        ...
-        ValueError: Expected `steps` to be an integer but got 2.5.
-    """
+    """Raises if a number is not an integer of at least `low`."""
     check_number(name, value, low=low)
     if not isinstance(value, Integral):
         raise ValueError(f"Expected `{name}` to be an integer but got {value}.")
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raises if a value is not one of the choices.
-
-    Example:
-        >>> check_choice("norm", "l1", ("linf", "l2"))
-        Traceback (most recent call last):
-        ...
-        ValueError: Expected `norm` to be one of linf, l2 but got l1.
-    """
+    """Raises if a value is not one of the choices."""
     if value not in choices:
         raise ValueError(f"Expected `{name}` to be one of {', '.join(choices)} but got {value}.")
 
@@ -151,15 +137,7 @@ def check_examples(images: Tensor, labels: Tensor, num_classes: int | None = Non
 
 
 def check_outputs(logits: Tensor, num_classes: int) -> None:
-    """Raises if the logits `(N, K)` of a network are not one for each class.
-
-    Example:
-        >>> import torch
-        >>> check_outputs(torch.zeros(2, 1000), 10)
-        Traceback (most recent call last):
-        ...
-        ValueError: Expected `network` to return 10 logits, one for each class, but got 1000.
-    """
+    """Raises if the logits `(N, K)` of a network are not one for each class."""
     if logits.shape[1] != num_classes:
         raise ValueError(
             f"Expected `network` to return {num_classes} logits, one for each class, but got "
@@ -213,10 +191,6 @@ def errors_on_all_ranks() -> Iterator[None]:
 
     All processes must enter it, and nothing inside may wait for another process. Other processes
     raise a ValueError with the message of the first one.
-
-    Example:
-        >>> with errors_on_all_ranks():
-        ...     checked = True
     """
     error: Exception | None = None
     try:

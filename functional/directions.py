@@ -15,7 +15,6 @@ from robust_flatness.functional.layer_weights import (
     differentiable_weights,
     layer_tensor,
     layer_tensors,
-    perturbed_parameters,
     perturbed_weights,
 )
 from robust_flatness.functional.noise import Norm, Start
@@ -150,91 +149,55 @@ def make_directions(
 ) -> Iterator[Perturbation]:
     """`weight_directions` with checked arguments."""
     length = LENGTH[kind] if length is None else length
-    numbers = range(COUNT[kind] if num_directions is None else num_directions)
-    weights = perturbed_parameters(model)
-    random = (
-        random_direction(
-            weights,
-            xi=length,
-            seed=seed,
-            direction=number,
-            # An adversarial direction starts from the layer-wise one.
-            relative_to=relative_to if kind == "random" else "layer",
-        )
-        for number in numbers
-    )
+    count = COUNT[kind] if num_directions is None else num_directions
+    tensors = layer_tensors(model)
+    weights = {name: tensor.value() for name, tensor in tensors.items()}
+
+    def random(relative_to: RelativeTo) -> Iterator[Perturbation]:
+        for k in range(count):
+            yield random_direction(
+                weights, xi=length, seed=seed, direction=k, relative_to=relative_to
+            )
+
+    def adversarial() -> Iterator[Perturbation]:
+        for k, direction in enumerate(random("layer")):
+            for _ in range(ascent_steps):
+                with perturbed_weights(model, direction, tensors):
+                    gradient = mean_loss_gradient(k)
+                # The gradient is scaled to the weights w, not to the perturbed ones.
+                for (name, weight), part in zip(weights.items(), gradient):
+                    moved = direction[name] + scale_to(part, weight, length)
+                    direction[name] = scale_to(moved, weight, length)
+            yield direction
+
+    def mean_loss_gradient(k: int) -> list[Tensor]:
+        """Gradient of the robust loss, up to a factor, from the starts of direction k."""
+        where = range(len(images)) if indices is None else indices
+        with evaluation_context(model), differentiable_weights(model, tensors) as leaves:
+            total = [torch.zeros_like(leaf) for leaf in leaves.values()]
+            for part in batches(len(images), batch_size):
+                starts = pgd.starts(images[part], where[part], seed=seed, restart=k)
+                # Tensors made under inference mode cannot be saved for backward, clones can.
+                targets = labels[part].clone()
+                attacked = pgd.attack(model, images[part], targets, starts).images
+                if on_attack is not None:
+                    on_attack()
+                gradient = weight_gradients(model, list(leaves.values()), attacked, targets)
+                total = [summand + more for summand, more in zip(total, gradient)]
+        return total
+
     if kind == "random":
-        return random
+        return random(relative_to)
+    directions = adversarial()
     if kind == "hessian":
         result = hessian_extreme_eigenvalues(
             model, images, labels, seed=seed, batch_size=batch_size
         )
-        eigenvectors = [result.max_eigenvector, result.min_eigenvector]
-        directions: Iterator[Direction] = iter(eigenvectors[: len(numbers)])
-    else:
-        directions = (
-            _ascend(
-                model,
-                images,
-                labels,
-                pgd,
-                direction,
-                number=number,
-                ascent_steps=ascent_steps,
-                length=length,
-                seed=seed,
-                batch_size=batch_size,
-                indices=range(len(images)) if indices is None else indices,
-                on_attack=on_attack,
-            )
-            for number, direction in enumerate(random)
-        )
+        directions = iter([result.max_eigenvector, result.min_eigenvector][:count])
     return (
         normalize_direction(model, direction, length=length, relative_to=relative_to)
         for direction in directions
     )
-
-
-def _ascend(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    pgd: PGD,
-    direction: Perturbation,
-    *,
-    number: int,
-    ascent_steps: int,
-    length: float,
-    seed: int,
-    batch_size: int,
-    indices: Sequence[int],
-    on_attack: Callable[[], None] | None,
-) -> Perturbation:
-    """Moves a direction up the mean robust loss, each layer on the sphere of radius length‖w_l‖."""
-    tensors = layer_tensors(model)
-    weights = {name: tensor.value() for name, tensor in tensors.items()}
-    for _ in range(ascent_steps):
-        with (
-            perturbed_weights(model, direction),
-            evaluation_context(model),
-            differentiable_weights(model, tensors) as leaves,
-        ):
-            leaf_list = list(leaves.values())
-            gradient = [torch.zeros_like(weight) for weight in leaf_list]
-            for part in batches(len(images), batch_size):
-                starts = pgd.starts(images[part], indices[part], seed=seed, restart=number)
-                # Tensors made under inference mode cannot be saved for backward, clones can.
-                targets = labels[part].clone()
-                adversarial = pgd.attack(model, images[part], targets, starts).images
-                if on_attack is not None:
-                    on_attack()
-                more = weight_gradients(model, leaf_list, adversarial, targets)
-                gradient = [total + term for total, term in zip(gradient, more)]
-        # The gradient is scaled to the weights w, not to the perturbed ones.
-        for (name, weight), term in zip(weights.items(), gradient):
-            moved = direction[name] + scale_to(term, weight, length)
-            direction[name] = scale_to(moved, weight, length)
-    return direction
 
 
 def normalize_direction(

@@ -20,12 +20,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def to_float32(logits: Tensor) -> Tensor:
-    """Converts logits or images of half precision to float32, so that losses are exact.
-
-    Example:
-        >>> to_float32(torch.zeros(2, 3, dtype=torch.bfloat16)).dtype
-        torch.float32
-    """
+    """Converts logits or images of half precision to float32, so that losses are exact."""
     return logits.float() if logits.dtype in HALF else logits
 
 
@@ -54,15 +49,7 @@ def nan_unless_finite(losses: Tensor, logits: Tensor) -> Tensor:
 
 
 def check_logits(output: object, count: int) -> None:
-    """Raises if the output of a network for `count` images is not a tensor of logits (N, K).
-
-    Example:
-        >>> check_logits((torch.zeros(4, 10), torch.zeros(4, 64)), 4)
-        Traceback (most recent call last):
-        ...
-        ValueError: Expected `model` to return logits of shape (N, K), one row for each of the 4 \
-images, but got a tuple of 2; return the logits alone from `forward`.
-    """
+    """Raises if the output of a network for `count` images is not a tensor of logits (N, K)."""
     if not isinstance(output, Tensor):
         length = f" of {len(output)}" if isinstance(output, Sized) else ""
         came = f"a {type(output).__name__}{length}; return the logits alone from `forward`"
@@ -81,13 +68,7 @@ images, but got a tuple of 2; return the logits alone from `forward`.
 
 
 def are_probabilities(output: Tensor) -> bool:
-    """Whether each row is in [0, 1] and sums to 1, as after a softmax.
-
-    Example:
-        >>> logits = torch.tensor([[2.0, -1.0]])
-        >>> are_probabilities(logits), are_probabilities(logits.softmax(1))
-        (False, True)
-    """
+    """Whether each row is in [0, 1] and sums to 1, as after a softmax."""
     tolerance = 1e-2 if output.dtype in HALF else 1e-4
     sums = output.sum(1, dtype=torch.float64)
     within = ((output >= 0) & (output <= 1)).all()
@@ -103,12 +84,6 @@ def logits_function(model: Model, images: Tensor) -> Callable[[Tensor], Tensor]:
 
     Images are converted to the type of the network's first weight, or of `images` for a function
     without weights. Warns once for each network whose outputs look like probabilities.
-
-    Example:
-        >>> network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).bfloat16()
-        >>> images = torch.rand(2, 1, 2, 2, dtype=torch.float64)
-        >>> logits_function(network, images)(images).dtype
-        torch.float32
     """
     weights = model.parameters() if isinstance(model, nn.Module) else iter(())
     first = next((weight for weight in weights if weight.is_floating_point()), None)
@@ -136,10 +111,6 @@ def first_logits(model: Model, images: Tensor) -> Tensor:
 
     Raises:
         ValueError: If the network fails on the images, or does not return logits.
-
-    Example:
-        >>> first_logits(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), torch.rand(2, 1, 2, 2)).shape
-        torch.Size([2, 3])
     """
     try:
         return logits_function(model, images)(images)
@@ -156,12 +127,7 @@ def first_logits(model: Model, images: Tensor) -> Tensor:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether a device is a GPU that multiplies matrices in bfloat16.
-
-    Example:
-        >>> has_bfloat16(torch.device("cpu"))
-        False
-    """
+    """Whether a device is a GPU that multiplies matrices in bfloat16."""
     if device.type != "cuda":
         return False
     # These capabilities are NVIDIA's; all supported GPUs of AMD have bfloat16.
@@ -186,12 +152,6 @@ def full_float32(device: torch.device) -> Iterator[None]:
 
     PyTorch's convolutions round their inputs to TF32 on GPUs by default, which is precise enough
     for training, but not for numbers that others are to reproduce.
-
-    Example:
-        >>> network, images = torch.nn.Linear(4, 2), torch.rand(3, 4)
-        >>> with torch.autocast("cpu", dtype=torch.bfloat16), full_float32(images.device):
-        ...     network(images).dtype
-        torch.float32
     """
     tf32 = without_tf32() if device.type == "cuda" else nullcontext()
     with tf32, torch.autocast(device.type, enabled=False):

@@ -216,14 +216,6 @@ def differentiable_weights(
     """Tensors with respect to which the loss can be differentiated, also if they are frozen.
 
     These are the parameters themselves, and for what layers compute zeros that are added to it.
-
-    Example:
-        >>> frozen = nn.Linear(2, 1).requires_grad_(False)
-        >>> with differentiable_weights(frozen, layer_tensors(frozen)) as leaves:
-        ...     leaves["weight"] is frozen.weight, frozen.weight.requires_grad
-        (True, True)
-        >>> frozen.weight.requires_grad
-        False
     """
     leaves, frozen, computed = {}, [], []
     for name, tensor in tensors.items():

@@ -32,24 +32,14 @@ def keyed_generator(
 
 
 def keyed_seed(seed: int, *key: int | str) -> int:
-    """Returns the seed of a `keyed_generator`, for code that takes no generator.
-
-    Example:
-        >>> keyed_seed(0, "a", 3) == keyed_seed(0, "a", 3), keyed_seed(0, "a", 3) < 2**63
-        (True, True)
-    """
+    """Returns the seed of a `keyed_generator`, for code that takes no generator."""
     digest = hashlib.blake2b(repr((seed, *key)).encode(), digest_size=8).digest()
     # manual_seed takes 64 bits, but a sign bit would make it negative.
     return int.from_bytes(digest, "big") >> 1
 
 
 def per_example_norm(values: Tensor, norm: Norm) -> Tensor:
-    """The norm of each example, `(N, 1, ...)` for values `(N, ...)`.
-
-    Example:
-        >>> per_example_norm(torch.tensor([[3.0, -4.0]]), "l2")
-        tensor([[5.]])
-    """
+    """The norm of each example, `(N, 1, ...)` for values `(N, ...)`."""
     order = torch.inf if norm == "linf" else 2
     flat = torch.linalg.vector_norm(values.flatten(1), ord=order, dim=1)
     return flat.view(-1, *[1] * (values.ndim - 1))

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -180,12 +181,7 @@ def measure_robustness(
 
 
 def batches(count: int, batch_size: int) -> list[slice]:
-    """Cuts `count` images into batches.
-
-    Example:
-        >>> batches(3, 2)
-        [slice(0, 2, None), slice(2, 3, None)]
-    """
+    """Cuts `count` images into batches."""
     return [slice(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
 
 
@@ -237,24 +233,13 @@ def batched_losses(
     labels: Tensor,
     pgd: PGD,
     *,
-    restarts: Sequence[int],
-    seed: int,
     indices: Sequence[int],
     parts: Iterable[slice],
-    on_attack: Callable[[], None] | None = None,
+    **settings: Any,
 ) -> Tensor:
-    """The losses of `worst_losses` for a set, batch by batch as `parts` say, `(N,)`."""
+    """The losses of `worst_losses`, which takes `settings`, for each part of a set, `(N,)`."""
     losses = [
-        worst_losses(
-            model,
-            images[part],
-            labels[part],
-            pgd,
-            restarts=restarts,
-            seed=seed,
-            indices=indices[part],
-            on_attack=on_attack,
-        )[0]
+        worst_losses(model, images[part], labels[part], pgd, indices=indices[part], **settings)[0]
         for part in parts
     ]
     return torch.cat(losses) if losses else images.new_zeros(0)

@@ -117,13 +117,7 @@ def random_direction(
 def random_perturbation(
     weights: Mapping[str, Tensor], xi: float, generator: torch.Generator
 ) -> Perturbation:
-    """A random direction of length ξ‖w_l‖ for each weight: AT at random weight perturbations.
-
-    Example:
-        >>> weights = {"a": torch.tensor([3.0, 4.0])}
-        >>> random_perturbation(weights, 0.1, torch.Generator().manual_seed(0))["a"].norm()
-        tensor(0.5000)
-    """
+    """A random direction of length ξ‖w_l‖ for each weight: AT at random weight perturbations."""
     return {
         name: scale_to(
             torch.randn(weight.shape, generator=generator, device=weight.device), weight, xi
@@ -287,12 +281,7 @@ def scale_direction(
 
 
 def split_like(vector: Tensor, weights: Mapping[str, Tensor]) -> Perturbation:
-    """Splits a vector into tensors of the shapes and dtypes of the weights.
-
-    Example:
-        >>> split_like(torch.arange(3), {"a": torch.zeros(1, 2), "b": torch.zeros(1)})
-        {'a': tensor([[0., 1.]]), 'b': tensor([2.])}
-    """
+    """Splits a vector into tensors of the shapes and dtypes of the weights."""
     pieces = vector.split([weight.numel() for weight in weights.values()])
     return {
         name: piece.view(weight.shape).to(weight.dtype)

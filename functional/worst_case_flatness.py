@@ -146,10 +146,11 @@ def worst_case_flatness(
     Example:
         >>> images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-        >>> flat = {"steps": 5, "restarts": 2}
-        >>> found = [worst_case_flatness(model, images, torch.arange(4), xi=xi, **flat).value
-        ...          for xi in (0.01, 0.1)]
-        >>> 0 < found[0] < found[1]
+        >>> small, large = (
+        ...     worst_case_flatness(model, images, torch.arange(4), xi=xi, restarts=2).value
+        ...     for xi in (0.01, 0.1)
+        ... )
+        >>> 0 < small < large
         True
     """
     pgd = PGD(eps, steps, step_size, norm, start=start)

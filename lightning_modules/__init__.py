@@ -8,7 +8,7 @@ from robust_flatness.lightning_modules.at_unlabeled import ATUnlabeled
 from robust_flatness.lightning_modules.cyclic import Cyclic
 from robust_flatness.lightning_modules.entropy_sgd import EntropySGD
 from robust_flatness.lightning_modules.external import External
-from robust_flatness.lightning_modules.loading import load_checkpoint
+from robust_flatness.lightning_modules.checkpoints import load_checkpoint
 from robust_flatness.lightning_modules.mart import MART
 from robust_flatness.lightning_modules.mart_awp import MARTAWP
 from robust_flatness.lightning_modules.schedules import MultiStep

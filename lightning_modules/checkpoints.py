@@ -1,13 +1,22 @@
-"""Checkpoints back as the class that wrote them."""
+"""Checkpoints of variants: who wrote them, with which network, and how they load."""
 
-import importlib
+from collections.abc import Mapping
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 
 from robust_flatness.functional.checks import check_archive
-from robust_flatness.lightning_modules.at import AT, CLASS_KEY
+
+if TYPE_CHECKING:
+    from robust_flatness.lightning_modules.at import AT
+
+# Keys of what variants add to a checkpoint.
+CLASS_KEY, SEED_KEY = "robust_flatness_class", "robust_flatness_seed"
+LAYERS_KEY = "robust_flatness_layers"
 
 
 def read_checkpoint(path: str | Path, argument: str) -> dict[str, Any]:
@@ -15,10 +24,10 @@ def read_checkpoint(path: str | Path, argument: str) -> dict[str, Any]:
 
     Args:
         path: A file.
-        argument: What names the file, for the message.
+        argument: The argument that names the file, for the message.
 
     Raises:
-        ValueError: If the file is no checkpoint, or a checksum in it differs.
+        ValueError: If the file is not a checkpoint, or a checksum in it differs.
     """
     check_archive(argument, path)
     try:
@@ -35,47 +44,102 @@ def read_checkpoint(path: str | Path, argument: str) -> dict[str, Any]:
     return content
 
 
-def class_written(path: str | Path, argument: str) -> Any:
-    """The name of the class that wrote a checkpoint.
-
-    Args:
-        path: A file.
-        argument: What names the file, for the message.
-
-    Returns:
-        The name, or `None` in a checkpoint of something else.
-
-    Raises:
-        ValueError: If the file is no checkpoint, or a checksum in it differs.
-    """
-    return read_checkpoint(path, argument).get(CLASS_KEY)
-
-
-def load_checkpoint(path: str | Path, **kwargs: Any) -> AT:
+def load_checkpoint(path: str | Path, **kwargs: Any) -> "AT":
     """Loads a checkpoint as the variant that wrote it.
 
     `AT.load_from_checkpoint` loads checkpoints of `AT` and refuses those of other variants; this
-    finds the class by itself.
+    function reads the class from the checkpoint.
 
     Args:
         path: A checkpoint of a variant of this package.
-        kwargs: For `load_from_checkpoint`, say `network=` where it was built in Python.
+        kwargs: For `load_from_checkpoint`, say `network=` if it was built in Python.
 
     Returns:
         The module, on the CPU, in eval mode.
 
     Raises:
-        ValueError: If the file is no checkpoint of a variant of this package, or is damaged.
+        ValueError: If the file is not a checkpoint of a variant of this package, or is damaged.
     """
-    name = class_written(path, "path")
-    classes = importlib.import_module("robust_flatness.lightning_modules")
-    variant = getattr(classes, name, None) if isinstance(name, str) else None
-    if variant is None:
-        members = {name: getattr(classes, name) for name in classes.__all__}
-        variants = [n for n, c in members.items() if isinstance(c, type) and issubclass(c, AT)]
+    from robust_flatness import lightning_modules
+    from robust_flatness.lightning_modules.at import AT
+
+    name = read_checkpoint(path, "path").get(CLASS_KEY)
+    members = {member: getattr(lightning_modules, member) for member in lightning_modules.__all__}
+    variants = {n: c for n, c in members.items() if isinstance(c, type) and issubclass(c, AT)}
+    if name not in variants:
         raise ValueError(
             f"Expected `path` to be a checkpoint of {', '.join(variants)} but {path} was written "
             f"by {name}."
         )
-    module: AT = variant.load_from_checkpoint(path, map_location="cpu", **kwargs)
+    module = variants[name].load_from_checkpoint(path, map_location="cpu", **kwargs)
     return module.eval()
+
+
+def plain_layers(network: nn.Module) -> list[str]:
+    """Class names of layers without weights, which a state dict does not contain.
+
+    Example:
+        >>> plain_layers(nn.Sequential(nn.Linear(4, 2), nn.SiLU()))
+        ['SiLU']
+    """
+    return [
+        type(layer).__name__
+        for layer in network.modules()
+        if not any(True for _ in (*layer.children(), *layer.parameters(), *layer.buffers()))
+    ]
+
+
+def check_network_of(checkpoint: Mapping[str, Any], network: nn.Module) -> None:
+    """Raises if a network is not the one that a checkpoint was trained with.
+
+    Args:
+        checkpoint: Content of a checkpoint of a variant.
+        network: The variant's `network`, which its weights are to be loaded into.
+
+    Raises:
+        ValueError: If the network has other weights, or other layers.
+
+    Example:
+        >>> checkpoint = {"state_dict": {"network.weight": torch.zeros(2, 3)}}
+        >>> check_network_of(checkpoint, nn.Linear(3, 2, bias=False))
+    """
+    difference = _difference(checkpoint, network)
+    if difference is not None:
+        raise ValueError(
+            f"Expected `network` to be the one of the checkpoint but {type(network).__name__} has "
+            f"{difference}; pass `network=` if it was built in Python, or set `--model.network`."
+        )
+
+
+def _difference(checkpoint: Mapping[str, Any], network: nn.Module) -> str | None:
+    prefix = "network."
+    own = {name: weight.shape for name, weight in network.state_dict(prefix=prefix).items()}
+    weights = checkpoint.get("state_dict", {}).items()
+    saved = {name: weight.shape for name, weight in weights if name.startswith(prefix)}
+    for name in sorted({*own, *saved}) if saved else ():
+        short = name.removeprefix(prefix)
+        if name not in own:
+            return f"no {short}"
+        if name not in saved:
+            return f"{short}, which the checkpoint lacks"
+        if own[name] != saved[name]:
+            return f"{short} of shape {tuple(own[name])} and not {tuple(saved[name])}"
+    layers = checkpoint.get(LAYERS_KEY, plain_layers(network))
+    for before, now in zip_longest(layers, plain_layers(network), fillvalue="no layer"):
+        if before != now:
+            return f"{now} in place of {before}"
+    return None
+
+
+def warn_of_fast(fast: object) -> None:
+    """Warns if `fast` is set, an argument of earlier versions.
+
+    Args:
+        fast: Its value; `None` if it is not set.
+    """
+    if fast is not None:
+        rank_zero_warn(
+            "`fast` has no effect: training is in bfloat16 with the trainer's `precision` "
+            "bf16-mixed, and the optimizer has fused steps with its own `fused=True`.",
+            category=FutureWarning,
+        )

@@ -1,10 +1,11 @@
-"""Entropy-SGD: an optimizer that looks for wide valleys."""
+"""Entropy-SGD, an optimizer that looks for wide valleys, and the callback that ends its walks."""
 
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import SGD
 
@@ -201,3 +202,33 @@ class EntropySGD(SGD):
         parameter.add_(direction, alpha=-self.langevin_lr)
         parameter.add_(noise.to(parameter), alpha=self.noise * math.sqrt(2 * self.langevin_lr))
         walk["mean"].lerp_(parameter, 1 - self.averaging)
+
+
+class EndOfWalk(Callback):
+    """Ends `EntropySGD`'s walk with the epoch and with training; leaves other optimizers alone.
+
+    So measures, averages and checkpoints at the end of an epoch see outer weights. The last walk of
+    an epoch may be shorter than the others. The noise of the walk gets the run's seed, which is the
+    same on all processes.
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sets the seed of the noise."""
+        for optimizer in _walking_optimizers(trainer):
+            optimizer.seed = getattr(pl_module, "run_seed", None) or 0
+
+    def on_before_optimizer_step(self, trainer: Trainer, *args: Any) -> None:
+        """Has the last step of an epoch or of training end the walk itself, as clipping expects."""
+        last = trainer.is_last_batch or trainer.global_step + 1 == trainer.max_steps
+        for optimizer in _walking_optimizers(trainer):
+            optimizer.cut_short = last
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """Ends a walk that goes on, as a gradient scaler skipped the step or a callback stops."""
+        for optimizer in _walking_optimizers(trainer):
+            if optimizer.cut_short or trainer.should_stop:
+                optimizer.finish()
+
+
+def _walking_optimizers(trainer: Trainer) -> list[EntropySGD]:
+    return [o for o in trainer.optimizers if isinstance(o, EntropySGD)]

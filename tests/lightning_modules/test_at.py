@@ -25,7 +25,8 @@ def test_minimises_cross_entropy_on_adversarial_examples_alone():
     module = AT(tiny_body, **PLAIN)
     images, labels = images_and_labels()
     adversarial = images.flip(0)
-    loss, logits = module.objective(images, adversarial, labels)
+    loss, logits, terms = module.objective(images, adversarial, labels)
+    assert not terms
     assert torch.equal(logits, module(adversarial))
     assert torch.equal(loss, cross_entropy(module(adversarial), labels))
 
@@ -55,21 +56,21 @@ def test_crafting_leaves_batch_norm_to_the_update():
 
 
 def test_metrics_of_an_epoch_are_means_over_its_examples():
-    module = AT(tiny_body, **PLAIN)
     seen = []
 
     class Spy(AT):
-        def _record(self, loss, logits, labels):
-            seen.append((loss, logits, labels))
-            super()._record(loss, logits, labels)
+        def objective(self, images, adversarial, labels):
+            loss, logits, _ = super().objective(images, adversarial, labels)
+            seen.append((logits.detach(), labels))
+            return loss, logits, {"train/first": labels == 1}
 
     module = Spy(tiny_body, **PLAIN)
     trainer = quiet_trainer(max_epochs=1)
     # Batches of 8, 8 and 5: a mean of batch means would weigh the last too high.
     trainer.fit(module, loader(21))
-    logits = torch.cat([entry[1] for entry in seen])
-    labels = torch.cat([entry[2] for entry in seen])
+    logits, labels = (torch.cat(part) for part in zip(*seen))
     logged = trainer.callback_metrics
+    torch.testing.assert_close(logged["train/first"], (labels == 1).float().mean())
     expected = cross_entropy(logits, labels)
     torch.testing.assert_close(logged["train/robust_loss"], expected)
     torch.testing.assert_close(logged["train/loss"], expected)
@@ -212,8 +213,8 @@ def test_shares_of_endless_training_are_refused():
 def test_batches_whose_loss_is_nan_are_not_hidden():
     class Broken(AT):
         def objective(self, images, adversarial, labels):
-            loss, logits = super().objective(images, adversarial, labels)
-            return loss * torch.nan, logits
+            loss, *others = super().objective(images, adversarial, labels)
+            return loss * torch.nan, *others
 
     module = Broken(tiny_body, optimizer=lambda p: torch.optim.SGD(p, lr=0.0), **PLAIN)
     trainer = quiet_trainer()
@@ -230,7 +231,7 @@ def test_a_resumed_run_keeps_its_noise_under_another_global_seed(tmp_path):
     module = AT(tiny_body, **PLAIN)
     torch.manual_seed(6)
     quiet_trainer(max_epochs=2).fit(module, loader(8), ckpt_path=path)
-    assert module._run_seed == 5
+    assert module.run_seed == 5
 
 
 class Rates(Callback):

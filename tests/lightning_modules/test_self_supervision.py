@@ -69,7 +69,7 @@ def test_two_steps_are_those_of_one_joint_forward_in_float64(rotations):
     images, labels = images_and_labels(8)
     count = 4 if rotations == "half" else 8
     for _ in range(2):
-        adversarial, turns = module.attack(images.double(), labels), module._turns(images)
+        adversarial, turns = module.attack(images.double(), labels), module._rotations(images)[1]
         step(module, module.objective(images, adversarial, labels)[0])
         # Both heads on the features of all, as in the code of the paper and of Hendrycks et al.
         features = twin.network.features(twin.normalize(adversarial))
@@ -105,7 +105,7 @@ def test_all_turns_every_image_by_every_multiple():
 def test_fraction_of_each_half_is_attacked(fraction, attacked):
     module = built(adversarial_fraction=fraction)
     trainer = fit(module)
-    images, adversarial, _, (_, logits) = module.objectives[0]
+    images, adversarial, _, (_, logits, _) = module.objectives[0]
     moved = (adversarial[:4] != images[:4]).flatten(1).any(1)
     assert moved.tolist() == [True] * attacked + [False] * (4 - attacked)
     assert len(module.attacks[1][0]) == attacked
@@ -119,8 +119,8 @@ def test_with_all_rotations_each_has_its_share_of_attacks():
     module.trainer = quiet_trainer()
     images, labels = images_and_labels(8)
     adversarial = module.attack(images, labels)
-    turns = module._turns(images)
-    turned = rotate(module._to_turn(images), turns)
+    turns = module._rotations(images)[1]
+    turned = rotate(images[module._rotations(images)[0] % len(images)], turns)
     moved = (adversarial[8:] != turned).flatten(1).any(1)
     for k in range(4):
         assert moved[turns == k].float().mean() == 0.5
@@ -132,7 +132,7 @@ def test_with_all_rotations_each_has_its_share_of_attacks():
 def test_a_rest_too_small_to_halve_is_classified(count):
     module = built()
     fit(module, count=8 + count)
-    images, adversarial, _, (loss, logits) = module.objectives[-1]
+    images, adversarial, _, (loss, logits, _) = module.objectives[-1]
     assert adversarial.shape == images.shape
     assert len(logits) == count
     assert loss.isfinite()
@@ -161,8 +161,8 @@ def on_rank(module, images, labels, rank, world):
     trainer.fit_loop.epoch_loop.total_batch_idx = 0
     module._trainer = trainer
     adversarial = module.attack(images, labels)
-    count = module._parts(len(images)).classified
-    loss, _ = module.objective(images, adversarial, labels)
+    count = module._split(len(images)).classified
+    loss, *_ = module.objective(images, adversarial, labels)
     return loss, adversarial[:count], adversarial[count:]
 
 
@@ -172,8 +172,8 @@ def test_each_task_is_attacked_on_its_own_loss():
     module.eval()
     images, labels = images_and_labels(32)
     adversarial = module.attack(images, labels)
-    turns = module._turns(images)
-    clean = rotate(module._to_turn(images), turns)
+    turns = module._rotations(images)[1]
+    clean = rotate(images[module._rotations(images)[0] % len(images)], turns)
 
     def rotation_loss(batch):
         return cross_entropy(module.rotation_logits(batch), turns)
@@ -223,9 +223,9 @@ def test_the_head_takes_no_part_in_weight_perturbations():
     seen = []
 
     class Both(AWPMixin, ATSelfSupervision):
-        def _record_norms(self, perturbation):
+        def _record_norms(self, perturbation, weights):
             seen.append(perturbation)
-            super()._record_norms(perturbation)
+            super()._record_norms(perturbation, weights)
 
     fit(built(Both))
     assert seen

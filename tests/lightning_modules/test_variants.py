@@ -65,7 +65,7 @@ def test_objective_is_that_of_two_forwards(cls, objective):
     images, labels = images_and_labels()
     images = images.double()
     adversarial = images.flip(0)
-    loss, logits = module.objective(images, adversarial, labels)
+    loss, logits, _ = module.objective(images, adversarial, labels)
     wanted = objective(module(images), module(adversarial), labels, lam=3.0)
     torch.testing.assert_close(loss, wanted, rtol=0, atol=1e-12)
     assert torch.equal(logits, module(adversarial))
@@ -89,9 +89,9 @@ def spied(cls, **kwargs):
 
         def objective(self, images, adversarial, labels):
             self.__dict__.setdefault("given", []).append((images, adversarial, labels))
-            loss, logits = super().objective(images, adversarial, labels)
-            self.__dict__.setdefault("logits", []).append(logits.detach())
-            return loss, logits
+            found = super().objective(images, adversarial, labels)
+            self.__dict__.setdefault("logits", []).append(found[1].detach())
+            return found
 
     return built(Spy, **kwargs)
 
@@ -159,7 +159,7 @@ def test_metrics_do_not_count_the_ascent():
 
     class Spy(TRADESAWP):
         def on_before_zero_grad(self, optimizer):
-            counts.append(self.means._counts["train/divergence"])
+            counts.append(self.means.sums["train/divergence"][1])
 
     quiet_trainer(limit_train_batches=2).fit(built(Spy, warmup=0.0), fixed_data()[0])
     assert counts[-1] == 16
@@ -202,25 +202,6 @@ def test_a_radius_above_one_is_meant_in_l2():
     assert built(AT, eps=2.0, norm="l2", eps_scale=1.5).pgd.eps == 3
 
 
-@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "16-true", "bf16-mixed"])
-@pytest.mark.parametrize("cls", [AT, TRADESAWP, MART])
-def test_variants_train_and_attack_exactly_in_every_precision(cls, precision):
-    moved = []
-
-    class Spy(cls):
-        def search(self, model, images, labels, start, criterion):
-            adversarial = super().search(model, images, labels, start, criterion)
-            moved.append((adversarial - images).abs().max().item())
-            assert adversarial.dtype in (torch.float32, torch.float64)
-            return adversarial
-
-    module = built(Spy, **({"warmup": 0.0} if cls is TRADESAWP else {}))
-    before = module.network[0].weight.detach().clone()
-    quiet_trainer(precision=precision).fit(module, loader(16))
-    assert not torch.equal(before.to(module.network[0].weight), module.network[0].weight)
-    assert 0.05 < max(moved) <= PLAIN["eps"] + 1e-6
-
-
 def test_larger_eps_keeps_the_length_of_the_steps():
     module = built(AT, eps=8 / 255, eps_scale=1.125)
     assert module.pgd.eps == pytest.approx(9 / 255)
@@ -231,9 +212,9 @@ def test_random_weight_perturbation_has_its_length_and_another_direction_each_st
     seen = []
 
     class Spy(ATAWP):
-        def _record_norms(self, perturbation):
+        def _record_norms(self, perturbation, weights):
             seen.append(perturbation)
-            super()._record_norms(perturbation)
+            super()._record_norms(perturbation, weights)
 
     trainer = quiet_trainer(limit_train_batches=2)
     trainer.fit(built(Spy, xi=0.02, direction="random"), fixed_data()[0])
@@ -276,7 +257,7 @@ def test_unlabeled_takes_both_losses_and_logs_the_share(loss, forwards):
 def test_unlabeled_as_at_is_at():
     module = built(ATUnlabeled).eval()
     images, labels = images_and_labels()
-    loss, _ = module.objective(images, images, labels)
+    loss, *_ = module.objective(images, images, labels)
     assert torch.equal(loss, cross_entropy(module(images), labels))
 
 
@@ -293,16 +274,16 @@ def test_entropy_sgd_takes_the_runs_seed_and_ends_its_walk_with_the_epoch():
 
     class Spy(ATEntropySGD):
         def on_train_epoch_end(self):
-            ends.append(dict(self.walk.param_groups[0]))
+            ends.append(dict(self.trainer.optimizers[0].param_groups[0]))
             super().on_train_epoch_end()
 
     module = built(Spy, optimizer=lambda p: EntropySGD(p, langevin_steps=3, seed=99))
-
-    quiet_trainer(max_epochs=2).fit(module, loader(32))
+    trainer = quiet_trainer(max_epochs=2)
+    trainer.fit(module, loader(32))
     # Four batches: a walk of three, and one of one that the epoch cuts short.
     assert [end["outer_steps"] for end in ends] == [2, 4]
     assert [end["walked"] for end in ends] == [0, 0]
-    assert module.walk.seed == module._run_seed
+    assert trainer.optimizers[0].seed == module.run_seed
 
 
 def test_entropy_sgd_needs_its_optimizer():
@@ -324,7 +305,7 @@ def test_entropy_sgd_goes_with_clipping_and_accumulation(precision):
     trainer.fit(module, loader(64))
     assert not torch.equal(before, module.network[0].weight)
     # Eight batches make four steps of the walk, and these two outer steps, in each epoch.
-    assert module.walk.param_groups[0]["outer_steps"] == 4
+    assert trainer.optimizers[0].param_groups[0]["outer_steps"] == 4
 
 
 @pytest.mark.parametrize(
@@ -410,9 +391,9 @@ def test_under_bf16_attacks_and_losses_keep_float32(cls):
 
     class Spy(cls):
         def objective(self, images, adversarial, labels):
-            loss, logits = super().objective(images, adversarial, labels)
+            loss, logits, terms = super().objective(images, adversarial, labels)
             seen.append((images.dtype, adversarial.dtype, loss.dtype, logits.dtype))
-            return loss, logits
+            return loss, logits, terms
 
     module = Spy(network=NARROW, **PLAIN)
     quiet_trainer(precision="bf16-mixed").fit(module, batches_for(cls))
@@ -447,10 +428,11 @@ class StopsAt(Callback):
 def test_no_walk_outlives_the_epoch_nor_training(kwargs):
     module, ends = built(AT, optimizer=walk_of(4)), Ends()
     callbacks = [*kwargs.pop("callbacks", []), ends]
-    quiet_trainer(max_epochs=2, callbacks=callbacks, **kwargs).fit(module, loader(72))
+    trainer = quiet_trainer(max_epochs=2, callbacks=callbacks, **kwargs)
+    trainer.fit(module, loader(72))
     assert ends.walking
     assert not any(ends.walking)
-    assert module.walk.seed == module._run_seed
+    assert trainer.optimizers[0].seed == module.run_seed
 
 
 def test_averages_leave_the_walk_out():
@@ -474,7 +456,7 @@ def test_entropy_sgd_combines_with_awp_and_trades():
     module = built(TRADESAWP, warmup=0.0, optimizer=walk_of(3))
     trainer = quiet_trainer()
     trainer.fit(module, loader(32))
-    assert not module.walk.walking
+    assert not trainer.optimizers[0].walking
     assert trainer.callback_metrics["awp/relative_norm_max"].item() == pytest.approx(0.005, 1e-4)
 
 

@@ -1,0 +1,181 @@
+"""The trainer's precision: what is bfloat16 and what stays float32, and what waits for a device."""
+
+import pytest
+import torch
+from networks_for_tests import tiny_body
+from torch.utils._python_dispatch import TorchDispatchMode
+from trainers import PLAIN, loader, quiet_trainer
+
+from robust_flatness.datamodules import ResidentImages, RobustDataModule
+from robust_flatness.functional import PGD
+from robust_flatness.lightning_modules import (
+    AT,
+    ATAWP,
+    MART,
+    TRADES,
+    TRADESAWP,
+    ATEntropySGD,
+    EntropySGD,
+    External,
+)
+
+CLASSES = [AT, ATAWP, TRADES, TRADESAWP, MART]
+
+
+class Types:
+    """Types of the logits of each forward."""
+
+    def __init__(self, module):
+        self.seen = []
+        module.network.register_forward_hook(lambda *given: self.seen.append(given[-1].dtype))
+
+
+def trained(cls=AT, *, batches=2, precision="bf16-mixed", **kwargs):
+    torch.manual_seed(0)
+    module = cls(network=tiny_body, **PLAIN, **kwargs)
+    types, trainer = Types(module), quiet_trainer(precision=precision)
+    torch.manual_seed(0)
+    trainer.fit(module, loader(8 * batches))
+    return module, types.seen, trainer
+
+
+def apart(one, other):
+    """Distance of two modules, relative to their distance from the start."""
+    modules = (one.network, other.network, tiny_body(10, 3))
+    first, second, start = (torch.cat([p.flatten() for p in m.parameters()]) for m in modules)
+    return ((first - second).norm() / (second - start).norm()).item()
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_all_forwards_of_a_step_are_in_bfloat16_and_weights_in_float32(cls):
+    mixed, seen, _ = trained(cls, batches=1)
+    plain, others, _ = trained(cls, batches=1, precision="32-true")
+    assert set(seen) == {torch.bfloat16}
+    assert set(others) == {torch.float32}
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in mixed.parameters())
+    assert 0 < apart(mixed, plain) < 0.1
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_every_weight_has_a_gradient(cls):
+    missing = []
+
+    class Watched(cls):
+        def on_before_optimizer_step(self, optimizer):
+            super().on_before_optimizer_step(optimizer)
+            missing.extend(
+                n for n, p in self.named_parameters() if p.grad is None or p.grad.norm() == 0
+            )
+
+    trained(Watched)
+    # The bias of a convolution before BatchNorm has a gradient of zero.
+    assert set(missing) <= {"network.0.bias"}
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "16-true", "bf16-mixed"])
+@pytest.mark.parametrize("cls", [AT, TRADESAWP, MART])
+def test_attacks_are_in_float32_at_least(cls, precision, monkeypatch):
+    attack, moved = PGD.attack, []
+
+    def spied(pgd, model, images, *args):
+        found = attack(pgd, model, images, *args)
+        moved.append((found.images - images).abs().max().item())
+        assert found.images.dtype in (torch.float32, torch.float64)
+        return found
+
+    monkeypatch.setattr(PGD, "attack", spied)
+    module, _, _ = trained(cls, precision=precision)
+    assert not torch.equal(module.network[0].weight, tiny_body(10, 3)[0].weight.to(module.dtype))
+    assert 0.05 < max(moved) <= PLAIN["eps"] + 1e-6
+
+
+def test_entropy_sgd_walks_in_mixed_precision():
+    settings = {"optimizer": lambda p: EntropySGD(p, lr=1.0)}
+    module, _, trainer = trained(ATEntropySGD, **settings)
+    assert not trainer.optimizers[0].walking
+    plain, _, _ = trained(ATEntropySGD, precision="32-true", **settings)
+    assert 0 < apart(module, plain) < 0.2
+
+
+@pytest.mark.parametrize("fused", [None, True])
+def test_fused_steps_are_those_that_the_user_asks_for(fused):
+    optimizer = torch.optim.SGD
+    _, _, trainer = trained(optimizer=lambda p: optimizer(p, lr=0.1, fused=fused))
+    assert trainer.optimizers[0].param_groups[0]["fused"] is fused
+
+
+@pytest.mark.parametrize("fast", [True, False, "graph"])
+@pytest.mark.parametrize("cls", [AT, ATAWP, External])
+def test_fast_of_earlier_versions_warns_and_has_no_effect(cls, fast):
+    with pytest.warns(FutureWarning, match="`fast` has no effect: .* `precision` bf16-mixed"):
+        module = cls(tiny_body(10, 3), fast=fast)
+    assert "fast" not in module.hparams
+
+
+class Resident(RobustDataModule):
+    """Random images on the device."""
+
+    num_classes, in_channels, mean, std = 10, 3, [0.5] * 3, [0.25] * 3
+
+    def sources(self):
+        images = torch.randint(256, (96, 3, 8, 8), dtype=torch.uint8)
+        found = ResidentImages(images, torch.arange(96) % 10)
+        return found, found
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("cls", CLASSES)
+def test_on_a_gpu_no_step_waits_for_it(cls, precision):
+    class Watched(cls):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            super().on_train_batch_end(outputs, batch, batch_idx)
+            # From here to the end of the next step: fetching, augmenting, crafting, stepping. The
+            # first batch is checked.
+            torch.cuda.set_sync_debug_mode("error" if 2 <= batch_idx <= 9 else "default")
+
+    module = Watched(network=tiny_body, **PLAIN)
+    data = Resident(batch_size=8, num_val=8, num_test=8)
+    trainer = quiet_trainer(accelerator="gpu", devices=1, precision=precision)
+    try:
+        trainer.fit(module, datamodule=data)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+class Waits(TorchDispatchMode):
+    """Operations for which a GPU's host would wait, as they hand values to Python."""
+
+    names = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "item", "unique")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        masked = name in ("index", "index_put_") and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        if masked or any(name.startswith(wait) for wait in self.names):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_step_hands_no_value_to_python(cls):
+    waits = Waits()
+
+    class Watched(cls):
+        def training_step(self, batch, batch_idx):
+            # The first batch is checked, which waits.
+            if batch_idx == 0:
+                return super().training_step(batch, batch_idx)
+            with waits:
+                return super().training_step(batch, batch_idx)
+
+    trained(Watched, precision="32-true")
+    assert waits.found == []
+    with waits:
+        assert torch.ones(2)[0].item() == 1
+    assert waits.found

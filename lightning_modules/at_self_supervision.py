@@ -20,22 +20,20 @@ Rotations = Literal["half", "all"]
 class ATSelfSupervision(AT):
     """Adversarial training on labels and on rotations (Hendrycks et al., 2019; the paper, Sec. 3).
 
-    Loss is cross-entropy on labels plus λ times that of a second head on rotations, both on
-    examples attacked against their own loss, rotated before the attack. All examples go through
-    the network and the second head as one batch, so that BatchNorm sees their mixture, as in the
-    code of both papers. The head shares the network's features; it takes no part in what is
-    measured, nor in weight perturbations. The data's augmentation comes before the rotation; in the
-    paper's code it comes after.
+    The loss is cross-entropy on labels plus λ times that of a second head on rotations. Each is
+    attacked on its own, images being rotated before the attack. All examples pass the network and
+    the second head as one batch, so that BatchNorm sees their mixture, as in the code of both
+    papers. The head shares the network's features; measures and weight perturbations leave it out.
+    Augmentation comes before the rotation; in the paper's code it comes after.
 
     Args:
         lam: Weight λ of the rotation loss; 4 in Table 1, swept over 0.5, 1, 2, 4 and 8.
-        rotations: `half` classifies the batch's first half and turns each image of its second half
-            by one random multiple of 90° (the paper), so an epoch sees half of the labels; `all`
-            classifies all and turns all by each multiple, as Hendrycks et al. do with λ = 0.5.
-            Theirs has a linear head and one attack on both losses in train mode, which this has
-            not.
-        adversarial_fraction: Share of each half, or of each rotation, that is attacked, the rest
-            staying clean: 1 is the paper's text, 0.5 its code and, by its clean errors, its table.
+        rotations: `half` classifies the batch's first half and rotates each image of its second
+            half by a random multiple of 90° (the paper), so an epoch sees half of the labels; `all`
+            classifies all and rotates all by each multiple, as Hendrycks et al. do with λ = 0.5,
+            but they have a linear head and one attack on both losses in train mode.
+        adversarial_fraction: Share of each half, or of each rotation, that is attacked; the rest
+            stays clean. 1 is the paper's text, 0.5 its code and, by its clean errors, its table.
         hidden: Units of the rotation head's hidden layer.
         args: The network, as the first argument of `AT`.
         kwargs: Arguments of `AT`; `incorrect` has no meaning here.

@@ -16,9 +16,8 @@ Loss = Literal["at", "trades"]
 class ATUnlabeled(TRADES):
     """Robust self-training (Carmon et al., 2019): batches are mixed of labels and pseudo-labels.
 
-    The data mixes them (`--data.unlabeled_share 0.5`) and any variant can be trained on such
-    batches; this one holds the data to it, logs the share as `unlabeled/share`, and has the two
-    losses of the literature.
+    The data mixes them (`--data.unlabeled_share 0.5`). Any variant trains on such batches; this one
+    requires them, logs the share as `unlabeled/share`, and has the two losses of the literature.
 
     Args:
         loss: `at` treats pseudo-labels as labels in plain AT (the paper), `trades` takes TRADES'

@@ -16,8 +16,8 @@ class MultiStep(LRScheduler):
     """Multiplies the learning rate by `gamma` at given shares of training.
 
     The paper drops by 0.1 after epochs 60, 90 and 120 of 150, that is at 40, 60 and 80 % (Sec. 3);
-    shares let the same schedule run for any number of epochs. `AT` tells it the number of epochs
-    through `total`; until then the rate stays as it is. Without milestones the rate is constant.
+    with shares the same schedule serves any number of epochs. `AT` sets the number of epochs,
+    `total`; until then, and without milestones, the rate is constant.
 
     Args:
         optimizer: The optimizer.
@@ -74,16 +74,16 @@ class Cyclic(CyclicLR):
     """Raises the learning rate from 0 and lowers it to 0 again, in cycles (Smith, 2017).
 
     The paper's cycles have 30 epochs each, 15 up and 15 down, with a step after each batch; here
-    they share training evenly, whatever its length. `AT` tells it the number of steps through
-    `total`; until then the rate stays at `base_lr`.
+    they divide training evenly, whatever its length. `AT` sets the number of steps, `total`; until
+    then the rate is `base_lr`.
 
     Args:
         optimizer: The optimizer.
         cycles: Number of cycles; 2 in the paper's Table 1.
         base_lr: Rate at the ends of a cycle.
         max_lr: Rate in its middle.
-        cycle_momentum: Whether momentum falls to `base_momentum` while the rate rises. So it does
-            in the paper's code, by torch's default; its text does not say.
+        cycle_momentum: Whether momentum falls to `base_momentum` while the rate rises, as in the
+            paper's code, by torch's default; its text does not say.
         base_momentum: Momentum in the middle of a cycle.
         max_momentum: Momentum at its ends.
 
@@ -145,7 +145,7 @@ class Cyclic(CyclicLR):
     @total.setter
     def total(self, steps: int | None) -> None:
         self._total = steps
-        # Before training is known to end, a cycle must not: the rate would oscillate.
+        # Without a number of steps a cycle must not end: the rate would oscillate.
         size = float("inf") if steps is None else steps / self.cycles
         self.total_size = size  # type: ignore[assignment]
 
@@ -162,21 +162,20 @@ def epochs_of_share(share: float, epochs: int) -> int:
         >>> epochs_of_share(0.4, 60), epochs_of_share(0.966667, 150), epochs_of_share(0.05, 30)
         (24, 145, 2)
     """
-    # A share such as 0.4 of 60 epochs must not fall behind epoch 24 by rounding, nor one written
-    # with six digits.
+    # 0.4 of 60 epochs must not be 25 by rounding, nor must a share that is written with six digits.
     return math.ceil(round(share * epochs, 3))
 
 
 def prepare_schedule(schedule: Any, trainer: Trainer) -> None:
-    """Tells a schedule whose arguments are shares of training how long training is.
+    """Sets the length of training, `total`, of a schedule whose arguments are shares of it.
 
     Args:
-        schedule: One that counts epochs or steps (`interval`) up to `total`; any other is left
+        schedule: One that counts epochs or steps, its `interval`; one without `total` is left
             alone.
-        trainer: Knows its epochs from the beginning, its steps once it has loaders.
+        trainer: Its number of steps is known once it has loaders.
 
     Raises:
-        ValueError: If training has no end.
+        ValueError: If training is endless.
     """
     if not hasattr(schedule, "total"):
         return
@@ -189,7 +188,7 @@ def prepare_schedule(schedule: Any, trainer: Trainer) -> None:
     if not by_step:
         schedule.total = epochs
         if isinstance(schedule, MultiStep):
-            # A checkpoint's rate is that of a run which was to end with it.
+            # The rate of a checkpoint is that of a run of another length.
             for group, rate in zip(schedule.optimizer.param_groups, schedule.get_lr()):
                 group["lr"] = rate
     elif trainer.train_dataloader is not None:

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from trainers import PLAIN, loader, quiet_trainer
 
 from robust_flatness.functional import adversarial_weight_perturbation, perturbed_weights
-from robust_flatness.lightning_modules import ATAWP
+from robust_flatness.lightning_modules import ATAWP, TRADESAWP
 
 XI = 0.02
 LR, DECAY, MOMENTUM = 0.1, 0.05, 0.9
@@ -209,13 +209,58 @@ def test_weights_come_back_after_a_loss_of_nan():
     assert watch.after == [True]
 
 
-def test_logged_perturbation_has_length_xi_on_every_step():
-    module = ATAWP(network=tiny_body, xi=XI, **PLAIN)
+class Perturbations(ATAWP):
+    """Remembers the perturbations of weights, and the labels that objectives get."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.before, self.labels, self.directions = None, [], []
+
+    def on_train_batch_start(self, batch, batch_idx):
+        super().on_train_batch_start(batch, batch_idx)
+        self.before = self.network[0].weight.detach().clone()
+
+    def objective(self, images, adversarial, labels):
+        self.labels.append(labels)
+        return super().objective(images, adversarial, labels)
+
+    def backward(self, loss, *args, **kwargs):
+        self.directions.append((self.network[0].weight.detach() - self.before).flatten())
+        super().backward(loss, *args, **kwargs)
+
+
+@pytest.mark.parametrize("direction", ["adversarial", "random"])
+def test_perturbations_have_length_xi_and_another_direction_in_each_step(direction):
+    module = Perturbations(tiny_body, xi=XI, direction=direction, **PLAIN)
     trainer = quiet_trainer(max_epochs=2)
-    trainer.fit(module, loader(32))
+    trainer.fit(module, loader(16))
     for bound in ("min", "max"):
         logged = trainer.callback_metrics[f"awp/relative_norm_{bound}"].item()
         assert logged == pytest.approx(XI, rel=1e-5)
+    first, second, *_ = module.directions
+    assert torch.cosine_similarity(first, second, dim=0).abs() < 0.9
+
+
+def test_the_ascent_is_on_the_labels_that_the_step_trains_on():
+    module = Perturbations(tiny_body, label_noise=0.9, **PLAIN)
+    quiet_trainer().fit(module, loader(8))
+    first, second = module.labels
+    assert torch.equal(first, second)
+
+
+def test_metrics_do_not_count_the_ascent():
+    class Counts(ATAWP):
+        calls = 0
+
+        def objective(self, images, adversarial, labels):
+            self.calls += 1
+            loss, logits, _ = super().objective(images, adversarial, labels)
+            return loss, logits, {"train/call": torch.full((8,), float(self.calls))}
+
+    module, trainer = Counts(tiny_body, **PLAIN), quiet_trainer()
+    trainer.fit(module, loader(16))
+    # The second and the fourth call.
+    assert trainer.callback_metrics["train/call"] == 3
 
 
 def test_warms_up_as_ordinary_training():
@@ -230,3 +275,12 @@ def test_bad_arguments_are_named():
         ATAWP(network=tiny_body, order="adam")
     with pytest.raises(ValueError, match="`xi` to be >= 0 but got -0.1"):
         ATAWP(network=tiny_body, xi=-0.1)
+
+
+def test_the_warm_up_is_a_share_of_training_that_ends():
+    module = TRADESAWP(tiny_body, **PLAIN)
+    assert (module.xi, module.warmup) == (0.005, 0.05)
+    schedule = {"lr_scheduler": lambda o: torch.optim.lr_scheduler.ConstantLR(o, 1.0)}
+    module = TRADESAWP(tiny_body, **PLAIN, **schedule)
+    with pytest.raises(ValueError, match="as `warmup` is a share of training, but got -1"):
+        quiet_trainer(max_epochs=-1, max_steps=2).fit(module, loader(8))

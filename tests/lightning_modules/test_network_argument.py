@@ -8,35 +8,13 @@ import torch
 from networks_for_tests import same, snapshot, tiny_body, tiny_network
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from trainers import PLAIN, loader, quiet_trainer
+from trainers import PLAIN, VARIANTS, loader, quiet_trainer
 
 from robust_flatness.datamodules import Digits
-from robust_flatness.lightning_modules import (
-    AT,
-    ATAWP,
-    MART,
-    MARTAWP,
-    TRADES,
-    TRADESAWP,
-    ATEntropySGD,
-    ATSelfSupervision,
-    ATUnlabeled,
-    load_checkpoint,
-)
+from robust_flatness.lightning_modules import AT, ATAWP, TRADESAWP, load_checkpoint
 from robust_flatness.networks import ResNet18, SmallResNet
 
 TINY = partial(SmallResNet, width=4)
-VARIANTS = [
-    AT,
-    ATAWP,
-    MART,
-    MARTAWP,
-    TRADES,
-    TRADESAWP,
-    ATEntropySGD,
-    ATSelfSupervision,
-    ATUnlabeled,
-]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

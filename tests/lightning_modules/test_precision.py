@@ -14,10 +14,10 @@ from robust_flatness.lightning_modules import AT, ATAWP, MART, TRADESAWP, ATUnla
 from robust_flatness.networks import SmallResNet
 
 
-def trained(cls=AT, precision="bf16-mixed", **kwargs):
+def trained(cls=AT, precision="bf16-mixed", batches=2, **kwargs):
     torch.manual_seed(0)
     module = cls(partial(SmallResNet, width=4), **PLAIN, **kwargs)
-    trainer = quiet_trainer(precision=precision)
+    trainer = quiet_trainer(precision=precision, limit_train_batches=batches)
     torch.manual_seed(0)
     trainer.fit(module, mixed_loader())
     return module, trainer
@@ -45,12 +45,12 @@ def test_under_bf16_mixed_forwards_are_bfloat16_and_all_else_is_float32(cls):
                 n for n, p in self.named_parameters() if p.grad is None or p.grad.norm() == 0
             )
 
-    module, trainer = trained(Watched)
+    module, trainer = trained(Watched, batches=1)
     assert not missing
     assert set(forwards) == {torch.bfloat16}
     assert set(losses) == {torch.float32}
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in module.parameters())
-    plain, other = trained(cls, precision="32-true")
+    plain, other = trained(cls, "32-true", batches=1)
     assert not torch.equal(module.network.classifier.weight, plain.network.classifier.weight)
     loss = trainer.callback_metrics["train/loss"].item()
     assert loss == pytest.approx(other.callback_metrics["train/loss"].item(), rel=0.05)

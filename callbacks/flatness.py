@@ -14,7 +14,7 @@ from robust_flatness.functional.flatness import (
     FlatnessResult,
     LossKind,
     Protocol,
-    average_case_flatness,
+    measure_flatness,
 )
 from robust_flatness.functional.noise import Norm
 from robust_flatness.functional.weight_perturbation import Distribution, RelativeTo
@@ -135,7 +135,7 @@ class Flatness(Measurement):
 
     def evaluate(self, trainer: Trainer, pl_module: LightningModule) -> FlatnessResult:
         """Reference and perturbed losses of each example, on every rank."""
-        settings = self.attack_settings(trainer)
+        settings = self.measure_settings(trainer)
         reference, restarts = self._restarts()
         attack = "clean" if self.loss == "clean" else f"PGD-{self.steps} × {restarts} restarts"
         with self.network(trainer, pl_module) as network:
@@ -143,7 +143,7 @@ class Flatness(Measurement):
                 trainer,
                 pl_module,
                 lambda images, labels, indices, on_attack: _rows(
-                    average_case_flatness(
+                    measure_flatness(
                         network,
                         images,
                         labels,

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor, nn
 
-from robust_flatness.functional.evaluation import evaluation_context, fast_crafting, full_float32
+from robust_flatness.functional.evaluation import evaluation_context, full_float32
 
 Weights = dict[str, Tensor]
 
@@ -27,8 +27,7 @@ def isolated(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     Modes, weights, buffers and random states are restored, and gradients are allowed even in
     Lightning's inference mode, see `evaluation_context`. All ranks use rank 0's buffers: after a
     step their BatchNorm statistics differ, and a measure must be that of one network. Forwards are
-    in float32, or in float64 with the trainer's precision 64-true; if the module is `fast`, attacks
-    search in bfloat16, see `fast_crafting`.
+    in float32, or in float64 with the trainer's precision 64-true.
 
     Args:
         trainer: The trainer.
@@ -39,7 +38,6 @@ def isolated(trainer: Trainer, module: LightningModule) -> Iterator[None]:
         evaluation_context(module),
         _default_type_of_training(trainer, module),
         full_float32(module.device),
-        fast_crafting(bool(getattr(module, "fast", False))),
     ):
         if trainer.world_size > 1:
             for buffer in module.buffers():

@@ -16,9 +16,15 @@ from robust_flatness.functional.directions import (
     LENGTH,
     Direction,
     DirectionKind,
-    weight_directions,
+    make_directions,
 )
-from robust_flatness.functional.landscape import loss_landscape, loss_surface, steps_along
+from robust_flatness.functional.flatness import LossKind
+from robust_flatness.functional.landscape import (
+    attack_of,
+    measure_landscape,
+    measure_surface,
+    steps_along,
+)
 from robust_flatness.run_folder.landscape_file import Landscape
 
 SURFACE = "surface"
@@ -52,7 +58,7 @@ class LossAround(Measurement):
         surface_steps: int,
         relative_to: str,
         length: float | None,
-        loss: str,
+        loss: LossKind,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -84,22 +90,17 @@ class LossAround(Measurement):
         self, trainer: Trainer, module: LightningModule, network: nn.Module, kind: DirectionKind
     ) -> Landscape:
         settings, count = self._settings(trainer), self.count(kind)
-        directions: Any = kind
-        if kind == "random":
-            settings |= {"num_directions": count, **self.scale}
-        else:
-            directions = self._directions(trainer, module, network, kind)
+        directions = self._directions(trainer, module, network, kind, count)
         points = steps_along(kind, self.num_steps, None)
         values = self.sharded(
             trainer,
             module,
-            lambda images, labels, indices, on_attack: loss_landscape(
+            lambda images, labels, indices, on_attack: measure_landscape(
                 network,
                 images,
                 labels,
                 directions=directions,
-                num_steps=self.num_steps,
-                extent=(points[0], points[-1]),
+                coordinates=points,
                 indices=indices,
                 on_attack=on_attack,
                 **settings,
@@ -113,15 +114,18 @@ class LossAround(Measurement):
         )
 
     def _surface(self, trainer: Trainer, module: LightningModule, network: nn.Module) -> Landscape:
-        settings, side = self._settings(trainer) | self.scale, self.surface_steps
+        settings, side = self._settings(trainer), self.surface_steps
+        points = steps_along("random", side, None)
+        directions = self._directions(trainer, module, network, "random", 2)
         values = self.sharded(
             trainer,
             module,
-            lambda images, labels, indices, on_attack: loss_surface(
+            lambda images, labels, indices, on_attack: measure_surface(
                 network,
                 images,
                 labels,
-                num_steps=side,
+                directions=directions,
+                coordinates=points,
                 indices=indices,
                 on_attack=on_attack,
                 **settings,
@@ -129,30 +133,33 @@ class LossAround(Measurement):
             what=f"surface {self.split}: {side} × {side} × PGD-{self.steps}",
             attacks_per_batch=side**2 * self._attempts,
         )
-        points = torch.tensor(steps_along("random", side, None), dtype=torch.float64)
-        return Landscape(points.numpy(), values.unflatten(0, (side, side)).numpy())
+        steps = torch.tensor(points, dtype=torch.float64)
+        return Landscape(steps.numpy(), values.unflatten(0, (side, side)).numpy())
 
     def _settings(self, trainer: Trainer) -> dict[str, Any]:
-        return {**self.attack_settings(trainer), "loss": self.loss}
+        settings = self.measure_settings(trainer)
+        return {**settings, "pgd": attack_of(self.loss, settings["pgd"])}
 
     @property
     def _attempts(self) -> int:
         return self.restarts if self.loss == "robust" and self.steps else 1
 
     def _directions(
-        self, trainer: Trainer, module: LightningModule, network: nn.Module, kind: DirectionKind
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        network: nn.Module,
+        kind: DirectionKind,
+        count: int,
     ) -> list[Direction]:
-        """Directions that depend on the images: of the whole set, and rank 0's on all ranks."""
-        examples, count = self.examples(trainer, module), self.count(kind)
-        settings = self.attack_settings(trainer)
+        """Directions for the whole set, rank 0's on all ranks."""
+        examples, settings = self.examples(trainer, module), self._settings(trainer)
         del settings["restarts"]
-        if self.loss == "clean":
-            settings["steps"] = 0
         batches = math.ceil(len(examples) / self.batch_size)
         attacks = count * ASCENT_STEPS * batches if kind == "adversarial" else 0
         with measuring(trainer, f"{kind} directions", attacks) as on_attack:
             found: list[Direction] = list(
-                weight_directions(
+                make_directions(
                     network,
                     examples.images.to(module.device),
                     examples.labels.to(module.device),

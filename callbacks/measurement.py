@@ -24,6 +24,7 @@ from robust_flatness.callbacks.logs import log_after_epochs, log_equal
 from robust_flatness.callbacks.measured_images import FixedImages, find_examples, has_examples
 from robust_flatness.callbacks.progress import measuring
 from robust_flatness.callbacks.sharding import measure_sharded
+from robust_flatness.functional.attack import PGD
 from robust_flatness.functional.checks import (
     Eps,
     check_choice,
@@ -299,6 +300,21 @@ class Measurement(FixedImages, ABC):
             "norm": self.norm,
             "seed": self.seed,
             "batch_size": self.batch_size,
+        }
+
+    def measure_settings(self, trainer: Trainer) -> dict[str, Any]:
+        """Arguments that the measures of `functional` have in common."""
+        settings = self.attack_settings(trainer)
+        fast = getattr(trainer.lightning_module, "fast", False)
+        return {
+            "pgd": PGD(
+                settings.pop("eps"),
+                settings.pop("steps"),
+                settings.pop("step_size"),
+                settings.pop("norm"),
+                precision="bfloat16" if fast else "float32",
+            ),
+            **settings,
         }
 
     @contextmanager

@@ -4,7 +4,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from robust_flatness.callbacks.measurement import PREFIX, Measurement
-from robust_flatness.functional.robust_loss import RobustnessResult, evaluate_robustness
+from robust_flatness.functional.robust_loss import RobustnessResult, measure_robustness
 
 
 class RobustEvaluation(Measurement):
@@ -57,13 +57,13 @@ class RobustEvaluation(Measurement):
 
     def evaluate(self, trainer: Trainer, pl_module: LightningModule) -> RobustnessResult:
         """What PGD finds about each example, on every rank."""
-        settings = self.attack_settings(trainer)
+        settings = self.measure_settings(trainer)
         with self.network(trainer, pl_module) as network:
             values = self.sharded(
                 trainer,
                 pl_module,
                 lambda images, labels, indices, on_attack: _rows(
-                    evaluate_robustness(
+                    measure_robustness(
                         network,
                         images,
                         labels,

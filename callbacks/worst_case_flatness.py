@@ -16,7 +16,7 @@ from robust_flatness.functional.noise import Norm
 from robust_flatness.functional.worst_case_flatness import (
     Sharing,
     WorstCaseFlatnessResult,
-    worst_case_flatness,
+    measure_worst_case_flatness,
 )
 
 
@@ -124,7 +124,7 @@ class WorstCaseFlatness(Measurement):
 
     def evaluate(self, trainer: Trainer, pl_module: LightningModule) -> WorstCaseFlatnessResult:
         """Reference and perturbed losses of each example, on every rank."""
-        settings = self.attack_settings(trainer)
+        settings = self.measure_settings(trainer)
         sharing = self._sharing(trainer, len(self.examples(trainer, pl_module)))
         references = self.restarts if self.loss == "robust" else 1
         with self.network(trainer, pl_module) as network:
@@ -132,7 +132,7 @@ class WorstCaseFlatness(Measurement):
                 trainer,
                 pl_module,
                 lambda images, labels, indices, on_attack: _rows(
-                    worst_case_flatness(
+                    measure_worst_case_flatness(
                         network,
                         images,
                         labels,

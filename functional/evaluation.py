@@ -5,7 +5,6 @@ import random
 import warnings
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
 from itertools import chain
 from typing import Any, Literal
 
@@ -239,9 +238,6 @@ def _warn_of_probabilities(output: Tensor) -> None:
         )
 
 
-_FAST: ContextVar[bool] = ContextVar("fast_crafting", default=False)
-
-
 def has_bfloat16(device: torch.device) -> bool:
     """Whether a device is a GPU that multiplies matrices in bfloat16.
 
@@ -318,37 +314,6 @@ def without_tf32() -> Iterator[None]:
             setattr(part, name, value)
         if level is not None:
             torch.set_float32_matmul_precision(level)
-
-
-@contextmanager
-def fast_crafting(wanted: bool = True) -> Iterator[None]:
-    """Attacks inside look for adversarial examples in bfloat16, on GPUs that have it.
-
-    Their losses and predictions are told in float32, at one more forward for each attack. Elsewhere
-    nothing changes.
-
-    Args:
-        wanted: Whether they do; `False` ends it for what is inside.
-
-    Example:
-        >>> with fast_crafting():
-        ...     crafts_fast(torch.device("cpu"))
-        False
-    """
-    token = _FAST.set(wanted)
-    try:
-        yield
-    finally:
-        _FAST.reset(token)
-
-
-def crafts_fast(device: torch.device) -> bool:
-    """Whether an attack on this device is inside `fast_crafting`, and the device has bfloat16.
-
-    Args:
-        device: Where the images are.
-    """
-    return _FAST.get() and has_bfloat16(device)
 
 
 # What a forward may register, replace or delete.

@@ -13,9 +13,10 @@ from torch.nn.functional import cross_entropy
 from robust_flatness.functional.checks import check_count, check_examples, check_number
 from robust_flatness.functional.evaluation import evaluation_context, logits_function
 from robust_flatness.functional.layer_weights import (
+    LayerTensor,
     differentiable_weights,
-    perturbed_parameters,
-    weight_at,
+    layer_tensor,
+    layer_tensors,
 )
 from robust_flatness.functional.noise import keyed_generator
 from robust_flatness.functional.weight_perturbation import split_like
@@ -104,11 +105,12 @@ def hessian_extreme_eigenvalues(
     check_number("tolerance", tolerance, low=1e-12, high=1)
     if len(images) == 0:
         raise ValueError("Expected `images` to hold an image at least but got none.")
-    weights = _chosen(model, names)
+    tensors = _hessian_tensors(model, names)
+    weights = {name: tensor.value() for name, tensor in tensors.items()}
     # Fused attention has no second derivative.
     with (
         evaluation_context(model),
-        differentiable_weights(model, weights) as leaves,
+        differentiable_weights(model, tensors) as leaves,
         sdpa_kernel(SDPBackend.MATH),
     ):
         # Tensors made under inference mode cannot be saved for backward, their clones can.
@@ -213,22 +215,22 @@ def _finite(vector: Tensor) -> Tensor:
     return vector
 
 
-def _chosen(model: nn.Module, names: Sequence[str] | None) -> dict[str, Tensor]:
+def _hessian_tensors(model: nn.Module, names: Sequence[str] | None) -> dict[str, LayerTensor]:
     if names is None:
-        return perturbed_parameters(model, biases=False)
-    chosen, unknown = {}, []
+        return layer_tensors(model, biases=False)
+    tensors, unknown = {}, []
     for name in names:
         try:
-            chosen[name] = weight_at(model, name)
+            tensors[name] = layer_tensor(model, name)
         except ValueError:
             unknown.append(name)
     if unknown or not names:
-        first = next(iter(perturbed_parameters(model)))
+        first = next(iter(layer_tensors(model)))
         raise ValueError(
             f"Expected `names` to be parameters of the network such as {first} "
             f"but got {', '.join(unknown) or 'none'}."
         )
-    return chosen
+    return tensors
 
 
 def _unflatten(vector: Tensor, weights: Mapping[str, Tensor]) -> Direction:

@@ -1,6 +1,5 @@
 """Adversarial weight perturbation for any variant of adversarial training."""
 
-from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any, Literal, get_args
 
@@ -9,15 +8,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, distributed
 from torch.optim import Optimizer
 
-from robust_flatness.functional.awp import adversarial_weight_perturbation
 from robust_flatness.functional.checks import check_choice, check_count, check_number
 from robust_flatness.functional.evaluation import Mode
-from robust_flatness.functional.layer_weights import (
-    own_tensor,
-    perturbed_parameters,
-    perturbed_weights,
+from robust_flatness.functional.layer_weights import LayerTensor, layer_tensors, perturbed_weights
+from robust_flatness.functional.weight_perturbation import (
+    adversarial_perturbation,
+    random_perturbation,
 )
-from robust_flatness.functional.weight_perturbation import random_perturbation
 from robust_flatness.lightning_modules.pgd_mixin import PGDMixin
 from robust_flatness.lightning_modules.schedules import epochs_of_share
 
@@ -72,37 +69,40 @@ class AWPMixin(PGDMixin):
         check_choice("direction", direction, get_args(Direction))
         self.xi, self.awp_steps, self.awp_mode = xi, awp_steps, awp_mode
         self.order, self.warmup, self.direction = order, warmup, direction
+        self._tensors: dict[str, LayerTensor] = {}
         self._perturbed = ExitStack()
-        # ν by parameter and ‖ν_l‖ / ‖w_l‖, of the steps since the last update and of the epoch.
+        # ν by parameter, of the steps since the last update, and ‖ν_l‖ / ‖w_l‖, of the epoch.
         self._decay_shifts: list[dict[int, Tensor]] = []
         self._relative_norms: list[Tensor] = []
 
     def perturb(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> None:
         """Moves the weights to w + ν until the backward is done."""
-        if self._warming_up:
+        if self.current_epoch < epochs_of_share(self.warmup, self.trainer.max_epochs or 0):
             return
-        weights = self._perturbed_weights()
+        weights = {name: tensor.value() for name, tensor in self._tensors.items()}
         if self.direction == "random":
             generator = self.noise.generator("weights", self.device)
             perturbation = random_perturbation(weights, self.xi, generator)
         else:
-            perturbation = adversarial_weight_perturbation(
+            perturbation = adversarial_perturbation(
                 self,
-                adversarial,
-                labels,
+                self._tensors,
+                lambda: self.objective(images, adversarial, labels)[0],
                 xi=self.xi,
                 steps=self.awp_steps,
-                objective=lambda _, inputs, targets: self.objective(images, inputs, targets)[0],
                 mode=self.awp_mode,
                 reduce=mean_over_ranks,
-                weights=weights,
             )
-        self._record_norms(perturbation, weights)
+        ratios = [
+            nu.norm() / weights[name].detach().norm().clamp_min(torch.finfo(nu.dtype).tiny)
+            for name, nu in perturbation.items()
+        ]
+        self._relative_norms.append(torch.stack(ratios))
         if self.order == "awp":
-            shifts = ((own_tensor(self, name), nu) for name, nu in perturbation.items())
+            shifts = ((self._tensors[name].own(), nu) for name, nu in perturbation.items())
             # What is computed decays only through the parameters behind it, which are not moved.
             self._decay_shifts.append({id(w): nu for w, nu in shifts if w is not None})
-        self._perturbed.enter_context(perturbed_weights(self, perturbation))
+        self._perturbed.enter_context(perturbed_weights(self, perturbation, self._tensors))
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Differentiates at w + ν and restores w, whatever happens."""
@@ -135,7 +135,16 @@ class AWPMixin(PGDMixin):
         """
         super().on_train_start()
         self._decay_shifts, self._relative_norms = [], []
-        self._perturbed_weights()
+        self._find_weights()
+
+    def on_train_epoch_start(self) -> None:
+        """Finds the weights again, as a callback may have replaced layers."""
+        super().on_train_epoch_start()
+        self._find_weights()
+
+    def _find_weights(self) -> None:
+        # The network's own: an auxiliary head beside it is left alone, as in the paper's code.
+        self._tensors = layer_tensors(self.network, biases=False)
 
     def on_train_epoch_end(self) -> None:
         """Logs the variant's metrics, and the extremes of ‖ν_l‖ / ‖w_l‖."""
@@ -174,24 +183,6 @@ class AWPMixin(PGDMixin):
                 f"{type(optimizer).__name__}."
             )
         return configured
-
-    def _record_norms(
-        self, perturbation: Mapping[str, Tensor], weights: Mapping[str, Tensor]
-    ) -> None:
-        ratios = [
-            nu.norm() / weights[name].detach().norm().clamp_min(torch.finfo(nu.dtype).tiny)
-            for name, nu in perturbation.items()
-        ]
-        self._relative_norms.append(torch.stack(ratios))
-
-    def _perturbed_weights(self) -> dict[str, Tensor]:
-        """The network's own: an auxiliary head beside it is left alone, as in the paper's code."""
-        weights = perturbed_parameters(self.network, biases=False)
-        return {f"network.{name}": weight for name, weight in weights.items()}
-
-    @property
-    def _warming_up(self) -> bool:
-        return self.current_epoch < epochs_of_share(self.warmup, self.trainer.max_epochs or 0)
 
 
 def mean_over_ranks(gradients: list[Tensor]) -> list[Tensor]:

@@ -175,6 +175,8 @@ class AT(PGDMixin):
         with self.network_checked(images), self.noise.dropout(self, self.device):
             adversarial = self._attack_unless_incorrect(images, labels)
             noisy = self._noisy_labels(labels)
+            # Older versions of PyTorch keep casts of the weights that were made without a graph.
+            torch.clear_autocast_cache()
             self.perturb(images, adversarial, noisy)
             loss, logits, terms = self.objective(images, adversarial, noisy)
         if self.noise.step == 0:
@@ -220,7 +222,7 @@ class AT(PGDMixin):
         )
 
     def on_train_start(self) -> None:
-        """Tells a schedule that counts steps how many there are."""
+        """Sets the length of a schedule that counts steps."""
         self.means.sums.clear()
         prepare_schedule(self.lr_schedulers(), self.trainer)
 

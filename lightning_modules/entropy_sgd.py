@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
-from torch.optim import SGD
+from torch.optim import SGD, Optimizer
 
 from robust_flatness.functional.checks import check_count, check_number
 from robust_flatness.functional.noise import keyed_generator
@@ -203,21 +203,20 @@ class EndOfWalk(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sets the seed of the noise."""
-        for optimizer in self._optimizers(trainer):
-            optimizer.seed = getattr(pl_module, "run_seed", None) or 0
+        for optimizer in trainer.optimizers:
+            if isinstance(optimizer, EntropySGD):
+                optimizer.seed = getattr(pl_module, "run_seed", None) or 0
 
-    def on_before_optimizer_step(self, trainer: Trainer, *args: Any) -> None:
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
         """Has the last step of an epoch or of training end the walk, before hooks on the step."""
-        last = trainer.is_last_batch or trainer.global_step + 1 == trainer.max_steps
-        for optimizer in self._optimizers(trainer):
+        if isinstance(optimizer, EntropySGD):
+            last = trainer.is_last_batch or trainer.global_step + 1 == trainer.max_steps
             optimizer.cut_short = last
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         """Ends the walk if a callback stops training, or if AMP skipped the last step."""
-        for optimizer in self._optimizers(trainer):
-            if optimizer.cut_short or trainer.should_stop:
+        for optimizer in trainer.optimizers:
+            if isinstance(optimizer, EntropySGD) and (optimizer.cut_short or trainer.should_stop):
                 optimizer.finish()
-
-    @staticmethod
-    def _optimizers(trainer: Trainer) -> list[EntropySGD]:
-        return [o for o in trainer.optimizers if isinstance(o, EntropySGD)]

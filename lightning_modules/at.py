@@ -86,8 +86,9 @@ class AT(PGDMixin):
         fast: Deprecated, without effect: the trainer's `precision` decides.
 
     Raises:
-        ValueError: If an argument is out of range; before the first step, if the network does not
-            take the images or has not as many outputs as there are classes.
+        ValueError: If an argument is out of range; before training, if it is endless and the
+            schedule counts in shares of it; in the first step, if the network does not take the
+            images or has another number of outputs than there are classes.
 
     Example:
         >>> from functools import partial
@@ -126,8 +127,8 @@ class AT(PGDMixin):
         super().__init__()
         warn_of_fast(fast)
         mean, std = channel_values("mean", mean), channel_values("std", std)
-        ignored = ["fast", "network"] if isinstance(network, nn.Module) else ["fast"]
-        self.save_hyperparameters(ignore=ignored)
+        built = isinstance(network, nn.Module)
+        self.save_hyperparameters(ignore=["fast", "network"] if built else ["fast"])
         self._keep_plain_hyperparameters({"mean": mean, "std": std})
         check_count("num_classes", num_classes, low=2)
         check_number("eps_scale", eps_scale)
@@ -165,12 +166,7 @@ class AT(PGDMixin):
         return logits
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
-        """One step: craft, draw label noise, perturb weights (`AWPMixin`), take the objective.
-
-        Raises:
-            ValueError: In the first step, if the network does not take the images, or if it has
-                another number of outputs than there are classes.
-        """
+        """Crafts, draws label noise, perturbs the weights (`AWPMixin`), and takes the objective."""
         images, labels = batch[:2]
         with self.network_checked(images), self.noise.dropout(self, self.device):
             adversarial = self._attack_unless_incorrect(images, labels)
@@ -241,11 +237,7 @@ class AT(PGDMixin):
         return [EndOfWalk()]
 
     def configure_optimizers(self) -> Any:
-        """Optimizer and schedule from the module's arguments.
-
-        Raises:
-            ValueError: If the schedule counts in shares and the number of epochs is unlimited.
-        """
+        """Optimizer and schedule from the module's arguments."""
         optimizer = self._optimizer(self.parameters())
         scheduler = self._lr_scheduler(optimizer)
         prepare_schedule(scheduler, self.trainer)
@@ -265,12 +257,7 @@ class AT(PGDMixin):
         checkpoint[LAYERS_KEY] = plain_layers(self.network)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses the checkpoint of another variant, or of another network.
-
-        Raises:
-            ValueError: If another class wrote the checkpoint, or if it was trained with a network
-                of other weights or other layers.
-        """
+        """Refuses the checkpoint of another variant, or of another network."""
         written = checkpoint.get(CLASS_KEY, type(self).__name__)
         if written != type(self).__name__:
             raise ValueError(

@@ -20,8 +20,7 @@ class ATEntropySGD(AT):
 
     Args:
         optimizer: Builds an `EntropySGD`; `--model.optimizer.langevin_steps 2` sets L.
-        args: The network, as the first argument of `AT`.
-        kwargs: Arguments of `AT`.
+        args, kwargs: Arguments of `AT`.
 
     Raises:
         ValueError: If the optimizer is another; before training starts.
@@ -37,11 +36,7 @@ class ATEntropySGD(AT):
         super().__init__(*args, optimizer=optimizer, **kwargs)
 
     def configure_optimizers(self) -> Any:
-        """Optimizer and schedule from the module's arguments.
-
-        Raises:
-            ValueError: If the optimizer is not an `EntropySGD`.
-        """
+        """Optimizer and schedule from the module's arguments."""
         configured = super().configure_optimizers()
         optimizer = configured["optimizer"]
         if not isinstance(optimizer, EntropySGD):

@@ -35,8 +35,7 @@ class ATSelfSupervision(AT):
         adversarial_fraction: Share of each half, or of each rotation, that is attacked; the rest
             stays clean. 1 is the paper's text, 0.5 its code and, by its clean errors, its table.
         hidden: Units of the rotation head's hidden layer.
-        args: The network, as the first argument of `AT`.
-        kwargs: Arguments of `AT`; `incorrect` has no meaning here.
+        args, kwargs: Arguments of `AT`; `incorrect` has no meaning here.
 
     Raises:
         ValueError: If an argument is out of range, or the network lacks `features`,

@@ -22,8 +22,7 @@ class ATUnlabeled(TRADES):
     Args:
         loss: `at` treats pseudo-labels as labels in plain AT (the paper), `trades` takes TRADES'
             loss and attack (Carmon et al.).
-        args: The network, as the first argument of `AT`.
-        kwargs: Arguments of `TRADES`; `lam` is used with `loss="trades"` only.
+        args, kwargs: Arguments of `TRADES`; `lam` is used with `loss="trades"` only.
 
     Raises:
         ValueError: If `loss` is unknown; before the first step, if the data mixes nothing in.
@@ -44,11 +43,7 @@ class ATUnlabeled(TRADES):
             super().check_attack()
 
     def on_train_batch_start(self, batch: Sequence[Tensor], batch_idx: int) -> None:
-        """Checks the first batch.
-
-        Raises:
-            ValueError: If batches do not contain which images are pseudo-labelled.
-        """
+        """Checks that batches contain which images are pseudo-labelled."""
         super().on_train_batch_start(batch, batch_idx)
         if len(batch) < 3:
             raise ValueError(

@@ -43,11 +43,12 @@ class AWPMixin(PGDMixin):
         awp_mode: `eval` ascends on running BatchNorm statistics (the paper's code), `train` on
             those of the batch (the original's).
         direction: `adversarial`, or `random` for one drawn on the sphere in each step.
-        args: The network, as the first argument of `AT`.
-        kwargs: Arguments of the variant.
+        args, kwargs: Arguments of the variant.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range; before training, if the warm-up is a share of
+            endless training, if `order` is awp and the optimizer decouples weight decay from
+            gradients, or if it is not certain what tensors a layer computes with.
     """
 
     def __init__(
@@ -128,11 +129,7 @@ class AWPMixin(PGDMixin):
                         parameter.grad.add_(shift[id(parameter)], alpha=decay / len(shifts))
 
     def on_train_start(self) -> None:
-        """Refuses a network that cannot be perturbed, also if a warm-up comes first.
-
-        Raises:
-            ValueError: If a layer's weight is not certain.
-        """
+        """Refuses a network that cannot be perturbed, also if a warm-up comes first."""
         super().on_train_start()
         self._decay_shifts, self._relative_norms = [], []
         self._find_weights()
@@ -161,12 +158,7 @@ class AWPMixin(PGDMixin):
         return [*callbacks, RestoreWeights()]
 
     def configure_optimizers(self) -> Any:
-        """The variant's optimizer and schedule.
-
-        Raises:
-            ValueError: If `order` is awp and the optimizer decouples weight decay from gradients,
-                or if the warm-up is a share of endless training.
-        """
+        """The variant's optimizer and schedule, if `order` and `warmup` suit them."""
         configured: Any = super().configure_optimizers()
         if self.warmup and (self.trainer.max_epochs or 0) < 1:
             raise ValueError(
@@ -174,10 +166,11 @@ class AWPMixin(PGDMixin):
                 f"got {self.trainer.max_epochs}."
             )
         optimizer = configured["optimizer"]
-        groups = optimizer.param_groups
-        if self.order == "awp" and any(
-            group.get("weight_decay") and group.get("decoupled_weight_decay") for group in groups
-        ):
+        decoupled = any(
+            group.get("weight_decay") and group.get("decoupled_weight_decay")
+            for group in optimizer.param_groups
+        )
+        if self.order == "awp" and decoupled:
             raise ValueError(
                 "Expected an optimizer with coupled weight decay for `order` awp but got "
                 f"{type(optimizer).__name__}."

@@ -1,6 +1,6 @@
 """Checkpoints of variants: who wrote them, with which network, and how they load."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,8 +47,8 @@ def read_checkpoint(path: str | Path, argument: str) -> dict[str, Any]:
 def load_checkpoint(path: str | Path, **kwargs: Any) -> "AT":
     """Loads a checkpoint as the variant that wrote it.
 
-    `AT.load_from_checkpoint` loads checkpoints of `AT` and refuses those of other variants; this
-    function reads the class from the checkpoint.
+    `AT.load_from_checkpoint` loads checkpoints of `AT` alone; this function reads the class from
+    the checkpoint.
 
     Args:
         path: A checkpoint of a variant of this package.
@@ -103,7 +103,7 @@ def check_network_of(checkpoint: Mapping[str, Any], network: nn.Module) -> None:
         >>> checkpoint = {"state_dict": {"network.weight": torch.zeros(2, 3)}}
         >>> check_network_of(checkpoint, nn.Linear(3, 2, bias=False))
     """
-    difference = _difference(checkpoint, network)
+    difference = next(_differences(checkpoint, network), None)
     if difference is not None:
         raise ValueError(
             f"Expected `network` to be the one of the checkpoint but {type(network).__name__} has "
@@ -111,32 +111,29 @@ def check_network_of(checkpoint: Mapping[str, Any], network: nn.Module) -> None:
         )
 
 
-def _difference(checkpoint: Mapping[str, Any], network: nn.Module) -> str | None:
-    prefix = "network."
-    own = {name: weight.shape for name, weight in network.state_dict(prefix=prefix).items()}
-    weights = checkpoint.get("state_dict", {}).items()
-    saved = {name: weight.shape for name, weight in weights if name.startswith(prefix)}
+def _differences(checkpoint: Mapping[str, Any], network: nn.Module) -> Iterator[str]:
+    own = {name: tuple(weight.shape) for name, weight in network.state_dict().items()}
+    saved = {
+        name.removeprefix("network."): tuple(weight.shape)
+        for name, weight in checkpoint.get("state_dict", {}).items()
+        if name.startswith("network.")
+    }
     for name in sorted({*own, *saved}) if saved else ():
-        short = name.removeprefix(prefix)
         if name not in own:
-            return f"no {short}"
-        if name not in saved:
-            return f"{short}, which the checkpoint lacks"
-        if own[name] != saved[name]:
-            return f"{short} of shape {tuple(own[name])} and not {tuple(saved[name])}"
-    layers = checkpoint.get(LAYERS_KEY, plain_layers(network))
-    for before, now in zip_longest(layers, plain_layers(network), fillvalue="no layer"):
+            yield f"no {name}"
+        elif name not in saved:
+            yield f"{name}, which the checkpoint lacks"
+        elif own[name] != saved[name]:
+            yield f"{name} of shape {own[name]} and not {saved[name]}"
+    layers = plain_layers(network)
+    pairs = zip_longest(checkpoint.get(LAYERS_KEY, layers), layers, fillvalue="no layer")
+    for before, now in pairs:
         if before != now:
-            return f"{now} in place of {before}"
-    return None
+            yield f"{now} in place of {before}"
 
 
 def warn_of_fast(fast: object) -> None:
-    """Warns if `fast` is set, an argument of earlier versions.
-
-    Args:
-        fast: Its value; `None` if it is not set.
-    """
+    """Warns if `fast`, an argument of earlier versions, is not `None`."""
     if fast is not None:
         rank_zero_warn(
             "`fast` has no effect: training is in bfloat16 with the trainer's `precision` "

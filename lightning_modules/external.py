@@ -35,16 +35,15 @@ class External(LightningModule):
 
     Args:
         network: A module; the path of a class, function or module, such as `package.Network` (on
-            the command line with its arguments behind it); or the name of a model of RobustBench's
+            the command line followed by its arguments); or the name of a model of RobustBench's
             zoo, which RobustBench downloads. `None` if `weights` is a TorchScript file.
-        weights: File of a state dict, anywhere in it (`state_dict`, `model`, …) and with any prefix
-            (`module.`, `_orig_mod.`, …); or a TorchScript file.
-        input_mean: Per-channel mean of a normalisation to put in front of the network, which then
-            takes normalised images; `None` if it takes pixels in [0, 1]. The data's own mean is
-            not put in: a network trained elsewhere was trained with one of its own.
+        weights: File with a state dict, at any place in it (`state_dict`, `model`, …) and with any
+            prefix (`module.`, `_orig_mod.`, …); or a TorchScript file.
+        input_mean: Per-channel mean of a normalisation in front of the network; `None` if it takes
+            pixels in [0, 1]. The data's own mean is not used: the network was trained with its own.
         input_std: Standard deviation likewise.
-        trust_weights: Whether to load a file that is more than tensors. Such a file can run any
-            code on your machine, so only ever one whose makers you trust.
+        trust_weights: Whether to load a file that contains more than tensors. Such a file can run
+            any code on your machine: only load those whose makers you trust.
         dataset: Of RobustBench: `cifar10`, `cifar100` or `imagenet`.
         threat_model: Of RobustBench: `Linf`, `L2` or `corruptions`.
         fast: Deprecated, without effect.
@@ -196,7 +195,7 @@ def _tensors_of(content: Any) -> dict[str, Tensor]:
 def load_weights(
     network: nn.Module, tensors: Mapping[str, Tensor], path: str, *, normalized: bool
 ) -> None:
-    """Loads all weights of a network from the tensors of a file, and leaves none out.
+    """Loads all weights of a network from the tensors of a file, which may have no others.
 
     Names in the file may have any prefix, and names of wrappers in between. If the weights are
     there more than once, those of training are taken before averages, with a warning.
@@ -237,7 +236,21 @@ def load_weights(
                 f"Expected `weights` to have {name} of shape {tuple(weight.shape)} but got "
                 f"{tuple(saved.shape)} for {saved_name} in {path}."
             )
-    _check_none_is_left(own, file, prefix, path, normalized=normalized)
+    left = [name for name in file if not any(suffix in own for suffix in _suffixes(name))]
+    statistics = [name for name in left if STATISTICS.search(name)]
+    if statistics and not normalized:
+        raise ValueError(
+            f"Expected `input_mean` and `input_std`, as {path} has a normalisation, "
+            f"{file[statistics[0]][0]}, that the network lacks, but got None; zeros and ones are "
+            "none."
+        )
+    rest = [n for n in left if n.startswith(prefix) and not n.endswith(COUNTER)]
+    rest = [file[name][0] for name in rest if name not in statistics]
+    if rest:
+        raise ValueError(
+            f"Expected `network` to have all weights of {path} but it lacks {len(rest)}, such as "
+            f"{rest[0]}."
+        )
     for other in others[:1]:
         if any(not torch.equal(file.get(other + k, pair)[1], pair[1]) for k, pair in pairs.items()):
             rank_zero_warn(
@@ -248,7 +261,7 @@ def load_weights(
 
 
 def _by_plain_name(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
-    """Names and tensors by their names without those of wrappers, unless two would be the same."""
+    """Names and tensors by names without those of wrappers, unless two would be the same."""
     plain = {
         ".".join(part for part in name.split(".") if part not in WRAPPERS): (name, tensor)
         for name, tensor in tensors.items()
@@ -263,10 +276,7 @@ def _suffixes(name: str) -> list[str]:
 
 
 def _prefixes(own: Mapping[str, object], file: Mapping[str, object]) -> list[str]:
-    """Prefixes with which all names of the network are in a file, weights of training first.
-
-    Without a full copy it is the prefix of most names.
-    """
+    """Prefixes of all names of the network in a file, those of training first, or of most names."""
     counts = Counter(
         name.removesuffix(suffix) for name in file for suffix in _suffixes(name) if suffix in own
     )
@@ -280,30 +290,3 @@ def _prefixes(own: Mapping[str, object], file: Mapping[str, object]) -> list[str
         return bool(AVERAGES.search(prefix)), sum(p not in PLACES for p in parts), len(parts)
 
     return sorted(full, key=strangeness)
-
-
-def _check_none_is_left(
-    own: Mapping[str, object],
-    file: Mapping[str, tuple[str, Tensor]],
-    prefix: str,
-    path: str,
-    *,
-    normalized: bool,
-) -> None:
-    left = [name for name in file if not any(suffix in own for suffix in _suffixes(name))]
-    statistics = [file[name][0] for name in left if STATISTICS.search(name)]
-    if statistics and not normalized:
-        raise ValueError(
-            f"Expected `input_mean` and `input_std`, as {path} has a normalisation, "
-            f"{statistics[0]}, that the network lacks, but got None; zeros and ones are none."
-        )
-    rest = [
-        file[name][0]
-        for name in left
-        if name.startswith(prefix) and not STATISTICS.search(name) and not name.endswith(COUNTER)
-    ]
-    if rest:
-        raise ValueError(
-            f"Expected `network` to have all weights of {path} but it lacks {len(rest)}, such as "
-            f"{rest[0]}."
-        )

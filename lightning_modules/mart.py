@@ -21,8 +21,7 @@ class MART(AT):
 
     Args:
         lam: Weight λ of the divergence; 6 in Table 1, swept over 1, 3, 6 and 9.
-        args: The network, as the first argument of `AT`.
-        kwargs: Arguments of `AT`.
+        args, kwargs: Arguments of `AT`.
 
     Raises:
         ValueError: If `lam` is negative.

@@ -69,7 +69,7 @@ class BatchNoise:
         return numbers[self.rank :: self.world_size]
 
     def starts(self, pgd: PGD, shape: Sequence[int], purpose: str, device: torch.device) -> Tensor:
-        """This process's random starts `shape` of an attack."""
+        """This process's random starts of an attack, of shape `(N, C, H, W)`."""
         starts = random_start(
             (self.world_size * shape[0], *shape[1:]),
             eps=pgd.eps,
@@ -81,10 +81,7 @@ class BatchNoise:
 
     @contextmanager
     def dropout(self, network: nn.Module, device: torch.device) -> Iterator[None]:
-        """Dropout inside draws from the seed, the batch and the rank.
-
-        The global random state is left as it was; without Dropout it is not touched.
-        """
+        """Seeds what Dropout draws inside; without Dropout the random state is not touched."""
         if not any(isinstance(m, _DropoutNd) and m.p > 0 for m in network.modules()):
             yield
             return
@@ -94,7 +91,7 @@ class BatchNoise:
 
 
 def forked_random_state(device: torch.device) -> AbstractContextManager[None]:
-    """Random numbers inside, on the CPU and on one device, leave no trace outside."""
+    """Restores the random states of the CPU and of one device afterwards."""
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
@@ -105,7 +102,7 @@ class PGDMixin(LightningModule):
         network: Maps normalised images to logits.
         pgd: The attack on the images.
         num_classes: Number of classes.
-        run_seed: Seed of all noise, the same on all processes, and after a resume; `None` before
+        run_seed: Seed of all noise, the same on all processes and after a resume; `None` before
             the first `fit`.
     """
 
@@ -139,8 +136,8 @@ class PGDMixin(LightningModule):
 
         Returns:
             Scalar loss; logits `(M, num_classes)` of the first M examples, all that are adversarial
-            and have labels; and further terms by the name that their mean over an epoch is logged
-            under, one value for each example.
+            and have labels; and further terms to log, one value for each example, by the name that
+            their mean over an epoch gets.
         """
         raise NotImplementedError
 
@@ -158,7 +155,7 @@ class PGDMixin(LightningModule):
         Args:
             images: `(N, C, H, W)` in [0, 1].
             labels: `(N,)`, or any target with N rows that `criterion` takes.
-            criterion: Maps logits and labels to the losses `(N,)` to raise.
+            criterion: Maps logits and labels to the losses `(N,)` to increase.
             model: What is attacked; `None` for the module itself.
             start: Perturbations `(N, C, H, W)` to start from; `None` draws them. A second attack in
                 a step needs starts of another purpose, see `BatchNoise.starts`.
@@ -190,13 +187,14 @@ class PGDMixin(LightningModule):
         self.run_seed = int(self.trainer.strategy.broadcast(own))
 
     def on_train_batch_start(self, batch: Sequence[Tensor], batch_idx: int) -> None:
-        """Checks the first batch, once only, as this waits for the device.
+        """Checks images and labels of the first batch, and the size of the last one.
 
         Raises:
             ValueError: On all processes, if pixels are outside [0, 1] or labels outside the classes
                 on any, or if the last batch of an epoch is one image that the network cannot train
                 on.
         """
+        # Once only: the check waits for the device.
         if self.noise.step == 0:
             with errors_on_all_ranks():
                 check_examples(batch[0], batch[1], self.num_classes)
@@ -224,7 +222,7 @@ class PGDMixin(LightningModule):
 
     @contextmanager
     def network_checked(self, images: Tensor) -> Iterator[None]:
-        """If the first step fails, says so if the network does not take the images."""
+        """If the first step fails, raises a ValueError if the network does not take the images."""
         try:
             yield
         except Exception:

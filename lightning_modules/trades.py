@@ -23,8 +23,7 @@ class TRADES(AT):
 
     Args:
         lam: Weight λ of the divergence; 6 in Table 1, swept over 1, 3, 6 and 9.
-        args: The network, as the first argument of `AT`.
-        kwargs: Arguments of `AT`.
+        args, kwargs: Arguments of `AT`.
 
     Raises:
         ValueError: If `lam` is negative, the attack starts at zero, or `incorrect` is `predicted`,
@@ -42,11 +41,7 @@ class TRADES(AT):
         self.check_attack()
 
     def check_attack(self) -> None:
-        """Refuses settings that mean nothing to an attack on the divergence.
-
-        Raises:
-            ValueError: If the attack starts at zero, or is to use predictions, which it does.
-        """
+        """Refuses settings that mean nothing to an attack on the divergence."""
         check_choice("start", self.pgd.start, TRADES_STARTS)
         check_choice("incorrect", self.incorrect, ("attack", "ignore"))
 
@@ -71,8 +66,7 @@ class TRADESAWP(AWPMixin, TRADES):
     Args:
         xi: Relative length ξ.
         warmup: Share of training before weights are perturbed.
-        args: The network, as the first argument of `AT`.
-        kwargs: Arguments of `AWPMixin` and of `TRADES`.
+        args, kwargs: Arguments of `AWPMixin` and of `TRADES`.
 
     Example:
         >>> TRADESAWP(xi=0.01, lam=3.0).lam

@@ -1,13 +1,14 @@
 import pytest
 import torch
 from lightning.pytorch import Callback
-from networks_for_tests import images_and_labels, tiny_body
+from networks_for_tests import images_and_labels, same, snapshot, tiny_body
 from torch import nn
 from torch.nn.utils import parametrizations, weight_norm
 from torch.utils.data import DataLoader, TensorDataset
 from trainers import PLAIN, loader, quiet_trainer
 
 from robust_flatness.functional import adversarial_weight_perturbation, perturbed_weights
+from robust_flatness.functional.layer_weights import layer_tensors
 from robust_flatness.lightning_modules import ATAWP, TRADESAWP
 
 XI = 0.02
@@ -195,6 +196,40 @@ def test_weights_come_back_after_an_exception(where):
         between = [FailBetween()] if where == "between" else []
         quiet_trainer(callbacks=between).fit(module, loader(8))
     assert all(torch.equal(a, b) for a, b in zip(before, module.parameters()))
+
+
+def test_a_training_that_failed_leaves_no_decay_to_the_next():
+    images, labels = images_and_labels(8)
+    data = DataLoader(TensorDataset(images.double(), labels), 8)
+    failed, fresh = module_for("awp"), module_for("awp")
+    with pytest.raises(RuntimeError, match="half-way"):
+        quiet_trainer(callbacks=[FailBetween()]).fit(failed, data)
+    fresh.load_state_dict(failed.state_dict())
+    for module in (failed, fresh):
+        quiet_trainer().fit(module, data)
+    assert same(snapshot(failed), snapshot(fresh))
+
+
+def test_weights_are_found_once_an_epoch_also_in_layers_that_a_callback_replaces(monkeypatch):
+    found = []
+
+    def spied(network, **kwargs):
+        found.append(layer_tensors(network, **kwargs))
+        return found[-1]
+
+    monkeypatch.setattr("robust_flatness.lightning_modules.awp_mixin.layer_tensors", spied)
+
+    class Replaces(Callback):
+        def on_train_epoch_start(self, trainer, module):
+            if trainer.current_epoch == 1:
+                module.network[0] = nn.Conv2d(3, 6, 3, padding=1)
+
+    watch = Weights()
+    trainer = quiet_trainer(max_epochs=2, callbacks=[Replaces(), watch])
+    trainer.fit(ATAWP(tiny_body, **PLAIN), loader(32))
+    # At the start, and in each of two epochs of four steps.
+    assert len(found) == 3
+    assert watch.inside == [True] * 8
 
 
 def test_weights_come_back_after_a_loss_of_nan():

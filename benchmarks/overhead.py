@@ -34,7 +34,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from robust_flatness.lightning_modules import AT
-from robust_flatness.lightning_modules.epoch_means import EpochMeans
+from robust_flatness.lightning_modules.at import EpochMeans
 from robust_flatness.loggers import EpochCSVLogger
 
 BARE, MEANS = "bare loop", "means, once an epoch"
@@ -81,11 +81,11 @@ class Means(Plain):
 
     def tell(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Adds up."""
-        AT._record(self, loss, logits, labels)  # type: ignore[arg-type]
+        AT._record(self, loss, logits, labels, {})  # type: ignore[arg-type]
 
     def on_train_epoch_end(self) -> None:
         """Logs."""
-        self.means.log(self)
+        AT.on_train_epoch_end(self)  # type: ignore[arg-type]
 
 
 class EachStep(Plain):

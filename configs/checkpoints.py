@@ -10,8 +10,7 @@ from torch import Tensor
 
 from robust_flatness.configs.checks import check_resumed, is_external
 from robust_flatness.lightning_modules import AT
-from robust_flatness.lightning_modules.at import CLASS_KEY
-from robust_flatness.lightning_modules.loading import read_checkpoint
+from robust_flatness.lightning_modules.checkpoints import CLASS_KEY, read_checkpoint
 
 Shapes = dict[str, tuple[int, ...]]
 # Without these Lightning trains on from the first epoch, or with a fresh optimizer.

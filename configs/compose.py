@@ -28,7 +28,7 @@ from robust_flatness.configs.network_option import (
 from robust_flatness.configs.options import Option, read_options
 from robust_flatness.configs.suggestions import options_of
 from robust_flatness.functional.checks import check_number
-from robust_flatness.lightning_modules.loading import read_checkpoint
+from robust_flatness.lightning_modules.checkpoints import read_checkpoint
 
 CONFIGS = Path(__file__).parent
 DEFAULTS = CONFIGS / "defaults.yaml"

@@ -5,7 +5,7 @@ from networks_for_tests import tiny_body
 from torch.optim import SGD
 from trainers import PLAIN, loader, quiet_trainer
 
-from robust_flatness.lightning_modules import AT, Cyclic
+from robust_flatness.lightning_modules import AT, Cyclic, MultiStep
 
 
 def run_through(steps, **kwargs):
@@ -80,6 +80,53 @@ def test_a_resumed_run_goes_on_in_its_cycle(tmp_path):
     # first has the rate that the optimizer was saved with.
     longer = fit(epochs=6, ckpt_path=checkpoint)
     assert longer[1:] == pytest.approx(fit(epochs=6)[9:])
+
+
+def test_milestones_are_shares_and_do_not_lag_by_rounding():
+    for epochs, expected in ((60, [24, 36, 48]), (7, [3, 5, 6]), (1, [1, 1, 1])):
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        scheduler = MultiStep(optimizer)
+        scheduler.total = epochs
+        for epoch in range(epochs + 1):
+            passed = sum(epoch >= milestone for milestone in expected)
+            assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1**passed)
+            optimizer.step()
+            scheduler.step()
+    assert "total" not in scheduler.state_dict()
+    # 0.07 · 100 is 7.000000000000001 in floating point.
+    scheduler = MultiStep(torch.optim.SGD([torch.zeros(1)], lr=1.0), milestones=[0.07])
+    scheduler.total, scheduler.last_epoch = 100, 7
+    assert scheduler.get_lr() == [0.1]
+
+
+def test_a_run_that_goes_on_for_longer_has_the_rates_of_the_longer_run(tmp_path):
+    def module():
+        return Rates(tiny_body, lr_scheduler=lambda o: MultiStep(o, milestones=[0.5]), **PLAIN)
+
+    short, longer = quiet_trainer(max_epochs=4), quiet_trainer(max_epochs=10)
+    short.fit(module(), loader(8))
+    short.save_checkpoint(tmp_path / "a.ckpt")
+    resumed = module()
+    longer.fit(resumed, loader(8), ckpt_path=tmp_path / "a.ckpt", weights_only=False)
+    assert resumed.rates == pytest.approx([0.05] + [0.005] * 5)
+
+
+def test_the_logged_rate_is_the_one_that_the_epoch_trained_with():
+    logged = []
+
+    class Logged(AT):
+        def on_train_epoch_end(self):
+            super().on_train_epoch_end()
+            logged.append(self.trainer.callback_metrics["train/learning_rate"].item())
+
+    schedule = {"lr_scheduler": lambda o: MultiStep(o, milestones=[0.5])}
+    quiet_trainer(max_epochs=4).fit(Logged(tiny_body, **PLAIN, **schedule), loader(8))
+    assert logged == pytest.approx([0.05, 0.05, 0.005, 0.005])
+
+
+def test_shares_of_endless_training_are_refused():
+    with pytest.raises(ValueError, match="`trainer.max_epochs` to be >= 1"):
+        quiet_trainer(max_epochs=-1).fit(AT(tiny_body, **PLAIN), loader(8))
 
 
 @pytest.mark.parametrize(

@@ -1,72 +1,21 @@
-"""Measuring a network in the middle of training, so that training does not notice."""
+"""A network in the middle of training, so that measuring leaves no trace in it."""
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar, WeightAveraging
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from torch import Tensor, nn
 
-from robust_flatness.callbacks.fixed_images import Normalization, PixelInput
-from robust_flatness.functional import evaluation_context as functional_context
-from robust_flatness.functional.arithmetic import float32_forwards
-from robust_flatness.measures.base import DEFAULT_EPS, Measure
-from robust_flatness.measures.processes import Examples, Processes
+from robust_flatness.functional import evaluation
 
 Weights = dict[str, Tensor]
 
 # The own weights of modules that hold others at the moment, averaged or early-stopped.
 _OWN_WEIGHTS: WeakKeyDictionary[nn.Module, Weights] = WeakKeyDictionary()
-# Lightning uses a task's number as its place in the list, so none of its tasks may move: the task
-# added here is hidden between measures, not removed.
-_TASKS: WeakKeyDictionary[Progress, TaskID] = WeakKeyDictionary()
-
-
-def evaluate(
-    trainer: Trainer,
-    module: LightningModule,
-    measure: Measure,
-    examples: Examples,
-    *,
-    split: str,
-    normalization: Normalization | None = None,
-) -> Any:
-    """Measures a module with the weights that it holds, on all processes together.
-
-    Args:
-        trainer: The trainer.
-        module: The module.
-        measure: The measure.
-        examples: The measured set, which all processes hold.
-        split: Name of the set, for the progress bar.
-        normalization: `(mean, std)` if the module takes normalised images.
-
-    Returns:
-        The result for the whole set, on every process.
-    """
-
-    def progress(text: str, total: int) -> Any:
-        return _progress_bar(trainer, f"{split}: {text}", total)
-
-    processes = Processes(trainer.global_rank, trainer.world_size, module.device, progress)
-    network = module if normalization is None else PixelInput(module, normalization)
-    with evaluation_context(trainer, module):
-        measure = measure.with_default_eps(data_eps(trainer))
-        return measure.measure_set(network, examples, processes)
 
 
 @contextmanager
@@ -83,19 +32,14 @@ def evaluation_context(trainer: Trainer, module: LightningModule) -> Iterator[No
         module: The module.
     """
     with (
-        functional_context.evaluation_context(module),
+        evaluation.evaluation_context(module),
         _default_type_of_training(trainer, module),
-        float32_forwards(module.device),
+        evaluation.full_float32(module.device),
     ):
         if trainer.world_size > 1:
             for buffer in module.buffers():
                 torch.distributed.broadcast(buffer, src=0)
         yield
-
-
-def data_eps(trainer: Trainer) -> float:
-    """Radius of the attack that the datamodule suggests, or 8/255."""
-    return float(getattr(getattr(trainer, "datamodule", None), "eps", DEFAULT_EPS))
 
 
 @contextmanager
@@ -209,31 +153,3 @@ def _tensors(module: nn.Module) -> Weights:
     """All parameters and buffers, also those that no state dict has, under all of their names."""
     parameters = module.named_parameters(remove_duplicate=False)
     return {**dict(parameters), **dict(module.named_buffers(remove_duplicate=False))}
-
-
-@contextmanager
-def _progress_bar(trainer: Trainer, text: str, total: int) -> Iterator[Callable[[], None]]:
-    """Shows a bar if the trainer shows Rich bars, and yields the function that advances it."""
-    bar = trainer.progress_bar_callback
-    if not isinstance(bar, RichProgressBar) or not bar.is_enabled or total == 0:
-        yield lambda: None
-        return
-    # A terminal has one live display, so a running one of Lightning's is used.
-    running = bar.progress if bar.progress and bar.progress.live.is_started else None
-    columns = (MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    progress: Progress = running or Progress(
-        TextColumn("{task.description}"), BarColumn(), *columns, transient=True
-    )
-    if not running:
-        progress.start()
-    if progress in _TASKS:
-        progress.reset(_TASKS[progress], description=text, total=total, visible=True)
-    else:
-        _TASKS[progress] = progress.add_task(text, total=total)
-    task = _TASKS[progress]
-    try:
-        yield lambda: progress.update(task, advance=1, refresh=True)
-    finally:
-        progress.update(task, visible=False, refresh=True)
-        if not running:
-            progress.stop()

@@ -15,20 +15,22 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from robust_flatness.callbacks.delivery import (
-    Batches,
     Delivery,
     changing,
     has_loader,
     has_own_hooks,
     read_delivery,
-    seed_all,
     source_of,
 )
-from robust_flatness.functional.checks import check_choice, check_count, check_examples
-from robust_flatness.functional.processes import errors_on_all_ranks
+from robust_flatness.callbacks.loader_order import Batches, seed_all
+from robust_flatness.functional.checks import (
+    check_choice,
+    check_count,
+    check_examples,
+    errors_on_all_ranks,
+)
 from robust_flatness.measures.base import Split
 from robust_flatness.measures.processes import Examples
-from robust_flatness.networks import Normalize
 
 Normalization = tuple[Sequence[float], Sequence[float]]
 # How far pixels may be outside of [0, 1] after a normalisation was undone.
@@ -100,7 +102,7 @@ class FixedImages(Callback):
         check_choice("split", split, get_args(Split))
         check_count("num_examples", num_examples, low=1)
         if normalization is not None:
-            Normalize(*map(list, normalization))  # Checks it.
+            _channels(normalization)  # Checks it.
         self.split, self.dataset = split, dataset
         self.num_examples, self.normalization = num_examples, normalization
         self._examples: dict[str, Examples] = {}
@@ -289,7 +291,14 @@ def _has_split_dataset(trainer: Trainer, split: str) -> bool:
 
 
 def _channels(normalization: Normalization) -> list[Tensor]:
-    return [torch.tensor(list(v), dtype=torch.float64).view(-1, 1, 1) for v in normalization]
+    """Mean and standard deviation, `(C, 1, 1)` each, float64."""
+    mean, std = (torch.tensor(list(v), dtype=torch.float64).view(-1, 1, 1) for v in normalization)
+    if mean.shape != std.shape or not mean.isfinite().all() or not (0 < std).all():
+        raise ValueError(
+            "Expected `normalization` to be (mean, std), a finite number and one > 0 for each "
+            f"channel, but got {normalization}."
+        )
+    return [mean, std]
 
 
 def _digest(examples: Examples | Delivery) -> list[str]:

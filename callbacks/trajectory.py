@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
-from robust_flatness.callbacks.logs import warn_if_results_stay
+from robust_flatness.callbacks.measuring import warn_if_results_stay
 from robust_flatness.loggers.epoch_csv import EpochCSVLogger
 from robust_flatness.loggers.failures import warn_on_failure
 from robust_flatness.loggers.wandb import log_trajectory

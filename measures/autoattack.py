@@ -16,14 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from robust_flatness.functional.checks import (
+    Eps,
     check_choice,
     check_count,
     check_radius,
-    predicted_classes,
 )
-from robust_flatness.functional.logits import logits_function
+from robust_flatness.functional.evaluation import logits_function, predicted_classes
 from robust_flatness.functional.noise import Norm
-from robust_flatness.functional.types import Eps
 from robust_flatness.measures.base import DEFAULT_EPS, Measure
 from robust_flatness.measures.processes import Examples
 from robust_flatness.run_folder.atomic_write import write_arrays
@@ -200,16 +199,14 @@ class AutoAttackError(Measure):
 
         logging.getLogger("auto-attack").setLevel(logging.WARNING)
         norm = {"linf": "Linf", "l2": "L2"}[self.norm]
-        official = AutoAttack(
-            network, norm=norm, seed=self.seed, device=images.device, **settings
-        )
+        official = AutoAttack(network, norm=norm, seed=self.seed, device=images.device, **settings)
         targets = min(9, num_classes - 1)
         official.apgd_targeted.n_target_classes = official.fab.n_target_classes = targets
         _, predicted = official.run_standard_evaluation(images, labels, batch_size=len(images))
         return predicted == labels
 
     def _attacks_for(self, num_classes: int, images: Tensor) -> tuple[str, list[str] | None]:
-        """Version and attacks for a number of classes; `attacks` is None if the version names them."""
+        """Version and attacks that run; `attacks` is None if the version names them."""
         attacks = VERSIONS.get(self.version, self.attacks or [])
         version, custom = self.version, self.attacks
         if version == "standard" and 2 <= num_classes < FEWEST_CLASSES["apgd-t"]:

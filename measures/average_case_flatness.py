@@ -8,7 +8,7 @@ from robust_flatness.functional.checks import check_choice, check_count, check_n
 from robust_flatness.functional.flatness import (
     PAPER_REFERENCE_RESTARTS,
     FlatnessResult,
-    Loss,
+    LossKind,
     Protocol,
     average_case_flatness,
 )
@@ -55,7 +55,7 @@ class AverageCaseFlatness(AttackMeasure):
         num_perturbations: int = 10,
         xi: float = 0.5,
         protocol: Protocol = "shared",
-        loss: Loss = "robust",
+        loss: LossKind = "robust",
         distribution: Distribution = "sphere",
         relative_to: RelativeTo = "layer",
         per_batch: bool = False,
@@ -66,7 +66,7 @@ class AverageCaseFlatness(AttackMeasure):
         check_count("num_perturbations", num_perturbations, low=1)
         check_number("xi", xi)
         check_choice("protocol", protocol, get_args(Protocol))
-        check_choice("loss", loss, get_args(Loss))
+        check_choice("loss", loss, get_args(LossKind))
         check_choice("distribution", distribution, get_args(Distribution))
         check_choice("relative_to", relative_to, get_args(RelativeTo))
         self.num_perturbations, self.xi, self.protocol, self.loss = (

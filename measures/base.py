@@ -3,18 +3,17 @@
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from torch import Tensor, nn
 
 from robust_flatness.functional.attack import PGD
-from robust_flatness.functional.checks import check_choice, check_count, check_radius
-from robust_flatness.functional.evaluation_context import evaluation_context
+from robust_flatness.functional.checks import Eps, check_choice, check_count, check_radius
+from robust_flatness.functional.evaluation import evaluation_context
 from robust_flatness.functional.layer_weights import perturbed_parameters
 from robust_flatness.functional.noise import Norm
-from robust_flatness.functional.types import Eps
 from robust_flatness.measures.processes import Examples, Processes
 
 DEFAULT_EPS = 8 / 255
@@ -27,8 +26,8 @@ class Measure(ABC):
 
     A measure is called with a network and images and returns a dataclass. Callbacks say when and
     on which images: `callbacks.EpochMeasure` every few epochs, `callbacks.FinalEvaluation` at the
-    end. A new measure is one file: a subclass with `measure`, `metric_names`, `values` and
-    `description`, and a line `@register("name")`, which makes it known to `FinalEvaluation(extras=)`.
+    end. A new measure is one file: a subclass with `measure`, `metric_names` and `values`, and a
+    line `@register("name")`, which makes it known to `FinalEvaluation(extras=["name"])`.
 
     The tensors of the result hold one value for each image along their last dimension, unless
     `common_fields` names them. Callbacks put the shares of all processes together.
@@ -84,7 +83,9 @@ class Measure(ABC):
         """
         if self.whole_set:
             images, labels = processes.moved(examples.images, examples.labels)
-            return processes.agree(self.measure(network, Examples(images, labels, range(len(labels)))))
+            return processes.agree(
+                self.measure(network, Examples(images, labels, range(len(labels))))
+            )
         return processes.share_out(
             partial(self.measure, network),
             examples,
@@ -188,7 +189,14 @@ class AttackMeasure(Measure):
         ValueError: If an argument is out of range.
     """
 
-    protocol_arguments = (*Measure.protocol_arguments, "eps", "steps", "norm", "precision")
+    protocol_arguments = (
+        *Measure.protocol_arguments,
+        "eps",
+        "steps",
+        "step_size",
+        "norm",
+        "precision",
+    )
 
     def __init__(
         self,

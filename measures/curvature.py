@@ -49,7 +49,7 @@ class Curvature(Measure):
         )
 
     def metric_names(self, split: str) -> tuple[str, ...]:
-        """`hessian/max_eigenvalue`, …"""
+        """`hessian/max_eigenvalue`, …."""
         prefix = "hessian" if split == "test" else f"hessian/{split}"
         names = ("max_eigenvalue", "min_eigenvalue", "convexity")
         return tuple(f"{prefix}/{name}" for name in names)

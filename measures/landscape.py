@@ -9,16 +9,21 @@ from torch import nn
 
 from robust_flatness.functional.checks import check_choice, check_count, check_number
 from robust_flatness.functional.directions import (
+    ASCENT_STEPS,
     COUNT,
     LENGTH,
     Direction,
     DirectionKind,
     weight_directions,
 )
-from robust_flatness.functional.flatness import Loss
-from robust_flatness.functional.landscape import LandscapeResult, loss_landscape, steps_along
-from robust_flatness.functional.surface import SurfaceResult, loss_surface
-from robust_flatness.functional.weight_ascent import ASCENT_STEPS
+from robust_flatness.functional.flatness import LossKind
+from robust_flatness.functional.landscape import (
+    LandscapeResult,
+    SurfaceResult,
+    loss_landscape,
+    loss_surface,
+    steps_along,
+)
 from robust_flatness.functional.weight_perturbation import RelativeTo
 from robust_flatness.measures.base import AttackMeasure
 from robust_flatness.measures.processes import Examples, Processes
@@ -60,7 +65,7 @@ class LossLandscape(AttackMeasure):
         num_steps: int = 51,
         relative_to: RelativeTo = "layer",
         length: float | None = None,
-        loss: Loss = "robust",
+        loss: LossKind = "robust",
         surface_steps: int = 0,
         **kwargs: Any,
     ) -> None:
@@ -68,7 +73,7 @@ class LossLandscape(AttackMeasure):
         check_count("num_directions", num_directions, low=1)
         check_count("num_steps", num_steps, low=2)
         check_choice("relative_to", relative_to, get_args(RelativeTo))
-        check_choice("loss", loss, get_args(Loss))
+        check_choice("loss", loss, get_args(LossKind))
         check_count("surface_steps", surface_steps, low=2 if surface_steps else 0)
         check_number("length", 0.0 if length is None else length)
         for kind in directions:

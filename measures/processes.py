@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed
 
-from robust_flatness.functional.joint_ascent import Sharing
+from robust_flatness.functional.worst_case_flatness import Sharing
 
 Result = TypeVar("Result")
 

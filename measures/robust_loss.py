@@ -36,7 +36,7 @@ class RobustLoss(AttackMeasure):
         )
 
     def metric_names(self, split: str) -> tuple[str, ...]:
-        """`test/error`, `test/robust_loss`, …"""
+        """`test/error`, `test/robust_loss`, …."""
         names = ("error", "robust_loss", "robust_error")
         names += ("robust_loss_correct", "robust_loss_incorrect")
         return tuple(f"{PREFIX[split]}/{name}" for name in names)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from robust_flatness.functional.attack import Keep
 from robust_flatness.functional.checks import check_choice, check_count, check_number
-from robust_flatness.functional.flatness import Loss
+from robust_flatness.functional.flatness import LossKind
 from robust_flatness.functional.worst_case_flatness import (
     WorstCaseFlatnessResult,
     worst_case_flatness,
@@ -52,7 +52,7 @@ class WorstCaseFlatness(AttackMeasure):
         *,
         xi: float = 0.003,
         weight_step: float = 0.01,
-        loss: Loss = "robust",
+        loss: LossKind = "robust",
         keep: Keep | None = None,
         per_batch: bool = False,
         steps: int = 20,
@@ -63,7 +63,7 @@ class WorstCaseFlatness(AttackMeasure):
         check_number("xi", xi)
         check_number("weight_step", weight_step)
         check_count("steps", steps, low=1)
-        check_choice("loss", loss, get_args(Loss))
+        check_choice("loss", loss, get_args(LossKind))
         if keep is not None:
             check_choice("keep", keep, get_args(Keep))
         self.xi, self.weight_step, self.loss = xi, weight_step, loss

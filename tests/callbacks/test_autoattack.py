@@ -28,7 +28,7 @@ def trained(epochs: int = 15) -> AT:
 
 def measure(callback: AutoAttack, module: AT) -> float:
     (verdicts,) = callback.measurements
-    return verdicts.measure(quiet_trainer(), module)["test/autoattack_error"]
+    return verdicts.compute(quiet_trainer(), module)["test/autoattack_error"]
 
 
 def test_error_is_between_clean_error_and_one_and_not_below_pgd():
@@ -159,7 +159,7 @@ def test_five_classes_have_four_targets(settings, monkeypatch):
 
 def test_last_and_early_stopped_weights_are_measured_at_the_end():
     class FirstEpoch(RobustEarlyStopping):
-        def measure(self, trainer, module):
+        def compute(self, trainer, module):
             return {"val/robust_error": 0.1 + 0.1 * trainer.current_epoch}
 
     data = dataset(16)

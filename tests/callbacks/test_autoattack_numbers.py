@@ -20,7 +20,7 @@ def error(network, data, attacks, **kwargs):
     (verdicts,) = callback.measurements
     module = nn.Sequential(network)
     module.device = torch.device("cpu")
-    return verdicts.measure(quiet_trainer(), module)["test/autoattack_error"]
+    return verdicts.compute(quiet_trainer(), module)["test/autoattack_error"]
 
 
 class Bright(nn.Module):

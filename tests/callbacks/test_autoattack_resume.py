@@ -57,7 +57,7 @@ def trained(epochs=15):
 class FirstEpoch(RobustEarlyStopping):
     """Takes the first epoch for the best."""
 
-    def measure(self, trainer, module):
+    def compute(self, trainer, module):
         return {"val/robust_error": 0.1 + 0.1 * trainer.current_epoch}
 
 
@@ -109,7 +109,7 @@ def kept_by(folder, module, **kwargs):
     callback = Pretending(**{"dataset": dataset(8), **kwargs})
     (verdicts,) = callback.measurements
     verdicts.kept = KeptVerdicts(folder)
-    verdicts.measure(quiet_trainer(), module)
+    verdicts.compute(quiet_trainer(), module)
     return callback.attacked
 
 

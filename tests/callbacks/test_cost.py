@@ -13,13 +13,13 @@ from trainers import quiet_trainer
 
 from robust_flatness.callbacks import (
     Curvature,
+    EpochMeasure,
     FinalEvaluation,
     Flatness,
     RobustEarlyStopping,
     RobustEvaluation,
     WorstCaseFlatness,
 )
-from robust_flatness.callbacks.measurement import Measurement
 from robust_flatness.configs.run_start import RunStart
 
 SMALL: dict[str, Any] = {"num_examples": 5, "batch_size": 2}
@@ -79,19 +79,18 @@ MEASUREMENTS = [
 
 
 @pytest.mark.parametrize("measurement", MEASUREMENTS)
-def test_passes_and_names_are_those_of_a_measurement(measurement: Measurement) -> None:
+def test_passes_and_names_are_those_of_a_measurement(measurement: EpochMeasure) -> None:
     module, returned = Counted(), {}
-    measure = measurement.measure
+    compute = measurement.compute
 
     def counted(*args: Any) -> dict[str, float]:
         module.passes = [0, 0]
-        returned.update(measure(*args))
+        returned.update(compute(*args))
         return returned
 
-    measurement.measure = counted  # type: ignore[method-assign]
+    measurement.compute = counted  # type: ignore[method-assign]
     fit(measurement, module=module)
-    assert measurement.count_of_images() == 5
-    assert module.passes == [5 * number for number in measurement.passes() or ()]
+    assert module.passes == [5 * number for number in measurement.measure.passes() or ()]
     assert tuple(returned) == tuple(measurement.metric_names) or set(returned) == set(
         measurement.metric_names
     )

@@ -5,9 +5,9 @@ from torch.utils.data import TensorDataset
 from trainers import PLAIN, ToyData, dataset, loader, quiet_trainer
 
 from robust_flatness.callbacks import Curvature
-from robust_flatness.callbacks import curvature as curvature_module
 from robust_flatness.functional import hessian_extreme_eigenvalues
 from robust_flatness.lightning_modules import AT
+from robust_flatness.measures import curvature as curvature_module
 
 LIGHT = {"num_examples": 9, "batch_size": 4}
 
@@ -34,7 +34,7 @@ def test_settings_reach_the_function(monkeypatch):
     monkeypatch.setattr(curvature_module, "hessian_extreme_eigenvalues", spy)
     settings = {"seed": 3, "tolerance": 0.9, "batch_size": 4}
     callback = Curvature(dataset=dataset(9), **settings)
-    callback.measure(quiet_trainer(), AT(tiny_body, **PLAIN))
+    callback.compute(quiet_trainer(), AT(tiny_body, **PLAIN))
     assert given == settings
 
 

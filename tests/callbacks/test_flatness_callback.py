@@ -45,17 +45,17 @@ def test_chunk_size_does_not_change_the_value(chunk):
     module = AT(tiny_body, **PLAIN).double()
     data = dataset(13, double=True)
     settings = {"dataset": data, "num_perturbations": 2, "eps": 0.1, "steps": 2}
-    plain = Flatness(batch_size=5, **settings).measure(quiet_trainer(), module)
-    other = Flatness(batch_size=chunk, **settings).measure(quiet_trainer(), module)
+    plain = Flatness(batch_size=5, **settings).compute(quiet_trainer(), module)
+    other = Flatness(batch_size=chunk, **settings).compute(quiet_trainer(), module)
     assert other["flatness/average/test"] == pytest.approx(plain["flatness/average/test"], abs=1e-9)
 
 
 def test_measures_first_every_nth_and_last_epoch():
     callback = Flatness(dataset=dataset(4), num_perturbations=1, every_n_epochs=3, **SETTINGS)
     epochs = []
-    measure = callback.measure
-    callback.measure = lambda trainer, module: (
-        epochs.append(trainer.current_epoch) or measure(trainer, module)
+    compute = callback.compute
+    callback.compute = lambda trainer, module: (
+        epochs.append(trainer.current_epoch) or compute(trainer, module)
     )
     quiet_trainer(max_epochs=6, callbacks=[callback]).fit(AT(tiny_body, **PLAIN), loader(8))
     assert epochs == [0, 3, 5]
@@ -66,10 +66,8 @@ def test_takes_split_and_radius_from_the_datamodule():
     callback = Flatness(split="train", num_perturbations=1, steps=2)
     trainer = quiet_trainer(callbacks=[callback])
     trainer.fit(AT(tiny_body, **PLAIN), data)
-    assert torch.equal(callback._examples.images, data.measured.tensors[0])
-    assert callback.radius(trainer) == data.eps
-    assert Flatness(eps=0.3).radius(trainer) == 0.3
-    assert Flatness().radius(quiet_trainer()) == 8 / 255
+    assert torch.equal(callback.examples(trainer, trainer.lightning_module).images, data.measured.tensors[0])
+    assert trainer.callback_metrics["flatness/average/train"] != 0
 
 
 def test_takes_the_trainers_loaders_in_order_without_shuffling():
@@ -82,13 +80,10 @@ def test_takes_the_trainers_loaders_in_order_without_shuffling():
         def validation_step(self, batch, batch_idx):
             pass
 
-    quiet_trainer(callbacks=callbacks).fit(
-        WithValidation(tiny_body, **PLAIN),
-        DataLoader(train, 8, shuffle=True),
-        DataLoader(val, 8, shuffle=True),
-    )
-    assert torch.equal(callbacks[0]._examples.images, train.tensors[0])
-    assert torch.equal(callbacks[1]._examples.images, val.tensors[0])
+    trainer, module = quiet_trainer(callbacks=callbacks), WithValidation(tiny_body, **PLAIN)
+    trainer.fit(module, DataLoader(train, 8, shuffle=True), DataLoader(val, 8, shuffle=True))
+    for callback, expected in zip(callbacks, (train, val)):
+        assert torch.equal(callback.examples(trainer, module).images, expected.tensors[0])
 
 
 def test_a_missing_split_is_named_before_training():
@@ -116,7 +111,7 @@ def test_normalised_datasets_are_measured_in_pixels():
     callback = Flatness(
         dataset=normalised, normalization=(mean, std), num_perturbations=2, **SETTINGS
     )
-    found = callback.measure(quiet_trainer(), module)
+    found = callback.compute(quiet_trainer(), module)
 
     class InPixels(torch.nn.Module):
         def __init__(self):
@@ -167,17 +162,16 @@ def test_bad_arguments_are_named(kwargs, message):
 
 def test_an_empty_dataset_is_refused():
     with pytest.raises(ValueError, match="`dataset` to have images but got an empty one"):
-        Flatness(dataset=dataset(0)).measure(quiet_trainer(), AT(tiny_body, **PLAIN))
+        Flatness(dataset=dataset(0)).compute(quiet_trainer(), AT(tiny_body, **PLAIN))
 
 
 def test_a_sampler_that_makes_the_split_is_followed():
     data = dataset(16)
     callback = Flatness(split="train", num_perturbations=1, **SETTINGS)
     sampler = SubsetRandomSampler([3, 5, 7, 9])
-    quiet_trainer(callbacks=[callback]).fit(
-        AT(tiny_body, **PLAIN), DataLoader(data, 2, sampler=sampler)
-    )
-    assert torch.equal(callback._examples.images, data.tensors[0][[3, 5, 7, 9]])
+    trainer, module = quiet_trainer(callbacks=[callback]), AT(tiny_body, **PLAIN)
+    trainer.fit(module, DataLoader(data, 2, sampler=sampler))
+    assert torch.equal(callback.examples(trainer, module).images, data.tensors[0][[3, 5, 7, 9]])
 
 
 def test_a_sampler_that_may_leave_images_out_is_refused():
@@ -193,7 +187,7 @@ def test_a_sampler_that_may_leave_images_out_is_refused():
 )
 def test_items_of_another_form_are_named(items):
     with pytest.raises(ValueError, match="begin with an image tensor, all of one shape"):
-        Flatness(dataset=items).measure(quiet_trainer(), AT(tiny_body, **PLAIN))
+        Flatness(dataset=items).compute(quiet_trainer(), AT(tiny_body, **PLAIN))
 
 
 def test_labels_beyond_the_network_are_named_before_training():
@@ -209,7 +203,7 @@ def test_measures_in_l2_too():
     data, module = dataset(8), AT(tiny_body, **PLAIN)
     light = {"dataset": data, "eps": 0.5, "steps": 2}
     values = [
-        RobustEvaluation(norm=norm, **light).measure(quiet_trainer(), module)["test/robust_loss"]
+        RobustEvaluation(norm=norm, **light).compute(quiet_trainer(), module)["test/robust_loss"]
         for norm in ("linf", "l2")
     ]
     # The L2 ball lies within the Linf ball of the same radius.

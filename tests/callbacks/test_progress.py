@@ -3,7 +3,7 @@
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 
-from robust_flatness.callbacks.progress import measuring
+from robust_flatness.callbacks.measuring import _progress_bar
 
 
 def test_the_tasks_of_lightnings_bar_keep_their_places() -> None:
@@ -14,7 +14,7 @@ def test_the_tasks_of_lightnings_bar_keep_their_places() -> None:
     assert bar.progress is not None
     first = bar.progress.add_task("training", total=1)
     for what in ("flatness", "robust loss"):
-        with measuring(trainer, what, total=2) as on_attack:
+        with _progress_bar(trainer, what, total=2) as on_attack:
             on_attack()
             shown = [task for task in bar.progress.tasks if task.visible]
             assert [(task.description, task.completed) for task in shown] == [

@@ -54,7 +54,7 @@ def test_logs_the_functional_value_of_the_first_examples(choice):
 def test_average_case_options_reach_the_functional_value(choice):
     data, network = dataset(30, seed=4), module()
     callback = Flatness(dataset=data, num_examples=13, num_perturbations=3, **SETTINGS, **choice)
-    logged = callback.measure(quiet_trainer(), network)
+    logged = callback.compute(quiet_trainer(), network)
     found = average_case_flatness(network, *data[:13], num_perturbations=3, **SETTINGS, **choice)
     name = f"flatness/{'clean_average' if 'loss' in choice else 'average'}/test"
     assert logged == {name: found.value, f"{name}_sem": found.standard_error}
@@ -83,7 +83,7 @@ def test_progress_ends_where_it_was_announced(monkeypatch, measure, choice, loss
 
     monkeypatch.setattr("robust_flatness.callbacks.measurement.measuring", Bar)
     callback = measure(dataset=dataset(13), loss=loss, restarts=2, **SETTINGS, **choice)
-    callback.measure(quiet_trainer(), module())
+    callback.compute(quiet_trainer(), module())
     assert [len(calls)] == totals
 
 
@@ -132,7 +132,7 @@ def test_works_in_real_inference_mode():
 def test_chunk_size_does_not_change_the_value(chunk):
     network, data = module().double(), dataset(13, double=True)
     plain, other = (
-        WorstCaseFlatness(dataset=data, **{**WORST, "batch_size": size}).measure(
+        WorstCaseFlatness(dataset=data, **{**WORST, "batch_size": size}).compute(
             quiet_trainer(), network
         )["flatness/worst/test"]
         for size in (5, chunk)
@@ -154,7 +154,7 @@ def test_normalised_datasets_are_measured_in_pixels():
     torch.manual_seed(0)
     network = Normalised(tiny_body, **PLAIN).eval()
     data = TensorDataset((images - 0.5) / 0.5, labels)
-    found = WorstCaseFlatness(dataset=data, **given).measure(quiet_trainer(), network)
+    found = WorstCaseFlatness(dataset=data, **given).compute(quiet_trainer(), network)
 
     class InPixels(torch.nn.Module):
         def __init__(self):

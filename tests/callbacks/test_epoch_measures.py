@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, Timer
-from test_isolation import LIGHT, Foreign
+from test_evaluation_context import LIGHT, Foreign
 from torch import nn
 from trainers import ToyData, dataset, quiet_trainer
 
@@ -34,11 +34,11 @@ class Counted(RobustEvaluation):
         super().__init__(**VAL, **kwargs)
         self.weights = {}
 
-    def take(self, trainer, module, epoch):
+    def measure_epoch(self, trainer, module, epoch):
         self.weights[epoch] = module.net[0].weight.detach().clone()
-        return super().take(trainer, module, epoch)
+        return super().measure_epoch(trainer, module, epoch)
 
-    def measure(self, trainer, module):
+    def compute(self, trainer, module):
         return {"val/robust_loss": float(len(self.weights))}
 
 

@@ -10,9 +10,10 @@ from robust_flatness.callbacks import (
     RobustEarlyStopping,
     evaluate,
 )
-from robust_flatness.callbacks.autoattack import VERSIONS
 from robust_flatness.functional import evaluate_robustness
 from robust_flatness.lightning_modules import AT
+from robust_flatness.measures import AutoAttackError
+from robust_flatness.measures.autoattack import VERSIONS
 
 FAST = {"version": "custom", "attacks": ["apgd-ce"]}
 WITH_FAB = {"version": "custom", "attacks": ["apgd-ce", "fab-t"]}
@@ -26,30 +27,29 @@ def trained(epochs: int = 15) -> AT:
     return module.eval()
 
 
-def measure(callback: AutoAttack, module: AT) -> float:
-    (verdicts,) = callback.measurements
-    return verdicts.compute(quiet_trainer(), module)["test/autoattack_error"]
+def measure(attack: AutoAttackError, module: AT, data: TensorDataset) -> float:
+    return attack(module, *data[:]).robust_error
 
 
 def test_error_is_between_clean_error_and_one_and_not_below_pgd():
     module, data = trained(), dataset(32)
     found = evaluate_robustness(module, *data[:], eps=0.06, steps=20, restarts=5)
-    attacked = measure(AutoAttack(dataset=data, eps=0.06), module)
+    attacked = measure(AutoAttackError(eps=0.06), module, data)
     assert found.error < found.robust_error <= attacked < 1
-    assert measure(AutoAttack(dataset=data, eps=0.0), module) == pytest.approx(found.error)
-    assert measure(AutoAttack(dataset=data, eps=1.0, **FAST), module) == 1.0
+    assert measure(AutoAttackError(eps=0.0), module, data) == pytest.approx(found.error)
+    assert measure(AutoAttackError(eps=1.0, **FAST), module, data) == 1.0
 
 
 def test_counts_all_images_whatever_the_chunk():
     module, data = trained(), dataset(32)
     calls = []
 
-    class Spy(AutoAttack):
-        def _attack(self, network, images, labels, eps):
+    class Spy(AutoAttackError):
+        def attack(self, network, images, labels):
             calls.append(len(images))
             return torch.arange(len(images)) % 2 == 0
 
-    error = measure(Spy(dataset=data, eps=0.1, chunk_size=10), module)
+    error = measure(Spy(eps=0.1, chunk_size=10), module, data)
     assert calls == [10, 10, 10, 2]
     assert error == pytest.approx(16 / 32)
 
@@ -58,8 +58,8 @@ def test_repeats_bit_for_bit_and_leaves_no_trace():
     module, data = trained(), dataset(16)
     before, state = snapshot(module), torch.get_rng_state()
     grads = [(parameter, parameter.grad.clone()) for parameter in module.parameters()]
-    first = measure(AutoAttack(dataset=data, eps=0.02, **WITH_FAB), module)
-    assert first == measure(AutoAttack(dataset=data, eps=0.02, **WITH_FAB), module)
+    first = measure(AutoAttackError(eps=0.02, **WITH_FAB), module, data)
+    assert first == measure(AutoAttackError(eps=0.02, **WITH_FAB), module, data)
     assert all(parameter.requires_grad for parameter in module.parameters())
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(before[k], v) for k, v in snapshot(module).items())
@@ -82,7 +82,7 @@ def test_few_classes_get_a_message_and_the_attacks_that_apply(classes, monkeypat
     data = TensorDataset(images, labels % classes)
     module = AT(tiny_body, **PLAIN, num_classes=classes)
     with pytest.warns(UserWarning, match=f"at least 4 classes .* there are {classes}"):
-        measure(AutoAttack(dataset=data, eps=0.02), module)
+        measure(AutoAttackError(eps=0.02), module, data)
     assert asked["attacks"] == ["apgd-ce", "fab", "square"]
 
 
@@ -102,9 +102,8 @@ def test_attacks_run_with_as_few_classes_as_they_need(classes, attack):
     trained_on = torch.utils.data.DataLoader(data, 2)
     quiet_trainer(max_epochs=20).fit(module, trained_on)
     for eps, error in ((1e-6, 0.0), (0.5, 1.0)):
-        callback = AutoAttack(dataset=data, eps=eps, attacks=[attack])
         if attack != "square" or error == 1:  # 5000 queries
-            assert measure(callback, module.eval()) == error
+            assert measure(AutoAttackError(eps=eps, attacks=[attack]), module, data) == error
 
 
 @pytest.mark.parametrize(
@@ -151,10 +150,10 @@ def test_five_classes_have_four_targets(settings, monkeypatch):
 
     monkeypatch.setattr(pyautoattack, "AutoAttack", Official)
     module = AT(tiny_body, **PLAIN, num_classes=5)
-    callback = AutoAttack(dataset=some_classes(5), eps=0.02, **settings)
-    measure(callback, module)
+    attack = AutoAttackError(eps=0.02, **settings)
+    measure(attack, module, some_classes(5))
     assert asked["targets"] == (4, 4)
-    assert asked["attacks"] == (callback.attacks or VERSIONS[callback.version])
+    assert asked["attacks"] == (attack.attacks or VERSIONS[attack.version])
 
 
 def test_last_and_early_stopped_weights_are_measured_at_the_end():
@@ -217,8 +216,8 @@ def test_bad_arguments_are_named(settings, message):
 
 
 def test_attacks_alone_are_a_custom_version():
-    assert AutoAttack(attacks=["square"]).version == "custom"
-    assert AutoAttack().version == "standard"
+    assert AutoAttackError(attacks=["square"]).version == "custom"
+    assert AutoAttackError().version == "standard"
 
 
 def test_a_dev_run_measures_nothing_and_few_images_are_one_chunk():

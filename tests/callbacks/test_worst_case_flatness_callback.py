@@ -81,7 +81,7 @@ def test_progress_ends_where_it_was_announced(monkeypatch, measure, choice, loss
         def __exit__(self, *_):
             pass
 
-    monkeypatch.setattr("robust_flatness.callbacks.measurement.measuring", Bar)
+    monkeypatch.setattr("robust_flatness.callbacks.measuring._progress_bar", Bar)
     callback = measure(dataset=dataset(13), loss=loss, restarts=2, **SETTINGS, **choice)
     callback.compute(quiet_trainer(), module())
     assert [len(calls)] == totals

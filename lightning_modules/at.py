@@ -135,7 +135,7 @@ class AT(FastMixin, PGDMixin, WalkMixin):
         if eps_scale != 1:
             step_size = PGD(eps, steps, step_size, norm).length
         settings = (eps * eps_scale, steps, step_size, norm, keep, start, craft_mode)
-        self.pgd = PGD(*settings) if tau is None else FriendlyPGD(*settings, tau)
+        self.pgd = PGD(*settings) if tau is None else FriendlyPGD(*settings, tau=tau)
         self.training_labels = TrainingLabels(label_noise, label_smoothing, smoothing_spread)
         self.normalize = Normalize(mean, std)
         self.network = channels_last(build_network(network, num_classes, in_channels))

@@ -9,16 +9,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics import MaxMetric, MinMetric
 
-from robust_flatness.functional.awp import adversarial_weight_perturbation
 from robust_flatness.functional.checks import check_choice, check_count, check_number
 from robust_flatness.functional.evaluation import Mode
-from robust_flatness.functional.layer_weights import (
-    own_tensor,
-    perturbed_parameters,
-    perturbed_weights,
-    weight_at,
+from robust_flatness.functional.layer_weights import LayerTensor, layer_tensors, perturbed_weights
+from robust_flatness.functional.weight_perturbation import (
+    adversarial_perturbation,
+    random_perturbation,
 )
-from robust_flatness.functional.weight_perturbation import random_perturbation
 from robust_flatness.lightning_modules.at import AT
 from robust_flatness.lightning_modules.schedules import epochs_of_share
 
@@ -85,6 +82,7 @@ class AWPMixin(AT):
         self.relative_norm_min = MinMetric(nan_strategy="disable")
         self.relative_norm_max = MaxMetric(nan_strategy="disable")
         self._perturbed = ExitStack()
+        self._tensors: dict[str, LayerTensor] = {}
         self._decay_shifts: list[dict[int, Tensor]] = []
 
     def perturb(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> None:
@@ -93,36 +91,30 @@ class AWPMixin(AT):
             return
         if self.direction == "random":
             generator = self.generator("weights", self.device)
-            perturbation = random_perturbation(self._perturbed_weights(), self.xi, generator)
+            weights = {name: tensor.value() for name, tensor in self._tensors.items()}
+            perturbation = random_perturbation(weights, self.xi, generator)
         else:
             with self.means.paused():
-                perturbation = self._adversarial_perturbation(images, adversarial, labels)
+                perturbation = adversarial_perturbation(
+                    self,
+                    self._tensors,
+                    lambda: self.objective(images, adversarial, labels)[0],
+                    xi=self.xi,
+                    steps=self.awp_steps,
+                    mode=self.awp_mode,
+                    reduce=self._mean_over_ranks,
+                )
         self._record_norms(perturbation)
         if self.order == "awp":
-            shifts = ((own_tensor(self, name), nu) for name, nu in perturbation.items())
+            shifts = ((self._tensors[name].own(), nu) for name, nu in perturbation.items())
             # What is computed decays only through the parameters behind it, which are not moved.
             self._decay_shifts += [{id(w): nu for w, nu in shifts if w is not None}]
-        self._perturbed.enter_context(perturbed_weights(self, perturbation))
+        self._perturbed.enter_context(perturbed_weights(self, perturbation, self._tensors))
 
-    def _adversarial_perturbation(
-        self, images: Tensor, adversarial: Tensor, labels: Tensor
-    ) -> dict[str, Tensor]:
-        return adversarial_weight_perturbation(
-            self,
-            adversarial,
-            labels,
-            xi=self.xi,
-            steps=self.awp_steps,
-            objective=lambda _, inputs, targets: self.objective(images, inputs, targets)[0],
-            mode=self.awp_mode,
-            reduce=self._mean_over_ranks,
-            weights=self._perturbed_weights(),
-        )
-
-    def _perturbed_weights(self) -> dict[str, Tensor]:
-        """The network's own: an auxiliary head beside it is left alone, as in the paper's code."""
-        found = perturbed_parameters(self.network, biases=False)
-        return {f"network.{name}": weight for name, weight in found.items()}
+    def _find_tensors(self) -> None:
+        # The network's own: an auxiliary head beside it is left alone, as in the paper's code.
+        tensors = layer_tensors(self.network, biases=False)
+        self._tensors = {f"network.{name}": tensor for name, tensor in tensors.items()}
 
     def on_train_start(self) -> None:
         """Refuses a network that cannot be perturbed, also if a warm-up comes first.
@@ -131,7 +123,12 @@ class AWPMixin(AT):
             ValueError: If a layer's weight is not certain.
         """
         super().on_train_start()
-        self._perturbed_weights()
+        self._find_tensors()
+
+    def on_train_epoch_start(self) -> None:
+        """Finds the perturbed weights again, as a callback may have pruned layers."""
+        super().on_train_epoch_start()
+        self._find_tensors()
 
     @property
     def _warming_up(self) -> bool:
@@ -193,7 +190,7 @@ class AWPMixin(AT):
             self.log("awp/relative_norm_max", self.relative_norm_max)
 
     def _record_norms(self, perturbation: dict[str, Tensor]) -> None:
-        weights = {name: weight_at(self, name).detach() for name in perturbation}
+        weights = {name: self._tensors[name].value().detach() for name in perturbation}
         ratios = torch.stack(
             [
                 nu.norm() / weights[name].norm().clamp_min(torch.finfo(nu.dtype).tiny)

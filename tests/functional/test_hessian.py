@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from networks_for_tests import images_and_labels, same, snapshot, tiny_network
+from scaled_networks import scaled
 from torch import nn
 from torch.autograd.functional import hessian
 from torch.func import functional_call
@@ -12,18 +13,6 @@ from torch.nn.functional import cross_entropy
 from robust_flatness.functional import hessian_extreme_eigenvalues
 
 EXACT = {"tolerance": 1e-12}
-
-
-def scaled(network: nn.Sequential, factor: float) -> nn.Sequential:
-    """Every convolution scaled, with the BatchNorm behind it made to undo that."""
-    for convolution, norm in ((network[0], network[1]), (network[3], network[4])):
-        with torch.no_grad():
-            for parameter in convolution.parameters():
-                parameter.mul_(factor)
-            norm.running_mean.mul_(factor)
-            norm.running_var.mul_(factor**2)
-        norm.eps *= factor**2
-    return network
 
 
 def small(double: bool = True) -> nn.Sequential:
@@ -98,7 +87,7 @@ def test_linear_network_agrees_with_the_closed_form():
     assert found.min_eigenvalue == pytest.approx(0, abs=1e-9)
 
 
-@pytest.mark.parametrize("factor", [0.5, 2.0, 3.7])
+@pytest.mark.parametrize("factor", [0.5, 3.7])
 def test_scaling_normalised_layers_scales_their_curvature_by_its_inverse_square(factor):
     images, labels = images_and_labels(16)
     images = images.double()

@@ -11,7 +11,6 @@ from robust_flatness.functional import (
     robust_loss,
     weight_directions,
 )
-from robust_flatness.functional import landscape as landscape_module
 
 SETTINGS = {"eps": 0.05, "steps": 3}
 
@@ -106,22 +105,18 @@ def test_agrees_with_flatness_on_the_same_directions(relative_to):
         assert (found.mean[place] - found.mean[2]).item() == pytest.approx(flatness.value, abs=1e-9)
 
 
-def test_attacks_anew_at_every_step(monkeypatch):
+def test_attacks_anew_at_every_step():
     images, labels = images_and_labels(4)
     network, seen = tiny_network(), []
-    original = landscape_module.worst_losses
-
-    def spy(model, *args, **kwargs):
-        seen.append(model[0].weight.detach().clone())
-        return original(model, *args, **kwargs)
-
-    monkeypatch.setattr(landscape_module, "worst_losses", spy)
     before = snapshot(network)
     (direction,) = weight_directions(network, images, labels, num_directions=1)
+    network.register_forward_pre_hook(lambda m, _: seen.append(m[0].weight.detach().clone()))
     loss_landscape(network, images, labels, num_directions=1, num_steps=5, **SETTINGS)
-    for weight, s in zip(seen, (-1, -0.5, 0, 0.5, 1)):
+    # An attack of three steps and its last iterate.
+    assert len(seen) == 5 * 4
+    for place, weight in enumerate(seen):
+        s = -1 + 0.5 * (place // 4)
         torch.testing.assert_close(weight, before["0.weight"] + s * direction["0.weight"])
-    assert len(seen) == 5
     assert same(before, snapshot(network))
 
 

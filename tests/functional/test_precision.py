@@ -6,14 +6,10 @@ import torch
 from networks_for_tests import PassCounter, images_and_labels, tiny_network
 from torch import nn
 
-from robust_flatness.functional import PGD, average_case_flatness, evaluate_robustness, pgd_attack
-from robust_flatness.functional.evaluation import (
-    bfloat16_autocast,
-    crafts_fast,
-    fast_crafting,
-    full_float32,
-    has_bfloat16,
-)
+from robust_flatness.functional import PGD, pgd_attack
+from robust_flatness.functional.evaluation import bfloat16_autocast, full_float32, has_bfloat16
+from robust_flatness.functional.flatness import measure_flatness
+from robust_flatness.functional.robust_loss import measure_robustness
 
 CPU = torch.device("cpu")
 
@@ -42,70 +38,90 @@ def trained_network(images, labels):
     return network.eval()
 
 
-def test_the_cpu_is_left_in_float32():
+def test_without_bfloat16_an_attack_is_in_float32():
     assert not has_bfloat16(CPU)
     images, labels = images_and_labels()
-    network = Seen(tiny_network())
-    with fast_crafting():
-        fast = evaluate_robustness(network, images, labels, eps=0.1, steps=2, restarts=2)
+    network, start = Seen(tiny_network()), torch.zeros(8, 3, 8, 8)
+    plain, fast = (
+        PGD(0.1, steps=2, precision=precision).attack(network, images, labels, start)
+        for precision in ("float32", "bfloat16")
+    )
     assert set(network.types) == {torch.float32}
-    plain = evaluate_robustness(network, images, labels, eps=0.1, steps=2, restarts=2)
-    assert torch.equal(fast.losses, plain.losses)
+    assert torch.equal(fast.images, plain.images)
 
 
-def test_fast_attacks_search_in_bfloat16_and_tell_in_float32(cpu_as_gpu):
+def test_searches_in_bfloat16_and_evaluates_in_float32(cpu_as_gpu):
     images, labels = images_and_labels()
     network = Seen(tiny_network())
-    with fast_crafting():
-        found = PGD(0.1, steps=3).attack(network, images, labels, torch.zeros_like(images))
+    pgd = PGD(0.1, steps=3, precision="bfloat16")
+    kept = pgd.attack(network, images, labels, torch.zeros_like(images))
     assert network.types == [torch.bfloat16] * 4 + [torch.float32]
-    assert found.images.dtype == torch.float32
-    assert (found.images - images).abs().max() <= 0.1 + 1e-6
-    logits = tiny_network().eval()(found.images)
-    assert torch.equal(found.predictions, logits.argmax(1))
+    assert kept.images.dtype == torch.float32
+    assert (kept.images - images).abs().max() <= 0.1 + 1e-6
+    logits = tiny_network().eval()(kept.images)
+    assert torch.equal(kept.predictions, logits.argmax(1))
     expected = nn.functional.cross_entropy(logits, labels, reduction="none")
-    torch.testing.assert_close(found.losses, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(kept.losses, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_last_iterate_needs_no_more_forwards(cpu_as_gpu):
     images, labels = images_and_labels()
     network = tiny_network()
     passes = PassCounter(network)
-    with fast_crafting():
-        PGD(0.1, steps=3, keep="last").attack(network, images, labels, torch.zeros_like(images))
+    pgd = PGD(0.1, steps=3, keep="last", precision="bfloat16")
+    pgd.attack(network, images, labels, torch.zeros_like(images))
     assert (passes.forwards, passes.backwards) == (3 * 8, 3 * 8)
 
 
 def test_robust_loss_is_that_of_float32_within_a_hundredth(cpu_as_gpu):
     images, labels = images_and_labels(64)
     network = trained_network(images, labels)
-    settings = {"eps": 0.03, "steps": 10, "restarts": 3}
-    plain = evaluate_robustness(network, images, labels, **settings)
-    with fast_crafting():
-        fast = evaluate_robustness(network, images, labels, **settings)
+    plain, fast = (
+        measure_robustness(
+            network,
+            images,
+            labels,
+            PGD(0.03, 10, precision=precision),
+            restarts=3,
+            seed=0,
+            batch_size=64,
+        )
+        for precision in ("float32", "bfloat16")
+    )
     assert fast.robust_loss == pytest.approx(plain.robust_loss, rel=0.01)
     assert fast.robust_loss != plain.robust_loss
     assert abs(fast.robust_error - plain.robust_error) <= 1 / 64
     assert torch.equal(fast.clean_losses, plain.clean_losses)
 
 
-def test_fast_flatness_feels_each_perturbation(cpu_as_gpu):
+def test_flatness_in_bfloat16_depends_on_each_perturbation(cpu_as_gpu):
     images, labels = images_and_labels(32)
     network = trained_network(images, labels)
-    settings = {"eps": 0.03, "steps": 5, "num_perturbations": 3}
-    plain = average_case_flatness(network, images, labels, **settings)
-    with fast_crafting():
-        fast = average_case_flatness(network, images, labels, **settings)
-        none = average_case_flatness(network, images, labels, xi=0.0, **settings)
-    assert fast.value == pytest.approx(plain.value, rel=0.02)
-    assert none.value == 0.0
+
+    def flatness(precision, xi=0.5):
+        pgd = PGD(0.03, 5, precision=precision)
+        return measure_flatness(
+            network,
+            images,
+            labels,
+            pgd,
+            xi=xi,
+            num_perturbations=3,
+            restarts=1,
+            protocol="shared",
+            loss="robust",
+            distribution="sphere",
+            relative_to="layer",
+            per_batch=False,
+            seed=0,
+            batch_size=32,
+        ).value
+
+    assert flatness("bfloat16") == pytest.approx(flatness("float32"), rel=0.02)
+    assert flatness("bfloat16", xi=0.0) == 0.0
 
 
-def test_contexts_nest_and_end():
-    with fast_crafting(), fast_crafting(False):
-        assert not crafts_fast(CPU)
-    with pytest.raises(RuntimeError, match="inside"), fast_crafting():
-        raise RuntimeError("inside")
+def test_full_float32_inside_bfloat16():
     network, (images, _) = tiny_network().eval(), images_and_labels()
     with bfloat16_autocast(CPU):
         assert network(images).dtype == torch.bfloat16
@@ -136,13 +152,14 @@ SETTINGS = [
     "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
     "torch.backends.cudnn.conv.fp32_precision = 'ieee'",
 ]
-# In a process of its own: settings of the two kinds cannot all be taken back.
+# In processes of their own: settings of the two kinds cannot all be undone.
 SCRIPT = """
+import os, sys
 import torch
 from robust_flatness.functional.evaluation import without_tf32
-{setting}
+
 def state():
-    found = []
+    values = []
     for read in (
         torch.get_float32_matmul_precision,
         lambda: torch.backends.cuda.matmul.allow_tf32,
@@ -151,26 +168,36 @@ def state():
         lambda: torch.backends.cudnn.conv.fp32_precision,
     ):
         try:
-            found.append(read())
+            values.append(read())
         except (RuntimeError, AttributeError) as error:
-            found.append(type(error).__name__)
-    return found
-before = state()
-try:
-    with without_tf32():
-        inside = state()
-        raise ValueError
-except ValueError:
-    assert state() == before, (before, state())
-assert not any("tf32" == value for value in inside[3:]), inside
-assert True not in inside[1:3], inside
+            values.append(type(error).__name__)
+    return values
+
+def check(setting):
+    exec(setting)
+    before = state()
+    try:
+        with without_tf32():
+            inside = state()
+            raise ValueError
+    except ValueError:
+        assert state() == before, (setting, before, state())
+    assert "tf32" not in inside[3:] and True not in inside[1:3], (setting, inside)
+
+for setting in sys.argv[1:]:
+    child = os.fork()
+    if not child:
+        check(setting)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, setting
 """
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_tf32_is_given_back(setting):
-    if "fp32_precision" in setting and not hasattr(torch.backends.cudnn, "conv"):
-        pytest.skip("PyTorch before 2.9 knows one way to say it")
-    script = SCRIPT.format(setting=setting)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+def test_tf32_settings_are_restored():
+    new = hasattr(torch.backends.cudnn, "conv")
+    # PyTorch before 2.9 has one kind of setting.
+    settings = [setting for setting in SETTINGS if new or "fp32_precision" not in setting]
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *settings], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""When measures measure, and what becomes of figures that are not finite."""
+"""When epochs are measured, what is logged, and what is refused before training."""
 
 import math
 from datetime import timedelta
@@ -7,9 +7,11 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, Timer
-from test_isolation import LIGHT, Foreign
+from networks_for_tests import images_and_labels, same, snapshot, tiny_body
+from test_evaluation_context import LIGHT, Foreign
 from torch import nn
-from trainers import ToyData, dataset, quiet_trainer
+from torch.utils.data import TensorDataset
+from trainers import PLAIN, ToyData, dataset, loader, quiet_trainer
 
 from robust_flatness.callbacks import (
     Curvature,
@@ -22,9 +24,103 @@ from robust_flatness.callbacks import (
     WeightAveraging,
     WorstCaseFlatness,
 )
+from robust_flatness.lightning_modules import AT
 from robust_flatness.loggers import EpochCSVLogger
 
+ATTACKED = {"eps": 0.1, "steps": 2, "batch_size": 5}
+NAMED = [
+    (RobustEvaluation, {**ATTACKED, "restarts": 2}),
+    (Flatness, {**ATTACKED, "num_perturbations": 3}),
+    (Flatness, {**ATTACKED, "num_perturbations": 3, "loss": "clean"}),
+    (WorstCaseFlatness, {**ATTACKED, "restarts": 2, "xi": 0.05}),
+    (Curvature, {"batch_size": 4}),
+]
 VAL = {"split": "val", "dataset": dataset(12, seed=2), **LIGHT}
+
+
+@pytest.mark.parametrize(("callback", "settings"), NAMED)
+def test_what_is_logged_is_the_measure_of_the_first_examples(callback, settings):
+    module, data = AT(tiny_body, **PLAIN), dataset(30, seed=4)
+    watch = callback(dataset=data, num_examples=13, **settings)
+    trainer = quiet_trainer(callbacks=[watch])
+    trainer.fit(module, loader())
+    before = snapshot(module)
+    metrics = watch.measure.metrics(watch.measure(module, *data[:13]), "test")
+    assert set(metrics) <= set(watch.metric_names)
+    assert watch.metrics == metrics
+    assert {name: trainer.callback_metrics[name] for name in metrics} == {
+        name: torch.tensor(value) for name, value in metrics.items()
+    }
+    assert watch.measure.metrics(watch.evaluate(trainer, module), "test") == metrics
+    # In inference mode too.
+    again = callback(dataset=data, num_examples=13, **settings)
+    (tested,) = quiet_trainer(callbacks=[again]).test(module, ToyData(), verbose=False)
+    assert tested == {name: pytest.approx(value) for name, value in metrics.items()}
+    assert same(before, snapshot(module))
+
+
+def test_split_and_radius_are_those_of_the_datamodule():
+    data, module = ToyData(), AT(tiny_body, **PLAIN)
+    callbacks = [
+        Flatness(split="train", num_perturbations=1, steps=2),
+        Flatness(split="train", num_perturbations=1, steps=2, eps=0.3, loss="robust"),
+    ]
+    trainer = quiet_trainer(callbacks=callbacks)
+    trainer.fit(module, data)
+    for callback, eps in zip(callbacks, (data.eps, 0.3)):
+        found = callback.measure.with_default_eps(eps)(module, *data.measured[:])
+        assert callback.metrics == {"flatness/average/train": found.value}
+
+
+@pytest.mark.parametrize(("callback", "settings"), NAMED)
+def test_normalised_modules_are_measured_on_pixels(callback, settings):
+    images, labels = images_and_labels(13)
+    mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
+    shaped = [torch.tensor(v).double().view(-1, 1, 1) for v in (mean, std)]
+
+    class Normalised(AT):
+        """Expects images that its loader has normalised."""
+
+        def forward(self, images):
+            return self.network(images)
+
+    module = Normalised(tiny_body, **PLAIN).double().eval()
+    normalised = TensorDataset((images.double() - shaped[0]) / shaped[1], labels)
+    watch = callback(dataset=normalised, normalization=(mean, std), **settings)
+    metrics = watch.compute(quiet_trainer(), module)
+
+    class InPixels(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = module
+
+        def forward(self, x):
+            return self.inner((x - shaped[0]) / shaped[1])
+
+    expected = watch.measure(InPixels(), images.double(), labels)
+    assert metrics == pytest.approx(watch.measure.metrics(expected, "test"), abs=1e-6)
+
+
+def test_two_splits_live_side_by_side(tmp_path):
+    callbacks = [Curvature(dataset=dataset(9), batch_size=4)]
+    callbacks += [Flatness(split=s, num_perturbations=1, **LIGHT) for s in ("test", "train")]
+    callbacks += [Curvature(split="train", dataset=dataset(9, seed=8), batch_size=4)]
+    trainer = quiet_trainer(callbacks=callbacks)
+    trainer.fit(Foreign())
+    logged = trainer.callback_metrics
+    assert {"flatness/average/test", "flatness/average/train"} <= set(logged)
+    assert logged["hessian/max_eigenvalue"] != logged["hessian/train/max_eigenvalue"]
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+
+
+def test_a_diverged_network_is_logged_as_not_finite():
+    module = AT(tiny_body, **PLAIN)
+    with torch.no_grad():
+        module.network[0].weight.fill_(float("nan"))
+    trainer = quiet_trainer(callbacks=[Curvature(dataset=dataset(4), batch_size=4)])
+    with pytest.warns(UserWarning, match="not finite"):
+        trainer.test(module, loader(), verbose=False)
+    assert trainer.callback_metrics["hessian/max_eigenvalue"].isnan()
 
 
 class Counted(RobustEvaluation):
@@ -34,11 +130,11 @@ class Counted(RobustEvaluation):
         super().__init__(**VAL, **kwargs)
         self.weights = {}
 
-    def take(self, trainer, module, epoch):
+    def measure_epoch(self, trainer, module, epoch):
         self.weights[epoch] = module.net[0].weight.detach().clone()
-        return super().take(trainer, module, epoch)
+        return super().measure_epoch(trainer, module, epoch)
 
-    def measure(self, trainer, module):
+    def compute(self, trainer, module):
         return {"val/robust_loss": float(len(self.weights))}
 
 
@@ -247,9 +343,23 @@ def test_radii_of_pixels_up_to_255_are_refused_with_the_likely_intention(make):
     with pytest.raises(ValueError, match=r"`eps` to be in \[0, 1\] .* but got 8; .* is 8/255"):
         make(eps=8)
     make(eps=8, norm="l2")
-    if make is not FinalEvaluation:
-        with pytest.raises(ValueError, match=r"`step_size` .* is 2/255"):
-            make(step_size=2)
+    with pytest.raises(ValueError, match=r"`step_size` .* is 2/255"):
+        make(step_size=2)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"split": "valid"}, "`split` to be one of train, val, test but got valid"),
+        ({"num_examples": 0}, "`num_examples` to be >= 1 but got 0"),
+        ({"every_n_epochs": 0}, "`every_n_epochs` to be >= 1 but got 0"),
+        ({"num_perturbations": 0}, "`num_perturbations` to be >= 1 but got 0"),
+        ({"normalization": ([0.5], [0.0])}, r"`normalization` to be \(mean, std\), .* but got"),
+    ],
+)
+def test_bad_arguments_are_named(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        Flatness(**kwargs)
 
 
 def test_the_radius_of_the_data_is_refused_before_training():

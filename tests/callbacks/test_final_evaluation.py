@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import wandb
+from averaging_runs import Final, FirstWeight, Scripted
 from lightning.pytorch.loggers import CSVLogger
 from networks_for_tests import tiny_body
 from torch import nn
@@ -17,42 +18,12 @@ from robust_flatness.callbacks import (
     RobustEarlyStopping,
     evaluate,
 )
-from robust_flatness.callbacks.final_measurement import FinalMeasurement
-from robust_flatness.callbacks.measurement import Measurement
 from robust_flatness.lightning_modules import AT
 from robust_flatness.loggers import EpochCSVLogger, make_wandb_logger
 
 
-class OneWeight(Measurement):
-    """Measures a weight, so that a test can tell which weights were measured."""
-
-    calls = 0
-
-    def measure(self, trainer, pl_module):
-        self.calls += 1
-        return {"test/weight": pl_module.network[0].weight[0, 0, 0, 0].item()}
-
-
-class Weight(FinalMeasurement):
-    def __init__(self):
-        super().__init__()
-        self.one = OneWeight(num_examples=7)
-
-    @property
-    def measurements(self):
-        return [self.one]
-
-    def logged_name(self, name, weights):
-        return f"{weights}/{name}"
-
-
-class Scripted(RobustEarlyStopping):
-    def measure(self, trainer, module):
-        return {"val/robust_error": 0.1 + 0.1 * trainer.current_epoch}
-
-
 def test_measures_last_and_early_stopped_weights_and_gives_the_last_back():
-    weight, stopping = Weight(), Scripted()
+    weight, stopping = Final(), Scripted()
     module = AT(tiny_body, **PLAIN)
     quiet_trainer(max_epochs=3, callbacks=[weight, stopping]).fit(module, ToyData())
     last = module.network[0].weight[0, 0, 0, 0].item()
@@ -64,9 +35,9 @@ def test_measures_last_and_early_stopped_weights_and_gives_the_last_back():
 
 
 def test_equal_weights_are_measured_once():
-    weight, stopping = Weight(), Scripted()
+    weight, stopping = Final(), Scripted()
     quiet_trainer(max_epochs=1, callbacks=[weight, stopping]).fit(AT(tiny_body, **PLAIN), ToyData())
-    assert weight.one.calls == 1
+    assert len(weight.seen) == 1
     assert weight.final_results["early_stopped"] == weight.final_results["final"]
 
 
@@ -80,9 +51,9 @@ def test_bad_images_are_refused_before_training():
 
 
 def test_fast_dev_run_leaves_the_protocol_out():
-    weight = Weight()
+    weight = Final()
     quiet_trainer(callbacks=[weight], fast_dev_run=True).fit(AT(tiny_body, **PLAIN), ToyData())
-    assert weight.one.calls == 0
+    assert not weight.seen
 
 
 def test_loggers_get_the_figures_beside_those_of_the_epochs(tmp_path):
@@ -91,7 +62,7 @@ def test_loggers_get_the_figures_beside_those_of_the_epochs(tmp_path):
         make_wandb_logger(tmp_path, project="p", name="n"),
         CSVLogger(tmp_path, name="stock", version=""),
     ]
-    weight = Weight()
+    weight = Final()
     trainer = quiet_trainer(max_epochs=2, callbacks=[weight, Scripted()], logger=loggers)
     trainer.fit(AT(tiny_body, **PLAIN), ToyData())
     wandb.finish()
@@ -108,7 +79,7 @@ def test_loggers_get_the_figures_beside_those_of_the_epochs(tmp_path):
 def test_resuming_a_finished_run_measures_again(tmp_path):
     path, seen = tmp_path / "last.ckpt", []
     for _ in range(2):
-        weight = Weight()
+        weight = Final()
         trainer = quiet_trainer(
             max_epochs=2,
             default_root_dir=tmp_path,
@@ -150,13 +121,13 @@ def test_measures_where_the_module_was_trained():
             calls.append(args)
             return super().to(*args, **kwargs)
 
-    class Device(OneWeight):
-        def measure(self, trainer, module):
+    class Device(FirstWeight):
+        def measure(self, network, examples):
             calls.append("measured")
-            return super().measure(trainer, module)
+            return super().measure(network, examples)
 
-    weight = Weight()
-    weight.one = Device(num_examples=7)
+    weight = Final()
+    weight.measure = Device()
     trainer = quiet_trainer(callbacks=[weight])
     trainer.fit(Moved(tiny_body, **PLAIN), ToyData())
     place = calls.index("measured")

@@ -1,11 +1,12 @@
-"""The line that says what watching costs, against passes counted with hooks."""
+"""What is shown of measuring: the line that says what it costs, and the progress bar."""
 
 import re
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import SaveConfigCallback
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -17,32 +18,23 @@ from robust_flatness.callbacks import (
     Flatness,
     RobustEarlyStopping,
     RobustEvaluation,
-    WorstCaseFlatness,
 )
-from robust_flatness.callbacks.measurement import Measurement
+from robust_flatness.callbacks.measuring import _progress_bar
 from robust_flatness.configs.run_start import RunStart
 
 SMALL: dict[str, Any] = {"num_examples": 5, "batch_size": 2}
 
 
-class Counted(LightningModule):
-    """Somebody else's module, which counts the images that pass through it while it measures."""
+class Foreign(LightningModule):
+    """Somebody else's module."""
 
     def __init__(self) -> None:
         super().__init__()
         self.network = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
-        self.passes = [0, 0]
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.network(images)
-        if not self.network.training:
-            self.passes[0] += len(images)
-            if logits.requires_grad:
-                logits.register_hook(self.count_backward)
         return logits
-
-    def count_backward(self, gradient: torch.Tensor) -> None:
-        self.passes[1] += len(gradient)
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         return nn.functional.cross_entropy(self(batch[0]), batch[1])
@@ -59,42 +51,8 @@ def loader() -> DataLoader:
     return DataLoader(TensorDataset(images, torch.arange(12) % 3), batch_size=4)
 
 
-def fit(*callbacks: Any, module: LightningModule | None = None, **kwargs: Any) -> Any:
-    module = module or Counted()
-    trainer = quiet_trainer(**{"max_epochs": 1, "callbacks": list(callbacks)} | kwargs)
-    trainer.fit(module, loader(), loader())
-    return module
-
-
-MEASUREMENTS = [
-    RobustEvaluation(split="val", steps=3, restarts=2, **SMALL),
-    RobustEvaluation(split="val", steps=0, **SMALL),
-    RobustEarlyStopping(steps=2, **SMALL),
-    Flatness(split="val", steps=3, restarts=2, num_perturbations=3, **SMALL),
-    Flatness(split="val", steps=2, restarts=2, num_perturbations=1, protocol="paper", **SMALL),
-    Flatness(split="val", loss="clean", num_perturbations=3, **SMALL),
-    WorstCaseFlatness(split="val", steps=3, restarts=2, **SMALL),
-    WorstCaseFlatness(split="val", steps=3, restarts=2, loss="clean", **SMALL),
-]
-
-
-@pytest.mark.parametrize("measurement", MEASUREMENTS)
-def test_passes_and_names_are_those_of_a_measurement(measurement: Measurement) -> None:
-    module, returned = Counted(), {}
-    measure = measurement.measure
-
-    def counted(*args: Any) -> dict[str, float]:
-        module.passes = [0, 0]
-        returned.update(measure(*args))
-        return returned
-
-    measurement.measure = counted  # type: ignore[method-assign]
-    fit(measurement, module=module)
-    assert measurement.count_of_images() == 5
-    assert module.passes == [5 * number for number in measurement.passes() or ()]
-    assert tuple(returned) == tuple(measurement.metric_names) or set(returned) == set(
-        measurement.metric_names
-    )
+def fit(*callbacks: Any) -> None:
+    quiet_trainer(callbacks=list(callbacks)).fit(Foreign(), loader(), loader())
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -135,8 +93,29 @@ def test_measures_of_the_end_alone_and_runs_of_our_command_line_say_nothing(
         (SaveConfigCallback, "robust_flatness.lightning_modules.at", 1),
     ):
         monkeypatch.setattr(callback, "setup", lambda *args, **kwargs: None)
-        monkeypatch.setattr(Counted, "__module__", module)
+        monkeypatch.setattr(Foreign, "__module__", module)
         command_line = callback(None, None)  # type: ignore[arg-type]
         command_line.already_saved = True
         fit(command_line, RobustEvaluation(split="val", steps=1, **SMALL))
         assert len(said(capsys)) == lines
+
+
+def test_the_tasks_of_lightnings_bar_keep_their_places() -> None:
+    bar = RichProgressBar()
+    trainer = Trainer(callbacks=[bar], logger=False, enable_checkpointing=False, max_epochs=1)
+    bar.setup(trainer, trainer, "fit")
+    bar.on_train_start(trainer, trainer)
+    assert bar.progress is not None
+    first = bar.progress.add_task("training", total=1)
+    for what in ("flatness", "robust loss"):
+        with _progress_bar(trainer, what, total=2) as on_attack:
+            on_attack()
+            shown = [task for task in bar.progress.tasks if task.visible]
+            assert [(task.description, task.completed) for task in shown] == [
+                ("training", 0),
+                (what, 1),
+            ]
+    second = bar.progress.add_task("validation", total=1)
+    for task in (first, second):
+        assert bar.progress.tasks[task].id == task
+    bar.progress.stop()

@@ -20,7 +20,7 @@ from torch.utils.data import (
 from trainers import dataset, loader, quiet_trainer
 
 from robust_flatness.callbacks import RobustEarlyStopping, WeightAveraging
-from robust_flatness.callbacks.forked import in_fork
+from robust_flatness.callbacks.delivery import in_fork
 
 
 class Noisy(Dataset):
@@ -177,6 +177,6 @@ def test_a_trace_that_a_fork_would_leave_is_refused(leave, message, tmp_path):
 
 
 def test_a_fork_that_hangs_is_refused(monkeypatch):
-    monkeypatch.setattr("robust_flatness.callbacks.forked.PATIENCE", 0.2)
+    monkeypatch.setattr("robust_flatness.callbacks.delivery.TIMEOUT", 0.2)
     with pytest.raises(ValueError, match=r"that failed \(no answer in 0.2 s\); pass `dataset=`"):
         in_fork(lambda: time.sleep(60), "a loader")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from foreign_project import MEAN, NORMALIZATION, STD, Foreign, fitted, normalised, watch
 from lightning.pytorch import LightningDataModule
-from networks_for_tests import images_and_labels
+from networks_for_tests import images_and_labels, same, snapshot
 from torch.utils.data import (
     DataLoader,
     TensorDataset,
@@ -122,7 +122,12 @@ def test_a_test_has_the_images_of_its_own_loader():
     assert torch.equal(measure.examples(trainer, module).images, dataset(8, seed=3).tensors[0])
 
 
-def test_a_test_without_the_split_is_refused_before_it_begins():
+def test_a_missing_split_is_refused_before_it_begins():
+    module = Foreign()
+    before = snapshot(module)
+    with pytest.raises(ValueError, match="DataLoader for `split` test but got NoneType"):
+        quiet_trainer(callbacks=[watch(split="test")]).fit(module, loader())
+    assert same(before, snapshot(module))
     with pytest.raises(ValueError, match="DataLoader for `split` val but got NoneType"):
         quiet_trainer(callbacks=[watch()]).test(Foreign(), loader(8), verbose=False)
     # There is nothing to select on in a test.
@@ -150,6 +155,28 @@ def test_own_datamodules_are_read_without_a_fork(monkeypatch):
     trainer = quiet_trainer(callbacks=[measure], limit_train_batches=1)
     trainer.fit(module, datamodule=Digits(batch_size=20))
     assert len(measure.examples(trainer, module)) == 6
+
+
+IMAGES, LABELS = images_and_labels(8)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (dataset(0), "`dataset` to have images but got an empty one"),
+        ([{"image": 1}], "begin with an image tensor, all of one shape"),
+        ([("a picture", 1)], "begin with an image tensor, all of one shape"),
+        ([(torch.rand(3, 8, 8), "cat")], "begin with an image tensor, all of one shape"),
+        (TensorDataset(IMAGES * 2 - 1, LABELS), r"pixels in \[0, 1\] but got .*normalization="),
+        (TensorDataset(IMAGES, LABELS + 10), "below the 10 classes but got"),
+    ],
+)
+def test_datasets_that_are_something_else_are_refused_before_training(data, message):
+    module = Foreign()
+    before = snapshot(module)
+    with pytest.raises(ValueError, match=message):
+        fitted(watch(dataset=data), module=module)
+    assert same(before, snapshot(module))
 
 
 @pytest.mark.parametrize("split", ["val", "test"])

@@ -7,20 +7,17 @@ import torch
 from networks_for_tests import images_and_labels
 from torch import nn
 from torch.utils.data import TensorDataset
-from trainers import quiet_trainer
 
 from robust_flatness.callbacks import AutoAttack, evaluate
+from robust_flatness.measures import AutoAttackError
 
 ATTACKS = ["apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"]
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False}
 
 
 def error(network, data, attacks, **kwargs):
-    callback = AutoAttack(dataset=data, attacks=attacks, **{"eps": 0.1, **kwargs})
-    (verdicts,) = callback.measurements
-    module = nn.Sequential(network)
-    module.device = torch.device("cpu")
-    return verdicts.measure(quiet_trainer(), module)["test/autoattack_error"]
+    measure = AutoAttackError(attacks=attacks, **{"eps": 0.1, **kwargs})
+    return measure(network, *data[:]).robust_error
 
 
 class Bright(nn.Module):

@@ -1,8 +1,8 @@
-"""A place to measure a network in the middle of training without training noticing."""
+"""A network in the middle of training, so that measuring leaves no trace in it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
+from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -10,34 +10,31 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor, nn
 
-from robust_flatness.functional.evaluation import evaluation_context, full_float32
+from robust_flatness.functional import evaluation
 
 Weights = dict[str, Tensor]
 
-# The own weights of modules that hold others at the moment. Whoever put those in has decided what
-# is measured: no context further inside replaces them.
-_OWN: ContextVar[Mapping[nn.Module, Weights] | None] = ContextVar("own_weights", default=None)
+# The own weights of modules that hold others at the moment, averaged or early-stopped.
+_OWN_WEIGHTS: WeakKeyDictionary[nn.Module, Weights] = WeakKeyDictionary()
 
 
 @contextmanager
-def isolated(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """What happens inside leaves no trace in training.
+def evaluation_context(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """Eval mode with gradients, after which nothing in training has changed.
 
-    The module holds the averaged weights where training averages them, see `averaged_weights`.
-    Modes, weights, buffers and random states are restored, and gradients are allowed even in
-    Lightning's inference mode, see `evaluation_context`. All ranks use rank 0's buffers: after a
-    step their BatchNorm statistics differ, and a measure must be that of one network. Forwards are
-    in float32, or in float64 with the trainer's precision 64-true.
+    Modes, weights, buffers, `.grad`, `requires_grad` and random states are restored, see
+    `functional.evaluation_context`. All processes have rank 0's buffers: after a step their
+    BatchNorm statistics differ, and a measure must be that of one network. Forwards are in float32,
+    or in float64 if the trainer's precision is 64-true.
 
     Args:
         trainer: The trainer.
-        module: The module, in eval mode inside.
+        module: The module.
     """
     with (
-        averaged_weights(trainer, module),
-        evaluation_context(module),
+        evaluation.evaluation_context(module),
         _default_type_of_training(trainer, module),
-        full_float32(module.device),
+        evaluation.full_float32(module.device),
     ):
         if trainer.world_size > 1:
             for buffer in module.buffers():
@@ -50,54 +47,58 @@ def averaged_weights(trainer: Trainer, module: LightningModule) -> Iterator[None
     """Gives a module in training the averaged weights, and its own back bit for bit.
 
     Averages are those of a `WeightAveraging` callback, Lightning's or this package's, anywhere
-    among the trainer's callbacks. Nothing is exchanged outside of `fit`, before the first update,
-    or where the module holds other weights already, averaged or early-stopped.
+    among the trainer's callbacks. Nothing changes outside of `fit`, before the first update, or if
+    the module holds other weights already.
 
     Args:
         trainer: The trainer.
         module: The module.
     """
-    average = _average_of(trainer, module) if own_weights(module) is None else None
+    average = None if module in _OWN_WEIGHTS else _average(trainer, module)
     if average is None:
         yield
         return
-    with _given_back(module):
+    with _weights_restored(module):
         copy_weights(average, module)
         yield
 
 
 @contextmanager
 def swapped_weights(module: LightningModule, weights: Weights) -> Iterator[None]:
-    """Gives a module other weights and buffers for a while, and its own back bit for bit.
+    """Gives a module other weights and buffers, and its own back bit for bit.
 
     Args:
         module: The module.
         weights: A state dict of it, on any device.
     """
-    with _given_back(module):
+    with _weights_restored(module):
         module.load_state_dict(weights)
         yield
 
 
 def own_weights(module: nn.Module) -> Weights | None:
-    """What a module's parameters and buffers were before others were put in for a while.
-
-    Args:
-        module: The module.
-
-    Returns:
-        Copies by name, or `None` where the module holds its own.
-    """
-    return (_OWN.get() or {}).get(module)
+    """Returns a module's own weights and buffers while it holds others, else None."""
+    return _OWN_WEIGHTS.get(module)
 
 
 @torch.no_grad()
 def copy_weights(source: nn.Module, target: nn.Module) -> None:
     """Copies parameters and buffers into a module of the same structure, on any device."""
-    _copy(_tensors(target), _tensors(source))
+    tensors = _tensors(source)
+    for name, tensor in _tensors(target).items():
+        tensor.copy_(tensors[name])
 
 
-def _average_of(trainer: Trainer, module: LightningModule) -> nn.Module | None:
+def is_finite(trainer: Trainer, module: LightningModule) -> bool:
+    """Returns whether all weights are finite, on all processes, and no buffer holds NaN."""
+    # Masks and minima begin at infinity.
+    finite = all(bool(weight.isfinite().all()) for weight in module.parameters())
+    finite = finite and not any(bool(buffer.isnan().any()) for buffer in module.buffers())
+    # Buffers of the processes differ, and processes must decide alike.
+    return bool(trainer.strategy.reduce_boolean_decision(finite))
+
+
+def _average(trainer: Trainer, module: LightningModule) -> nn.Module | None:
     if trainer.state.fn != TrainerFn.FITTING or trainer.state.status != TrainerStatus.RUNNING:
         return None
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -114,21 +115,25 @@ def _average_of(trainer: Trainer, module: LightningModule) -> nn.Module | None:
 
 
 @contextmanager
-def _given_back(module: nn.Module) -> Iterator[None]:
-    """Whatever is copied into a module inside is undone at the end."""
-    tensors, others = _tensors(module), _OWN.get() or {}
+def _weights_restored(module: nn.Module) -> Iterator[None]:
+    tensors, outer = _tensors(module), _OWN_WEIGHTS.get(module)
     before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-    token = _OWN.set({module: before, **others})
+    _OWN_WEIGHTS[module] = before
     try:
         yield
     finally:
-        _OWN.reset(token)
-        _copy(tensors, before)
+        if outer is None:
+            del _OWN_WEIGHTS[module]
+        else:
+            _OWN_WEIGHTS[module] = outer
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                tensor.copy_(before[name])
 
 
 @contextmanager
 def _default_type_of_training(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """Has forwards make tensors of the type that they make in training, if that is float64."""
+    """Has forwards create tensors of the type that they have in training, if that is float64."""
     if trainer.precision != "64-true":
         yield
         return
@@ -148,9 +153,3 @@ def _tensors(module: nn.Module) -> Weights:
     """All parameters and buffers, also those that no state dict has, under all of their names."""
     parameters = module.named_parameters(remove_duplicate=False)
     return {**dict(parameters), **dict(module.named_buffers(remove_duplicate=False))}
-
-
-@torch.no_grad()
-def _copy(targets: Weights, sources: Weights) -> None:
-    for name, target in targets.items():
-        target.copy_(sources[name])

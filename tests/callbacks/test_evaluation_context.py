@@ -19,7 +19,7 @@ from robust_flatness.callbacks import (
     RobustEarlyStopping,
     RobustEvaluation,
 )
-from robust_flatness.callbacks.isolation import isolated, swapped_weights
+from robust_flatness.callbacks.evaluation_context import evaluation_context, swapped_weights
 
 LIGHT = {"num_examples": 12, "steps": 2, "eps": 0.1, "batch_size": 5}
 
@@ -127,7 +127,7 @@ def test_measuring_leaves_no_trace():
         Flatness(dataset=dataset(), num_perturbations=2, **LIGHT),
         RobustEvaluation(dataset=dataset(), **LIGHT),
     ):
-        callback.measure(trainer, module)
+        callback.compute(trainer, module)
     assert same(before, snapshot(module))
     assert torch.equal(state, torch.get_rng_state())
     assert modes == [m.training for m in module.modules()]
@@ -136,11 +136,11 @@ def test_measuring_leaves_no_trace():
     assert module.net[8].weight.grad is None
 
 
-def test_isolated_undoes_modes_and_random_state_after_an_exception():
+def test_it_undoes_modes_and_random_state_after_an_exception():
     module, trainer = Foreign(), quiet_trainer()
     modes = [m.training for m in module.modules()]
     state = torch.get_rng_state()
-    with pytest.raises(RuntimeError), isolated(trainer, module):
+    with pytest.raises(RuntimeError), evaluation_context(trainer, module):
         assert not any(m.training for m in module.modules())
         torch.rand(3)
         raise RuntimeError
@@ -216,12 +216,12 @@ class Augmented(torch.utils.data.Dataset):
 def test_reading_images_takes_no_numbers_from_training():
     module, measure = Foreign(), RobustEvaluation(dataset=Augmented(), **LIGHT)
     states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
-    first = measure.measure(quiet_trainer(), module)
+    first = measure.compute(quiet_trainer(), module)
     assert random.getstate() == states[0]
     assert (np.random.get_state()[1] == states[1]).all()
     assert torch.equal(torch.get_rng_state(), states[2])
     torch.rand(3), random.random()
-    again = RobustEvaluation(dataset=Augmented(), **LIGHT).measure(quiet_trainer(), Foreign())
+    again = RobustEvaluation(dataset=Augmented(), **LIGHT).compute(quiet_trainer(), Foreign())
     assert first == again
 
 
@@ -231,8 +231,9 @@ def test_a_second_fit_begins_anew():
     for data in (first, second):
         flat.dataset = stopping.dataset = data
         module = Foreign()
-        quiet_trainer(callbacks=[flat, stopping]).fit(module)
-        assert torch.equal(flat._examples.images, data.tensors[0])
+        trainer = quiet_trainer(callbacks=[flat, stopping])
+        trainer.fit(module)
+        assert torch.equal(flat.examples(trainer, module).images, data.tensors[0])
         assert set(stopping.trajectory) == {0}
         kept = stopping.best_weights["net.0.weight"]
         assert torch.equal(kept, module.net[0].weight)

@@ -1,7 +1,7 @@
-"""How much of the package four flows pass through: calls, functions and files.
+"""Counts the calls, functions and files of the package in four flows.
 
-`sys.setprofile` sees each Python call; those of named functions in the package count. `compare.py`
-prints them for two checkouts: what they share, such as the network, is in both.
+`sys.setprofile` sees each Python call. Counted are those of named functions of the package.
+`compare.py` prints the counts of two checkouts.
 """
 
 import os
@@ -15,40 +15,42 @@ from typing import Any
 from lightning.pytorch import Callback
 
 # Everything that a run does by default besides training.
-SWITCHED_OFF = (
+SWITCHED_OFF = [
     *("wandb", "evaluation", "train_evaluation", "flatness", "train_flatness", "early_stopping"),
     *("trajectory", "final", "autoattack", "best_checkpoint", "last_checkpoint"),
-)
+]
 PROJECTIONS = {"clamp", "clamp_", "clip", "minimum"}
 
 
 class Profile:
-    """Counts calls of functions in the package while it is on."""
+    """Counts calls of functions in the package between `start` and `stop`."""
 
     def __init__(self) -> None:
-        self.package = ""
         self.calls, self.seen = 0, set[CodeType]()
-        self.until: Callable[[FrameType, Any], bool] | None = None
+        # Whether to stop at the first projection of an attack.
+        self.until_projection = False
 
     def start(self) -> None:
-        """Begins to count, from zero."""
+        """Starts to count, from zero."""
         self.package, self.calls, self.seen = os.environ["PYTHONPATH"], 0, set()
         sys.setprofile(self._event)
 
     def stop(self) -> None:
-        """Ends counting."""
+        """Stops counting."""
         sys.setprofile(None)
 
     def _event(self, frame: FrameType, event: str, argument: Any) -> None:
         code = frame.f_code
         if not code.co_filename.startswith(self.package):
             return
-        # Neither modules nor comprehensions and lambdas, which are parts of a function.
+        # Modules, comprehensions and lambdas are parts of a function.
         if event == "call" and code.co_name[0] != "<":
             self.calls += 1
             self.seen.add(code)
-        elif event == "c_call" and self.until is not None and self.until(frame, argument):
-            self.stop()
+        elif event == "c_call" and self.until_projection:
+            inside = f"{os.sep}functional{os.sep}" in code.co_filename
+            if inside and getattr(argument, "__name__", "") in PROJECTIONS:
+                self.stop()
 
     @property
     def counts(self) -> list[int]:
@@ -60,11 +62,11 @@ PROFILE = Profile()
 
 
 class Watch(Callback):
-    """Counts between two hooks of a run, first among its callbacks.
+    """Counts between two hooks of a run. Of several calls of `begin`, the last one counts.
 
     Args:
-        begin: Hook that begins; the last one of its kind counts.
-        end: Hook that ends.
+        begin: Name of the hook that starts.
+        end: Name of the hook that stops.
     """
 
     def __init__(self, begin: str, end: str) -> None:
@@ -72,44 +74,40 @@ class Watch(Callback):
             setattr(self, name, lambda *args, act=act, **kwargs: act())
 
 
-def is_projection(frame: FrameType, function: Any) -> bool:
-    """Whether a call clamps a tensor in the package's functions, the first of which projects."""
-    inside = f"{os.sep}functional{os.sep}" in frame.f_code.co_filename
-    return inside and getattr(function, "__name__", "") in PROJECTIONS
-
-
 def all_flows(
-    must: Callable[..., str], say: Callable[[str], None]
+    must: Callable[..., None], say: Callable[[str], None]
 ) -> Iterator[tuple[str, list[int]]]:
-    """Runs the four flows.
+    """Runs the four flows. Yields the name of each, and its calls, functions and files.
 
     Args:
-        must: Runs a command line.
+        must: Runs a command of the command line.
         say: Prints progress.
-
-    Yields:
-        Name of the flow, and its calls, functions and files.
     """
-    tiny = ["--data.num_train=16", "--data.batch_size=8", "--trainer.max_epochs=1"]
-    tiny += ["--model.network.width=8", "--trainer.enable_progress_bar=false"]
+
+    def fit(*options: str, watch: tuple[str, str] | None = None, switched_off: list[str]) -> None:
+        tiny = ["--data.num_train=16", "--data.batch_size=8", "--trainer.max_epochs=1"]
+        tiny += ["--model.network.width=8", "--trainer.enable_progress_bar=false"]
+        if watch is not None:
+            tiny += ["--trainer.callbacks=flows.Watch", f"--trainer.callbacks.begin={watch[0]}"]
+            tiny += [f"--trainer.callbacks.end={watch[1]}"]
+        must("fit", *tiny, f"--without=[{','.join(switched_off)}]", *options)
+
     say("flows: a step")
-    watch = ["--trainer.callbacks=flows.Watch", "--trainer.callbacks.begin=on_train_batch_start"]
-    step = [*watch, "--trainer.callbacks.end=on_train_batch_end", "--model.steps=2"]
-    must("fit", "--model=ATAWP", *tiny, *step, without(*SWITCHED_OFF))
+    hooks = "on_train_batch_start", "on_train_batch_end"
+    fit("--model=ATAWP", "--model.steps=2", watch=hooks, switched_off=SWITCHED_OFF)
     yield "one step of AT-AWP with PGD-2", PROFILE.counts
     say("flows: an epoch's end")
-    watch = ["--trainer.callbacks=flows.Watch", "--trainer.callbacks.begin=on_train_batch_end"]
     light = ["num_examples=8", "num_perturbations=1", "steps=1", "every_n_epochs=1"]
-    measure = [f"--flatness.{option}" for option in light]
-    others = without(*(name for name in SWITCHED_OFF if name != "flatness"))
-    must("fit", *tiny, *watch, "--trainer.callbacks.end=on_train_end", *measure, others)
+    options = [f"--flatness.{option}" for option in light]
+    others = [name for name in SWITCHED_OFF if name != "flatness"]
+    fit(*options, watch=("on_train_batch_end", "on_train_end"), switched_off=others)
     yield "flatness at an epoch's end, K = 1, PGD-1", PROFILE.counts
     say("flows: an option")
-    PROFILE.until = is_projection
+    PROFILE.until_projection = True
     PROFILE.start()
-    must("fit", "--model.eps=8/255", *tiny, without(*SWITCHED_OFF))
+    fit("--model.eps=8/255", switched_off=SWITCHED_OFF)
     PROFILE.stop()
-    PROFILE.until = None
+    PROFILE.until_projection = False
     yield "`--model.eps 8/255` from argv to the first projection", PROFILE.counts
     say("flows: report")
     runs = sorted(path.parent for path in Path("runs").glob("*/results.json"))[:6]
@@ -119,8 +117,3 @@ def all_flows(
     must("report", "six", "--folder=report_of_six")
     PROFILE.stop()
     yield f"`report` on {len(runs)} runs", PROFILE.counts
-
-
-def without(*names: str) -> str:
-    """The option that leaves parts of a run out."""
-    return f"--without=[{','.join(names)}]"

@@ -20,7 +20,7 @@ from robust_flatness.functional.flatness import LossKind
 from robust_flatness.functional.layer_weights import perturbed_parameters
 from robust_flatness.functional.noise import Norm
 from robust_flatness.functional.weight_perturbation import RelativeTo
-from robust_flatness.loggers.failures import warn_on_failure
+from robust_flatness.loggers.wandb import warn_on_failure
 from robust_flatness.run_folder.landscape_file import Landscape as Measured
 from robust_flatness.run_folder.landscape_file import write_landscapes
 

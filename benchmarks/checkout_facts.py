@@ -1,4 +1,4 @@
-"""Runs one checkout and writes its facts: the process that `compare.py` starts for each.
+"""Writes the facts of one checkout, in the process that `compare.py` starts for each.
 
 It uses the command line and the run folder alone, which stay the same while modules move.
 """
@@ -25,10 +25,7 @@ from robust_flatness import cli
 
 MEASURES = ("evaluation", "train_evaluation", "flatness", "train_flatness", "early_stopping")
 LIGHT = [
-    "--data.num_train=80",
-    "--data.batch_size=32",
-    "--model.network.width=8",
-    "--model.steps=2",
+    *("--data.num_train=80", "--data.batch_size=32", "--model.network.width=8", "--model.steps=2"),
     *(f"--{name}.num_examples=8" for name in (*MEASURES, "final", "curvature")),
     *(f"--{name}.every_n_epochs=1" for name in MEASURES),
     *("--final.steps=2", "--final.restarts=2", "--final.num_perturbations=2"),

@@ -4,13 +4,11 @@
     python benchmarks/compare.py ba960bd . --all    # all presets, and all pairs of presets
 
 Each checkout runs in its own process on one thread (`checkout_facts.py`): presets for two epochs
-with light measures, `test` on a checkpoint, a small `study`, `report`, and the merged configuration
-of each preset and of pairs of presets on Digits and CIFAR-10. Compared are metrics.csv, the metrics
-of results.json, arrays, hashes of the tensors in checkpoints, table1.csv and the configurations,
-but not times, versions, hardware and paths. The facts of the first checkout are cached by its
-contents. The exit status is 1 if anything differs that no `--ignore` pattern names.
-
-The last table has the calls, functions and files of the package in four flows (`flows.py`).
+with light measures, `test` on a checkpoint, a small `study`, `report`, and merged configurations
+of presets and pairs of presets. Compared are metrics, arrays, hashes of the tensors in checkpoints,
+table1.csv and the configurations, but not times, versions, hardware and paths. The facts of the
+first checkout are cached by its contents. The exit status is 1 if anything differs that no
+`--ignore` pattern names. The last table has the calls, functions and files in four flows.
 """
 
 import argparse
@@ -35,8 +33,6 @@ CHILD = Path(__file__).with_name("checkout_facts.py")
 # The package imports none of these folders, so the facts do not depend on them.
 SKIPPED = {"tests", "docs", "benchmarks", "runs", "report", "build", "dist", "wandb"}
 SUFFIXES = {".py", ".yaml", ".cfg", ".csv", ".html", ".css", ".js", ".j2"}
-# Numbers of facts of a part, and of characters of a value, that are printed.
-FACTS, CHARACTERS = 8, 80
 
 
 @contextmanager
@@ -98,12 +94,7 @@ def cached_facts(folder: Path, job: dict[str, list[str]], cache: Path) -> dict[s
 def differences(
     before: dict[str, str], after: dict[str, str], ignored: Sequence[str]
 ) -> dict[str, str]:
-    r"""The facts that differ, each with the first line that differs.
-
-    Example:
-        >>> differences({"a": "1", "b": "x\ny"}, {"b": "x\nz", "c": "2"}, ["c"])
-        {'a': '1 -> nothing', 'b': 'y -> z'}
-    """
+    """The facts that differ, each with the first line that differs."""
     differing = {}
     for name in sorted(before.keys() | after.keys()):
         both = before.get(name, "nothing"), after.get(name, "nothing")
@@ -112,8 +103,7 @@ def differences(
         lines = zip_longest(*(text.splitlines() for text in both), fillvalue="nothing")
         line = next((pair for pair in lines if pair[0] != pair[1]), ("", "line ends"))
         equal = next((n for n, pair in enumerate(zip(*line)) if pair[0] != pair[1]), 0)
-        cut = max(0, equal - 20)
-        differing[name] = " -> ".join(text[cut:].strip()[:CHARACTERS] for text in line)
+        differing[name] = " -> ".join(text[max(0, equal - 20) :].strip()[:80] for text in line)
     return differing
 
 
@@ -123,11 +113,10 @@ def print_results(before: dict[str, Any], after: dict[str, Any], differing: dict
     def part(name: str) -> str:
         return "/".join(name.split("/")[:2])
 
-    total = Counter(map(part, before["facts"] | after["facts"]))
-    for name, count in sorted(total.items()):
-        lines = [f"  {fact}: {line}" for fact, line in differing.items() if part(fact) == name]
+    for name, count in sorted(Counter(map(part, before["facts"] | after["facts"])).items()):
+        lines = [f"  {fact}: {line}\n" for fact, line in differing.items() if part(fact) == name]
         print(f"{name}: {count} facts, {f'{len(lines)} DIFFER' if lines else 'all equal'}")
-        print("".join(f"{line}\n" for line in lines[:FACTS]), end="")
+        print("".join(lines[:8]), end="")
     print("\n| flow | calls / functions / files before | after |\n|---|---|---|")
     for name in after["flows"]:
         counts = [" / ".join(map(str, side["flows"].get(name, []))) for side in (before, after)]

@@ -1,8 +1,4 @@
-"""Counts the calls, functions and files of the package in four flows.
-
-`sys.setprofile` sees each Python call. Counted are those of named functions of the package.
-`compare.py` prints the counts of two checkouts.
-"""
+"""Counts the calls of named functions of the package, the functions and the files in four flows."""
 
 import os
 import shutil
@@ -23,15 +19,13 @@ PROJECTIONS = {"clamp", "clamp_", "clip", "minimum"}
 
 
 class Profile:
-    """Counts calls of functions in the package between `start` and `stop`."""
+    """Counts between `start` and `stop`, or the first projection of an attack."""
 
     def __init__(self) -> None:
-        self.calls, self.seen = 0, set[CodeType]()
-        # Whether to stop at the first projection of an attack.
-        self.until_projection = False
+        self.calls, self.seen, self.until_projection = 0, set[CodeType](), False
 
     def start(self) -> None:
-        """Starts to count, from zero."""
+        """Starts from zero."""
         self.package, self.calls, self.seen = os.environ["PYTHONPATH"], 0, set()
         sys.setprofile(self._event)
 
@@ -62,12 +56,7 @@ PROFILE = Profile()
 
 
 class Watch(Callback):
-    """Counts between two hooks of a run. Of several calls of `begin`, the last one counts.
-
-    Args:
-        begin: Name of the hook that starts.
-        end: Name of the hook that stops.
-    """
+    """Counts from the last call of the hook `begin` to the hook `end`."""
 
     def __init__(self, begin: str, end: str) -> None:
         for name, act in ((end, PROFILE.stop), (begin, PROFILE.start)):
@@ -77,38 +66,35 @@ class Watch(Callback):
 def all_flows(
     must: Callable[..., None], say: Callable[[str], None]
 ) -> Iterator[tuple[str, list[int]]]:
-    """Runs the four flows. Yields the name of each, and its calls, functions and files.
+    """Runs the flows by `must`, the command line. Yields the name and the counts of each."""
 
-    Args:
-        must: Runs a command of the command line.
-        say: Prints progress.
-    """
-
-    def fit(*options: str, watch: tuple[str, str] | None = None, switched_off: list[str]) -> None:
+    def fit(*options: str, switched_off: list[str] = SWITCHED_OFF) -> list[int]:
         tiny = ["--data.num_train=16", "--data.batch_size=8", "--trainer.max_epochs=1"]
         tiny += ["--model.network.width=8", "--trainer.enable_progress_bar=false"]
-        if watch is not None:
-            tiny += ["--trainer.callbacks=flows.Watch", f"--trainer.callbacks.begin={watch[0]}"]
-            tiny += [f"--trainer.callbacks.end={watch[1]}"]
-        must("fit", *tiny, f"--without=[{','.join(switched_off)}]", *options)
+        must("fit", *tiny, *options, f"--without=[{','.join(switched_off)}]")
+        return PROFILE.counts
+
+    def watch(begin: str, end: str) -> list[str]:
+        callback = "--trainer.callbacks"
+        return [f"{callback}=flows.Watch", f"{callback}.begin={begin}", f"{callback}.end={end}"]
 
     say("flows: a step")
-    hooks = "on_train_batch_start", "on_train_batch_end"
-    fit("--model=ATAWP", "--model.steps=2", watch=hooks, switched_off=SWITCHED_OFF)
-    yield "one step of AT-AWP with PGD-2", PROFILE.counts
+    hooks = watch("on_train_batch_start", "on_train_batch_end")
+    yield "one step of AT-AWP with PGD-2", fit("--model=ATAWP", "--model.steps=2", *hooks)
     say("flows: an epoch's end")
     light = ["num_examples=8", "num_perturbations=1", "steps=1", "every_n_epochs=1"]
     options = [f"--flatness.{option}" for option in light]
+    hooks = watch("on_train_batch_end", "on_train_end")
     others = [name for name in SWITCHED_OFF if name != "flatness"]
-    fit(*options, watch=("on_train_batch_end", "on_train_end"), switched_off=others)
-    yield "flatness at an epoch's end, K = 1, PGD-1", PROFILE.counts
+    counts = fit(*options, *hooks, switched_off=others)
+    yield "flatness at an epoch's end, K = 1, PGD-1", counts
     say("flows: an option")
     PROFILE.until_projection = True
     PROFILE.start()
-    fit("--model.eps=8/255", switched_off=SWITCHED_OFF)
+    counts = fit("--model.eps=8/255")
     PROFILE.stop()
     PROFILE.until_projection = False
-    yield "`--model.eps 8/255` from argv to the first projection", PROFILE.counts
+    yield "`--model.eps 8/255` from argv to the first projection", counts
     say("flows: report")
     runs = sorted(path.parent for path in Path("runs").glob("*/results.json"))[:6]
     for folder in runs:

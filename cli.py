@@ -44,6 +44,7 @@ from robust_flatness.configs.components import (
     known_classes,
 )
 from robust_flatness.configs.compose import DEFAULTS, compose, run_folder_of
+from robust_flatness.configs.files import read_mapping
 from robust_flatness.configs.normalization import hand_on_normalization
 from robust_flatness.configs.options import read_options
 from robust_flatness.configs.parser import Parser, refusing, set_known, told
@@ -331,10 +332,80 @@ def main(args: Sequence[str] | None = None, cli_class: type[CLI] = CLI) -> None:
         print(f"robust-flatness {version('robust-flatness')}")
         return
     if arguments and arguments[0] in COMMANDS:
-        run_command(resolve_name(COMMANDS[arguments[0]]), arguments)
+        passed = {"command_line": study_functions()} if arguments[0] == "study" else {}
+        run_command(resolve_name(COMMANDS[arguments[0]]), arguments, **passed)
         return
     with sigterm_exits(at_once=arguments[:1] == ["test"]):
         _run(cli_class, args)
+
+
+def study_functions() -> Any:
+    """The functions of the command line that a study calls."""
+    from robust_flatness.study.plan import CommandLine
+
+    return CommandLine(read_options, merge_settings, check_arguments, read_yaml)
+
+
+def merge_settings(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Merges the presets and files of `fit`.
+
+    Args:
+        arguments: Arguments, beginning with `fit`.
+
+    Returns:
+        The settings, and the remaining arguments.
+    """
+    _, _, settings, *rest = compose(arguments, known_classes())
+    return yaml.safe_load(settings), rest
+
+
+def read_yaml(path: str, option: str) -> dict[str, Any]:
+    """Reads a YAML file that contains a mapping, see `read_mapping`."""
+    return read_mapping(path, option=option)
+
+
+class _RefusedError(SystemExit):
+    """The sentence of a command line that is only checked."""
+
+
+class _CheckingParser(Parser):
+    """Raises an error instead of ending the process."""
+
+    def refuse(self, sentence: str) -> NoReturn:
+        raise _RefusedError(sentence)
+
+
+class _CheckingCLI(CLI):
+    """The command line up to the trainer, which may need GPUs that only a cluster has."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "parser_class": _CheckingParser})
+
+    def _set_seed(self) -> None:
+        # Lightning would write the seed to the environment, which all runs inherit.
+        return
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """Makes none, and so no run folder."""
+        return None
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        return
+
+
+def check_arguments(arguments: Sequence[str]) -> None:
+    """Checks arguments of `fit`; neither a folder nor an environment variable is left.
+
+    Args:
+        arguments: Arguments, beginning with `fit`.
+
+    Raises:
+        ValueError: If `fit` refuses them.
+    """
+    try:
+        main(arguments, _CheckingCLI)
+    except _RefusedError as error:
+        raise ValueError(str(error)) from None
 
 
 def _run(cli_class: type[CLI], args: Sequence[str] | None) -> None:

@@ -21,8 +21,7 @@ from typing_extensions import override
 
 from robust_flatness.callbacks.measuring import warn_if_results_stay
 from robust_flatness.loggers.epoch_csv import EpochCSVLogger
-from robust_flatness.loggers.failures import warn_on_failure
-from robust_flatness.loggers.wandb import log_trajectory
+from robust_flatness.loggers.wandb import log_trajectory, warn_on_failure
 from robust_flatness.run_folder.atomic_write import whole_file
 from robust_flatness.run_folder.metrics import LOSSES, logged_split
 

@@ -6,13 +6,14 @@ from typing import Any, get_type_hints
 from robust_flatness.configs.parser import Parser, refusing
 
 
-def run_command(function: Callable[..., Any], arguments: Sequence[str]) -> None:
+def run_command(function: Callable[..., Any], arguments: Sequence[str], **passed: Any) -> None:
     """Calls a function with arguments of the command line, with the manners of `fit`.
 
     Args:
         function: With types and a docstring, which is its `--help`.
         arguments: As typed, beginning with the command's name. What follows `--` is the function's
             `options`.
+        **passed: Arguments of the function that are not on the command line.
     """
     name, given, options = arguments[0], list(arguments[1:]), None
     if "--" in given:
@@ -23,7 +24,7 @@ def run_command(function: Callable[..., Any], arguments: Sequence[str]) -> None:
         allow_abbrev=False,
         description=(function.__doc__ or "").split("\n\n")[0],
     )
-    parser.add_function_arguments(function, as_group=False, as_positional=True)
+    parser.add_function_arguments(function, as_group=False, as_positional=True, skip=set(passed))
     # A switch may stand alone, as everywhere.
     switches = [f"--{key}" for key, kind in get_type_hints(function).items() if kind is bool]
     following = [*given[1:], ""]
@@ -36,6 +37,6 @@ def run_command(function: Callable[..., Any], arguments: Sequence[str]) -> None:
     if options is not None:
         parsed["options"] = options
     try:
-        function(**parsed.as_dict())
+        function(**passed, **parsed.as_dict())
     except (ValueError, OSError) as error:
         parser.error(str(error))

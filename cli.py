@@ -12,7 +12,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, NoReturn
 
-from robust_flatness.configs.environment import check_environment
+from robust_flatness.command_line.environment import check_environment
 
 check_environment()
 
@@ -27,28 +27,28 @@ from lightning.pytorch.strategies.launchers.launcher import _Launcher
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 from robust_flatness.callbacks import Results
-from robust_flatness.configs.checkpoints import check_start, check_weights
-from robust_flatness.configs.checks import (
+from robust_flatness.command_line.checkpoints import check_start, check_weights
+from robust_flatness.command_line.checks import (
     LINKED,
     check_linked,
     check_settings,
     left_out,
 )
-from robust_flatness.configs.claimed_folder import RunFolder, claim_first, is_first_process
-from robust_flatness.configs.commands import run_command
-from robust_flatness.configs.components import (
+from robust_flatness.command_line.claimed_folder import RunFolder, claim_first, is_first_process
+from robust_flatness.command_line.commands import run_command
+from robust_flatness.command_line.components import (
     DEFAULT_CALLBACKS,
     LEAVABLE,
     ONLY_IN_FIT,
     OPTIONAL_CALLBACKS,
     known_classes,
 )
-from robust_flatness.configs.compose import DEFAULTS, compose, run_folder_of
-from robust_flatness.configs.normalization import hand_on_normalization
-from robust_flatness.configs.options import read_options
-from robust_flatness.configs.parser import Parser, refusing, set_known, told
-from robust_flatness.configs.run_start import RunStart, check_monitors
-from robust_flatness.configs.signals import interrupted_status, resume_command, sigterm_exits
+from robust_flatness.command_line.compose import DEFAULTS, compose, run_folder_of
+from robust_flatness.command_line.normalization import hand_on_normalization
+from robust_flatness.command_line.options import read_options
+from robust_flatness.command_line.parser import Parser, refusing, set_known, told
+from robust_flatness.command_line.run_start import RunStart, check_monitors
+from robust_flatness.command_line.signals import interrupted_status, resume_command, sigterm_exits
 from robust_flatness.datamodules import RobustDataModule
 from robust_flatness.datamodules.global_batches import GlobalBatches
 from robust_flatness.loggers import EpochCSVLogger, EpochWandbLogger, make_wandb_logger

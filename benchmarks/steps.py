@@ -31,7 +31,7 @@ from typing_extensions import override
 
 from robust_flatness import cli
 from robust_flatness.callbacks import Results
-from robust_flatness.configs.components import LEAVABLE
+from robust_flatness.command_line.components import LEAVABLE
 
 ORDER = [
     *("at", "unlabeled", "cyclic", "autoaugment", "at_awp", "label_noise", "weight_clipping"),

@@ -6,8 +6,8 @@ from typing import Any, NoReturn
 from typing_extensions import override
 
 from robust_flatness.cli import CLI, main
-from robust_flatness.configs.options import read_options
-from robust_flatness.configs.parser import Parser
+from robust_flatness.command_line.options import read_options
+from robust_flatness.command_line.parser import Parser
 from robust_flatness.study.plan import PlannedRun
 
 # Each takes about half a second.

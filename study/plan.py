@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from robust_flatness.configs.checks import check_seed
-from robust_flatness.configs.components import known_classes
-from robust_flatness.configs.compose import CONFIGS, compose
-from robust_flatness.configs.options import read_options
+from robust_flatness.command_line.checks import check_seed
+from robust_flatness.command_line.components import known_classes
+from robust_flatness.command_line.compose import CONFIGS, compose
+from robust_flatness.command_line.options import read_options
 from robust_flatness.study.sweeps import sweep_runs
 
 ROWS = sorted(path.stem for path in (CONFIGS / "table1").glob("*.yaml"))

@@ -10,7 +10,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from robust_flatness.configs.options import read_options
+from robust_flatness.command_line.options import read_options
 from robust_flatness.reporting.runs import read_run
 from robust_flatness.run_folder.json_file import jsonable, write_json
 from robust_flatness.study.plan import PlannedRun

@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from robust_flatness.configs.compose import CONFIGS
-from robust_flatness.configs.files import read_mapping
+from robust_flatness.command_line.compose import CONFIGS
+from robust_flatness.command_line.files import read_mapping
 
 
 def sweep_runs(sweep: str) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -3,7 +3,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robust_flatness.configs.compose import compose, run_folder_of
+from robust_flatness.command_line.compose import compose, run_folder_of
 
 KNOWN = {
     "model": {"AT": "pkg.AT", "ATAWP": "pkg.ATAWP"},

@@ -17,7 +17,7 @@ from lightning.pytorch import Callback
 from PIL import Image
 
 from robust_flatness.cli import CLI, main
-from robust_flatness.configs.claimed_folder import RunFolder, claim_first
+from robust_flatness.command_line.claimed_folder import RunFolder, claim_first
 from robust_flatness.datamodules import Digits
 from robust_flatness.lightning_modules import AT
 from robust_flatness.loggers import EpochWandbLogger

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from robust_flatness.configs.compose import CONFIGS
+from robust_flatness.command_line.compose import CONFIGS
 from robust_flatness.study import make_plan
 from robust_flatness.study.plan import ROWS
 

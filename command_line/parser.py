@@ -11,9 +11,9 @@ from typing import Any, NoReturn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 
-from robust_flatness.configs.options import Option, read_options
-from robust_flatness.configs.sentences import one_sentence
-from robust_flatness.configs.suggestions import options_of
+from robust_flatness.command_line.options import Option, read_options
+from robust_flatness.command_line.sentences import one_sentence
+from robust_flatness.command_line.suggestions import options_of
 
 
 class Parser(LightningArgumentParser):

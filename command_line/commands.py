@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, get_type_hints
 
-from robust_flatness.configs.parser import Parser, refusing
+from robust_flatness.command_line.parser import Parser, refusing
 
 
 def run_command(function: Callable[..., Any], arguments: Sequence[str]) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule
 
-from robust_flatness.configs.components import DEFAULT_CALLBACKS, LEAVABLE
-from robust_flatness.configs.compose import EXTERNAL, read_run_config, run_folder_of
-from robust_flatness.configs.options import Option
+from robust_flatness.command_line.components import DEFAULT_CALLBACKS, LEAVABLE
+from robust_flatness.command_line.compose import EXTERNAL, read_run_config, run_folder_of
+from robust_flatness.command_line.options import Option
 
 # What the data knows of the model.
 LINKED = ("num_classes", "in_channels", "mean", "std")

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from robust_flatness.configs.options import Option
-from robust_flatness.configs.suggestions import nearest, options_of
+from robust_flatness.command_line.options import Option
+from robust_flatness.command_line.suggestions import nearest, options_of
 
 _LONGEST = 600
 _WORDS = {

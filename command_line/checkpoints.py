@@ -8,7 +8,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from robust_flatness.configs.checks import check_resumed, is_external
+from robust_flatness.command_line.checks import check_resumed, is_external
 from robust_flatness.lightning_modules import AT
 from robust_flatness.lightning_modules.at import CLASS_KEY
 from robust_flatness.lightning_modules.loading import read_checkpoint

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from robust_flatness.configs.options import Option
+from robust_flatness.command_line.options import Option
 from robust_flatness.networks.user_network import (
     UserNetwork,
     check_buildable,

@@ -19,18 +19,18 @@ from typing import Any
 
 import yaml
 
-from robust_flatness.configs.files import check_layer, read_mapping
-from robust_flatness.configs.network_option import (
+from robust_flatness.command_line.files import check_layer, read_mapping
+from robust_flatness.command_line.network_option import (
     drop_other_networks,
     place_network,
     typed_network,
 )
-from robust_flatness.configs.options import Option, read_options
-from robust_flatness.configs.suggestions import options_of
+from robust_flatness.command_line.options import Option, read_options
+from robust_flatness.command_line.suggestions import options_of
 from robust_flatness.functional.checks import check_number
 from robust_flatness.lightning_modules.loading import read_checkpoint
 
-CONFIGS = Path(__file__).parent
+CONFIGS = Path(__file__).parents[1] / "configs"
 DEFAULTS = CONFIGS / "defaults.yaml"
 DEFAULT_CLASSES = {"model": "AT", "data": "Digits"}
 OUR_KEYS = ("on_data", "epochs_share")

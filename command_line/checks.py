@@ -1,22 +1,41 @@
-"""What is refused of a configuration that every type fits, before anything is built."""
+"""What is refused of arguments that every type fits, and of checkpoints, before training."""
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from torch import Tensor
 
-from robust_flatness.command_line.components import DEFAULT_CALLBACKS, LEAVABLE
-from robust_flatness.command_line.compose import EXTERNAL, read_run_config, run_folder_of
+from robust_flatness.command_line.components import DEFAULT_CALLBACKS, LEAVABLE, LINKED
 from robust_flatness.command_line.options import Option
+from robust_flatness.command_line.files import run_folder_of, settings_of_run
+from robust_flatness.command_line.presets import EXTERNAL
+from robust_flatness.lightning_modules import AT
+from robust_flatness.lightning_modules.at import CLASS_KEY
+from robust_flatness.lightning_modules.loading import read_checkpoint
 
-# What the data knows of the model.
-LINKED = ("num_classes", "in_channels", "mean", "std")
-_LARGEST_SEED = 2**32 - 1
-_LARGEST_INTEGER = 2**63 - 1
+# Lowest values of the trainer's arguments that Lightning takes without a word, or refuses late.
+_LOWEST = {
+    "accumulate_grad_batches": 1,
+    "check_val_every_n_epoch": 1,
+    "log_every_n_steps": 0,
+    "gradient_clip_val": 0,
+    "num_sanity_val_steps": -1,
+    "min_epochs": 0,
+    "min_steps": 0,
+}
+# Without these Lightning trains on from the first epoch, or with a fresh optimizer.
+_TO_GO_ON = ("epoch", "global_step", "loops", "callbacks", "optimizer_states", "lr_schedulers")
+# What modules of this package log themselves.
+_OF_MODULES = ("train/", "awp/", "entropy_sgd/", "label_noise/", "unlabeled/")
+
+
+def _refuse(option: str, expected: str, got: Any) -> None:
+    raise ValueError(f"Expected `--{option}` to be {expected} but got {got}.")
 
 
 def is_external(config: Namespace) -> bool:
@@ -24,28 +43,28 @@ def is_external(config: Namespace) -> bool:
     return str(config.model.class_path).rsplit(".", 1)[-1] == EXTERNAL
 
 
-def check_settings(config: Namespace, subcommand: str) -> None:
-    """Refuses what would fail late, or train nothing.
+def left_out(config: Namespace) -> set[str]:
+    """What a run does without."""
+    return {config.without} if isinstance(config.without, str) else set(config.without)
 
-    Args:
-        config: Of the subcommand, after the parser.
-        subcommand: `fit` or `test`.
+
+def check_settings(config: Namespace, subcommand: str) -> None:
+    """Refuses settings of `fit` or `test` that would fail late, or train nothing.
 
     Raises:
         ValueError: If a setting is out of range.
     """
+    for key in ("model", "data", "trainer", *DEFAULT_CALLBACKS):
+        if not isinstance(config.get(key), Namespace):
+            _refuse(key, "a mapping", config.get(key))
     if subcommand == "fit" and is_external(config):
         raise ValueError("Expected `test` for External, which only measures, but got fit.")
-    for key in ("trainer", *DEFAULT_CALLBACKS):
-        if not isinstance(config.get(key), Namespace):
-            raise ValueError(f"Expected `{key}` to be a mapping but got {config.get(key)}.")
     for key, value in config.items():
         name = key.replace(".init_args", "")
         if isinstance(value, float) and not math.isfinite(value):
-            wanted = "a number" if math.isnan(value) else "finite"
-            raise ValueError(f"Expected `--{name}` to be {wanted} but got {value}.")
-        if isinstance(value, int) and abs(value) > _LARGEST_INTEGER:
-            raise ValueError(f"Expected `--{name}` to be below 2**63 but got {value}.")
+            _refuse(name, "a number" if math.isnan(value) else "finite", value)
+        if isinstance(value, int) and abs(value) >= 2**63:
+            _refuse(name, "below 2**63", value)
     _check_trainer(config.trainer)
     _check_names(config)
     check_seed("--seed_everything", config.seed_everything)
@@ -58,131 +77,186 @@ def check_settings(config: Namespace, subcommand: str) -> None:
 
 
 def check_seed(name: str, seed: Any) -> None:
-    """Raises if NumPy would not take a seed.
-
-    Args:
-        name: The option, for the message.
-        seed: A number, or True or False, which Lightning gives a meaning.
-
-    Raises:
-        ValueError: If it is negative or needs more than 32 bits.
-    """
-    if not isinstance(seed, bool) and seed is not None and not 0 <= seed <= _LARGEST_SEED:
-        raise ValueError(f"Expected `{name}` to be in [0, {_LARGEST_SEED}] but got {seed}.")
-
-
-def left_out(config: Namespace) -> set[str]:
-    """What a run does without."""
-    without = config.without
-    return {without} if isinstance(without, str) else set(without)
-
-
-def check_resumed(config: Namespace) -> None:
-    """Refuses what a run that goes on in its folder cannot change.
-
-    Args:
-        config: Of `fit` or `test`, after the parser.
-
-    Raises:
-        ValueError: If name, folder or seed are not those of the checkpoint's run.
-    """
-    folder = run_folder_of(config.ckpt_path)
-    if folder is None:
-        return
-    run = read_run_config(folder)
-    for key in ("name", "folder", "seed_everything"):
-        asked, had = config.get(key), run.get(key)
-        same = asked == had
-        if key == "folder" and asked is not None:
-            same = same or Path(asked).expanduser().resolve() == folder
-        if not same:
-            raise ValueError(
-                f"Expected `--{key}` to be that of the run that goes on, {had}, but got {asked}."
-            )
-
-
-def check_linked(
-    config: Namespace,
-    settings: Mapping[str, Any],
-    typed: Sequence[Option],
-    data: LightningDataModule,
-) -> None:
-    """Refuses arguments of the model that the data would silently replace.
-
-    Args:
-        config: Of `fit` or `test`, before anything is built.
-        settings: Of files and checkpoint.
-        typed: The options as they were typed.
-        data: The data.
-
-    Raises:
-        ValueError: If the data knows another value. Mean and deviation in files are those of the
-            data that a network was trained on, which its checkpoint brings along.
-    """
-    in_files = settings["model"].get("init_args") or {}
-    names = {option.name.replace(".init_args", "") for option in typed}
-    for name in LINKED:
-        chosen = name in in_files and name in ("num_classes", "in_channels")
-        asked = (config.model.get("init_args") or {}).get(name)
-        known = getattr(data, name, None)
-        if None in (asked, known) or not (chosen or f"model.{name}" in names):
-            continue
-        both = [tuple(v) if isinstance(v, Iterable) else v for v in (asked, known)]
-        if both[0] != both[1]:
-            raise ValueError(
-                f"Expected `--model.{name}` to be {known}, as in {type(data).__name__}, but got "
-                f"{asked}."
-            )
+    """Raises a ValueError if NumPy would not take a seed; Lightning takes True and False."""
+    if not isinstance(seed, bool) and seed is not None and not 0 <= seed < 2**32:
+        raise ValueError(f"Expected `{name}` to be in [0, {2**32 - 1}] but got {seed}.")
 
 
 def _check_trainer(trainer: Namespace) -> None:
-    lowest: dict[str, tuple[str, Callable[[Any], bool]]] = {
-        "max_epochs": (">= 1, or -1 for no end,", lambda value: value >= 1 or value == -1),
-        "max_steps": (">= 1, or -1 for no end,", lambda value: value >= 1 or value == -1),
-        "limit_train_batches": ("> 0", lambda value: value > 0),
-        "accumulate_grad_batches": (">= 1", lambda value: value >= 1),
-        "check_val_every_n_epoch": (">= 1", lambda value: value >= 1),
-        "val_check_interval": (
-            "> 0",
-            lambda value: not isinstance(value, (int, float)) or value > 0,
-        ),
-        "log_every_n_steps": (">= 0", lambda value: value >= 0),
-        "gradient_clip_val": (">= 0", lambda value: value >= 0),
-        "num_sanity_val_steps": (">= -1", lambda value: value >= -1),
-        "min_epochs": (">= 0", lambda value: value >= 0),
-        "min_steps": (">= 0", lambda value: value >= 0),
-    }
-    for name, (wanted, is_right) in lowest.items():
-        value = trainer.get(name)
-        if value is not None and not is_right(value):
-            raise ValueError(f"Expected `--trainer.{name}` to be {wanted} but got {value}.")
+    for name in ("max_epochs", "max_steps"):
+        if trainer[name] is not None and trainer[name] < 1 and trainer[name] != -1:
+            _refuse(f"trainer.{name}", ">= 1, or -1 for no end,", trainer[name])
+    for name in ("limit_train_batches", "val_check_interval"):
+        if isinstance(trainer[name], (int, float)) and trainer[name] <= 0:
+            _refuse(f"trainer.{name}", "> 0", trainer[name])
+    for name, lowest in _LOWEST.items():
+        if trainer[name] is not None and trainer[name] < lowest:
+            _refuse(f"trainer.{name}", f">= {lowest}", trainer[name])
     if trainer.max_epochs is None and trainer.max_steps == -1 and trainer.max_time is None:
-        raise ValueError("Expected `--trainer.max_epochs` to be a number but got null.")
+        _refuse("trainer.max_epochs", "a number", "null")
     if trainer.barebones:
-        raise ValueError("Expected `--trainer.barebones` to be false, as runs log, but got true.")
+        _refuse("trainer.barebones", "false, as runs log,", "true")
 
 
 def _check_names(config: Namespace) -> None:
     for key in ("name", "folder", "project", "group"):
         value = config.get(key)
         if value is not None and (not value.strip() or not value.isprintable()):
-            raise ValueError(f"Expected `--{key}` to be a printable name but got {value!r}.")
+            _refuse(key, "a printable name", repr(value))
     best, last = config.best_checkpoint.filename, config.last_checkpoint.filename
-    names = {
-        "name": ("a folder's name", config.name),
-        "best_checkpoint.filename": ("a file's name", best),
-        "last_checkpoint.filename": ("a file's name", last),
-    }
-    for key, (wanted, value) in names.items():
+    files = {"best_checkpoint.filename": best, "last_checkpoint.filename": last}
+    for key, value in {"name": config.name, **files}.items():
         if value is not None and not (value.isprintable() and Path(value).name == value):
-            raise ValueError(f"Expected `--{key}` to be {wanted} but got {value!r}.")
+            _refuse(key, "a folder's name" if key == "name" else "a file's name", repr(value))
     if best is not None and best == last:
         raise ValueError(
-            "Expected `--best_checkpoint.filename` and `--last_checkpoint.filename` to differ but "
-            f"got {best!r} for both."
+            f"Expected `--{'` and `--'.join(files)}` to differ but got {best!r} for both."
         )
     if re.search(r"[/\\#?%:]", config.project) or len(config.project) > 128:
+        _refuse("project", "up to 128 characters without any of /\\#?%:", repr(config.project))
+
+
+def check_linked(
+    config: Namespace,
+    written: Sequence[Option],
+    typed: Sequence[Option],
+    data: LightningDataModule,
+) -> None:
+    """Refuses arguments of the model that the data would silently replace.
+
+    Mean and deviation in files are those of the data that a network was trained on, which its
+    checkpoint brings along: only those that are typed are refused.
+
+    Args:
+        config: Of the subcommand, before anything is built.
+        written: Values of files and checkpoint.
+        typed: The options as they were typed.
+        data: The data.
+
+    Raises:
+        ValueError: If the data has another value.
+    """
+    names = {option.name for option in typed}
+    names |= {o.name for o in written if o.name in ("model.num_classes", "model.in_channels")}
+    for name in LINKED:
+        asked = (config.model.get("init_args") or {}).get(name)
+        known = getattr(data, name, None)
+        if None in (asked, known) or f"model.{name}" not in names:
+            continue
+        if _plain(asked) != _plain(known):
+            _refuse(f"model.{name}", f"{known}, as in {type(data).__name__},", asked)
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if hasattr(value, "__iter__") else value
+
+
+def check_start(config: Namespace, subcommand: str) -> dict[str, tuple[int, ...]] | None:
+    """Refuses a checkpoint that `fit` or `test` cannot start from.
+
+    Returns:
+        The shapes of its weights by name; None if there is no checkpoint.
+
+    Raises:
+        ValueError: If there is no such file, it is broken, or another class wrote it; if name,
+            folder or seed are not those of its run.
+    """
+    path = config.get("ckpt_path")
+    if not path and subcommand == "test" and not is_external(config):
+        raise ValueError("Expected `--ckpt_path` to name a checkpoint to test but got none.")
+    if path is None:
+        return None
+    # Lightning would go on with an untrained network if it finds no `last` or `best`.
+    if not Path(path).is_file():
+        _refuse("ckpt_path", "a checkpoint file", path or "nothing")
+    content = read_checkpoint(path, "--ckpt_path")
+    wrote, asked = content.get(CLASS_KEY), config.model.class_path.rsplit(".", 1)[-1]
+    if wrote not in (None, asked):
         raise ValueError(
-            "Expected `--project` to be up to 128 characters without any of /\\#?%: but got "
-            f"{config.project!r}."
+            f"Expected `--ckpt_path` to be a checkpoint of {asked} but {path} is one of {wrote}."
         )
+    _check_same_run(config, run_folder_of(path))
+    resume = subcommand == "fit"
+    for key in ("state_dict", "pytorch-lightning_version", *(_TO_GO_ON if resume else ())):
+        if key not in content:
+            raise ValueError(
+                f"Expected `--ckpt_path` to be a checkpoint of Lightning but {path} holds no "
+                f"`{key}`."
+            )
+    if resume:
+        _check_progress(content, path, config.trainer.max_epochs)
+    weights = content["state_dict"]
+    if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
+        raise ValueError(
+            f"Expected `--ckpt_path` to hold tensors as weights but {path} holds something else."
+        )
+    return {name: tuple(value.shape) for name, value in weights.items()}
+
+
+def _check_same_run(config: Namespace, folder: Path | None) -> None:
+    run = {} if folder is None else settings_of_run(folder)
+    for key in ("name", "folder", "seed_everything") if folder else ():
+        asked, had = config.get(key), run.get(key)
+        same_folder = key == "folder" and asked and Path(asked).expanduser().resolve() == folder
+        if asked != had and not same_folder:
+            _refuse(key, f"that of the run that goes on, {had},", asked)
+
+
+def _check_progress(content: Mapping[str, Any], path: str, max_epochs: int | None) -> None:
+    for key in ("epoch", "global_step"):
+        if not isinstance(content[key], int) or content[key] < 0:
+            raise ValueError(
+                f"Expected `--ckpt_path` to hold a number as `{key}` but {path} holds "
+                f"{content[key]!r}."
+            )
+    done = content["epoch"] + 1
+    if max_epochs not in (None, -1) and done > max_epochs:
+        _refuse("trainer.max_epochs", f">= {done}, the epochs behind {path},", max_epochs)
+
+
+def check_weights(model: LightningModule, saved: Mapping[str, tuple[int, ...]], path: str) -> None:
+    """Refuses a checkpoint whose weights are not those of the model.
+
+    Args:
+        model: Built, not yet loaded. A class that changes checkpoints as they load is trusted.
+        saved: Shapes of the checkpoint's weights.
+        path: Its file, for the message.
+
+    Raises:
+        ValueError: If names or shapes differ.
+    """
+    loads = type(model).on_load_checkpoint
+    changes = loads not in (LightningModule.on_load_checkpoint, AT.on_load_checkpoint)
+    if changes or not model.strict_loading:
+        return
+    own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    start = f"Expected `--ckpt_path` to hold the weights of this {type(model).__name__} but {path}"
+    for name in sorted(own.keys() ^ saved.keys()):
+        raise ValueError(f"{start} {'lacks' if name in own else 'holds also'} {name}.")
+    for name, shape in own.items():
+        if shape != saved[name]:
+            raise ValueError(
+                f"{start} holds {name} of shape {saved[name]}, and the model has {shape}."
+            )
+
+
+def check_monitors(trainer: Trainer, module: LightningModule) -> None:
+    """Refuses callbacks that watch a metric which nothing logs.
+
+    What a module or a callback of the user's own logs is not known.
+
+    Raises:
+        ValueError: If a metric is not known.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    known = {name for callback in callbacks for name in getattr(callback, "metric_names", ())}
+    packages = ("robust_flatness.", "lightning.pytorch.")
+    if not all(type(part).__module__.startswith(packages) for part in (module, *callbacks)):
+        return
+    for callback in callbacks:
+        monitor = getattr(callback, "monitor", None)
+        if monitor is not None and monitor not in known and not monitor.startswith(_OF_MODULES):
+            raise ValueError(
+                f"Expected `monitor` of {type(callback).__name__} to be one of the metrics "
+                f"train/loss, {', '.join(sorted(known))} but got {monitor}."
+            )

@@ -1,4 +1,4 @@
-"""Datamodules of the user that deliver normalised images, and say so in `normalization`."""
+"""Datamodules of the user's own that deliver normalised images, and say so in `normalization`."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -7,24 +7,24 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 
-from robust_flatness.callbacks.examples import ROUNDING, Normalization
-from robust_flatness.functional.checks import check_number
+from robust_flatness.callbacks.examples import ROUNDING
 from robust_flatness.lightning_modules import AT, External
+from robust_flatness.networks import Normalize
 
 
-def hand_on_normalization(
+def undo_normalization(
     data: LightningDataModule, model: LightningModule, callbacks: Sequence[Callback]
 ) -> None:
     """Has normalised images measured, and trained on, as pixels in [0, 1].
 
-    A module of the user's own takes the images as the data delivers them: the callbacks are told
-    how they were normalised. The modules of this package take pixels and normalise inside of the
-    network: for them the normalisation is undone as each batch arrives.
+    Callbacks take the normalization of the data, unless they have one of their own, and a module of
+    the user's own takes the images as they are delivered. Modules of this package take pixels: for
+    them the normalization is undone as each batch arrives.
 
     Args:
         data: May have `normalization`, its `(mean, std)` of each channel.
         model: That trains or is tested.
-        callbacks: Those that have a `normalization` of their own keep it.
+        callbacks: That measure.
 
     Raises:
         ValueError: If `normalization` is something else.
@@ -32,35 +32,29 @@ def hand_on_normalization(
     normalization = getattr(data, "normalization", None)
     if normalization is None:
         return
-    checked = _checked(normalization, type(data).__name__)
+    try:
+        mean, std = (list(map(float, values)) for values in normalization)
+        Normalize(mean, std)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"Expected `normalization` of {type(data).__name__} to be (mean, std), a finite number "
+            f"and one > 0 for each channel, but got {normalization}."
+        ) from error
     if isinstance(model, (AT, External)):
-        data.on_after_batch_transfer = partial(_pixels, data, checked)  # type: ignore[method-assign]
+        data.on_after_batch_transfer = partial(_to_pixels, data, mean, std)  # type: ignore[method-assign]
         return
     for callback in callbacks:
         for measure in (callback, *getattr(callback, "measurements", ())):
-            if getattr(measure, "normalization", checked) is None:
-                measure.normalization = checked
+            if getattr(measure, "normalization", std) is None:
+                measure.normalization = (mean, std)
 
 
-def _checked(normalization: Any, owner: str) -> Normalization:
-    try:
-        mean, std = ([float(value) for value in values] for values in normalization)
-        for value in mean:
-            check_number("mean", value, low=-float("inf"))
-        for value in std:
-            check_number("std", value, low=torch.finfo(torch.float32).tiny)
-        if len(mean) != len(std) or not mean:
-            raise ValueError("their lengths differ")
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"Expected `normalization` of {owner} to be (mean, std), a finite number and one > 0 "
-            f"for each channel, but got {normalization}."
-        ) from error
-    return mean, std
-
-
-def _pixels(
-    data: LightningDataModule, normalization: Normalization, batch: Any, dataloader_idx: int
+def _to_pixels(
+    data: LightningDataModule,
+    mean: Sequence[float],
+    std: Sequence[float],
+    batch: Any,
+    dataloader_idx: int,
 ) -> Any:
     """The batch of the data's own hook, with images in [0, 1]."""
     batch = type(data).on_after_batch_transfer(data, batch, dataloader_idx)
@@ -70,8 +64,8 @@ def _pixels(
             f"{type(batch).__name__}."
         )
     images, *rest = batch
-    mean, std = (images.new_tensor(list(values)).view(-1, 1, 1) for values in normalization)
-    pixels = images * std + mean
+    scale, shift = (images.new_tensor(values).view(-1, 1, 1) for values in (std, mean))
+    pixels = images * scale + shift
     rounded = (pixels >= -ROUNDING) & (pixels <= 1 + ROUNDING)
     # Others were not normalised like this, which the first batch's check says.
     return [torch.where(rounded, pixels.clamp(0, 1), pixels), *rest]

@@ -1,36 +1,83 @@
-"""The command line's parser, which says in one sentence what is wrong."""
+"""A parser that says in one sentence what is wrong, and commands that are plain functions."""
 
 import os
+import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from traceback import extract_tb
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import LightningArgumentParser
+from jsonargparse import ArgumentParser
 
-from robust_flatness.command_line.options import Option, read_options
-from robust_flatness.command_line.sentences import one_sentence
-from robust_flatness.command_line.suggestions import options_of
+from robust_flatness.command_line.options import Option, nearest, options_of, read_options
+
+# Names of types in sentences.
+_WORDS = {
+    "int": "an integer",
+    "float": "a number",
+    "Eps": "a number or a fraction such as 8/255",
+    "bool": "true or false",
+    "str": "text",
+    "Sequence": "a list",
+    "Iterable": "a list",
+    "list": "a list",
+    "dict": "a mapping",
+    "dot": "a class path",
+    "subclass": "a class path",
+    "NoneType": "null",
+}
+# What Lightning and Weights & Biases read from the environment, some of it on import.
+_INTEGERS = (
+    *("RANK", "LOCAL_RANK", "GLOBAL_RANK", "GROUP_RANK", "NODE_RANK", "JSM_NAMESPACE_RANK"),
+    *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT", "PL_GLOBAL_SEED"),
+    *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"),
+)
+_CHOICES = {
+    "JSONARGPARSE_DEBUG": ("true", "false"),
+    "WANDB_MODE": ("online", "offline", "disabled", "dryrun", "run", "shared"),
+}
 
 
-class Parser(LightningArgumentParser):
-    """Says what is wrong without a hundred lines of usage before it and of attempts behind it.
+def check_environment() -> None:
+    """Ends with status 2 if a variable of the environment is not what Lightning or W&B can read.
+
+    Example:
+        >>> os.environ["LOCAL_RANK"] = "abc"
+        >>> check_environment()
+        Traceback (most recent call last):
+        ...
+        SystemExit: 2
+        >>> del os.environ["LOCAL_RANK"]
+    """
+    for name, value in os.environ.items():
+        choices = _CHOICES.get(name, ())
+        expected = f"one of {', '.join(choices)}" if choices else "an integer >= 0"
+        is_integer = value.isascii() and value.isdigit()
+        if (name in _INTEGERS and not is_integer) or (
+            choices and value.lower() not in ("", *choices)
+        ):
+            sentence = f"Expected the environment's {name} to be {expected} but got {value!r}."
+            sys.stderr.write(f"error: {sentence}\n")
+            raise SystemExit(2)
+
+
+class OneSentenceParser(ArgumentParser):
+    """Says what is wrong without usage before it and without all that it tried behind it.
 
     Attributes:
         typed: The options as they were typed.
-        settings: The configuration that files make.
-        known: Lists the options that there are; `None` for those of the parser itself.
+        written: The values of files.
+        known: Lists the options that there are, from which the nearest of a misspelt one are named.
     """
 
     typed: Sequence[Option] = ()
-    settings: Mapping[str, Any] | None = None
+    written: Sequence[Option] = ()
     known: Callable[[], Iterable[str]] | None = None
 
     def print_usage(self, file: Any = None) -> None:
-        """Prints the usage where it was asked for, and not in front of an error."""
+        """Prints the usage if it was asked for, and not in front of an error."""
         if file is not sys.stderr:
             super().print_usage(file)
 
@@ -40,66 +87,244 @@ class Parser(LightningArgumentParser):
             # A parser inside of another one, whose error is a part of the account.
             super().error(message, ex)
         known = self.known or self.get_defaults().keys
-        self.refuse(one_sentence(message, self.typed, known, self.settings))
+        self.refuse(one_sentence(message, self.typed, self.written, known))
 
     def refuse(self, sentence: str) -> NoReturn:
-        """Ends with status 2.
-
-        Args:
-            sentence: What is wrong.
-        """
+        """Ends with status 2."""
         self.exit(2, f"error: {sentence}\n")
         raise SystemExit(2)
 
 
 @contextmanager
-def refusing(parser: Any, arguments: Sequence[str] | None = None) -> Iterator[None]:
-    """Ends in one sentence of the parser whatever is wrong with its arguments.
-
-    Args:
-        parser: The parser.
-        arguments: As typed, without the subcommand; `None` if the parser knows them.
-    """
-    if arguments is not None:
-        parser.typed = read_options(arguments)
+def one_sentence_errors(parser: Any) -> Iterator[None]:
+    """Ends in one sentence of the parser if anything is wrong with its arguments."""
     try:
         yield
     except Exception as error:
-        parser.error(told(error))
+        parser.error(reason_of(error))
 
 
-def told(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """What an exception says, with its type and line if it was not raised for the user to read.
 
     Example:
-        >>> told(RecursionError("too deep")), told(ValueError("Expected a b but got c."))
-        ('RecursionError: too deep.', 'Expected a b but got c.')
+        >>> reason_of(RecursionError("too deep")), reason_of(ValueError("Expected a but got b."))
+        ('RecursionError: too deep.', 'Expected a but got b.')
     """
     cause: BaseException = error
     while "Does not validate" in str(cause) and cause.__cause__ is not None:
         cause = cause.__cause__
-    if isinstance(cause, (ValueError, OSError, MisconfigurationException)):
+    name = type(cause).__name__
+    if isinstance(cause, (ValueError, OSError)) or name == "MisconfigurationException":
         return str(error)
-    frames = extract_tb(cause.__traceback__)
-    line = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(cause).__name__}: {cause}".rstrip(". ") + f"{line}."
+    lines = [
+        f" ({Path(f.filename).name}, line {f.lineno})" for f in extract_tb(cause.__traceback__)
+    ]
+    return f"{name}: {cause}".rstrip(". ") + f"{lines[-1] if lines else ''}."
 
 
-def set_known(parser: Any, subparser: Any, settings: Mapping[str, Any]) -> None:
-    """Tells parsers the options that there are for the chosen classes, as suggestions.
+def run_function(
+    function: Callable[..., Any], arguments: Sequence[str], **passed: Any
+) -> None:
+    """Calls a function with typed arguments; errors are one sentence, as those of `fit`.
 
     Args:
-        parser: The outer parser, which knows the typed options.
-        subparser: The subcommand's parser.
-        settings: The configuration, with the class paths of model and data.
+        function: With types and a docstring, which is its `--help`.
+        arguments: As typed, beginning with the command's name. What follows `--` is the function's
+            `options`.
+        passed: Arguments of the function that are not typed.
     """
+    name, *own = arguments
+    options = own[own.index("--") + 1 :] if "--" in own else None
+    own = own[: own.index("--")] if "--" in own else own
+    description = (function.__doc__ or "").split("\n\n")[0]
+    parser = OneSentenceParser(prog=f"cli.py {name}", allow_abbrev=False, description=description)
+    parser.typed = read_options(own)
+    parser.add_function_arguments(function, as_group=False, skip=set(passed))
+    # A switch may stand alone, as in `fit`.
+    switches = [f"--{key}" for key, kind in get_type_hints(function).items() if kind is bool]
+    own = [
+        f"{argument}=true" if argument in switches and after not in ("true", "false") else argument
+        for argument, after in zip(own, [*own[1:], ""])
+    ]
+    with one_sentence_errors(parser):
+        parsed = parser.parse_args(own)
+    if options is not None:
+        parsed["options"] = options
+    try:
+        function(**passed, **parsed.as_dict())
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
 
-    def known() -> list[str]:
-        names = list(subparser.get_defaults().keys())
-        for key in ("model", "data"):
-            names += [f"{key}.{name}" for name in options_of(settings[key]["class_path"])]
-        return names
 
-    parser.known = subparser.known = known
-    parser.settings = subparser.settings = settings
-    subparser.typed = parser.typed
+def one_sentence(
+    message: str,
+    typed: Sequence[Option] = (),
+    written: Sequence[Option] = (),
+    known: Callable[[], Iterable[str]] = list,
+) -> str:
+    r"""The sentence that says what is wrong, out of an account of all that a parser tried.
+
+    Args:
+        message: Of a parser or an exception.
+        typed: The options as they were typed.
+        written: The values of files.
+        known: Lists the options that there are.
+
+    Returns:
+        One line of the form "Expected `option` to be X but got Y."
+
+    Example:
+        >>> one_sentence('Parser key "final.steps":\n  Expected a <class \'int\'>. Got value: abc')
+        'Expected `--final.steps` to be an integer but got abc.'
+        >>> known = lambda: ["model.eps", "data.eps"]
+        >>> one_sentence("unrecognized arguments: --modle.eps=1", known=known)
+        'Expected an option that exists but got `--modle.eps`; did you mean `--model.eps`?'
+        >>> one_sentence("Expected `w_max` to be > 0 but got -1.", [Option("c.w_max", "-1")])
+        'Expected `--c.w_max` to be > 0 but got -1.'
+    """
+    own = re.findall(r"^\s*(?:- )?((?:[\w.-]+: )?Expected (?:`|.* but got ).*)$", message, re.M)
+    sentence = own[-1] if own else _of_argparse(message, typed, known)
+    sentence = sentence or _of_value(message, [*written, *typed])
+    if "`-" not in sentence:
+        sentence = _with_option(sentence, typed, written)
+    if "Expected " not in sentence:
+        sentence = f"Expected arguments that work but got an error: {sentence}"
+    return _short(sentence, 600)
+
+
+def _of_argparse(
+    message: str, typed: Sequence[Option], known: Callable[[], Iterable[str]]
+) -> str | None:
+    """What argparse says of arguments as such."""
+    if unknown := re.search(r"(unrecognized arguments: |accept option ')([^=']*[^=\s'])", message):
+        word = unknown[2] if unknown[2].startswith("-") else unknown[2].split()[0]
+        if unknown[1].startswith("accept"):
+            word = f"--{word}"
+        elif not re.match(r"-+[^\d.]", word):
+            switch = [option.name for option in typed if option.value == word]
+            if switch:
+                return f"Expected `--{switch[0]}` to take no value but got {word}."
+            return f"Expected options such as `--name=value` but got {word} without an option."
+        close = nearest(word.lstrip("-"), list(known()))
+        return f"Expected an option that exists but got `{word}`{close}"
+    if alone := re.search(r"argument (?:--)?([^\s/:,]+).*: expected .*argument", message):
+        return f"Expected `--{alone[1]}` to have a value but got none."
+    if switched := re.search(
+        r"argument --([^\s/:,]+).*: ignored explicit argument '(.*)'", message
+    ):
+        return f"Expected `--{switched[1]}` to take no value but got {switched[2]}."
+    return None
+
+
+def _of_value(message: str, options: Sequence[Option]) -> str:
+    """What jsonargparse says of the value of an option, which may be inside of classes."""
+    path, said = _innermost(message)
+    if match := re.search(r"(?:Option '|arguments are required: )([\w.]*\w)(.*)", said):
+        before = message.partition("Given value: ")[0].partition(match[0])[0]
+        classes = re.findall(r"class_path '([^']+)'", before)
+        classes += re.findall(r"Namespace\(class_path='([^']+)'", match[2])[:1]
+        owner = classes[-1].rsplit(".", 1)[-1] if classes else ""
+        name = f"--{path}.{match[1]}".replace(".init_args", "") if path else match[1]
+        if "required" in match[0]:
+            owner = f", which {owner} requires," if owner else ""
+            return f"Expected `{name}`{owner} to be set but got nothing."
+        known = [f"{path}.{option}" for option in options_of(classes[-1])] if classes else []
+        owner = f" of {owner}" if owner else ""
+        return f"Expected an option{owner} but got `{name}`" + nearest(name.lstrip("-"), known)
+    values = [option.value for option in options if option.name.rstrip("+") == path]
+    values = values or re.findall(r"(?:Got value: |Given value: |load config )(.*)", said)[:1]
+    value = _short((values and values[-1]) or "nothing", 80)
+    if path and (expected := _expected(said)):
+        return f"Expected `--{path}` to be {expected} but got {value}."
+    reason = re.sub(r"Does not validate.*?Errors:|Given value.*", "", said, flags=re.S)
+    reason = re.sub(r"Problem with given class_path '[^']+':|- Expected a <class.*", "", reason)
+    reason = " ".join(re.sub(r"\. Got value: .*", "", reason).split()).lstrip("- ").rstrip(".")
+    return f"Expected `--{path}` to be valid but got {value}: {reason}." if path else f"{reason}."
+
+
+def _innermost(message: str) -> tuple[str, str]:
+    """The innermost option that an account is about, and what it says of that option."""
+    message = re.sub(r"^\s*- Expected a path but .*\n", "", message, flags=re.M)
+    keys: list[str] = []
+    indent, said = -1, message
+    for match in re.finditer(r'Parser key "([^"]+)"(?:\[\d+\])?:?', message):
+        line = message[message.rfind("\n", 0, match.start()) + 1 :]
+        depth = len(line) - len(line.lstrip(" -"))
+        if depth <= indent:
+            break
+        indent, said = depth, message[match.end() :]
+        keys += [match[1]] if match[1] not in keys[-1:] else []
+    # What follows at a lower indent is about the options around it.
+    said = re.split(rf"\n {{0,{max(indent, 0)}}}(?=\S)", said)[0] if keys else said
+    nested = re.search(r"NestedArg\(key='([^']+)'", message)
+    if nested and len(keys) == 1 and "is not accepted" not in said:
+        keys.append(nested[1])
+    return re.sub(r"^(fit|test)\.", "", ".".join(keys)), said
+
+
+def _expected(said: str) -> str:
+    """What an option must be, in words, out of what the parser tried."""
+    if subclass := re.search(r"(?:subclass of|that returns) (?:Union\[|<class ')?(\w+)", said):
+        return f"a class path of {subclass[1]}"
+    if module := re.search(r"No module named '([^']+)'", said):
+        return f"a class path of a module that exists, which {module[1]} does not,"
+    if "Unexpected import path" in said:
+        return "a class path"
+    kinds = re.findall(
+        r"(?:Expected an? |Not of type |Not a valid )"
+        r"(?:typing\.Literal\[(.*?)\]|<class '(?:\w+\.)*(\w+)'>|(dot|subclass|[A-Z]\w*))",
+        said.split("Given value")[0],
+    )
+    words = [
+        f"one of {choices}".replace("'", "") if choices else _WORDS.get(kind or name, kind or name)
+        for choices, kind, name in kinds
+    ]
+    return " or ".join(sorted(dict.fromkeys(words), key="null".__eq__))
+
+
+def _with_option(sentence: str, typed: Sequence[Option], written: Sequence[Option]) -> str:
+    """The sentence with the name of the one option that it is about, if there is one."""
+    subject = re.match(r"Expected `([\w.]+)`", sentence)
+    trainer = [option for option in written if option.name.startswith("trainer.")]
+    # Lightning does not always say what came.
+    for options, exact in ((typed, False), (written, True), (trainer, False)):
+        for text in (subject[1], sentence) if subject else (sentence,):
+            whole = subject is not None and text != subject[1]
+            near = [o for o in options if o.value and _mentions(text, o.name.rsplit(".", 1)[-1])]
+            valued = [o for o in near if _mentions(sentence, o.value or "")]
+            near = valued if valued or exact or whole else near
+            if not near and subject is None and not exact:
+                near = [o for o in options if o.value and _mentions(sentence, o.value)]
+                near = near or [option for option in options if option.value == ""]
+            if len({option.name for option in near}) != 1:
+                continue
+            name, value = near[-1].name, _short(near[-1].value or "nothing", 80)
+            if subject is not None and not whole:
+                return sentence.replace(f"`{subject[1]}`", f"`--{name}`", 1)
+            # It may be about a part, such as a network, that could not be built with an argument.
+            return f"Expected `--{name}` to be valid but got {value}: {sentence}"
+    return sentence
+
+
+def _mentions(text: str, word: str) -> bool:
+    """Whether a text has a word or a number, written in any way, as a whole."""
+    if re.search(rf"(?<![\w.-]){re.escape(word)}(?!\w|\.\d)", text, re.I):
+        return True
+    if re.fullmatch(r"[-+.\deE]+", word):
+        numbers = re.findall(r"-?\d+(?:\.\d+)?(?:e-?\d+)?", text)
+        return any(_number(number) == _number(word) for number in numbers)
+    return False
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _short(text: str, longest: int) -> str:
+    """Text in one line, without control characters, cut if it is too long."""
+    line = "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
+    return line if len(line) <= longest else f"{line[: longest - 1]}…"

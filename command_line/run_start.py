@@ -1,15 +1,27 @@
-"""When a run has started, and whether what it watches is logged."""
+"""How a run starts and is interrupted: its folder, what is written to it, and signals."""
 
+import os
+import shlex
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
 from robust_flatness.loggers import EpochCSVLogger, EpochWandbLogger
 
-# What modules of this package log themselves.
-_OF_MODULES = ("train/", "awp/", "entropy_sgd/", "label_noise/", "unlabeled/")
+# Statuses of processes that a signal ended, as shells report them.
+INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 
 
 class RunStart(SaveConfigCallback):
@@ -20,7 +32,7 @@ class RunStart(SaveConfigCallback):
 
     Attributes:
         wandb_logger: Joins the trainer's loggers in `setup`, because Lightning opens those that it
-            has before it sets anything up; `None` for none.
+            has before it sets anything up.
     """
 
     wandb_logger: EpochWandbLogger | None = None
@@ -53,28 +65,125 @@ class RunStart(SaveConfigCallback):
         super().setup(trainer, pl_module, "fit")
 
 
-def check_monitors(trainer: Trainer, module: LightningModule) -> None:
-    """Refuses callbacks that watch a metric which nothing logs.
+def is_first_process() -> bool:
+    """Whether this process is the one that writes, also before there is a trainer."""
+    # Lightning starts a process of its own on each node, which knows no rank before training.
+    node = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))
+    return getattr(rank_zero_only, "rank", 0) == 0 and node == "0"
 
-    Args:
-        trainer: With its callbacks.
-        module: What it trains. What a module or a callback of the user logs is not known.
 
-    Raises:
-        ValueError: If a metric is not known.
-    """
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    known = {name for callback in callbacks for name in getattr(callback, "metric_names", ())}
-    if not all(_is_known(type(part)) for part in (module, *callbacks)):
-        return
-    for callback in callbacks:
-        monitor = getattr(callback, "monitor", None)
-        if monitor is not None and monitor not in known and not monitor.startswith(_OF_MODULES):
+@dataclass(frozen=True)
+class RunFolder:
+    """A run folder, and the folders that this process created for it, the innermost first."""
+
+    path: Path
+    made: Sequence[Path] = ()
+
+    @classmethod
+    def claim_first(cls, paths: Iterable[Path]) -> "RunFolder":
+        """Creates the first of several folders that does not exist, so that no other process has it.
+
+        Processes other than the first create none, and learn the folder from the trainer.
+
+        Raises:
+            FileExistsError: If all exist.
+            ValueError: If a folder cannot be created.
+        """
+        for path in paths:
+            if not is_first_process():
+                return cls(path)
+            with suppress(FileExistsError):
+                return cls.claim(path)
+        raise FileExistsError
+
+    @classmethod
+    def claim(cls, path: Path, attempts: int = 20) -> "RunFolder":
+        """Creates a folder by its absolute path.
+
+        Raises:
+            FileExistsError: If it exists.
+            ValueError: If it cannot be created.
+        """
+        missing = [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir()
+        except OSError as error:
+            cls(path, missing[1:]).discard()
+            # A start that is refused at the same moment may remove a folder above.
+            if isinstance(error, FileNotFoundError) and attempts:
+                return cls.claim(path, attempts - 1)
+            if isinstance(error, FileExistsError) and os.path.lexists(path):
+                raise
             raise ValueError(
-                f"Expected `monitor` of {type(callback).__name__} to be one of the metrics "
-                f"train/loss, {', '.join(sorted(known))} but got {monitor}."
-            )
+                f"Expected `folder` to be a folder that can be written to but got {path} "
+                f"({error.strerror})."
+            ) from error
+        return cls(path, missing)
+
+    @property
+    def is_unused(self) -> bool:
+        """Whether this process created the folder and no run, of any process, started in it."""
+        names = ("config.yaml", "results*.json", "checkpoints/*.ckpt")
+        return self.path in self.made and not any(any(self.path.glob(n)) for n in names)
+
+    def discard(self) -> None:
+        """Removes what this process created, unless a run has started in it."""
+        if self.is_unused:
+            shutil.rmtree(self.path, ignore_errors=True)
+        for folder in self.made:
+            # Another run may be in it by now.
+            with suppress(OSError):
+                folder.rmdir()
 
 
-def _is_known(kind: type) -> bool:
-    return kind.__module__.startswith(("robust_flatness.", "lightning.pytorch."))
+@contextmanager
+def sigterm_exits(*, at_once: bool) -> Iterator[None]:
+    """Has SIGTERM raise `SystemExit(143)`, so that whatever is open is closed in order.
+
+    While Lightning trains, it ends training after the batch instead, unless `at_once`.
+    """
+
+    def end(signum: int, frame: Any) -> None:
+        # Lightning's handler calls this one behind its own.
+        if at_once or signal.getsignal(signal.SIGTERM) is end:
+            raise SystemExit(TERMINATED)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def interrupted_status(error: BaseException) -> int | None:
+    """The exit status if a signal ended the run, else None.
+
+    Example:
+        >>> interrupted_status(KeyboardInterrupt()), interrupted_status(ValueError())
+        (130, None)
+    """
+    # Lightning turns Ctrl-C into an exit with status 1, and SIGTERM into one with status 0.
+    if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
+        return INTERRUPTED
+    if isinstance(error, SIGTERMException):
+        return TERMINATED
+    return TERMINATED if isinstance(error, SystemExit) and error.code == TERMINATED else None
+
+
+def resume_command(folder: Path) -> str | None:
+    """What resumes the run of a folder, in the form that this process was started in, if it can."""
+    last = folder / "checkpoints" / "last.ckpt"
+    if not last.is_file():
+        return None
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    script = sys.argv[0] or "cli.py"
+    program = ["python", script] if script.endswith(".py") else [Path(script).name]
+    if spec is not None:
+        program = ["python", "-m", spec.name.removesuffix(".__main__")]
+    if last.is_relative_to(Path.cwd()):
+        last = last.relative_to(Path.cwd())
+    return shlex.join([*program, "fit", "--ckpt_path", str(last)])

@@ -17,7 +17,7 @@ from lightning.pytorch import Callback
 from PIL import Image
 
 from robust_flatness.cli import CLI, main
-from robust_flatness.command_line.claimed_folder import RunFolder, claim_first
+from robust_flatness.command_line.run_start import RunFolder
 from robust_flatness.datamodules import Digits
 from robust_flatness.lightning_modules import AT
 from robust_flatness.loggers import EpochWandbLogger
@@ -279,7 +279,7 @@ def test_a_name_is_no_mathematics():
 def test_processes_that_claim_at_once_have_folders_of_their_own(tmp_path):
     paths = [tmp_path / "new" / "runs" / f"run-{number}" for number in range(8)]
     with ThreadPoolExecutor(8) as pool:
-        claimed = list(pool.map(lambda _: claim_first(paths), range(8)))
+        claimed = list(pool.map(lambda _: RunFolder.claim_first(paths), range(8)))
     assert sorted(folder.path for folder in claimed) == paths
     for folder in claimed[1:]:
         folder.discard()

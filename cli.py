@@ -7,12 +7,13 @@ from importlib.metadata import version
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
-from robust_flatness.command_line.parser import check_environment
+from robust_flatness.command_line.parser import check_environment, run_function
 
 if TYPE_CHECKING:
     from robust_flatness.command_line.lightning_cli import CLI
 
-# What is imported if a command is called; the others need not wait for it.
+# Imported if a command needs it, as it takes seconds.
+LIGHTNING_CLI = "robust_flatness.command_line.lightning_cli"
 FUNCTIONS = {
     "study": "robust_flatness.study.command:study",
     "report": "robust_flatness.reporting.command:report",
@@ -38,7 +39,16 @@ def __getattr__(name: str) -> Any:
     if name != "CLI":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     check_environment()
-    return resolve_name("robust_flatness.command_line.lightning_cli:CLI")
+    return resolve_name(f"{LIGHTNING_CLI}:CLI")
+
+
+def study_functions() -> Any:
+    """What a study calls of the command line, imported if it does."""
+    folder = "robust_flatness.command_line"
+    places = (f"{folder}.options:read_options", f"{LIGHTNING_CLI}:merge_settings")
+    places += (f"{LIGHTNING_CLI}:check_arguments", f"{folder}.files:read_mapping")
+    command_line = resolve_name("robust_flatness.study.plan:CommandLine")
+    return command_line(*(lambda *args, at=at: resolve_name(at)(*args) for at in places))
 
 
 def main(args: Sequence[str] | None = None, cli_class: "type[CLI] | None" = None) -> None:
@@ -54,12 +64,11 @@ def main(args: Sequence[str] | None = None, cli_class: "type[CLI] | None" = None
     arguments = list(sys.argv[1:] if args is None else args)
     command = arguments[0] if arguments else "nothing"
     if command in FUNCTIONS:
-        run_function = resolve_name("robust_flatness.command_line.parser:run_function")
-        run_function(resolve_name(FUNCTIONS[command]), arguments)
+        passed = {"command_line": study_functions()} if command == "study" else {}
+        run_function(resolve_name(FUNCTIONS[command]), arguments, **passed)
     elif command in COMMANDS:
         cli_class = cli_class or __getattr__("CLI")
-        run = resolve_name("robust_flatness.command_line.lightning_cli:run_lightning_cli")
-        run(arguments, cli_class)
+        resolve_name(f"{LIGHTNING_CLI}:run_lightning_cli")(arguments, cli_class)
     elif command in ("-h", "--help"):
         print(HELP, end="")
     elif command == "--version":

@@ -36,10 +36,10 @@ from robust_flatness.command_line.components import (
     ONLY_IN_FIT,
     OPTIONAL_CALLBACKS,
 )
+from robust_flatness.command_line.files import DEFAULTS, Settings, run_folder_of
 from robust_flatness.command_line.normalization import undo_normalization
 from robust_flatness.command_line.options import options_of, read_options
 from robust_flatness.command_line.parser import OneSentenceParser, one_sentence_errors, reason_of
-from robust_flatness.command_line.files import DEFAULTS, Settings, run_folder_of
 from robust_flatness.command_line.presets import merge_presets
 from robust_flatness.command_line.run_start import (
     RunFolder,

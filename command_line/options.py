@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 from jsonargparse import ArgumentParser
 
 
-
 class Option(NamedTuple):
     """One option, without dashes and `init_args`, such as `model.eps`; a switch has no value."""
 

@@ -123,9 +123,7 @@ def reason_of(error: Exception) -> str:
     return f"{name}: {cause}".rstrip(". ") + f"{lines[-1] if lines else ''}."
 
 
-def run_function(
-    function: Callable[..., Any], arguments: Sequence[str], **passed: Any
-) -> None:
+def run_function(function: Callable[..., Any], arguments: Sequence[str], **passed: Any) -> None:
     """Calls a function with typed arguments; errors are one sentence, as those of `fit`.
 
     Args:
@@ -140,7 +138,7 @@ def run_function(
     description = (function.__doc__ or "").split("\n\n")[0]
     parser = OneSentenceParser(prog=f"cli.py {name}", allow_abbrev=False, description=description)
     parser.typed = read_options(own)
-    parser.add_function_arguments(function, as_group=False, skip=set(passed))
+    parser.add_function_arguments(function, as_group=False, as_positional=True, skip=set(passed))
     # A switch may stand alone, as in `fit`.
     switches = [f"--{key}" for key, kind in get_type_hints(function).items() if kind is bool]
     own = [

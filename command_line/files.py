@@ -67,12 +67,12 @@ def read_mapping(source: str, option: str = "--config", text: str | None = None)
             )
     for key in content:
         if not isinstance(key, str) or key == "config":
-            raise ValueError(f"Expected options of a run as keys of {source} but got `{key}`.")
+            raise ValueError(f"Expected `{option}` to hold options but got `{key}` in {source}.")
     return content
 
 
 def read_config(source: str) -> tuple[Settings, Path | None]:
-    """Reads what `--config` takes: a file, one of the package's by its name, or YAML as it is typed.
+    """Reads what `--config` takes: a file, one of the package's by its name, or typed YAML.
 
     Returns:
         The settings, and the file.

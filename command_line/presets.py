@@ -4,8 +4,8 @@ Later ones win: `configs/defaults.yaml`, the preset of the data, the `config.yam
 run, the user's `--config` files in order, the typed options. jsonargparse merges them. Before it
 reads them, this module does what it cannot do:
 
-- The classes of model and data are named once, in front. If a class changed on the way, jsonargparse
-  would drop the arguments that only the earlier class has without a word.
+- The classes of model and data are named once, in front. If a class changed on the way,
+  jsonargparse would drop the arguments that only the earlier class has without a word.
 - A network takes no arguments of the network that it replaces. jsonargparse would keep those that
   both have, such as the width.
 - `eps` and `norm` set the threat model of training and of all measures, and `epochs_share`
@@ -120,6 +120,8 @@ def merge_presets(arguments: Sequence[str]) -> Presets:
         )
     own, external = model in known["model"].values(), model.endswith(f".{EXTERNAL}")
     for option in typed:
+        if re.search(r"\s", option.name):
+            raise ValueError(f"Expected an option without spaces but got `--{option.name}`.")
         # Networks of others have names of their own.
         if not external or option.name == "data":
             _check_name(option.name, option.value)

@@ -81,7 +81,7 @@ class RunFolder:
 
     @classmethod
     def claim_first(cls, paths: Iterable[Path]) -> "RunFolder":
-        """Creates the first of several folders that does not exist, so that no other process has it.
+        """Creates the first of several folders that does not exist; no other process has it then.
 
         Processes other than the first create none, and learn the folder from the trainer.
 

@@ -45,8 +45,9 @@ def __getattr__(name: str) -> Any:
 def study_functions() -> Any:
     """What a study calls of the command line, imported if it does."""
     folder = "robust_flatness.command_line"
-    places = (f"{folder}.options:read_options", f"{LIGHTNING_CLI}:merge_settings")
-    places += (f"{LIGHTNING_CLI}:check_arguments", f"{folder}.files:read_mapping")
+    functions = ("merge_settings", "check_arguments")
+    places = [f"{folder}.options:read_options", *(f"{LIGHTNING_CLI}:{name}" for name in functions)]
+    places += [f"{folder}.files:read_mapping"]
     command_line = resolve_name("robust_flatness.study.plan:CommandLine")
     return command_line(*(lambda *args, at=at: resolve_name(at)(*args) for at in places))
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from steps import ORDER
 
-from robust_flatness.command_line.compose import CONFIGS
+from robust_flatness.command_line.files import CONFIGS
 
 
 def evidence(row: str, run: Path, results: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,6 @@ def _refuse(option: str, expected: str, got: Any) -> None:
     raise ValueError(f"Expected `--{option}` to be {expected} but got {got}.")
 
 
-def is_external(config: Namespace) -> bool:
-    """Whether a configuration is of a network that was trained elsewhere."""
-    return str(config.model.class_path).rsplit(".", 1)[-1] == EXTERNAL
-
-
 def left_out(config: Namespace) -> set[str]:
     """What a run does without."""
     return {config.without} if isinstance(config.without, str) else set(config.without)
@@ -57,7 +52,7 @@ def check_settings(config: Namespace, subcommand: str) -> None:
     for key in ("model", "data", "trainer", *DEFAULT_CALLBACKS):
         if not isinstance(config.get(key), Namespace):
             _refuse(key, "a mapping", config.get(key))
-    if subcommand == "fit" and is_external(config):
+    if subcommand == "fit" and config.model.class_path.endswith(f".{EXTERNAL}"):
         raise ValueError("Expected `test` for External, which only measures, but got fit.")
     for key, value in config.items():
         name = key.replace(".init_args", "")
@@ -67,31 +62,28 @@ def check_settings(config: Namespace, subcommand: str) -> None:
             _refuse(name, "below 2**63", value)
     _check_trainer(config.trainer)
     _check_names(config)
-    check_seed("--seed_everything", config.seed_everything)
-    unknown = left_out(config) - set(LEAVABLE)
-    if unknown:
+    seed = config.seed_everything
+    # NumPy takes 32 bits; to Lightning, True and False mean something else.
+    if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+        _refuse("seed_everything", f"in [0, {2**32 - 1}]", seed)
+    if unknown := left_out(config) - set(LEAVABLE):
         raise ValueError(
             f"Expected `--without` to name some of {', '.join(LEAVABLE)} but got "
             f"{', '.join(sorted(unknown))}."
         )
 
 
-def check_seed(name: str, seed: Any) -> None:
-    """Raises a ValueError if NumPy would not take a seed; Lightning takes True and False."""
-    if not isinstance(seed, bool) and seed is not None and not 0 <= seed < 2**32:
-        raise ValueError(f"Expected `{name}` to be in [0, {2**32 - 1}] but got {seed}.")
-
-
 def _check_trainer(trainer: Namespace) -> None:
+    for name, lowest in _LOWEST.items():
+        value = trainer[name]
+        if isinstance(value, (int, float)) and value < lowest:
+            _refuse(f"trainer.{name}", f">= {lowest}", value)
     for name in ("max_epochs", "max_steps"):
         if trainer[name] is not None and trainer[name] < 1 and trainer[name] != -1:
             _refuse(f"trainer.{name}", ">= 1, or -1 for no end,", trainer[name])
     for name in ("limit_train_batches", "val_check_interval"):
         if isinstance(trainer[name], (int, float)) and trainer[name] <= 0:
             _refuse(f"trainer.{name}", "> 0", trainer[name])
-    for name, lowest in _LOWEST.items():
-        if trainer[name] is not None and trainer[name] < lowest:
-            _refuse(f"trainer.{name}", f">= {lowest}", trainer[name])
     if trainer.max_epochs is None and trainer.max_steps == -1 and trainer.max_time is None:
         _refuse("trainer.max_epochs", "a number", "null")
     if trainer.barebones:
@@ -99,19 +91,21 @@ def _check_trainer(trainer: Namespace) -> None:
 
 
 def _check_names(config: Namespace) -> None:
-    for key in ("name", "folder", "project", "group"):
-        value = config.get(key)
-        if value is not None and (not value.strip() or not value.isprintable()):
-            _refuse(key, "a printable name", repr(value))
     best, last = config.best_checkpoint.filename, config.last_checkpoint.filename
     files = {"best_checkpoint.filename": best, "last_checkpoint.filename": last}
-    for key, value in {"name": config.name, **files}.items():
-        if value is not None and not (value.isprintable() and Path(value).name == value):
-            _refuse(key, "a folder's name" if key == "name" else "a file's name", repr(value))
+    names = {key: config[key] for key in ("name", "folder", "project", "group")}
+    for key, value in {**names, **files}.items():
+        if value is None:
+            continue
+        if key in names and (not value.strip() or not value.isprintable()):
+            _refuse(key, "a printable name", repr(value))
+        wanted = "a folder's name" if key == "name" else "a file's name"
+        is_name = value.isprintable() and Path(value).name == value
+        if key in ("name", *files) and not is_name:
+            _refuse(key, wanted, repr(value))
     if best is not None and best == last:
-        raise ValueError(
-            f"Expected `--{'` and `--'.join(files)}` to differ but got {best!r} for both."
-        )
+        options = " and ".join(f"`--{key}`" for key in files)
+        raise ValueError(f"Expected {options} to differ but got {best!r} for both.")
     if re.search(r"[/\\#?%:]", config.project) or len(config.project) > 128:
         _refuse("project", "up to 128 characters without any of /\\#?%:", repr(config.project))
 
@@ -124,7 +118,7 @@ def check_linked(
 ) -> None:
     """Refuses arguments of the model that the data would silently replace.
 
-    Mean and deviation in files are those of the data that a network was trained on, which its
+    A `mean` or `std` in a file is that of the data that a network was trained on, which its
     checkpoint brings along: only those that are typed are refused.
 
     Args:
@@ -141,14 +135,10 @@ def check_linked(
     for name in LINKED:
         asked = (config.model.get("init_args") or {}).get(name)
         known = getattr(data, name, None)
-        if None in (asked, known) or f"model.{name}" not in names:
-            continue
-        if _plain(asked) != _plain(known):
-            _refuse(f"model.{name}", f"{known}, as in {type(data).__name__},", asked)
-
-
-def _plain(value: Any) -> Any:
-    return tuple(value) if hasattr(value, "__iter__") else value
+        if None not in (asked, known) and f"model.{name}" in names:
+            both = [list(v) if isinstance(v, Iterable) else v for v in (asked, known)]
+            if both[0] != both[1]:
+                _refuse(f"model.{name}", f"{known}, as in {type(data).__name__},", asked)
 
 
 def check_start(config: Namespace, subcommand: str) -> dict[str, tuple[int, ...]] | None:
@@ -162,7 +152,7 @@ def check_start(config: Namespace, subcommand: str) -> dict[str, tuple[int, ...]
             folder or seed are not those of its run.
     """
     path = config.get("ckpt_path")
-    if not path and subcommand == "test" and not is_external(config):
+    if not path and subcommand == "test" and not config.model.class_path.endswith(EXTERNAL):
         raise ValueError("Expected `--ckpt_path` to name a checkpoint to test but got none.")
     if path is None:
         return None

@@ -55,7 +55,7 @@ def read_mapping(source: str, option: str = "--config", text: str | None = None)
         line = f" in line {mark.line + 1}" if mark else ""
         raise ValueError(f"{start} YAML but got {source}: {problem}{line}.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{start} a mapping but got {type(content).__name__} in {source}.")
+        raise ValueError(f"Expected `{option}` to hold a mapping but got {source}.")
     parts, seen = [content], 0
     while parts:
         part, seen = parts.pop(), seen + 1

@@ -5,6 +5,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, NoReturn
@@ -39,13 +40,11 @@ from robust_flatness.command_line.components import (
 from robust_flatness.command_line.files import DEFAULTS, Settings, run_folder_of
 from robust_flatness.command_line.normalization import undo_normalization
 from robust_flatness.command_line.options import options_of, read_options
-from robust_flatness.command_line.parser import OneSentenceParser, one_sentence_errors, reason_of
+from robust_flatness.command_line.parser import OneSentenceParser, reason_of
 from robust_flatness.command_line.presets import merge_presets
 from robust_flatness.command_line.run_start import (
-    RunFolder,
     RunStart,
     interrupted_status,
-    is_first_process,
     resume_command,
     sigterm_exits,
 )
@@ -56,6 +55,7 @@ from robust_flatness.functional.types import Eps
 from robust_flatness.lightning_modules import AT
 from robust_flatness.loggers import EpochCSVLogger, EpochWandbLogger, make_wandb_logger
 from robust_flatness.run_folder.checkpoint_io import AtomicCheckpointIO
+from robust_flatness.run_folder.claim import RunFolder, is_first_process
 
 for message in (".*LeafSpec.*", ".*does not have many workers.*"):
     # Said by Lightning about itself, and about data that is in memory already.
@@ -115,21 +115,23 @@ class CLI(LightningCLI):
         assert isinstance(parser, Parser)
         subcommand, *arguments = sys.argv[1:] if args is None else list(args)
         parser.typed = read_options(arguments)
-        with one_sentence_errors(parser):
+        try:
             self._presets = presets = merge_presets(arguments)
-            subparser = self._parser(subcommand)
-            assert isinstance(subparser, Parser)
-            parser.written, subparser.typed = presets.written, parser.typed
-
-            def known() -> list[str]:
-                names = list(subparser.get_defaults().keys())
-                for key, path in presets.classes.items():
-                    names += [f"{key}.{name}" for name in options_of(path)]
-                return names
-
-            parser.known, subparser.known, subparser.written = known, known, parser.written
+            for each in (parser, self._parser(subcommand)):
+                assert isinstance(each, Parser)
+                each.typed, each.written = parser.typed, presets.written
+                each.known = partial(self._known_options, subcommand)
             self.config = parser.parse_args([subcommand, *presets.arguments])
             check_settings(self.config[subcommand], subcommand)
+            self._saved = check_start(self.config[subcommand], subcommand)
+        except Exception as error:
+            parser.error(reason_of(error))
+
+    def _known_options(self, subcommand: str) -> list[str]:
+        names = list(self._parser(subcommand).get_defaults().keys())
+        for key, path in self._presets.classes.items():
+            names += [f"{key}.{name}" for name in options_of(path)]
+        return names
 
     def before_instantiate_classes(self) -> None:
         """Sets the norm of further callbacks; lets `test` leave the run's config.yaml alone."""
@@ -145,9 +147,7 @@ class CLI(LightningCLI):
             self.save_config_callback = None
 
     def _parse_ckpt_path(self) -> None:
-        """Checks the checkpoint; its settings are those of the configuration already."""
-        with one_sentence_errors(self.parser):
-            self._saved = check_start(self.config[self.config.subcommand], self.config.subcommand)
+        """Does nothing: the configuration has the settings of the checkpoint already."""
 
     def instantiate_classes(self) -> None:
         """Builds everything; bad arguments end in one sentence."""
@@ -203,9 +203,9 @@ class CLI(LightningCLI):
 
     def _end_processes(self) -> None:
         """Ends the processes that this one started, which would wait for it."""
-        launcher = self.trainer.strategy.launcher if hasattr(self, "trainer") else None
-        if isinstance(launcher, _Launcher):
-            launcher.kill(signal.SIGKILL)
+        trainer = getattr(self, "trainer", None)
+        if trainer is not None and isinstance(trainer.strategy.launcher, _Launcher):
+            trainer.strategy.launcher.kill(signal.SIGKILL)
 
     def _discard(self) -> None:
         self._end_processes()
@@ -252,30 +252,26 @@ class CLI(LightningCLI):
         return "bf16-mixed" if supported and arguments.get("fast") is not False else None
 
     def _compare_threat_models(self) -> None:
-        """Says in a line if training and measures have another radius or norm."""
+        """Says in a line if measures have another radius or norm than training."""
         config = self.config[self.subcommand]
         model = config.model.get("init_args") or {}
-        if model.get("eps") is None:
+        if model.get("eps") is None or "norm" not in model:
             return
-        trained = (model["eps"] * model.get("eps_scale", 1.0), model.get("norm", "linf"))
-        measured: dict[tuple[float, str], list[str]] = {}
+        default = getattr(self.datamodule, "eps", 8 / 255)
+        trained = (model["eps"] * model.get("eps_scale", 1.0), model["norm"])
+        others: dict[tuple[float, str], list[str]] = {}
         for name in (*DEFAULT_CALLBACKS, *OPTIONAL_CALLBACKS):
-            part = config[name] or {}
-            part = part.get("init_args", part)
-            if "norm" in part and name not in left_out(config):
-                eps = (
-                    getattr(self.datamodule, "eps", 8 / 255) if part["eps"] is None else part["eps"]
-                )
-                measured.setdefault((eps, part["norm"]), []).append(name)
-        others = [
-            f"{', '.join(names)} with eps {eps:.4g} in {norm}"
-            for (eps, norm), names in measured.items()
-            if (eps, norm) != trained
-        ]
+            measure = config[name] or {}
+            measure = measure.get("init_args", measure)
+            if "norm" in measure and name not in left_out(config):
+                eps = default if measure["eps"] is None else measure["eps"]
+                others.setdefault((eps, measure["norm"]), []).append(name)
+        others.pop(trained, None)
         if others:
+            parts = [f"{', '.join(names)} with {e:.4g} in {n}" for (e, n), names in others.items()]
             rank_zero_info(
-                f"Training attacks with eps {trained[0]:.4g} in {trained[1]}, "
-                f"{', and '.join(others)}."
+                f"Training attacks with a radius of {trained[0]:.4g} in {trained[1]}, "
+                f"{' and '.join(parts)}."
             )
 
     def _default_callbacks(self) -> list[Callback]:

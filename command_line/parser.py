@@ -3,8 +3,8 @@
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from traceback import extract_tb
 from typing import Any, NoReturn, get_type_hints
@@ -13,22 +13,14 @@ from jsonargparse import ArgumentParser
 
 from robust_flatness.command_line.options import Option, nearest, options_of, read_options
 
-# Names of types in sentences.
+# Types in sentences.
 _WORDS = {
-    "int": "an integer",
-    "float": "a number",
+    **{"int": "an integer", "float": "a number", "bool": "true or false", "str": "text"},
+    **dict.fromkeys(("Sequence", "Iterable", "list"), "a list"),
+    **{"dict": "a mapping", "dot": "a class path", "subclass": "a class path", "NoneType": "null"},
     "Eps": "a number or a fraction such as 8/255",
-    "bool": "true or false",
-    "str": "text",
-    "Sequence": "a list",
-    "Iterable": "a list",
-    "list": "a list",
-    "dict": "a mapping",
-    "dot": "a class path",
-    "subclass": "a class path",
-    "NoneType": "null",
 }
-# What Lightning and Weights & Biases read from the environment, some of it on import.
+# Variables that Lightning reads as integers, and Weights & Biases as one of some words.
 _INTEGERS = (
     *("RANK", "LOCAL_RANK", "GLOBAL_RANK", "GROUP_RANK", "NODE_RANK", "JSM_NAMESPACE_RANK"),
     *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT", "PL_GLOBAL_SEED"),
@@ -41,23 +33,12 @@ _CHOICES = {
 
 
 def check_environment() -> None:
-    """Ends with status 2 if a variable of the environment is not what Lightning or W&B can read.
-
-    Example:
-        >>> os.environ["LOCAL_RANK"] = "abc"
-        >>> check_environment()
-        Traceback (most recent call last):
-        ...
-        SystemExit: 2
-        >>> del os.environ["LOCAL_RANK"]
-    """
+    """Ends with status 2 if Lightning or W&B cannot read a variable, which some are on import."""
     for name, value in os.environ.items():
-        choices = _CHOICES.get(name, ())
-        expected = f"one of {', '.join(choices)}" if choices else "an integer >= 0"
+        choices = ("", *_CHOICES[name]) if name in _CHOICES else ()
+        expected = f"one of {', '.join(choices[1:])}" if choices else "an integer >= 0"
         is_integer = value.isascii() and value.isdigit()
-        if (name in _INTEGERS and not is_integer) or (
-            choices and value.lower() not in ("", *choices)
-        ):
+        if (name in _INTEGERS and not is_integer) or (choices and value.lower() not in choices):
             sentence = f"Expected the environment's {name} to be {expected} but got {value!r}."
             sys.stderr.write(f"error: {sentence}\n")
             raise SystemExit(2)
@@ -95,15 +76,6 @@ class OneSentenceParser(ArgumentParser):
         raise SystemExit(2)
 
 
-@contextmanager
-def one_sentence_errors(parser: Any) -> Iterator[None]:
-    """Ends in one sentence of the parser if anything is wrong with its arguments."""
-    try:
-        yield
-    except Exception as error:
-        parser.error(reason_of(error))
-
-
 def reason_of(error: Exception) -> str:
     """What an exception says, with its type and line if it was not raised for the user to read.
 
@@ -117,10 +89,10 @@ def reason_of(error: Exception) -> str:
     name = type(cause).__name__
     if isinstance(cause, (ValueError, OSError)) or name == "MisconfigurationException":
         return str(error)
-    lines = [
-        f" ({Path(f.filename).name}, line {f.lineno})" for f in extract_tb(cause.__traceback__)
-    ]
-    return f"{name}: {cause}".rstrip(". ") + f"{lines[-1] if lines else ''}."
+    lines = [(Path(frame.filename).name, frame.lineno) for frame in extract_tb(cause.__traceback__)]
+    return (
+        f"{name}: {cause}".rstrip(". ") + "".join(f" ({f}, line {n})" for f, n in lines[-1:]) + "."
+    )
 
 
 def run_function(function: Callable[..., Any], arguments: Sequence[str], **passed: Any) -> None:
@@ -132,23 +104,21 @@ def run_function(function: Callable[..., Any], arguments: Sequence[str], **passe
             `options`.
         passed: Arguments of the function that are not typed.
     """
-    name, *own = arguments
-    options = own[own.index("--") + 1 :] if "--" in own else None
-    own = own[: own.index("--")] if "--" in own else own
+    name, *typed = arguments
+    if "--" in typed:
+        index = typed.index("--")
+        typed, passed = typed[:index], {**passed, "options": typed[index + 1 :]}
     description = (function.__doc__ or "").split("\n\n")[0]
     parser = OneSentenceParser(prog=f"cli.py {name}", allow_abbrev=False, description=description)
-    parser.typed = read_options(own)
-    parser.add_function_arguments(function, as_group=False, as_positional=True, skip=set(passed))
+    parser.typed = read_options(typed)
+    parser.add_function_arguments(function, as_group=False, as_positional=True, skip={*passed})
     # A switch may stand alone, as in `fit`.
     switches = [f"--{key}" for key, kind in get_type_hints(function).items() if kind is bool]
-    own = [
+    typed = [
         f"{argument}=true" if argument in switches and after not in ("true", "false") else argument
-        for argument, after in zip(own, [*own[1:], ""])
+        for argument, after in zip(typed, [*typed[1:], ""])
     ]
-    with one_sentence_errors(parser):
-        parsed = parser.parse_args(own)
-    if options is not None:
-        parsed["options"] = options
+    parsed = parser.parse_args(typed)
     try:
         function(**passed, **parsed.as_dict())
     except (ValueError, OSError) as error:
@@ -162,15 +132,6 @@ def one_sentence(
     known: Callable[[], Iterable[str]] = list,
 ) -> str:
     r"""The sentence that says what is wrong, out of an account of all that a parser tried.
-
-    Args:
-        message: Of a parser or an exception.
-        typed: The options as they were typed.
-        written: The values of files.
-        known: Lists the options that there are.
-
-    Returns:
-        One line of the form "Expected `option` to be X but got Y."
 
     Example:
         >>> one_sentence('Parser key "final.steps":\n  Expected a <class \'int\'>. Got value: abc')
@@ -195,23 +156,21 @@ def _of_argparse(
     message: str, typed: Sequence[Option], known: Callable[[], Iterable[str]]
 ) -> str | None:
     """What argparse says of arguments as such."""
-    if unknown := re.search(r"(unrecognized arguments: |accept option ')([^=']*[^=\s'])", message):
-        word = unknown[2] if unknown[2].startswith("-") else unknown[2].split()[0]
-        if unknown[1].startswith("accept"):
-            word = f"--{word}"
-        elif not re.match(r"-+[^\d.]", word):
-            switch = [option.name for option in typed if option.value == word]
-            if switch:
-                return f"Expected `--{switch[0]}` to take no value but got {word}."
-            return f"Expected options such as `--name=value` but got {word} without an option."
-        close = nearest(word.lstrip("-"), list(known()))
-        return f"Expected an option that exists but got `{word}`{close}"
+    if unaccepted := re.search(r"accept option '([^']+)'", message):
+        message = f"unrecognized arguments: --{unaccepted[1]}"
+    if unknown := re.search(r"unrecognized arguments: ([^\s=]+)", message):
+        word = unknown[1]
+        if re.match(r"-+[^\d.]", word):
+            close = nearest(word.lstrip("-"), list(known()))
+            return f"Expected an option that exists but got `{word}`{close}"
+        for option in typed:
+            if option.value == word:
+                return f"Expected `--{option.name}` to take no value but got {word}."
+        return f"Expected options such as `--name=value` but got {word} without an option."
     if alone := re.search(r"argument (?:--)?([^\s/:,]+).*: expected .*argument", message):
         return f"Expected `--{alone[1]}` to have a value but got none."
-    if switched := re.search(
-        r"argument --([^\s/:,]+).*: ignored explicit argument '(.*)'", message
-    ):
-        return f"Expected `--{switched[1]}` to take no value but got {switched[2]}."
+    if switch := re.search(r"argument --([^\s/:,]+).*: ignored explicit argument '(.*)'", message):
+        return f"Expected `--{switch[1]}` to take no value but got {switch[2]}."
     return None
 
 
@@ -228,8 +187,8 @@ def _of_value(message: str, options: Sequence[Option]) -> str:
             owner = f", which {owner} requires," if owner else ""
             return f"Expected `{name}`{owner} to be set but got nothing."
         known = [f"{path}.{option}" for option in options_of(classes[-1])] if classes else []
-        owner = f" of {owner}" if owner else ""
-        return f"Expected an option{owner} but got `{name}`" + nearest(name.lstrip("-"), known)
+        close = nearest(name.lstrip("-"), known)
+        return f"Expected an option{' of ' if owner else ''}{owner} but got `{name}`{close}"
     values = [option.value for option in options if option.name.rstrip("+") == path]
     values = values or re.findall(r"(?:Got value: |Given value: |load config )(.*)", said)[:1]
     value = _short((values and values[-1]) or "nothing", 80)
@@ -254,7 +213,7 @@ def _innermost(message: str) -> tuple[str, str]:
         indent, said = depth, message[match.end() :]
         keys += [match[1]] if match[1] not in keys[-1:] else []
     # What follows at a lower indent is about the options around it.
-    said = re.split(rf"\n {{0,{max(indent, 0)}}}(?=\S)", said)[0] if keys else said
+    said = re.split(rf"\n {{0,{indent}}}(?=\S)", said)[0] if keys else said
     nested = re.search(r"NestedArg\(key='([^']+)'", message)
     if nested and len(keys) == 1 and "is not accepted" not in said:
         keys.append(nested[1])
@@ -285,41 +244,32 @@ def _with_option(sentence: str, typed: Sequence[Option], written: Sequence[Optio
     """The sentence with the name of the one option that it is about, if there is one."""
     subject = re.match(r"Expected `([\w.]+)`", sentence)
     trainer = [option for option in written if option.name.startswith("trainer.")]
-    # Lightning does not always say what came.
-    for options, exact in ((typed, False), (written, True), (trainer, False)):
-        for text in (subject[1], sentence) if subject else (sentence,):
-            whole = subject is not None and text != subject[1]
-            near = [o for o in options if o.value and _mentions(text, o.name.rsplit(".", 1)[-1])]
-            valued = [o for o in near if _mentions(sentence, o.value or "")]
-            near = valued if valued or exact or whole else near
-            if not near and subject is None and not exact:
-                near = [o for o in options if o.value and _mentions(sentence, o.value)]
-                near = near or [option for option in options if option.value == ""]
-            if len({option.name for option in near}) != 1:
-                continue
+    # A file's option must have the value; Lightning does not always say what came.
+    for options, is_exact in ((typed, False), (written, True), (trainer, False)):
+        named = [o for o in options if o.value and _mentions(sentence, o.name.rsplit(".", 1)[-1])]
+        about = [o for o in named if subject and o.name.rsplit(".", 1)[-1] == subject[1]]
+        valued = [o for o in about or named if _mentions(sentence, o.value or "")]
+        # It may also be about a part, such as a network, that was built with the option's value.
+        near = valued or ([] if is_exact else about if subject else named)
+        if not near and not subject and not is_exact:
+            near = [o for o in options if o.value and _mentions(sentence, o.value)]
+            near = near or [option for option in options if option.value == ""]
+        if len({option.name for option in near}) == 1:
             name, value = near[-1].name, _short(near[-1].value or "nothing", 80)
-            if subject is not None and not whole:
+            if about and subject:
                 return sentence.replace(f"`{subject[1]}`", f"`--{name}`", 1)
-            # It may be about a part, such as a network, that could not be built with an argument.
             return f"Expected `--{name}` to be valid but got {value}: {sentence}"
     return sentence
 
 
 def _mentions(text: str, word: str) -> bool:
-    """Whether a text has a word or a number, written in any way, as a whole."""
+    """Whether a text has a word, or a number in any notation, as a whole."""
     if re.search(rf"(?<![\w.-]){re.escape(word)}(?!\w|\.\d)", text, re.I):
         return True
-    if re.fullmatch(r"[-+.\deE]+", word):
-        numbers = re.findall(r"-?\d+(?:\.\d+)?(?:e-?\d+)?", text)
-        return any(_number(number) == _number(word) for number in numbers)
+    with suppress(ValueError):
+        number = float(word)
+        return number in map(float, re.findall(r"-?\d+(?:\.\d+)?(?:e-?\d+)?", text))
     return False
-
-
-def _number(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def _short(text: str, longest: int) -> str:

@@ -205,8 +205,8 @@ def _set_epochs(presets: Presets, *, goes_on: bool) -> None:
     for layer in presets.layers:
         trainer = layer.get("trainer") or {}
         epochs = trainer.get("max_epochs", epochs) if isinstance(trainer, dict) else epochs
-        share = layer.pop("epochs_share", "")
-        if share == "":
+        share = layer.pop("epochs_share", None)
+        if share is None:
             continue
         try:
             check_number("epochs_share", float(share), low=sys.float_info.min)
@@ -314,21 +314,18 @@ def _place_network(presets: Presets, *, external: bool) -> None:
     presets.layers[0]["model"]["init_args"] = {
         "network": {"class_path": class_path, "init_args": arguments}
     }
-    kept = [o for o in presets.typed if o.name not in (option, f"{option}.class_path")]
-    for index, (name, value, _) in enumerate(kept):
+    presets.typed = [o for o in presets.typed if o.name not in (option, f"{option}.class_path")]
+    for index, (name, value, _) in enumerate(presets.typed):
         if before and name.startswith(f"{option}."):
-            inner = name.replace(f"{option}.", f"{option}.{before}", 1)
-            kept[index] = Option(name, value, (f"--{inner}={value}",))
-    presets.typed = kept
+            place = name.replace(f"{option}.", f"{option}.{before}", 1)
+            presets.typed[index] = Option(name, value, (f"--{place}={value}",))
 
 
-def _network_in_file(network: Any) -> tuple[str | None, dict[str, Any]]:
+def _network_in_file(network: Any) -> tuple[Any, dict[str, Any]]:
     """Class path and arguments of a network in a file, without the `UserNetwork` around it."""
-    if isinstance(network, str):
-        return network, {}
-    path, arguments = None, {}
-    if isinstance(network, Mapping):
-        path, arguments = network.get("class_path"), network.get("init_args")
-        if str(path).endswith(f".{UserNetwork.__name__}") and isinstance(arguments, Mapping):
-            path, arguments = arguments.get("path"), arguments.get("arguments")
-    return path, dict(arguments) if isinstance(arguments, Mapping) else {}
+    if not isinstance(network, Mapping):
+        return network if isinstance(network, str) else None, {}
+    path, arguments = network.get("class_path"), network.get("init_args") or {}
+    if str(path).endswith(f".{UserNetwork.__name__}"):
+        path, arguments = arguments.get("path"), arguments.get("arguments") or {}
+    return path, dict(arguments)

@@ -257,7 +257,6 @@ def test_a_typed_radius_wins_over_a_run_of_an_earlier_version(tmp_path):
         ("--epochs_share=-1", "`epochs_share` to be a number > 0 but got -1"),
         ("--epochs_share=0", "`epochs_share` to be a number > 0 but got 0"),
         ("--config={epochs_share: half}", "`epochs_share` to be a number > 0 but got half"),
-        ("--config={epochs_share: null}", "`epochs_share` to be a number > 0 but got None"),
         ("--config={on_data: null}", "`on_data` to hold mappings .* but got None"),
         ("--config={on_data: {Digits: 3}}", "`on_data` to hold mappings"),
         ("--config={on_data: {digits: {}}}", "`on_data` to hold mappings by CIFAR10"),

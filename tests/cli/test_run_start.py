@@ -17,10 +17,10 @@ from lightning.pytorch import Callback
 from PIL import Image
 
 from robust_flatness.cli import CLI, main
-from robust_flatness.command_line.run_start import RunFolder
 from robust_flatness.datamodules import Digits
 from robust_flatness.lightning_modules import AT
 from robust_flatness.loggers import EpochWandbLogger
+from robust_flatness.run_folder.claim import RunFolder
 
 TINY = [
     "--trainer.max_epochs=2",

@@ -17,9 +17,13 @@ from robust_flatness.datamodules.resident import ResidentImages
 from robust_flatness.datamodules.splits import Splits, SplitSizes, ValFrom, make_splits
 from robust_flatness.datamodules.training_loader import training_loader
 from robust_flatness.datamodules.unlabeled_files import read_unlabeled
-from robust_flatness.functional.checks import check_choice, check_count, check_number
-from robust_flatness.functional.processes import errors_on_all_ranks
-from robust_flatness.functional.types import Eps
+from robust_flatness.functional.checks import (
+    Eps,
+    check_choice,
+    check_count,
+    check_number,
+    errors_on_all_ranks,
+)
 
 
 class RobustDataModule(LightningDataModule, ABC):

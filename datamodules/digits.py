@@ -10,7 +10,7 @@ from robust_flatness.datamodules.computed_statistics import ComputedStatistics
 from robust_flatness.datamodules.labelled_images import LabelledImages, to_unit_range
 from robust_flatness.datamodules.resident import ResidentImages
 from robust_flatness.datamodules.splits import fixed_permutation
-from robust_flatness.functional.types import Eps
+from robust_flatness.functional.checks import Eps
 
 _NUM_IMAGES = 1797
 

@@ -9,7 +9,7 @@ from torch.utils.data import DistributedSampler
 from robust_flatness.datamodules.global_batches import GlobalBatches
 from robust_flatness.datamodules.mixed_images import MixedImages
 from robust_flatness.functional.checks import check_number
-from robust_flatness.functional.noise import stream
+from robust_flatness.functional.noise import keyed_generator
 
 
 class MixedSampler(DistributedSampler[int]):
@@ -60,7 +60,7 @@ class MixedSampler(DistributedSampler[int]):
         labelled, unlabeled = self.images.labelled, self.images.unlabeled
         extra = [round(self.share * size) for size in self.sizes]
         own = [size - count for size, count in zip(self.sizes, extra)]
-        generator = stream(self.seed, "order", self.epoch)
+        generator = keyed_generator(self.seed, "order", self.epoch)
         for known, guessed in zip(
             self._take("labelled", len(labelled), own),
             self._take("unlabelled", len(unlabeled), extra),
@@ -77,7 +77,7 @@ class MixedSampler(DistributedSampler[int]):
         first, end = self.epoch * total, (self.epoch + 1) * total
         passes = range(first // population, end // population + 1)
         permutations = [
-            torch.randperm(population, generator=stream(self.seed, kind, number))
+            torch.randperm(population, generator=keyed_generator(self.seed, kind, number))
             for number in passes
         ]
         start = first - passes.start * population

@@ -1,10 +1,33 @@
-"""Names of logged metrics, and their values in the rows of a run."""
+"""Logged metrics: their names, labels, units and directions, and their values over epochs.
+
+A new measure is one line of `METRICS`; labels of axes, columns of tables, titles of panels and the
+summaries in Weights & Biases follow from it. Names that no line describes work as well.
+
+Example:
+    >>> flatness = metric("early_stopped/flatness/average/train")
+    >>> flatness.title, flatness.unit, flatness.lower_is_better
+    ('average-case flatness, train, early-stopped', 'nats', True)
+    >>> metric("test/robust_error").text(0.524)
+    '52.4 %'
+"""
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Literal
 
 Rows = Sequence[Mapping[str, float]]
-# The robust loss of each split.
+Weights = Literal["final", "early_stopped"]
+
+# What titles call the images of a split. `train` has a second meaning, see `Metric.title`.
+SPLITS = {
+    "test": "test",
+    "val": "early-stopping images",
+    "train": "train",
+    "train_eval": "train",
+}
+# The robust loss on the images of each split with fixed weights.
 LOSSES = {
     "test": "test/robust_loss",
     "val": "val/robust_loss",
@@ -12,11 +35,150 @@ LOSSES = {
 }
 
 
-def series(rows: Rows, name: str) -> list[tuple[float, float]]:
-    """Epochs and values of a metric, without those that are absent or not finite.
+@dataclass(frozen=True)
+class Metric:
+    """A logged number.
+
+    Attributes:
+        name: As logged, without `final/` or `early_stopped/`; in `METRICS` also without its split.
+        label: What it measures, such as `RLoss`, without split and weights.
+        unit: `nats`, `%` or empty. Values in `%` are logged as shares of 1.
+        lower_is_better: None if neither direction is better.
+        once: Whether it is measured once, at the end of a run, and not over epochs.
+        split: `test`, `val`, `train` (fixed training images, or batches if the name begins with
+            `train/`), `train_eval` or empty.
+        weights: `final` or `early_stopped`.
+    """
+
+    name: str
+    label: str
+    unit: str = ""
+    lower_is_better: bool | None = True
+    once: bool = False
+    split: str = ""
+    weights: Weights = "final"
+
+    @property
+    def is_share(self) -> bool:
+        """Whether values are shares of 1, shown in percent."""
+        return self.unit == "%"
+
+    @property
+    def title(self) -> str:
+        """Label, split and weights, such as `RLoss, test`."""
+        split = SPLITS.get(self.split, self.split)
+        # Training logs the batches that it sees while the weights move under `train/`.
+        if self.name.startswith("train/") and not self.once:
+            split = "training batches"
+        weights = "early-stopped" if self.weights == "early_stopped" else ""
+        return ", ".join(filter(None, (self.label, split, weights)))
+
+    @property
+    def axis_label(self) -> str:
+        """Title and, for shares, the unit, as an axis in percent shows it."""
+        return f"{self.title}, in %" if self.is_share else self.title
+
+    @property
+    def summary(self) -> str | None:
+        """What Weights & Biases keeps of the values over epochs; None for the last one."""
+        if self.once:
+            return None
+        return "max,last" if self.lower_is_better is False else "min,last"
+
+    def text(self, value: float, decimals: int = 3) -> str:
+        """A value with its unit if that is `%`.
+
+        Args:
+            value: As logged.
+            decimals: Of values that are no shares; percentages have one.
+        """
+        return f"{100 * value:.1f} %" if self.is_share else f"{value:.{decimals}f}"
+
+
+METRICS = (
+    Metric("robust_loss", "RLoss", "nats"),
+    Metric("robust_loss_correct", "RLoss of images correct when clean", "nats"),
+    Metric("robust_loss_incorrect", "RLoss of images incorrect when clean", "nats"),
+    Metric("robust_error", "RErr (PGD)", "%"),
+    Metric("autoattack_error", "RErr (AutoAttack)", "%", once=True),
+    Metric("autoattack_loss", "loss on AutoAttack's images", "nats", once=True),
+    Metric("error", "clean error", "%"),
+    Metric("clean_loss", "clean loss", "nats"),
+    Metric("gap/robust_loss", "RLoss, test − train", "nats"),
+    Metric("gap/robust_error", "RErr (PGD), test − train", "%"),
+    Metric("last_minus_best/robust_loss", "RLoss, last − early-stopped", "nats"),
+    Metric("flatness/average", "average-case flatness", "nats"),
+    Metric("flatness/worst", "worst-case flatness", "nats"),
+    Metric("flatness/clean_average", "average-case flatness of the clean loss", "nats"),
+    Metric("flatness/clean_worst", "worst-case flatness of the clean loss", "nats"),
+    Metric("hessian/max_eigenvalue", "largest Hessian eigenvalue"),
+    Metric("hessian/min_eigenvalue", "smallest Hessian eigenvalue", lower_is_better=None),
+    Metric("hessian/convexity", "convexity |λ_min| / |λ_max|"),
+    Metric("loss", "loss of the objective", "nats"),
+    Metric("divergence", "KL divergence", "nats"),
+    Metric("weighted_divergence", "weighted KL divergence", "nats"),
+    Metric("rotation_loss", "rotation loss", "nats"),
+    Metric("rotation_error", "rotation error", "%"),
+    Metric("learning_rate", "learning rate", lower_is_better=None),
+    Metric("unlabeled/share", "share of unlabeled images", "%", lower_is_better=None),
+    Metric("label_noise/changed", "share of changed labels", "%", lower_is_better=None),
+)
+_BY_NAME = {entry.name: entry for entry in METRICS}
+
+
+@lru_cache(maxsize=1024)
+def metric(name: str) -> Metric:
+    """Describes a logged number by its name.
 
     Args:
-        rows: Rows of a run, with `epoch`.
+        name: As logged, such as `test/robust_loss` or `early_stopped/flatness/average/train`. Its
+            split may stand anywhere in it. A name that ends in `_sem` is the standard error of
+            another, and one that ends in `_early_stopped` is of the early-stopped weights.
+
+    Returns:
+        The entry of `METRICS` with name, split and weights. If there is none, the label is the name
+        without its split; losses and errors are better if lower, and errors are shares.
+
+    Example:
+        >>> metric("early_stopped/hessian/train/max_eigenvalue").title
+        'largest Hessian eigenvalue, train, early-stopped'
+        >>> metric("my/new_measure/val").title
+        'my/new_measure, early-stopping images'
+    """
+    logged = name.removeprefix("final/").removeprefix("early_stopped/")
+    ended = logged != name
+    key = logged.removesuffix("_early_stopped")
+    early_stopped = name.startswith("early_stopped/") or key != logged
+    is_deviation = key.endswith("_sem")
+    parts = key.removesuffix("_sem").split("/")
+    split = next((part for part in parts if part in SPLITS), "")
+    if split:
+        parts.remove(split)
+    key = "/".join(parts)
+    entry = _BY_NAME.get(key) or _default(key)
+    if is_deviation:
+        entry = replace(entry, label=f"standard error of {entry.label}", lower_is_better=None)
+    return replace(
+        entry,
+        name=logged,
+        once=entry.once or ended,
+        # Curvature is of test images unless its name says otherwise.
+        split=split or ("test" if key.startswith("hessian/") else ""),
+        weights="early_stopped" if early_stopped else "final",
+    )
+
+
+def _default(key: str) -> Metric:
+    is_error = key.endswith("error")
+    lower = True if is_error or key.endswith("loss") else None
+    return Metric(key, key, "%" if is_error else "", lower_is_better=lower)
+
+
+def series(rows: Rows, name: str) -> list[tuple[float, float]]:
+    """Returns the epochs and the finite values of a metric.
+
+    Args:
+        rows: Rows of a run, each with `epoch`.
         name: The metric.
 
     Example:
@@ -28,7 +190,7 @@ def series(rows: Rows, name: str) -> list[tuple[float, float]]:
 
 
 def logged_split(rows: Rows) -> str | None:
-    """The first of `test`, `val` and `train` of which an epoch has flatness and robust loss.
+    """Returns the first of `test`, `val` and `train` with flatness and robust loss in one epoch.
 
     Args:
         rows: Rows of a run.

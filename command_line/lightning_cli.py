@@ -50,8 +50,8 @@ from robust_flatness.command_line.run_start import (
 )
 from robust_flatness.datamodules import RobustDataModule
 from robust_flatness.datamodules.global_batches import GlobalBatches
+from robust_flatness.functional.checks import Eps
 from robust_flatness.functional.noise import Norm
-from robust_flatness.functional.types import Eps
 from robust_flatness.lightning_modules import AT
 from robust_flatness.loggers import EpochCSVLogger, EpochWandbLogger, make_wandb_logger
 from robust_flatness.run_folder.checkpoint_io import AtomicCheckpointIO

@@ -38,9 +38,8 @@ from robust_flatness.command_line.files import (
     with_overlays,
 )
 from robust_flatness.command_line.options import Option, leaves, options_of, read_options
-from robust_flatness.functional.checks import check_choice, check_number
+from robust_flatness.functional.checks import check_choice, check_number, read_number
 from robust_flatness.functional.noise import Norm
-from robust_flatness.functional.types import read_number
 from robust_flatness.networks.user_network import UserNetwork, check_buildable, import_path
 
 # These are named if nobody chooses a class.

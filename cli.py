@@ -2,18 +2,14 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from robust_flatness.command_line.parser import check_environment, run_function
 
-if TYPE_CHECKING:
-    from robust_flatness.command_line.lightning_cli import CLI
-
-# Imported if a command needs it, as it takes seconds.
-LIGHTNING_CLI = "robust_flatness.command_line.lightning_cli"
+COMMAND_LINE = "robust_flatness.command_line"
 FUNCTIONS = {
     "study": "robust_flatness.study.command:study",
     "report": "robust_flatness.reporting.command:report",
@@ -28,31 +24,29 @@ COMMANDS = {
 }
 HELP = f"""usage: cli.py [-h] [--version] COMMAND ...
 
-Adversarial training, robust overfitting and flat minima.
-
 commands, each with a --help of its own:
-{chr(10).join(f"  {name:<11}{text}" for name, text in COMMANDS.items())}
-"""
+{chr(10).join(f"  {name:<11}{text}" for name, text in COMMANDS.items())}"""
 
 
 def __getattr__(name: str) -> Any:
     if name != "CLI":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # Lightning reads some variables when it is imported.
     check_environment()
-    return resolve_name(f"{LIGHTNING_CLI}:CLI")
+    return resolve_name(f"{COMMAND_LINE}.lightning_cli:CLI")
 
 
-def study_functions() -> Any:
-    """What a study calls of the command line, imported if it does."""
-    folder = "robust_flatness.command_line"
-    functions = ("merge_settings", "check_arguments")
-    places = [f"{folder}.options:read_options", *(f"{LIGHTNING_CLI}:{name}" for name in functions)]
-    places += [f"{folder}.files:read_mapping"]
-    command_line = resolve_name("robust_flatness.study.plan:CommandLine")
-    return command_line(*(lambda *args, at=at: resolve_name(at)(*args) for at in places))
+def _study_functions() -> Any:
+    names = ["options:read_options", "lightning_cli:merge_settings"]
+    names += ["lightning_cli:check_arguments", "files:read_mapping"]
+
+    def imported_when_called(name: str) -> Callable[..., Any]:
+        return lambda *args: resolve_name(f"{COMMAND_LINE}.{name}")(*args)
+
+    return resolve_name("robust_flatness.study.plan:CommandLine")(*map(imported_when_called, names))
 
 
-def main(args: Sequence[str] | None = None, cli_class: "type[CLI] | None" = None) -> None:
+def main(args: Sequence[str] | None = None, cli_class: type[Any] | None = None) -> None:
     """Runs the command line.
 
     Args:
@@ -64,20 +58,21 @@ def main(args: Sequence[str] | None = None, cli_class: "type[CLI] | None" = None
         sys.path.append(os.getcwd())
     arguments = list(sys.argv[1:] if args is None else args)
     command = arguments[0] if arguments else "nothing"
+    check_environment()
     if command in FUNCTIONS:
-        passed = {"command_line": study_functions()} if command == "study" else {}
+        passed = {"command_line": _study_functions()} if command == "study" else {}
         run_function(resolve_name(FUNCTIONS[command]), arguments, **passed)
     elif command in COMMANDS:
-        cli_class = cli_class or __getattr__("CLI")
-        resolve_name(f"{LIGHTNING_CLI}:run_lightning_cli")(arguments, cli_class)
+        run = resolve_name(f"{COMMAND_LINE}.lightning_cli:run_lightning_cli")
+        run(arguments, cli_class or __getattr__("CLI"))
     elif command in ("-h", "--help"):
-        print(HELP, end="")
+        print(HELP)
     elif command == "--version":
         print(f"robust-flatness {version('robust-flatness')}")
     else:
         names = ", ".join(COMMANDS)
-        sys.stderr.write(f"error: Expected one of {names} to come first but got {command}.\n")
-        raise SystemExit(2)
+        print(f"error: Expected one of {names} to come first but got {command}.", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

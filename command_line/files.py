@@ -124,7 +124,7 @@ def with_overlays(
                 f"paths, but got {sections}."
             )
     layers = [settings, sections.get(short, sections.get(data, {}))]
-    if file is not None and file.is_relative_to(CONFIGS):
+    if file is not None and file.resolve().is_relative_to(CONFIGS.resolve()):
         overlay = CONFIGS / _snake(data) / file.name
         layers += [read_mapping(str(overlay))] if overlay.is_file() else []
     return layers

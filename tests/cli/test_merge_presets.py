@@ -3,7 +3,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robust_flatness.command_line.files import run_folder_of
+from robust_flatness.command_line.files import CONFIGS, run_folder_of
 from robust_flatness.command_line.presets import merge_presets
 
 
@@ -175,6 +175,10 @@ def test_a_preset_of_the_package_has_overlays_for_data(tmp_path, monkeypatch):
     assert merged(clipping, "--data=CIFAR10")["weight_clipping"] == {"w_max": 0.005}
     later = "--config={weight_clipping: {w_max: 1}}"
     assert merged(clipping, later)["weight_clipping"] == {"w_max": 1}
+    with monkeypatch.context() as patch:
+        patch.chdir(CONFIGS.parent)
+        config = merged("--config=configs/table1/weight_clipping.yaml")
+    assert config["weight_clipping"] == {"w_max": 0.04}
     # A file of the user's own has none.
     (tmp_path / "weight_clipping.yaml").write_text("weight_clipping: {w_max: 2}")
     assert merged("--config=weight_clipping.yaml")["weight_clipping"] == {"w_max": 2}

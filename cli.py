@@ -31,12 +31,12 @@ commands, each with a --help of its own:
 def __getattr__(name: str) -> Any:
     if name != "CLI":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # Lightning reads some variables when it is imported.
     check_environment()
     return resolve_name(f"{COMMAND_LINE}.lightning_cli:CLI")
 
 
-def _study_functions() -> Any:
+def study_functions() -> Any:
+    """What a study calls of the command line; imported when it does."""
     names = ["options:read_options", "lightning_cli:merge_settings"]
     names += ["lightning_cli:check_arguments", "files:read_mapping"]
 
@@ -60,7 +60,7 @@ def main(args: Sequence[str] | None = None, cli_class: type[Any] | None = None) 
     command = arguments[0] if arguments else "nothing"
     check_environment()
     if command in FUNCTIONS:
-        passed = {"command_line": _study_functions()} if command == "study" else {}
+        passed = {"command_line": study_functions()} if command == "study" else {}
         run_function(resolve_name(FUNCTIONS[command]), arguments, **passed)
     elif command in COMMANDS:
         run = resolve_name(f"{COMMAND_LINE}.lightning_cli:run_lightning_cli")

@@ -55,7 +55,8 @@ def read_mapping(source: str, option: str = "--config", text: str | None = None)
         line = f" in line {mark.line + 1}" if mark else ""
         raise ValueError(f"{start} YAML but got {source}: {problem}{line}.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"Expected `{option}` to hold a mapping but got {source}.")
+        kind = type(content).__name__
+        raise ValueError(f"Expected `{option}` to hold a mapping but got {kind} in {source}.")
     parts, seen = [content], 0
     while parts:
         part, seen = parts.pop(), seen + 1

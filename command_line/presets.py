@@ -13,12 +13,12 @@ reads them, this module does what it cannot do:
 """
 
 import inspect
+import math
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any, get_args
 
 import yaml
@@ -38,7 +38,7 @@ from robust_flatness.command_line.files import (
     with_overlays,
 )
 from robust_flatness.command_line.options import Option, leaves, options_of, read_options
-from robust_flatness.functional.checks import check_choice, check_number, read_number
+from robust_flatness.functional.checks import check_choice, read_number
 from robust_flatness.functional.noise import Norm
 from robust_flatness.networks.user_network import UserNetwork, check_buildable, import_path
 
@@ -73,10 +73,7 @@ class Presets:
     @property
     def merged(self) -> Settings:
         """All layers in one mapping."""
-        merged: Settings = {}
-        for layer in self.layers:
-            _update(merged, layer)
-        return merged
+        return reduce(_merged, self.layers)
 
     @property
     def written(self) -> list[Option]:
@@ -84,12 +81,12 @@ class Presets:
         return [leaf for layer in self.layers for leaf in leaves(layer)]
 
 
-def _update(below: Settings, above: Settings) -> None:
-    for key, value in above.items():
-        if isinstance(value, dict) and isinstance(below.get(key), dict):
-            _update(below[key], value)
-        else:
-            below[key] = deepcopy(value)
+def _merged(below: Settings, above: Settings) -> Settings:
+    merged = {**below, **above}
+    for key in below.keys() & above.keys():
+        if isinstance(below[key], dict) and isinstance(above[key], dict):
+            merged[key] = _merged(below[key], above[key])
+    return merged
 
 
 def merge_presets(arguments: Sequence[str]) -> Presets:
@@ -131,7 +128,13 @@ def merge_presets(arguments: Sequence[str]) -> Presets:
         taken = () if external else options_of(model)
         preset["model"] = {"init_args": {k: v for k, v in settings if k in taken}}
     user = [layer for file in files for layer in with_overlays(*file, data, list(known["data"]))]
-    user += [{"epochs_share": o.value} for o in typed if o.name == "epochs_share"][-1:]
+    shares = [option.value for option in typed if option.name == "epochs_share"]
+    if shares and "data" in run:
+        raise ValueError(
+            "Expected no `--epochs_share` for a run that goes on, whose length is known, but got "
+            f"{shares[-1]}."
+        )
+    user += [read_mapping("", text=f"epochs_share: {share}") for share in shares[-1:]]
     named = {key: {"class_path": path} for key, path in classes.items()}
     presets = Presets(classes, [named, read_mapping(str(DEFAULTS)), preset, run, *user], typed)
     for layer in presets.layers[1:]:
@@ -195,32 +198,22 @@ def _drop_classes(layer: Settings) -> None:
 def _set_epochs(presets: Presets, *, goes_on: bool) -> None:
     """Replaces each `epochs_share` by the epochs of the layers below, times the share."""
     epochs: Any = None
-    typed = [option.value for option in presets.typed if option.name == "epochs_share"]
-    if typed and goes_on:
-        raise ValueError(
-            "Expected no `--epochs_share` for a run that goes on, whose length is known, but got "
-            f"{typed[-1]}."
-        )
     for layer in presets.layers:
         trainer = layer.get("trainer") or {}
         epochs = trainer.get("max_epochs", epochs) if isinstance(trainer, dict) else epochs
         share = layer.pop("epochs_share", None)
         if share is None:
             continue
-        try:
-            check_number("epochs_share", float(share), low=sys.float_info.min)
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"Expected `epochs_share` to be a number > 0 but got {share}."
-            ) from error
+        if not isinstance(share, (int, float)) or not 0 < share < math.inf:
+            raise ValueError(f"Expected `--epochs_share` to be a number > 0 but got {share}.")
         if not isinstance(epochs, int):
             raise ValueError(
-                "Expected `--trainer.max_epochs` to be an integer beside `epochs_share` but got "
+                "Expected `--trainer.max_epochs` to be an integer beside `--epochs_share` but got "
                 f"{epochs}."
             )
         # A run that goes on has its share already.
         if not goes_on:
-            epochs = max(1, round(epochs * float(share)))
+            epochs = max(1, round(epochs * share))
             layer["trainer"] = {**trainer, "max_epochs": epochs}
 
 
@@ -261,16 +254,14 @@ def _set_threat_model(
         presets.layers.append(layer)
 
 
-def _checked(name: str, value: Any) -> Any:
+def _checked(name: str, value: str) -> Any:
     if name == "norm":
         check_choice("--norm", value, get_args(Norm))
         return value
     try:
         return read_number(value)
     except ValueError as error:
-        raise ValueError(
-            f"Expected `--eps` to be a number or a fraction such as 8/255 but got {value}."
-        ) from error
+        raise ValueError(str(error).replace("Expected", "Expected `--eps` to be", 1)) from error
 
 
 def _place_network(presets: Presets, *, external: bool) -> None:

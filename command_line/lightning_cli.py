@@ -49,7 +49,7 @@ from robust_flatness.command_line.run_start import (
     sigterm_exits,
 )
 from robust_flatness.datamodules import RobustDataModule
-from robust_flatness.datamodules.global_batches import GlobalBatches
+from robust_flatness.datamodules.batches import GlobalBatches
 from robust_flatness.functional.checks import Eps
 from robust_flatness.functional.noise import Norm
 from robust_flatness.lightning_modules import AT

@@ -254,7 +254,7 @@ def _set_threat_model(
         presets.layers.append(layer)
 
 
-def _checked(name: str, value: str) -> Any:
+def _checked(name: str, value: Any) -> Any:
     if name == "norm":
         check_choice("--norm", value, get_args(Norm))
         return value

@@ -38,7 +38,7 @@ from robust_flatness.lightning_modules.pgd_mixin import PGDMixin
 from robust_flatness.lightning_modules.schedules import MultiStep, prepare_schedule
 from robust_flatness.lightning_modules.walk_mixin import WalkMixin
 from robust_flatness.networks import Normalize, ResNet18, build_network, channels_last
-from robust_flatness.networks.normalization import channel_values
+from robust_flatness.networks.layers import channel_values
 from robust_flatness.networks.user_network import Network
 
 Incorrect = Literal["attack", "ignore", "predicted"]

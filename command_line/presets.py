@@ -293,22 +293,31 @@ def _place_network(presets: Presets, *, external: bool) -> None:
         del settings["network"]
         if names.get(str(written), written) in (None, path):
             arguments |= inner
-    class_path, before = path, ""
+    kept = [o for o in presets.typed if o.name not in (option, f"{option}.class_path")]
     if path.startswith("robust_flatness."):
         parameters = inspect.signature(network).parameters.values()
         own = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty]
-        arguments = {**{p.name: p.default for p in own}, **arguments}
+        section = {"class_path": path, "init_args": {p.name: p.default for p in own} | arguments}
     else:
-        class_path, before = f"robust_flatness.networks.{UserNetwork.__name__}", "arguments."
-        arguments = {"path": path, "arguments": arguments}
-    presets.layers[0]["model"]["init_args"] = {
-        "network": {"class_path": class_path, "init_args": arguments}
-    }
-    presets.typed = [o for o in presets.typed if o.name not in (option, f"{option}.class_path")]
-    for index, (name, value, _) in enumerate(presets.typed):
-        if before and name.startswith(f"{option}."):
-            place = name.replace(f"{option}.", f"{option}.{before}", 1)
-            presets.typed[index] = Option(name, value, (f"--{place}={value}",))
+        for name, value, _ in kept:
+            if name.startswith(f"{option}."):
+                # jsonargparse would pass null on as the text None.
+                _set_argument(arguments, name.removeprefix(f"{option}."), value or "")
+        kept = [o for o in kept if not o.name.startswith(f"{option}.")]
+        class_path = f"robust_flatness.networks.{UserNetwork.__name__}"
+        inner = {"path": path, "arguments": arguments}
+        section = {"class_path": class_path, "init_args": inner}
+    presets.layers[0]["model"]["init_args"] = {"network": section}
+    presets.typed = kept
+
+
+def _set_argument(arguments: dict[str, Any], name: str, text: str) -> None:
+    *outer, last = name.split(".")
+    for key in outer:
+        arguments = arguments.setdefault(key, {})
+    arguments[last] = text
+    with suppress(yaml.YAMLError):
+        arguments[last] = yaml.safe_load(text)
 
 
 def _network_in_file(network: Any) -> tuple[Any, dict[str, Any]]:

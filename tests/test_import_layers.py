@@ -18,7 +18,7 @@ LAYERS = {
     "lightning_modules": 4,
     "study": 5,
     "reporting": 5,
-    "configs": 6,
+    "command_line": 6,
     "cli": 7,
 }
 
@@ -54,7 +54,7 @@ def test_every_folder_of_the_package_has_a_layer() -> None:
 def test_callbacks_load_neither_figures_nor_reports_nor_modules() -> None:
     code = (
         "import sys, robust_flatness.callbacks\n"
-        "folders = ('plotting', 'reporting', 'lightning_modules', 'configs', 'study')\n"
+        "folders = ('plotting', 'reporting', 'lightning_modules', 'command_line', 'study')\n"
         "print(*(name for name in sys.modules if name.startswith("
         "tuple(f'robust_flatness.{folder}' for folder in folders))))"
     )

@@ -1,6 +1,7 @@
 """What a command line is built of: callbacks by their options, classes by short name."""
 
 import inspect
+from functools import cache
 from types import ModuleType
 
 import lightning.pytorch.callbacks
@@ -14,7 +15,7 @@ import robust_flatness.datamodules as datamodules
 import robust_flatness.lightning_modules as lightning_modules
 import robust_flatness.networks as networks
 
-# Callbacks that a run has where one of their options is set, ahead of the others in their order.
+# Callbacks that a run has if one of their options is set, ahead of the others in their order.
 OPTIONAL_CALLBACKS: dict[str, type[Callback]] = {
     "weight_clipping": callbacks.WeightClipping,
     "weight_averaging": callbacks.WeightAveraging,
@@ -37,9 +38,13 @@ DEFAULT_CALLBACKS: dict[str, type[Callback]] = {
 }
 # Light measures of the epochs, which `test` replaces by the full protocol.
 ONLY_IN_FIT = ("evaluation", "train_evaluation", "flatness", "train_flatness")
+# What `--without` takes.
 LEAVABLE = (*DEFAULT_CALLBACKS, "wandb")
+# What the data knows of the model.
+LINKED = ("num_classes", "in_channels", "mean", "std")
 
 
+@cache
 def known_classes() -> dict[str, dict[str, str]]:
     """Class paths by short name, for the options that choose a class."""
     return {
@@ -50,7 +55,7 @@ def known_classes() -> dict[str, dict[str, str]]:
         | _members(lightning_modules, Optimizer),
         "model.lr_scheduler": _members(torch.optim.lr_scheduler, LRScheduler)
         | _members(lightning_modules, LRScheduler),
-        # Ours win where both have one, such as WeightAveraging.
+        # Ours win if both have one, such as WeightAveraging.
         "trainer.callbacks": _members(lightning.pytorch.callbacks, Callback)
         | _members(callbacks, Callback),
     }

@@ -66,7 +66,7 @@ logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
 COMMANDS = {
     "study": "robust_flatness.study.command:study",
     "report": "robust_flatness.reporting.command:report",
-    "dashboard": "robust_flatness.reporting.dashboard_command:dashboard",
+    "dashboard": "robust_flatness.reporting.command:dashboard",
 }
 
 # What is raised where arguments or the machine are not as they should be.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from robust_flatness.functional.logits import logits_function
-from robust_flatness.run_folder.atomic_write import write_arrays
+from robust_flatness.run_folder.files import write_arrays
 
 # Far above what rounding changes, far below what another network says.
 TOLERANCE = 1e-3

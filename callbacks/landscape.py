@@ -22,8 +22,8 @@ from robust_flatness.functional.noise import Norm
 from robust_flatness.functional.types import Eps
 from robust_flatness.functional.weight_perturbation import RelativeTo
 from robust_flatness.loggers.failures import warn_on_failure
-from robust_flatness.run_folder.landscape_file import Landscape as Measured
-from robust_flatness.run_folder.landscape_file import write_landscapes
+from robust_flatness.run_folder.files import Landscape as Measured
+from robust_flatness.run_folder.files import write_landscapes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -20,7 +20,7 @@ from robust_flatness.functional.directions import (
 from robust_flatness.functional.landscape import loss_landscape, steps_along
 from robust_flatness.functional.surface import loss_surface
 from robust_flatness.functional.weight_ascent import ASCENT_STEPS
-from robust_flatness.run_folder.landscape_file import Landscape
+from robust_flatness.run_folder.files import Landscape
 
 SURFACE = "surface"
 

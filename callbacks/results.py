@@ -28,9 +28,8 @@ from robust_flatness.callbacks.trajectory import (
 from robust_flatness.loggers.epoch_csv import EpochCSVLogger
 from robust_flatness.loggers.failures import warn_on_failure
 from robust_flatness.loggers.wandb import log_summary
-from robust_flatness.run_folder.atomic_write import write_arrays
 from robust_flatness.run_folder.environment import hardware, versions
-from robust_flatness.run_folder.json_file import write_json
+from robust_flatness.run_folder.files import write_arrays, write_json
 from robust_flatness.run_folder.summary import summary_table
 
 _LOSSES = [f"{split}/robust_loss" for split in ("test", "val", "train_eval")]

@@ -31,7 +31,7 @@ from robust_flatness.plotting.canvas import (
     sequential,
     set_title,
 )
-from robust_flatness.run_folder.landscape_file import Array, Landscape
+from robust_flatness.run_folder.files import Array, Landscape
 
 _COLOURS = (BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY, BLACK)
 # The paper cuts its figures at a loss of 15.

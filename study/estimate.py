@@ -11,7 +11,7 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
-from robust_flatness.reporting.runs import Run, read_runs
+from robust_flatness.run_folder.runs import Run, find_runs
 from robust_flatness.study.plan import PlannedRun, counted, stem_of
 from robust_flatness.study.state import State, epochs_done, state_of
 
@@ -102,7 +102,7 @@ def plan_table(plan: Sequence[PlannedRun], jobs: int) -> Table:
 def _paces(root: Path) -> dict[tuple[str, str], _Pace]:
     """By data, and name without the seed."""
     found: dict[tuple[str, str], list[_Pace]] = {}
-    for run in read_runs(root)[0]:
+    for run in find_runs(root)[0]:
         if math.isfinite(run.wall_time_seconds) and run.epochs > 0:
             found.setdefault((run.data, stem_of(run.name)), []).append(_pace(run))
     return {key: _median(paces) for key, paces in found.items()}

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from robust_flatness.configs.options import read_options
-from robust_flatness.reporting.runs import read_run
-from robust_flatness.run_folder.json_file import jsonable, write_json
+from robust_flatness.run_folder.files import jsonable, write_json
+from robust_flatness.run_folder.runs import load_run
 from robust_flatness.study.plan import PlannedRun
 
 # Differences in settings that an error tells one by one.
@@ -37,7 +37,7 @@ def state_of(run: PlannedRun) -> State:
         run: Of a plan.
     """
     try:
-        read_run(run.folder)
+        load_run(run.folder)
     except (ValueError, OSError):
         # PyTorch's checkpoints are ZIP files, whose directory is at their end.
         return State.CUT_OFF if zipfile.is_zipfile(checkpoint_of(run)) else State.NEW

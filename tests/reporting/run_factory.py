@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from robust_flatness.reporting.runs import Figures, Run
-from robust_flatness.run_folder.landscape_file import Landscape, write_landscapes
+from robust_flatness.run_folder.files import Landscape, write_landscapes
 
 # All that a run with the options of a study measures; `FINAL | {...}` changes some of it.
 FINAL: dict[str, float] = {

@@ -6,7 +6,7 @@ from run_factory import make_run, write_run
 
 from robust_flatness.reporting.measure_figure import schematic_figure
 from robust_flatness.reporting.runs import Run, read_run
-from robust_flatness.run_folder.landscape_file import Landscape
+from robust_flatness.run_folder.files import Landscape
 
 # An even number of steps, none of which is 0.
 STEPS = np.linspace(-1, 1, 8)

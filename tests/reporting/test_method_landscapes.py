@@ -7,7 +7,7 @@ from run_factory import FINAL, make_run, write_run
 from robust_flatness.reporting.method_landscapes import landscapes_figure
 from robust_flatness.reporting.models import Model, group_models
 from robust_flatness.reporting.runs import read_run
-from robust_flatness.run_folder.landscape_file import Landscape
+from robust_flatness.run_folder.files import Landscape
 
 STEPS = np.linspace(-1, 1, 9)
 

@@ -14,7 +14,7 @@ from robust_flatness.reporting.models import Model, group_models
 from robust_flatness.reporting.page import write_page
 from robust_flatness.reporting.published import published_models, published_trajectories
 from robust_flatness.reporting.runs import LeftOut, read_runs
-from robust_flatness.run_folder.landscape_file import Landscape
+from robust_flatness.run_folder.files import Landscape
 
 EVIL = "<b>x</b></script><script>alert(1)</script>&amp;"
 STEPS = np.linspace(-1, 1, 5)

@@ -17,7 +17,7 @@ from robust_flatness.reporting.report import write_report
 from robust_flatness.reporting.study_figures import flatness_figure
 from robust_flatness.reporting.table1 import table1
 from robust_flatness.reporting.table1_text import terminal_table
-from robust_flatness.run_folder.landscape_file import Landscape
+from robust_flatness.run_folder.files import Landscape
 from robust_flatness.run_folder.summary import summary_table
 
 METHODS = ("at", "at_awp", "trades", "mart")

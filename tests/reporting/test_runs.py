@@ -8,7 +8,7 @@ import pytest
 from run_factory import FINAL, make_run, overfitting, write_metrics, write_run
 
 from robust_flatness.reporting.runs import read_run, read_runs
-from robust_flatness.run_folder.landscape_file import Landscape, write_landscapes
+from robust_flatness.run_folder.files import Landscape, write_landscapes
 
 
 def change(folder: Path, **changes) -> None:

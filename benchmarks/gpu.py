@@ -125,7 +125,7 @@ def trained(given: argparse.Namespace) -> dict[str, Any]:
     seconds, _ = timed(torch.device(given.device), lambda: trainer.fit(module, datamodule=data))
     final = {name: float(value) for name, value in trainer.callback_metrics.items()}
     paper, paths = published_models().values, published_trajectories()
-    at = paper[paper["label"] == "AT"].groupby("weights")
+    at = paper[paper["label"] == "AT (baseline)"].groupby("weights")
     return {
         "epochs": given.epochs,
         "seconds": seconds,

@@ -7,6 +7,7 @@ Example:
     '0.85 0.86 over 74 models'
 """
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -124,20 +125,23 @@ def _interval(
 
     def coefficient(drawn: NDArray[np.int64], axis: int = -1) -> Array:
         """Pearson's coefficient of drawn methods `(resamples, M)`; NaN if a metric is constant."""
-        drawn = np.atleast_2d(drawn)
-        counts = (drawn[:, :, None] == methods).sum(axis=1)[:, method_of].astype(float)
+        counts = (drawn.reshape(-1, len(methods), 1) == methods).sum(axis=1)
+        counts = counts[:, method_of].astype(float)
         varies = _varies(x, counts) & _varies(y, counts)
         a, b = (_ranks(x, counts), _ranks(y, counts)) if of_ranks else (x, y)
-        return np.where(varies, _pearson(a, b, counts), np.nan).squeeze()
+        return np.where(varies, _pearson(a, b, counts), np.nan).reshape(drawn.shape[:-1])
 
-    result = bootstrap(
-        (methods,),
-        coefficient,
-        n_resamples=resamples,
-        vectorized=True,
-        method="percentile",
-        random_state=np.random.default_rng(seed),
-    )
+    with warnings.catch_warnings():
+        # SciPy's own interval is not finite if a resample has no coefficient.
+        warnings.simplefilter("ignore")
+        result = bootstrap(
+            (methods,),
+            coefficient,
+            n_resamples=resamples,
+            vectorized=True,
+            method="percentile",
+            random_state=np.random.default_rng(seed),
+        )
     coefficients = result.bootstrap_distribution
     if np.isnan(coefficients).all():
         return None

@@ -13,6 +13,7 @@ import gzip
 import json
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def write_page(
         **_table(models, published),
         # Parent folders on this machine are private.
         left_out=[("/".join(folder.parts[-2:]), reason) for folder, reason in left_out],
-        plotly=_compressed(get_plotlyjs()),
+        plotly=_plotly(),
         payload=_compressed(
             json.dumps(payload, allow_nan=False, separators=(",", ":"), default=_plain)
         ),
@@ -149,6 +150,11 @@ def _sections(figures: PageFigures, run: Run | None) -> dict[str, dict[str, Any]
         "landscapes": figures.landscapes(),
         **{name: {} if figure is None else {"": figure} for name, figure in single.items()},
     }
+
+
+@lru_cache(maxsize=1)
+def _plotly() -> str:
+    return _compressed(get_plotlyjs())
 
 
 def _compressed(text: str) -> str:

@@ -10,7 +10,7 @@ AutoAttack's images, which underestimates RLoss. `flatness/clean_worst/test` is 
 than in the paper's figures and its table of scaled networks (21.05 against 0.86 for AT).
 
 Example:
-    >>> published_models().mean("AT", "test/robust_loss")
+    >>> published_models().mean("AT (baseline)", "test/robust_loss")
     3.91
 """
 
@@ -94,5 +94,8 @@ def published_trajectories(figure: Literal["points", "lines"] = "points") -> pd.
 
 
 def _read(name: str) -> pd.DataFrame:
-    # The default parser may be off by the last digit.
-    return pd.read_csv(_FOLDER / f"{name}.csv", float_precision="round_trip")
+    table = pd.read_csv(_FOLDER / f"{name}.csv", dtype=str)
+    words = [name for name in _WORDS if name in table]
+    # From text, because the parser of numbers may be off by the last digit.
+    metrics = table.drop(columns=words).astype(float)
+    return pd.concat([table[words].fillna(""), metrics], axis=1)

@@ -144,8 +144,10 @@ def _first(names: tuple[str, ...], column: Column) -> str | None:
 
 
 def _label(name: str, counts: list[int]) -> str:
-    """The title without brackets, and for errors the number of images."""
+    """The title without brackets, indented for a part of the metric above it."""
     label = metric(name).title.replace(" (", " ").replace(")", "")
+    if ", " in metric(name).label:
+        label = "  " + label.split(", ", 1)[1]
     return f"{label} (n={counts[0]})" if counts and metric(name).is_share else label
 
 

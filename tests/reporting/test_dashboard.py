@@ -9,13 +9,13 @@ import pytest
 import wandb
 
 from robust_flatness.reporting import dashboard as module
+from robust_flatness.reporting.command import dashboard
 from robust_flatness.reporting.dashboard import build_report, build_workspace, save_dashboard
-from robust_flatness.reporting.dashboard_command import dashboard
 
 ws = pytest.importorskip("wandb_workspaces.workspaces", reason="needs the extra `dashboard`")
 wr = pytest.importorskip("wandb_workspaces.reports.v2", reason="needs the extra `dashboard`")
 
-SECTIONS = ["Robust overfitting", "Flatness", "Final figures", "Training"]
+SECTIONS = ["Robust overfitting", "Flatness", "Final metrics", "Training"]
 
 
 @pytest.fixture

@@ -64,16 +64,11 @@ def landscapes_figure(models: Models, *, title: str | None = None) -> Figure | N
     """Draws RLoss along random and adversarial directions, with RErr beside it (Fig. 4).
 
     A line is the mean over random directions, or the highest adversarial one, of the last weights
-    of the first seed that has a landscape. Losses are on a logarithmic axis cut at 15.
+    of the first seed that has a landscape. Losses are on a logarithmic axis cut at 15. The models
+    of the paper's figure come first, 12 at most. Errors are means over seeds; a dash is what was
+    not measured.
 
-    Args:
-        models: Of which those of the paper's figure come first, 12 at most: also other batch sizes
-            than the most common, Adam, and networks that were scaled (`at_scaled_…`).
-        title: A line above the figure.
-
-    Returns:
-        A figure of 6.8 inches in width, or None if no model has a landscape. The table's errors are
-        means over seeds; a dash is what was not measured.
+    Returns a figure of 6.8 inches in width, or None if no model has a landscape.
     """
     rows = _rows(models)
     kinds = [kind for kind in _KINDS if any(kind in row.landscapes for row in rows)]
@@ -99,12 +94,8 @@ def schematic_figure(run: Run) -> Figure | None:
     that at w, both attacked anew; its mean over directions is average-case flatness at the ξ of the
     landscape.
 
-    Args:
-        run: With the landscape of its last weights along random directions.
-
-    Returns:
-        A figure of 5.2 x 3.2 inches, or None if the run has no such landscape, or it does not reach
-        from -ν to ν.
+    Returns a figure of 5.2 x 3.2 inches, or None if the run has no landscape of its last weights
+    along random directions that reaches from -ν to ν.
     """
     measure = typical_direction(run)
     if measure is None:

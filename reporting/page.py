@@ -21,15 +21,15 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
-from robust_flatness.plotting.canvas import method_styles
+from robust_flatness.plotting.canvas import MethodStyle
 from robust_flatness.reporting.frame import Models, group_runs, natural_key
 from robust_flatness.reporting.page_figures import (
     ERRORS,
+    MARKS,
     X_AXES,
     Y_AXES,
     PageFigures,
     schematic,
-    symbol_path,
     templates,
 )
 from robust_flatness.reporting.table1 import group_thresholds
@@ -95,6 +95,7 @@ def write_page(
     trajectories = pd.DataFrame({"method": []}) if trajectories is None else trajectories
     figures = PageFigures(models, published, trajectories)
     sections = _sections(figures, schematic_run)
+    methods = _methods(models, figures.styles)
     payload = {
         "figures": {
             section: {key: figure.to_plotly_json() for key, figure in drawn.items()}
@@ -113,7 +114,7 @@ def write_page(
     page = environment.get_template("page.html.jinja").render(
         title=title,
         facts=_facts(models),
-        methods=_methods(models, published, trajectories),
+        methods=list(methods.values()),
         sections=sections,
         links={name: [f for f in wanted if f in files] for name, wanted in _FILES.items()},
         has_files=bool(files),
@@ -124,7 +125,7 @@ def write_page(
         chosen=_first_curves(models),
         has_published=bool(len(published) or len(trajectories)),
         guessing=figures.guessing,
-        **_table(models, published),
+        **_table(models, published, methods),
         # Parent folders on this machine are private.
         left_out=[("/".join(folder.parts[-2:]), reason) for folder, reason in left_out],
         plotly=_plotly(),
@@ -187,18 +188,17 @@ def _landscape_name(key: str) -> str:
     return f"{text}: {label}" if label else text
 
 
-def _methods(models: Models, published: Models, trajectories: pd.DataFrame) -> list[dict[str, Any]]:
-    theirs = [*published.methods, *trajectories["method"]]
-    return [
-        {
+def _methods(models: Models, styles: Mapping[str, MethodStyle]) -> dict[str, dict[str, Any]]:
+    return {
+        method: {
             "id": method,
             "label": method_label(method),
             "is_own": method in models.methods,
             "colour": style.colour,
-            "path": symbol_path(style.marker),
+            "path": MARKS[style.marker],
         }
-        for method, style in method_styles(models.methods, theirs).items()
-    ]
+        for method, style in styles.items()
+    }
 
 
 def _has_curves(models: Models, label: str) -> bool:
@@ -214,21 +214,20 @@ def _first_curves(models: Models) -> list[str]:
     return (first or able)[:2]
 
 
-def _table(models: Models, published: Models) -> dict[str, Any]:
+def _table(
+    models: Models, published: Models, methods: Mapping[str, dict[str, Any]]
+) -> dict[str, Any]:
     """The rows of the table of all models, and its columns."""
     columns = [
         (name, weights)
         for name, weights in _COLUMNS
         if len(models.column(name, weights)) or len(published.column(name, weights))
     ]
+    limits = [_limits(models, name, weights) for name, weights in columns]
     rows = []
-    styles = {
-        entry["id"]: entry for entry in _methods(models, published, pd.DataFrame({"method": []}))
-    }
     for source in (models, published):
         values = [source.column(name, weights) for name, weights in columns]
         is_published = source is published
-        limits = [_limits(models, name, weights) for name, weights in columns]
         for label, method in source.frame["method"].items():
             cells = [
                 _cell(column, str(label), name, None if is_published else limit)
@@ -239,7 +238,7 @@ def _table(models: Models, published: Models) -> dict[str, Any]:
                 {
                     "label": label,
                     "key": natural_key(str(label)),
-                    "method": styles[method],
+                    "method": methods[method],
                     "is_published": is_published,
                     "settings": source.settings(str(label)) if runs else "",
                     "seeds": len(runs),
@@ -259,7 +258,7 @@ def _table(models: Models, published: Models) -> dict[str, Any]:
         "rows": rows,
         "sorted_by": first,
         "unmeasured": unmeasured,
-        "has_groups": any(_limits(models, name, weights) for name, weights in columns),
+        "has_groups": any(limits),
         "has_seeds": any(len(runs) > 1 for runs in models.runs.values()),
     }
 

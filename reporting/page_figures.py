@@ -32,6 +32,14 @@ X_AXES = (FLATNESS, "flatness/worst/test", "flatness/average/train", "flatness/c
 Y_AXES = (LOSS, "test/robust_error", "test/autoattack_error")
 
 _GREY = "#8A93A0"  # readable on light and on dark pages
+# SVG paths of markers in 12 x 12 pixels, for the list of methods and the table.
+MARKS = {
+    "o": "M6 1.2a4.8 4.8 0 1 0 .01 0z",
+    "s": "M1.7 1.7h8.6v8.6H1.7z",
+    "^": "M6 1l5.2 9.4H.8z",
+    "D": "M6 .6L11.4 6 6 11.4.6 6z",
+    "v": "M6 11L.8 1.6h10.4z",
+}
 _SYMBOLS = {"o": "circle", "s": "square", "^": "triangle-up", "D": "diamond", "v": "triangle-down"}
 # Models of one method share a colour; the later ones have other strokes and marks.
 _DASHES = ("solid", "dash", "dashdot", "longdash", "longdashdot")
@@ -422,6 +430,9 @@ class PageFigures:
             return None
         # Plotly takes rows along the vertical axis; the first direction is the horizontal one.
         grid = np.maximum(seeds[0].curves.T, _LOWEST)
+        # A flat surface has a range as well.
+        low = float(np.log10(grid.min()))
+        high = max(float(np.log10(grid.max())), low + 0.01)
         steps = _digits(seeds[0].coordinates)
         figure = go.Figure(layout=_layout("", ""))
         figure.update_xaxes(title_text="step along the first direction")
@@ -433,7 +444,9 @@ class PageFigures:
             z=[_digits(row) for row in np.log10(grid)],
             customdata=[_digits(row) for row in grid],
             colorscale="Viridis",
-            ncontours=16,
+            contours={"start": low, "end": high, "size": (high - low) / 16},
+            zmin=low,
+            zmax=high,
             line={"width": 0.5, "color": "rgba(255,255,255,0.5)"},
             colorbar={**bar, "ticktext": [f"{tick:g}" for tick in _TICKS]},
             hovertemplate="(%{x:.2f}, %{y:.2f}): RLoss %{customdata:.3g}<extra></extra>",
@@ -552,17 +565,6 @@ def templates() -> dict[str, go.layout.Template]:
         }
         made[name] = go.layout.Template(layout=layout)
     return made
-
-
-def symbol_path(marker: str) -> str:
-    """An SVG path of 12 x 12 pixels with the marker of a method."""
-    return {
-        "o": "M6 1.2a4.8 4.8 0 1 0 .01 0z",
-        "s": "M1.7 1.7h8.6v8.6H1.7z",
-        "^": "M6 1l5.2 9.4H.8z",
-        "D": "M6 .6L11.4 6 6 11.4.6 6z",
-        "v": "M6 11L.8 1.6h10.4z",
-    }[marker]
 
 
 def _layout(x: str, y: str, **more: Any) -> dict[str, Any]:

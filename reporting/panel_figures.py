@@ -104,12 +104,7 @@ def curves_figure(models: Models, *, title: str | None = None) -> Figure | None:
     Lines are means over seeds, bands reach from the lowest seed to the highest. All models share
     their axes; that of losses is logarithmic and cut at 0.03 and 15.
 
-    Args:
-        models: Of which the first of each method come first, 20 at most.
-        title: A line above the figure.
-
-    Returns:
-        A figure of 6.8 inches in width, or None if no model has test RLoss or RErr.
+    Returns a figure of 6.8 inches in width, or None if no model has test RLoss or RErr.
     """
     able = [
         label
@@ -144,17 +139,10 @@ def trajectories_figure(
 
     Points are means over seeds at the epochs that all seeds measured, coloured by the share of
     training; a ring marks the last. All panels share their axes, which may leave points of the
-    first twentieth of training outside.
+    first twentieth of training outside. Trajectories of the paper are pale, behind models of their
+    method: of other data, and possibly the highest of ten directions instead of the mean.
 
-    Args:
-        models: Of which the first of each method come first, 20 at most.
-        published: Trajectories of the paper, as `published_trajectories` returns them. They are
-            drawn pale behind models of their method: of other data, and possibly the highest of ten
-            directions instead of the mean.
-        title: A line above the figure.
-
-    Returns:
-        A figure of 6.8 inches in width, or None if no model measured both during training.
+    Returns a figure of 6.8 inches in width, or None if no model measured both during training.
     """
     paths = {label: path for label in models.labels if len(path := trajectory(models, label))}
     shown = select_models(models, list(paths), _TRAJECTORIES_FIRST, MOST_PANELS)
@@ -185,13 +173,8 @@ def epochs_figure(models: Models, label: str) -> Figure | None:
     λ_max is divided by the power of ten that brings it among the others. Dotted lines are drops of
     the learning rate.
 
-    Args:
-        models: Our models.
-        label: The model.
-
-    Returns:
-        A figure of 5.2 x 3.4 inches, or None if neither flatness nor curvature was measured during
-        training.
+    Returns a figure of 5.2 x 3.4 inches, or None if neither flatness nor curvature was measured
+    during training.
     """
     measured = {
         line.label: (series, line.look)
@@ -231,12 +214,6 @@ def select_models(
     Each method comes once before any comes twice, so that a sweep does not crowd others out. What
     the paper shows for another reason than its method counts as a method of its own: Adam as
     `ADAM`, and another batch size than that of most models as `BATCH_SIZE`.
-
-    Args:
-        models: Our models.
-        able: Labels of those that could be shown.
-        preferred: Methods that come first, in this order.
-        most: The figure's room.
     """
     settings = {label: flat_settings(models.runs[label][0].settings) for label in able}
     sizes = {label: flat.get("data.batch_size") for label, flat in settings.items()}
@@ -320,11 +297,6 @@ def small_multiples(
 ) -> tuple[Figure, Panels]:
     """Lays out a column of panels for each model, several models a row.
 
-    Args:
-        titles: Of the models, above their panels.
-        heights: Of the panels of a model from top to bottom, in inches.
-        width: Of the figure, in inches.
-
     Returns:
         The figure, and the panels of each model from top to bottom.
 
@@ -355,13 +327,7 @@ def small_multiples(
 
 
 def share_axes(panels: Panels, x: Ruler, *levels: Ruler) -> None:
-    """Gives all panels of a level the union of their limits.
-
-    Args:
-        panels: Of `small_multiples`, with all that they show.
-        x: Below the lowest panels.
-        levels: Left of the first panels, one for each level.
-    """
+    """Gives all panels of a level the union of their limits."""
     columns = min(_COLUMNS, len(panels))
     for level, y in enumerate(levels):
         same = [own[level] for own in panels]

@@ -1,7 +1,8 @@
 """Figures with a point for each model (Figs. 1, 6 and 7 of the paper and of its long version).
 
-Models that lack a metric are left out; a figure of no models is None. Published models are faint
-rings behind ours; they are of CIFAR-10, so compare shapes rather than places.
+Each function takes our models, optionally the paper's as `published`, and a `title`. Models that
+lack a metric are left out; a figure of no models is None. Published models are faint rings behind
+ours; they are of CIFAR-10, so compare shapes rather than places.
 """
 
 import math
@@ -54,15 +55,7 @@ def flatness_figure(
 
     Bars are ± one standard deviation over seeds.
 
-    Args:
-        models: Our models.
-        x: Metric on the horizontal axis, such as `flatness/worst/test`.
-        y: Metric on the vertical axis, such as `test/robust_error`.
-        published: Models of the paper.
-        title: A line above the figure.
-
-    Returns:
-        A figure of 6.8 x 4.6 inches, or None.
+    Returns a figure of 6.8 x 4.6 inches, or None.
     """
     points = models.points(x, y)
     if points.empty:
@@ -90,15 +83,7 @@ def kink_figure(
     Beyond ln K, the RLoss of guessing, models are wrong with confidence: the loss rises on while
     the error hardly does (Fig. 7; the paper splits at 2.3 = ln 10).
 
-    Args:
-        models: Our models.
-        num_classes: Number K of classes.
-        y: The robust error, by PGD or, as `test/autoattack_error`, by AutoAttack.
-        published: Models of the paper.
-        title: A line above the figure.
-
-    Returns:
-        A figure of 6.8 x 4.6 inches, or None. Lines need three models on their side.
+    Returns a figure of 6.8 x 4.6 inches, or None. Lines need three models on their side.
 
     Raises:
         ValueError: If `num_classes` is below 2.
@@ -121,13 +106,7 @@ def train_flatness_figure(
 ) -> Figure | None:
     """Draws flatness on training images against flatness on test images, with the diagonal.
 
-    Args:
-        models: Our models.
-        published: Models of the paper.
-        title: A line above the figure.
-
-    Returns:
-        A figure of 6.8 x 4.6 inches, or None.
+    Returns a figure of 6.8 x 4.6 inches, or None.
     """
     y = "flatness/average/train"
     points = models.points(_FLATNESS, y)
@@ -147,14 +126,7 @@ def gap_figure(
 ) -> Figure | None:
     """Draws two gaps of robust loss against flatness: test - train, and last - early-stopped.
 
-    Args:
-        models: Our models.
-        x: Metric on the horizontal axis.
-        published: Models of the paper.
-        title: A line above the figure.
-
-    Returns:
-        A figure of 6.8 x 4 inches with a panel for each gap that a model has, or None.
+    Returns a figure of 6.8 x 4 inches with a panel for each gap that a model has, or None.
     """
     gaps = ("gap/robust_loss", "last_minus_best/robust_loss")
     panels = {gap: points for gap in gaps if len(points := models.points(x, gap))}
@@ -178,14 +150,7 @@ def early_stopping_figure(
 ) -> Figure | None:
     """Draws an arrow from each model's last weights to its early-stopped ones.
 
-    Args:
-        models: Our models.
-        x: Metric on the horizontal axis; RLoss is on the vertical one.
-        published: Models of the paper, at their last weights.
-        title: A line above the figure.
-
-    Returns:
-        A figure of 6.8 x 4.6 inches, or None.
+    Returns a figure of 6.8 x 4.6 inches, or None.
     """
     best = models.points(x, _LOSS, "early_stopped")
     last = models.points(x, _LOSS)
@@ -219,15 +184,7 @@ def hyperparameter_figure(
 ) -> Figure | None:
     """Draws sweeps, from light to dark with the value of the setting, with a line through each.
 
-    Args:
-        models: Of which those are drawn that `find_sweeps` puts into a sweep (Fig. 6).
-        x: Metric on the horizontal axis.
-        y: Metric on the vertical axis.
-        published: Models of the paper.
-        title: A line above the figure.
-
-    Returns:
-        A figure of 6.8 x 4.6 inches, or None.
+    Returns a figure of 6.8 x 4.6 inches, or None.
     """
     placed = models.points(x, y)
     sweeps = find_sweeps(models, placed.index)
@@ -327,12 +284,7 @@ def _finish(figure: Figure, axes: Axes, points: pd.DataFrame, title: str | None)
 
 
 def _add_legend(figure: Figure, methods: Collection[str] | None = None) -> None:
-    """Puts one legend below all panels, instead of an earlier one.
-
-    Args:
-        figure: Its panels define the entries.
-        methods: Methods among the entries; None for all.
-    """
+    """Puts one legend below all panels, instead of an earlier one."""
     shown = None if methods is None else {method_label(method) for method in methods}
     entries: dict[str, Any] = {}
     for axes in figure.axes:

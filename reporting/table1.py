@@ -8,7 +8,7 @@ Example:
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -24,7 +24,7 @@ from rich.text import Text
 
 from robust_flatness.reporting.frame import Models
 from robust_flatness.run_folder.files import atomic_write, write_text
-from robust_flatness.run_folder.metrics import Weights
+from robust_flatness.run_folder.metrics import Weights, metric
 from robust_flatness.run_folder.runs import is_number
 
 AUTOATTACK, PGD = "AutoAttack", "PGD"
@@ -62,21 +62,22 @@ class Column:
         key: Its name in the CSV.
         heading: Its name in two lines.
         names: Metrics with their attacks. A row shows the first one that was measured.
-        published_names: The same of a paper's row.
         weights: Whose metrics.
-        is_error: Whether it is a share of 1, shown in percent; flatness is in nats.
-        short: Its heading in a terminal.
         importance: The terminal leaves out the least important columns; 0 never appears there.
+        published: The same as `names`, of a paper's row.
     """
 
     key: str
     heading: str
     names: Mapping[str, str | None]
-    published_names: Mapping[str, str | None]
     weights: Weights = "final"
-    is_error: bool = True
-    short: str = ""
     importance: int = 0
+    published: Mapping[str, str | None] = field(default_factory=dict)
+
+    @property
+    def is_error(self) -> bool:
+        """Whether it is a share of 1, shown in percent; flatness is in nats."""
+        return metric(next(iter(self.names))).is_share
 
     @property
     def has_attack(self) -> bool:
@@ -89,40 +90,16 @@ _TEST = {"test/autoattack_error": AUTOATTACK, "test/robust_error": PGD}
 _TRAIN = {"train_eval/robust_error": PGD}
 _PUBLISHED_TRAIN = {"train/autoattack_error": AUTOATTACK, "train_eval/robust_error": PGD}
 _AVERAGE, _WORST = {"flatness/average/test": None}, {"flatness/worst/test": None}
-_CLEAN = {"test/error": None}
-
+_EARLY = "early_stopped_robust_error"
 COLUMNS = (
-    Column("test_robust_error", "test\nRErr", _TEST, _TEST, importance=5),
-    Column("train_robust_error", "train\nRErr", _TRAIN, _PUBLISHED_TRAIN, importance=3),
-    Column(
-        "average_flatness",
-        "average-case\nflatness",
-        _AVERAGE,
-        _AVERAGE,
-        is_error=False,
-        short="average\nflatness",
-        importance=4,
-    ),
-    Column(
-        "worst_flatness",
-        "worst-case\nflatness",
-        _WORST,
-        _WORST,
-        is_error=False,
-        short="worst\nflatness",
-        importance=2,
-    ),
-    Column(
-        "early_stopped_robust_error",
-        "early-stopped\nRErr",
-        _TEST,
-        _TEST,
-        "early_stopped",
-        short="early stop\nRErr",
-        importance=1,
-    ),
-    Column("clean_error", "clean\nerror", _CLEAN, _CLEAN),
+    Column("test_robust_error", "test\nRErr", _TEST, importance=5),
+    Column("train_robust_error", "train\nRErr", _TRAIN, importance=3, published=_PUBLISHED_TRAIN),
+    Column("average_flatness", "average-case\nflatness", _AVERAGE, importance=4),
+    Column("worst_flatness", "worst-case\nflatness", _WORST, importance=2),
+    Column(_EARLY, "early-stopped\nRErr", _TEST, "early_stopped", importance=1),
+    Column("clean_error", "clean\nerror", {"test/error": None}),
 )
+_NARROW = {"average-case": "average", "worst-case": "worst", "early-stopped": "early stop"}
 _SORTED_BY = COLUMNS[0]
 
 
@@ -300,7 +277,7 @@ def _add_published(frame: pd.DataFrame, models: Models, published: Models) -> di
     theirs = pd.Series(matched, dtype=object).reindex(frame.index)
     attacks: dict[str, str | None] = {}
     for column in COLUMNS:
-        cells = _cells(published, column.published_names, column.weights)
+        cells = _cells(published, column.published or column.names, column.weights)
         values = theirs.map(cells["mean"])
         if values.notna().any():
             frame[f"paper_{column.key}"] = values
@@ -346,7 +323,8 @@ def _attack(table: Table1, column: Column) -> str:
 
 def _heading(column: Column, attack: str | None, *, is_short: bool = False) -> list[str]:
     """The name of a column in lines, the last of them its attack and its unit."""
-    lines = (column.short if is_short and column.short else column.heading).split("\n")
+    lines = column.heading.split("\n")
+    lines = [_NARROW.get(line, line) for line in lines] if is_short else lines
     return [*lines, ", ".join(filter(None, (attack, "%" if column.is_error else "nats")))]
 
 

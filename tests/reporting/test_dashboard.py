@@ -177,6 +177,6 @@ def test_bad_input_and_a_missing_extra_are_one_sentence(
     with pytest.raises(ValueError, match="Expected `project` to name a W&B project"):
         save_dashboard("", folder=tmp_path)
     monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
-    monkeypatch.setattr(module, "_why_not_online", lambda: pytest.fail("asked too late"))
+    monkeypatch.setattr(module, "offline_mode", lambda: pytest.fail("asked too late"))
     with pytest.raises(ValueError, match=r"pip install 'robust-flatness\[dashboard\]'"):
         save_dashboard("p", folder=tmp_path)

@@ -14,7 +14,6 @@ import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
@@ -417,11 +416,12 @@ def _shown_settings(differences: Sequence[Mapping[str, Any]]) -> list[list[str]]
     for number in range(_FEW_SETTINGS, max(_FEW_SETTINGS, *map(len, trained)) + 1):
         if _are_distinct(texts[:number] for texts in trained):
             return [_cut(texts, number) for texts in trained]
-    for number in count(1):
-        cut = [[*own, *_cut(more, number)] for own, more in zip(trained, measured)]
-        if _are_distinct(cut) or number >= max(map(len, measured)):
-            return cut
-    raise AssertionError  # `count` does not end
+    shown = trained
+    for number in range(1, max(map(len, measured)) + 1):
+        shown = [[*own, *_cut(more, number)] for own, more in zip(trained, measured)]
+        if _are_distinct(shown):
+            break
+    return shown
 
 
 def _texts(differs: Mapping[str, Any], training: bool | None = None) -> list[str]:

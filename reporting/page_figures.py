@@ -7,7 +7,7 @@ Every trace of a model has `meta` with its `method`, its `model` (the label) and
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from html import escape
+from html import escape as escape_html
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -153,7 +153,7 @@ class PageFigures:
             colour, marker = self.styles[method]
             look = {"color": _faded(colour, alpha), "width": 1.3}
             look["dash"] = "dot" if is_published else self._dash(label)
-            name = f"{escape(label)}{f', {PUBLISHED}' if is_published else ''}"
+            name = f"{_plain(label)}{f', {PUBLISHED}' if is_published else ''}"
             figure.add_scatter(
                 x=_digits(path["x"]),
                 y=_digits(path["y"]),
@@ -244,7 +244,7 @@ class PageFigures:
             for (label, weights), rows in values.groupby(["label", "weights"], sort=False):
                 by_name = rows.set_index("metric")
                 measured = [n for n in names if n in by_name.index]
-                lines = [f"<b>{escape(label)}</b>", *map(escape, about[label])]
+                lines = [f"<b>{_plain(label)}</b>", *map(_plain, about[label])]
                 lines += [_value(n, by_name.at[n, "mean"], by_name.at[n, "sd"]) for n in measured]
                 lines += ["early-stopped weights"] if weights == "early_stopped" else []
                 texts[_id(label, weights, is_published)] = "<br>".join(lines)
@@ -260,7 +260,7 @@ class PageFigures:
             y=_digits(points["y"]),
             ids=[_id(label, weights, is_published) for label in points.index],
             mode="markers",
-            name=escape(method_label(method)) + (f", {PUBLISHED}" if is_published else ""),
+            name=_plain(method_label(method)) + (f", {PUBLISHED}" if is_published else ""),
             error_x={**bar, "array": _digits(points["dx"]), "visible": bool(points["dx"].any())},
             error_y={**bar, "array": _digits(points["dy"]), "visible": bool(points["dy"].any())},
             marker=_marker(colour, marker, is_published, 7 if is_published else 11),
@@ -374,8 +374,8 @@ class PageFigures:
                 line=self._line(label, kind.dash, kind.width),
                 legendgroup=kind.name,
                 showlegend=False,
-                name=escape(label),
-                hovertemplate=f"<b>{escape(label)}</b><br>{kind.label}: %{{y:{number}}}<br>"
+                name=_plain(label),
+                hovertemplate=f"<b>{_plain(label)}</b><br>{kind.label}: %{{y:{number}}}<br>"
                 "epoch %{x}<extra></extra>",
                 meta=_meta(self.models.frame.at[label, "method"], label),
             )
@@ -402,15 +402,16 @@ class PageFigures:
             common: dict[str, Any] = {"x": _digits(steps[kept]), "mode": "lines"}
             common |= {"legendgroup": label, "meta": _meta(method, label)}
             edge = {"hoverinfo": "skip", "showlegend": False, "line": {"width": 0, "color": colour}}
+            name_and_error = _plain(label) + self._error(label, name)
             figure.add_scatter(**common, **edge, y=_digits(curves.min(axis=0)))
             fill = {"fill": "tonexty", "fillcolor": _faded(colour, 0.12)}
             figure.add_scatter(**common, **edge, **fill, y=_digits(curves.max(axis=0)))
             figure.add_scatter(
                 **common,
                 y=_digits(drawn),
-                name=escape(label) + self._error(label, name),
+                name=name_and_error,
                 line=self._line(label, self._dash(label), 2),
-                hovertemplate=f"<b>{escape(label)}</b><br>step %{{x:.2f}}: "
+                hovertemplate=f"<b>{name_and_error}</b><br>step %{{x:.2f}}: "
                 "RLoss %{y:.3g}<extra></extra>",
             )
         if not figure.data:
@@ -509,9 +510,9 @@ def schematic(run: Run) -> go.Figure | None:
     steps, curves, typical, (left, low, high), flatness = measure
     figure = go.Figure(layout=_layout("", ""))
     figure.update_xaxes(
-        title_text="step s along a random direction ν, ‖ν‖ = ξ‖w‖ in each layer",
+        title_text="step s along a direction ν, ‖ν‖ = ξ‖w‖",
         tickvals=[-1, 0, 1],
-        range=[-1.35, 1.35],
+        range=[-1.5, 1.5],
     )
     figure.update_yaxes(title_text="RLoss at w + s · ν")
     for index in [*(i for i in range(len(curves)) if i != typical), typical]:
@@ -531,14 +532,12 @@ def schematic(run: Run) -> go.Figure | None:
     arrow: dict[str, Any] = {"xref": "x", "yref": "y", "axref": "x", "ayref": "y", "text": ""}
     arrow |= {"arrowcolor": ORANGE, "arrowwidth": 1.6, "arrowhead": 2, "arrowside": "end+start"}
     figure.add_annotation(x=1, y=high, ax=1, ay=low, **arrow)
-    text = (
-        f"RLoss(w + ν) − RLoss(w) = {high - low:.2f}<br>mean over {len(curves)} directions ν = "
-        f"{flatness:.2f},<br>the average-case flatness"
-    )
-    place = {"x": 0, "y": low + 0.75 * (high - low), "showarrow": False}
-    figure.add_annotation(text=text, font={"color": ORANGE}, **place)
+    place = {"x": 0.96, "y": (low + high) / 2, "xanchor": "right", "showarrow": False}
+    figure.add_annotation(text=f"+{high - low:.2f}", font={"color": ORANGE}, **place)
     figure.layout.meta = (
-        f"How average-case flatness is measured, in the landscape of {method_label(run.method)}."
+        f"The landscape of {method_label(run.method)}. The arrow is the rise of RLoss from w to "
+        f"w + ν, {high - low:.2f}; its mean over {len(curves)} directions ν is {flatness:.2f}, the "
+        "average-case flatness."
     )
     return figure
 
@@ -597,6 +596,11 @@ def _trend(points: pd.DataFrame) -> go.Scatter | None:
     line = np.polyval(np.polyfit(x, y, 1), ends)
     look = {"color": _GREY, "width": 1.2, "dash": "dot"}
     return go.Scatter(x=_digits(ends), y=_digits(line), mode="lines", line=look, hoverinfo="skip")
+
+
+def _plain(text: str) -> str:
+    """A text for Plotly, which reads some tags and entities, but not `&quot;`."""
+    return escape_html(text, quote=False)
 
 
 def _meta(method: str, model: str | None = None, is_published: bool = False) -> dict[str, Any]:

@@ -156,7 +156,8 @@ def trajectories_figure(
             axes.plot(theirs["x"], theirs["y"], "o-", color="#C4C4C4", label=PUBLISHED, **look)
         dots = _draw_trajectory(axes, paths[label])
         kept = paths[label][paths[label]["share"] > _WARM_UP]
-        kept = pd.concat([kept if len(kept) else paths[label], theirs])
+        kept = kept if len(kept) else paths[label]
+        kept = pd.concat([kept, theirs]) if len(theirs) else kept
         for set_limits, values in ((axes.set_xlim, kept["x"]), (axes.set_ylim, kept["y"])):
             margin = 0.08 * (values.max() - values.min()) or 0.1
             set_limits(min(0.0, values.min()) - margin, values.max() + margin)

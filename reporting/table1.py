@@ -267,7 +267,8 @@ def terminal_table(table: Table1, width: int = 100) -> Table:
 def _cells(models: Models, names: Mapping[str, str | None], weights: Weights) -> pd.DataFrame:
     """For each model the first metric that was measured, with its attack."""
     columns = [models.column(name, weights).assign(attack=attack) for name, attack in names.items()]
-    cells = pd.concat(columns)
+    # Empty frames have no types, which pandas 2 warns about.
+    cells = pd.concat([column for column in columns if len(column)] or columns[:1])
     return cells[~cells.index.duplicated()]
 
 

@@ -254,8 +254,8 @@ def test_the_schematic_is_a_figure_of_the_page(tmp_path: Path) -> None:
     models = make_models(run)
     path = write_page(tmp_path / "index.html", models=models, schematic_run=run)
     figure = read_payload(path)["figures"]["schematic"][""]
-    texts = " ".join(note.get("text", "") for note in figure["layout"]["annotations"])
-    assert "RLoss(w + ν) − RLoss(w) = 4.00" in texts
+    assert "+4.00" in [note.get("text") for note in figure["layout"]["annotations"]]
+    assert "its mean over 3 directions ν is 4.00, the average-case" in figure["layout"]["meta"]
     assert 'id="schematic"' in read_html(path)
     assert 'id="schematic"' not in read_html(write_page(path, models=models))
 

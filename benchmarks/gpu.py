@@ -40,7 +40,7 @@ from torch import Tensor
 from robust_flatness.callbacks import AutoAttack, Flatness, RobustEvaluation
 from robust_flatness.datamodules import ImageFolder
 from robust_flatness.functional import average_case_flatness, evaluate_robustness
-from robust_flatness.functional.arithmetic import fast_crafting, float32_forwards
+from robust_flatness.functional.evaluation import fast_crafting, full_float32
 from robust_flatness.lightning_modules import AT
 from robust_flatness.loggers import EpochCSVLogger
 from robust_flatness.networks import ResNet18
@@ -78,7 +78,7 @@ def measures(module: AT, device: torch.device, given: argparse.Namespace) -> dic
     results: dict[str, Any] = {}
     for name, measure in {"flatness": flatness, "robust_loss": loss}.items():
         for way, fast in {"fast": True, "float32": False}.items():
-            with float32_forwards(device), fast_crafting(fast):
+            with full_float32(device), fast_crafting(fast):
                 if fast:
                     measure()
                 seconds, value = timed(device, measure)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from robust_flatness.functional.logits import logits_function
+from robust_flatness.functional.evaluation import logits_function
 
 
 class AttackedNetwork:

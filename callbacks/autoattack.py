@@ -18,10 +18,9 @@ from robust_flatness.callbacks.examples import Normalization
 from robust_flatness.callbacks.final_measurement import FinalMeasurement
 from robust_flatness.callbacks.kept_verdicts import KeptVerdicts
 from robust_flatness.callbacks.measurement import Measurement
-from robust_flatness.functional.checks import check_choice, check_count, predicted_classes
-from robust_flatness.functional.logits import logits_function
+from robust_flatness.functional.checks import Eps, check_choice, check_count
+from robust_flatness.functional.evaluation import logits_function, predicted_classes
 from robust_flatness.functional.noise import Norm
-from robust_flatness.functional.types import Eps
 from robust_flatness.loggers.epoch_csv import EpochCSVLogger
 
 # Attacks of the official package, and the fewest classes that each works with: the DLR loss divides

@@ -13,10 +13,9 @@ from robust_flatness.callbacks.flatness import Flatness
 from robust_flatness.callbacks.measurement import SPLITS, Measurement
 from robust_flatness.callbacks.robust_evaluation import RobustEvaluation
 from robust_flatness.callbacks.worst_case_flatness import WorstCaseFlatness
-from robust_flatness.functional.checks import check_choice
+from robust_flatness.functional.checks import Eps, check_choice
 from robust_flatness.functional.flatness import Protocol
 from robust_flatness.functional.noise import Norm
-from robust_flatness.functional.types import Eps
 
 Extra = Literal["clean", "worst", "clean_worst", "curvature"]
 

@@ -8,16 +8,15 @@ from torch.utils.data import Dataset
 
 from robust_flatness.callbacks.examples import Normalization
 from robust_flatness.callbacks.measurement import Measurement
-from robust_flatness.functional.checks import check_choice, check_count, check_number
+from robust_flatness.functional.checks import Eps, check_choice, check_count, check_number
 from robust_flatness.functional.flatness import (
     PAPER_REFERENCE_RESTARTS,
     FlatnessResult,
-    Loss,
+    LossKind,
     Protocol,
     average_case_flatness,
 )
 from robust_flatness.functional.noise import Norm
-from robust_flatness.functional.types import Eps
 from robust_flatness.functional.weight_perturbation import Distribution, RelativeTo
 
 
@@ -68,7 +67,7 @@ class Flatness(Measurement):
         num_perturbations: int = 10,
         xi: float = 0.5,
         protocol: Protocol = "shared",
-        loss: Loss = "robust",
+        loss: LossKind = "robust",
         distribution: Distribution = "sphere",
         relative_to: RelativeTo = "layer",
         per_batch: bool = False,
@@ -99,7 +98,7 @@ class Flatness(Measurement):
         check_count("num_perturbations", num_perturbations, low=1)
         check_number("xi", xi)
         check_choice("protocol", protocol, get_args(Protocol))
-        check_choice("loss", loss, get_args(Loss))
+        check_choice("loss", loss, get_args(LossKind))
         check_choice("distribution", distribution, get_args(Distribution))
         check_choice("relative_to", relative_to, get_args(RelativeTo))
         self.loss, self.distribution, self.relative_to = loss, distribution, relative_to

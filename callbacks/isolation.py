@@ -10,8 +10,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor, nn
 
-from robust_flatness.functional.arithmetic import fast_crafting, float32_forwards
-from robust_flatness.functional.evaluation_context import evaluation_context
+from robust_flatness.functional.evaluation import evaluation_context, fast_crafting, full_float32
 
 Weights = dict[str, Tensor]
 
@@ -39,7 +38,7 @@ def isolated(trainer: Trainer, module: LightningModule) -> Iterator[None]:
         averaged_weights(trainer, module),
         evaluation_context(module),
         _default_type_of_training(trainer, module),
-        float32_forwards(module.device),
+        full_float32(module.device),
         fast_crafting(bool(getattr(module, "fast", False))),
     ):
         if trainer.world_size > 1:

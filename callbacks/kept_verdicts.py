@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robust_flatness.functional.logits import logits_function
+from robust_flatness.functional.evaluation import logits_function
 from robust_flatness.run_folder.files import write_arrays
 
 # Far above what rounding changes, far below what another network says.

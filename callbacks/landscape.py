@@ -14,12 +14,11 @@ from robust_flatness.callbacks.final_measurement import Figures, FinalMeasuremen
 from robust_flatness.callbacks.loss_around import SURFACE, LossAround
 from robust_flatness.callbacks.measurement import Measurement
 from robust_flatness.callbacks.trajectory import run_folder, run_title, save_figure
-from robust_flatness.functional.checks import check_choice, check_count, check_number
+from robust_flatness.functional.checks import Eps, check_choice, check_count, check_number
 from robust_flatness.functional.directions import DirectionKind
-from robust_flatness.functional.flatness import Loss
+from robust_flatness.functional.flatness import LossKind
 from robust_flatness.functional.layer_weights import perturbed_parameters
 from robust_flatness.functional.noise import Norm
-from robust_flatness.functional.types import Eps
 from robust_flatness.functional.weight_perturbation import RelativeTo
 from robust_flatness.loggers.failures import warn_on_failure
 from robust_flatness.run_folder.files import Landscape as Measured
@@ -89,7 +88,7 @@ class Landscape(FinalMeasurement):
         num_steps: int = 51,
         relative_to: RelativeTo = "layer",
         length: float | None = None,
-        loss: Loss = "robust",
+        loss: LossKind = "robust",
         surface_steps: int = 0,
         eps: Eps | None = None,
         steps: int = 10,
@@ -104,7 +103,7 @@ class Landscape(FinalMeasurement):
         check_count("num_directions", num_directions, low=1)
         check_count("num_steps", num_steps, low=2)
         check_choice("relative_to", relative_to, get_args(RelativeTo))
-        check_choice("loss", loss, get_args(Loss))
+        check_choice("loss", loss, get_args(LossKind))
         check_count("surface_steps", surface_steps, low=2 if surface_steps else 0)
         check_number("length", 0.0 if length is None else length)
         for kind in directions:

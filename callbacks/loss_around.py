@@ -11,15 +11,14 @@ from torch import nn
 from robust_flatness.callbacks.measurement import Measurement
 from robust_flatness.callbacks.progress import measuring
 from robust_flatness.functional.directions import (
+    ASCENT_STEPS,
     COUNT,
     LENGTH,
     Direction,
     DirectionKind,
     weight_directions,
 )
-from robust_flatness.functional.landscape import loss_landscape, steps_along
-from robust_flatness.functional.surface import loss_surface
-from robust_flatness.functional.weight_ascent import ASCENT_STEPS
+from robust_flatness.functional.landscape import loss_landscape, loss_surface, steps_along
 from robust_flatness.run_folder.files import Landscape
 
 SURFACE = "surface"

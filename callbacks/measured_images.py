@@ -27,7 +27,7 @@ from robust_flatness.callbacks.examples import (
     read_examples,
 )
 from robust_flatness.callbacks.loader_order import Batches
-from robust_flatness.functional.processes import errors_on_all_ranks
+from robust_flatness.functional.checks import errors_on_all_ranks
 
 CHECKPOINT_KEY = "robust_flatness_measured_images"
 FEW = 64

@@ -25,16 +25,16 @@ from robust_flatness.callbacks.measured_images import FixedImages, find_examples
 from robust_flatness.callbacks.progress import measuring
 from robust_flatness.callbacks.sharding import measure_sharded
 from robust_flatness.functional.checks import (
+    Eps,
     check_choice,
     check_count,
     check_examples,
     check_radius,
+    errors_on_all_ranks,
 )
+from robust_flatness.functional.evaluation import first_logits
 from robust_flatness.functional.layer_weights import perturbed_parameters
-from robust_flatness.functional.logits import first_logits
 from robust_flatness.functional.noise import Norm
-from robust_flatness.functional.processes import errors_on_all_ranks
-from robust_flatness.functional.types import Eps
 from robust_flatness.networks import Normalize
 
 DEFAULT_EPS = 8 / 255

@@ -23,8 +23,8 @@ from robust_flatness.callbacks.isolation import averaged_weights, copy_weights, 
 from robust_flatness.callbacks.logs import log_equal
 from robust_flatness.callbacks.measured_images import FixedImages, find_examples
 from robust_flatness.callbacks.measurement import SPLITS
-from robust_flatness.functional.arithmetic import float32_forwards
-from robust_flatness.functional.checks import HALF, check_choice, check_count, check_number
+from robust_flatness.functional.checks import check_choice, check_count, check_number
+from robust_flatness.functional.evaluation import HALF, full_float32
 from robust_flatness.networks import Normalize
 
 BatchNormChoice = Literal["average", "reestimate"]
@@ -232,7 +232,7 @@ class WeightAveraging(FixedImages, LightningWeightAveraging):
         images = self._read_images(trainer, pl_module)
         # Forwards make tensors of the type that they make in training.
         types = trainer.precision_plugin.forward_context()
-        with types, float32_forwards(pl_module.device):
+        with types, full_float32(pl_module.device):
             reestimate_batch_norm(network, images, self.batch_size)
         self._reestimated_at = self._updates
 

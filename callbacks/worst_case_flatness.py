@@ -10,12 +10,11 @@ from torch.utils.data import Dataset
 from robust_flatness.callbacks.examples import Normalization
 from robust_flatness.callbacks.measurement import Measurement
 from robust_flatness.functional.attack import Keep
-from robust_flatness.functional.checks import check_choice, check_count, check_number
-from robust_flatness.functional.flatness import Loss
-from robust_flatness.functional.joint_ascent import Sharing
+from robust_flatness.functional.checks import Eps, check_choice, check_count, check_number
+from robust_flatness.functional.flatness import LossKind
 from robust_flatness.functional.noise import Norm
-from robust_flatness.functional.types import Eps
 from robust_flatness.functional.worst_case_flatness import (
+    Sharing,
     WorstCaseFlatnessResult,
     worst_case_flatness,
 )
@@ -67,7 +66,7 @@ class WorstCaseFlatness(Measurement):
         num_examples: int = 1000,
         xi: float = 0.003,
         weight_step: float = 0.01,
-        loss: Loss = "robust",
+        loss: LossKind = "robust",
         keep: Keep | None = None,
         per_batch: bool = False,
         every_n_epochs: int = 1,
@@ -97,7 +96,7 @@ class WorstCaseFlatness(Measurement):
         check_number("xi", xi)
         check_number("weight_step", weight_step)
         check_count("steps", steps, low=1)
-        check_choice("loss", loss, get_args(Loss))
+        check_choice("loss", loss, get_args(LossKind))
         if keep is not None:
             check_choice("keep", keep, get_args(Keep))
         self.xi, self.weight_step, self.loss = xi, weight_step, loss

@@ -1,27 +1,32 @@
 """The mathematics: pure functions on tensors and networks, without a Trainer."""
 
-from robust_flatness.functional.attack import PGD, pgd_attack
+from robust_flatness.functional.attack import PGD, FriendlyPGD, pgd_attack
 from robust_flatness.functional.awp import adversarial_weight_perturbation
 from robust_flatness.functional.directions import normalize_direction, weight_directions
 from robust_flatness.functional.flatness import FlatnessResult, average_case_flatness
-from robust_flatness.functional.friendly_attack import FriendlyPGD
 from robust_flatness.functional.hessian import HessianResult, hessian_extreme_eigenvalues
-from robust_flatness.functional.joint_ascent import Sharing
-from robust_flatness.functional.labels import TrainingLabels
-from robust_flatness.functional.landscape import LandscapeResult, loss_landscape
-from robust_flatness.functional.mart import mart_loss, mart_objective
+from robust_flatness.functional.landscape import (
+    LandscapeResult,
+    SurfaceResult,
+    loss_landscape,
+    loss_surface,
+)
+from robust_flatness.functional.layer_weights import perturbed_weights
+from robust_flatness.functional.objectives import (
+    TrainingLabels,
+    mart_loss,
+    mart_objective,
+    trades_loss,
+    trades_objective,
+)
 from robust_flatness.functional.robust_loss import (
     RobustnessResult,
     evaluate_robustness,
     robust_loss,
 )
-from robust_flatness.functional.surface import SurfaceResult, loss_surface
-from robust_flatness.functional.trades import trades_loss, trades_objective
-from robust_flatness.functional.weight_perturbation import (
-    perturbed_weights,
-    sample_weight_perturbation,
-)
+from robust_flatness.functional.weight_perturbation import sample_weight_perturbation
 from robust_flatness.functional.worst_case_flatness import (
+    Sharing,
     WorstCaseFlatnessResult,
     worst_case_flatness,
 )

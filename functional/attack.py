@@ -1,24 +1,96 @@
-"""Projected gradient descent, with the paper's choices as defaults and the field's as arguments."""
+"""Projected gradient descent, with the paper's choices as defaults."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
-from robust_flatness.functional.arithmetic import bfloat16_forwards, crafts_fast
 from robust_flatness.functional.checks import (
     check_choice,
     check_count,
     check_examples,
     check_radius,
-    upcast,
 )
-from robust_flatness.functional.iterate import Criterion, Iterate, example_losses
-from robust_flatness.functional.logits import logits_function
-from robust_flatness.functional.modes import Mode, Model, differentiable
+from robust_flatness.functional.evaluation import (
+    Mode,
+    Model,
+    bfloat16_autocast,
+    crafts_fast,
+    differentiable,
+    logits_function,
+    nan_unless_finite,
+    predicted_classes,
+    to_float32,
+)
 from robust_flatness.functional.noise import Norm, Start, example_starts, per_example_norm
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+
+
+def example_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of each example, `(N,)`: what an attack ascends by default."""
+    return cross_entropy(logits, labels, reduction="none")
+
+
+class Iterate(NamedTuple):
+    """The iterate that an attack keeps for each example.
+
+    Attributes:
+        images: Adversarial examples `(N, C, H, W)` in [0, 1].
+        losses: The attack's objective there, `(N,)`; `None` where the last iterate is kept, which
+            saves the forward that would tell it.
+        predictions: Predicted classes there, `(N,)`, -1 if logits are not finite; `None` likewise.
+    """
+
+    images: Tensor
+    losses: Tensor | None
+    predictions: Tensor | None
+
+    def keep_higher_loss(self, images: Tensor, losses: Tensor, logits: Tensor) -> "Iterate":
+        """For each example the iterate of higher loss, the earlier one on ties.
+
+        A loss that is not a number, or that comes from logits that are not finite, is the highest.
+
+        Args:
+            images: The later iterate `(N, C, H, W)`.
+            losses: Its losses `(N,)`.
+            logits: Its logits `(N, K)`.
+        """
+        predictions, losses = predicted_classes(logits), nan_unless_finite(losses, logits)
+        if self.losses is None or self.predictions is None:
+            return Iterate(images, losses, predictions)
+        higher = losses.nan_to_num(math.inf, math.inf) > self.losses.nan_to_num(math.inf, math.inf)
+        return Iterate(
+            torch.where(higher.view(-1, *[1] * (images.ndim - 1)), images, self.images),
+            torch.where(higher, losses, self.losses),
+            torch.where(higher, predictions, self.predictions),
+        )
+
+    @torch.no_grad()
+    def reevaluated(
+        self, network: Callable[[Tensor], Tensor], labels: Tensor, criterion: Criterion
+    ) -> "Iterate":
+        """The same images with the losses and predictions that the model has there now.
+
+        Args:
+            network: Maps images to logits.
+            labels: Handed to `criterion`.
+            criterion: Maps logits and labels to losses `(N,)`.
+
+        Returns:
+            Itself, if it has no losses.
+        """
+        if self.losses is None:
+            return self
+        logits = network(self.images)
+        return Iterate(self.images, None, None).keep_higher_loss(
+            self.images, criterion(logits, labels), logits
+        )
+
 
 Keep = Literal["best", "last"]
 
@@ -97,12 +169,12 @@ class PGD:
         with differentiable(model, self.mode):
             network = logits_function(model, images)
             # Tensors made under inference mode cannot be saved for backward, their clones can.
-            images, labels = upcast(images.detach()).clone(), labels.clone()
+            images, labels = to_float32(images.detach()).clone(), labels.clone()
             if not (self.steps and crafts_fast(images.device)):
                 return self._kept(network, images, labels, start, criterion)
-            with bfloat16_forwards(images.device):
+            with bfloat16_autocast(images.device):
                 found = self._kept(network, images, labels, start, criterion)
-            return found.told_anew(network, labels, criterion)
+            return found.reevaluated(network, labels, criterion)
 
     def _kept(
         self,
@@ -122,13 +194,13 @@ class PGD:
             (gradient,) = torch.autograd.grad(losses.sum(), adversarial)
             adversarial = adversarial.detach()
             if self.keep == "best":
-                best = best.or_better(adversarial, losses.detach(), logits.detach())
+                best = best.keep_higher_loss(adversarial, losses.detach(), logits.detach())
             adversarial = self.move(adversarial, gradient, images)
         if self.keep == "last":
             return Iterate(adversarial, None, None)
         with torch.no_grad():
             logits = network(adversarial)
-            return best.or_better(adversarial, criterion(logits, labels), logits)
+            return best.keep_higher_loss(adversarial, criterion(logits, labels), logits)
 
     def starts(self, images: Tensor, indices: Sequence[int], *, seed: int, restart: int) -> Tensor:
         """Starts `(N, C, H, W)` that depend on (seed, example index, restart) alone.
@@ -229,6 +301,82 @@ def pgd_attack(
     pgd = PGD(eps, steps, step_size, norm, keep, start, mode)
     check_examples(images, labels)
     if eps == 0 or steps == 0:
-        return upcast(images).clone()
+        return to_float32(images).clone()
     starts = pgd.starts(images, range(len(images)), seed=seed, restart=0)
     return pgd.attack(model, images, labels, starts, criterion).images
+
+
+@dataclass(frozen=True)
+class FriendlyPGD(PGD):
+    """PGD-τ: keeps the iterate that is misclassified for the (τ+1)-th time, or the last before.
+
+    The paper's rows PGD-7-0 to PGD-7-3. As in the paper's code an example that no iterate fools
+    stays clean; Zhang et al. keep its last iterate.
+
+    Args:
+        tau: How many more misclassified iterates τ are gone through after the first.
+
+    Other args are those of `PGD`; `keep` is not used.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> FriendlyPGD(eps=0.1, tau=1).tau
+        1
+    """
+
+    tau: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("tau", self.tau)
+
+    def attack(
+        self,
+        model: Model,
+        images: Tensor,
+        labels: Tensor,
+        start: Tensor,
+        criterion: Criterion = example_losses,
+    ) -> Iterate:
+        """Runs the attack from given perturbations; n steps cost n + 1 forwards, n backwards.
+
+        Args:
+            model: Maps images `(N, C, H, W)` in [0, 1] to logits `(N, K)`.
+            images: The clean images; never modified.
+            labels: Classes `(N,)`, or logits or probabilities `(N, K)` of the class to leave.
+            start: Perturbations `(N, C, H, W)`, projected before use.
+            criterion: Maps logits and labels to the losses `(N,)` to be raised.
+
+        Returns:
+            The kept iterate of each example, without a graph.
+        """
+        with differentiable(model, self.mode):
+            network = logits_function(model, images)
+            images, labels = to_float32(images.detach()).clone(), labels.clone()
+            classes = labels if labels.ndim == 1 else predicted_classes(labels)
+            adversarial = self.begin(images, start)
+            kept, fooled = images, torch.zeros(len(images), dtype=torch.long, device=images.device)
+            for _ in range(self.steps):
+                adversarial.requires_grad_()
+                logits = network(adversarial)
+                (gradient,) = torch.autograd.grad(criterion(logits, labels).sum(), adversarial)
+                adversarial = adversarial.detach()
+                kept, fooled = self._keep(kept, fooled, adversarial, logits, classes)
+                adversarial = self.move(adversarial, gradient, images)
+            if self.steps:
+                with torch.no_grad():
+                    logits = network(adversarial)
+                kept, fooled = self._keep(kept, fooled, adversarial, logits, classes)
+            return Iterate(kept, None, None)
+
+    def _keep(
+        self, kept: Tensor, fooled: Tensor, adversarial: Tensor, logits: Tensor, classes: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        predicted = predicted_classes(logits.detach())
+        # The prediction to leave may be undefined as well.
+        wrong = (predicted != classes) | (predicted < 0)
+        take = wrong & (fooled <= self.tau)
+        shape = (-1, *[1] * (kept.ndim - 1))
+        return torch.where(take.view(shape), adversarial, kept), fooled + wrong

@@ -9,10 +9,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from robust_flatness.functional.checks import check_choice, check_count, check_number
-from robust_flatness.functional.layer_weights import differentiable_weights, perturbed_parameters
-from robust_flatness.functional.logits import logits_function
-from robust_flatness.functional.modes import Mode, differentiable
-from robust_flatness.functional.weight_perturbation import onto_ball, perturbed_weights, scale_to
+from robust_flatness.functional.evaluation import Mode, differentiable, logits_function
+from robust_flatness.functional.layer_weights import (
+    differentiable_weights,
+    perturbed_parameters,
+    perturbed_weights,
+)
+from robust_flatness.functional.weight_perturbation import onto_ball, scale_to
 
 Objective = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
@@ -89,32 +92,6 @@ def adversarial_weight_perturbation(
             moved = perturbation[name] + scale_to(direction, weight, xi)
             perturbation[name] = onto_ball(moved, weight, xi) if step else moved
     return perturbation
-
-
-def random_perturbation(
-    weights: Mapping[str, Tensor], xi: float, generator: torch.Generator
-) -> dict[str, Tensor]:
-    """A random direction of length ξ‖w_l‖ for each weight: AT at random weight perturbations.
-
-    Args:
-        weights: By name.
-        xi: Relative length ξ.
-        generator: Where the numbers come from, on the weights' device.
-
-    Returns:
-        Perturbation by name.
-
-    Example:
-        >>> weights = {"a": torch.tensor([3.0, 4.0])}
-        >>> random_perturbation(weights, 0.1, torch.Generator().manual_seed(0))["a"].norm()
-        tensor(0.5000)
-    """
-    return {
-        name: scale_to(
-            torch.randn(weight.shape, generator=generator, device=weight.device), weight, xi
-        )
-        for name, weight in weights.items()
-    }
 
 
 @contextmanager

@@ -1,15 +1,59 @@
-"""What an argument must be, said in one sentence when it is not."""
+"""Checks of arguments, with one sentence that says what was expected and what came."""
 
 import math
 import zipfile
-from collections.abc import Sized
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from numbers import Integral, Real
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
-HALF = (torch.float16, torch.bfloat16)
+if TYPE_CHECKING:
+    Eps = float
+else:
+
+    class Eps(float):
+        """A number that the command line and YAML also take as a fraction such as `8/255`."""
+
+
+def read_number(value: Any) -> float:
+    """A number, or a fraction written as text.
+
+    Args:
+        value: Say `0.1`, `"1e-3"` or `"8/255"`.
+
+    Raises:
+        ValueError: If it is neither, or not finite.
+
+    Example:
+        >>> read_number("51/255")
+        0.2
+    """
+    text = str(value)
+    with suppress(ValueError, ZeroDivisionError):
+        # Digits of other scripts are numbers to Python, but rather a slip of the keyboard.
+        if isinstance(value, (int, float, str)) and text.isascii() and "_" not in text:
+            above, _, below = text.partition("/")
+            number = float(above) / float(below) if "/" in text else float(text)
+            if math.isfinite(number):
+                return number
+    raise ValueError(f"Expected a number or a fraction such as 8/255 but got {value}.")
+
+
+# Only the command line needs it: modules and callbacks work on a machine that lacks it.
+if find_spec("jsonargparse"):
+    from jsonargparse.typing import register_type
+
+    register_type(
+        Eps,
+        serializer=float,
+        deserializer=read_number,
+        # Values stay plain floats: an Eps object in a checkpoint could not be loaded safely.
+        type_check=lambda value, _: type(value) is float,
+    )
 
 
 def check_number(name: str, value: float, *, low: float = 0.0, high: float = math.inf) -> None:
@@ -135,40 +179,6 @@ def check_examples(images: Tensor, labels: Tensor, num_classes: int | None = Non
         raise ValueError(f"Expected `labels` to be >= 0{end} but got {first} to {last}.")
 
 
-def check_logits(output: object, count: int) -> None:
-    """Raises if what a network returned is not what losses and errors are computed from.
-
-    Args:
-        output: What it returned.
-        count: Number N of images.
-
-    Raises:
-        ValueError: If it is no floating-point tensor of shape (N, K) with at least two classes.
-
-    Example:
-        >>> check_logits((torch.zeros(4, 10), torch.zeros(4, 64)), 4)
-        Traceback (most recent call last):
-        ...
-        ValueError: Expected `model` to return logits of shape (N, K), one row for each of the 4 \
-images, but got a tuple of 2; return the logits alone from `forward`.
-    """
-    if not isinstance(output, Tensor):
-        length = f" of {len(output)}" if isinstance(output, Sized) else ""
-        came = f"a {type(output).__name__}{length}; return the logits alone from `forward`"
-    elif output.ndim != 2 or len(output) != count:
-        came = f"a tensor of shape {tuple(output.shape)}"
-    elif output.shape[1] < 2:
-        came = f"{tuple(output.shape)}; a binary classifier needs a logit for each of its 2 classes"
-    elif not output.is_floating_point():
-        came = f"a tensor of {output.dtype}"
-    else:
-        return
-    raise ValueError(
-        f"Expected `model` to return logits of shape (N, K), one row for each of the {count} "
-        f"images, but got {came}."
-    )
-
-
 def check_outputs(logits: Tensor, num_classes: int) -> None:
     """Raises if a network has another number of outputs than there are classes.
 
@@ -180,6 +190,7 @@ def check_outputs(logits: Tensor, num_classes: int) -> None:
         ValueError: If K is another number.
 
     Example:
+        >>> import torch
         >>> check_outputs(torch.zeros(2, 1000), 10)
         Traceback (most recent call last):
         ...
@@ -190,64 +201,6 @@ def check_outputs(logits: Tensor, num_classes: int) -> None:
             f"Expected `network` to return {num_classes} logits, one for each class, but got "
             f"{logits.shape[1]}."
         )
-
-
-def are_probabilities(output: Tensor) -> bool:
-    """Whether each row is in [0, 1] and sums to 1, as after a softmax.
-
-    Example:
-        >>> logits = torch.tensor([[2.0, -1.0]])
-        >>> are_probabilities(logits), are_probabilities(logits.softmax(1))
-        (False, True)
-    """
-    tolerance = 1e-2 if output.dtype in HALF else 1e-4
-    within = (output >= 0) & (output <= 1)
-    sums = output.sum(1, dtype=torch.float64)
-    return bool(within.all() and ((sums - 1).abs() <= tolerance).all())
-
-
-def upcast(logits: Tensor) -> Tensor:
-    """Half-precision logits, or images, as float32, so that losses lose nothing to autocast.
-
-    Example:
-        >>> upcast(torch.zeros(2, 3, dtype=torch.bfloat16)).dtype
-        torch.float32
-    """
-    return logits.float() if logits.dtype in HALF else logits
-
-
-def predicted_classes(logits: Tensor) -> Tensor:
-    """The predicted class of each example, or -1 if any of its logits is not finite.
-
-    `argmax` of NaN is class 0, so a diverged network would be right on that class.
-
-    Args:
-        logits: `(N, K)`.
-
-    Returns:
-        Classes `(N,)`, -1 for an example that counts as misclassified whatever its label is.
-
-    Example:
-        >>> predicted_classes(torch.tensor([[0.0, 1.0], [float("nan"), 1.0]]))
-        tensor([ 1, -1])
-    """
-    return torch.where(logits.isfinite().all(1), logits.argmax(1), -1)
-
-
-def losses_of_finite(losses: Tensor, logits: Tensor) -> Tensor:
-    """Losses, NaN for an example if any of its logits is not finite.
-
-    A loss may be finite all the same: cross-entropy does not see a logit of minus infinity.
-
-    Args:
-        losses: `(N,)`.
-        logits: `(N, K)`.
-
-    Example:
-        >>> losses_of_finite(torch.zeros(2), torch.tensor([[0.0, 1.0], [-math.inf, 1.0]]))
-        tensor([0., nan])
-    """
-    return torch.where(logits.isfinite().all(1), losses, math.nan)
 
 
 def check_archive(name: str, path: str | Path) -> None:
@@ -266,7 +219,7 @@ def check_archive(name: str, path: str | Path) -> None:
         ValueError: If a checksum differs, or the archive cannot be read.
 
     Example:
-        >>> import tempfile
+        >>> import tempfile, torch
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = Path(folder, "last.ckpt")
         ...     torch.save({"weight": torch.full((3,), 0.5)}, path)
@@ -296,3 +249,32 @@ def check_archive(name: str, path: str | Path) -> None:
             f"Expected `{name}` to be an undamaged checkpoint but in {path} the checksum of "
             f"{damaged} differs."
         )
+
+
+@contextmanager
+def errors_on_all_ranks() -> Iterator[None]:
+    """Raises on every process if any of them raises inside, so that none waits for it later.
+
+    All processes must come here, and nothing inside may wait for another process.
+
+    Raises:
+        ValueError: If another process raised; the message is that of the first one.
+
+    Example:
+        >>> with errors_on_all_ranks():
+        ...     checked = True
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    found: list[str | None] = []
+    if distributed.is_available() and distributed.is_initialized():
+        found = [None] * distributed.get_world_size()
+        distributed.all_gather_object(found, None if error is None else str(error))
+    if error is not None:
+        raise error
+    for rank, message in enumerate(found):
+        if message is not None:
+            raise ValueError(f"{message} This was on process {rank}.")

@@ -12,20 +12,22 @@ from torch import Tensor, nn
 
 from robust_flatness.functional.attack import PGD
 from robust_flatness.functional.checks import check_choice, check_count, check_examples
-from robust_flatness.functional.evaluation_context import evaluation_context
-from robust_flatness.functional.layer_weights import perturbed_parameters
+from robust_flatness.functional.evaluation import evaluation_context
+from robust_flatness.functional.layer_weights import perturbed_parameters, perturbed_weights
 from robust_flatness.functional.noise import Norm, Start
 from robust_flatness.functional.robust_loss import worst_losses
 from robust_flatness.functional.weight_perturbation import (
     Distribution,
     RelativeTo,
-    perturbed_weights,
     sample_weight_perturbation,
 )
 
-Loss = Literal["robust", "clean"]
+LossKind = Literal["robust", "clean"]
+
 Protocol = Literal["shared", "paper"]
+
 PAPER_REFERENCE_RESTARTS = 10
+
 NO_ATTACK = PGD(0.0, steps=0, start="zero")
 
 
@@ -82,7 +84,7 @@ def average_case_flatness(
     steps: int = 20,
     restarts: int = 1,
     protocol: Protocol = "shared",
-    loss: Loss = "robust",
+    loss: LossKind = "robust",
     distribution: Distribution = "sphere",
     relative_to: RelativeTo = "layer",
     per_batch: bool = False,
@@ -148,7 +150,7 @@ def average_case_flatness(
     check_count("restarts", restarts, low=1)
     check_count("batch_size", batch_size, low=1)
     check_choice("protocol", protocol, get_args(Protocol))
-    check_choice("loss", loss, get_args(Loss))
+    check_choice("loss", loss, get_args(LossKind))
     # What cannot be perturbed is refused before anything is measured.
     perturbed_parameters(model)
     where = range(len(images)) if indices is None else list(indices)

@@ -11,20 +11,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
 from robust_flatness.functional.checks import check_count, check_examples, check_number
-from robust_flatness.functional.evaluation_context import evaluation_context
+from robust_flatness.functional.evaluation import evaluation_context, logits_function
 from robust_flatness.functional.layer_weights import (
     differentiable_weights,
     perturbed_parameters,
     weight_at,
 )
-from robust_flatness.functional.logits import logits_function
-from robust_flatness.functional.noise import stream
+from robust_flatness.functional.noise import keyed_generator
 from robust_flatness.functional.weight_perturbation import split_like
 
 Direction = dict[str, Tensor]
+
 Product = Callable[[Tensor], Tensor]
+
 # Lanczos needs more dimensions than vectors; a matrix this small is cheaper whole anyway.
 LARGEST_DENSE = 32
+
 RESTARTS_OF_LANCZOS = 100
 
 
@@ -121,7 +123,7 @@ def hessian_extreme_eigenvalues(
             return total / len(images)
 
         size = sum(weight.numel() for weight in weights.values())
-        start = torch.randn(size, generator=stream(seed, "lanczos"), dtype=torch.float64)
+        start = torch.randn(size, generator=keyed_generator(seed, "lanczos"), dtype=torch.float64)
         values, vectors = _extremes(product, start, tolerance)
         directions = [_unflatten(vector, weights) for vector in vectors]
     return HessianResult(*values, *directions)

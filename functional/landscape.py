@@ -1,4 +1,4 @@
-"""The loss along directions in weight space: landscapes (Fig. 4)."""
+"""The loss along directions and on planes in weight space (Fig. 4)."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -9,22 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from robust_flatness.functional.attack import PGD
-from robust_flatness.functional.checks import (
-    check_choice,
-    check_count,
-    check_examples,
-)
+from robust_flatness.functional.checks import check_choice, check_count, check_examples
 from robust_flatness.functional.directions import (
     Direction,
     DirectionKind,
     check_direction,
     weight_directions,
 )
-from robust_flatness.functional.evaluation_context import evaluation_context
-from robust_flatness.functional.flatness import NO_ATTACK, Loss
+from robust_flatness.functional.evaluation import evaluation_context
+from robust_flatness.functional.flatness import NO_ATTACK, LossKind
+from robust_flatness.functional.layer_weights import perturbed_weights
 from robust_flatness.functional.noise import Norm, Start
 from robust_flatness.functional.robust_loss import worst_losses
-from robust_flatness.functional.weight_perturbation import RelativeTo, perturbed_weights
+from robust_flatness.functional.weight_perturbation import RelativeTo
 
 Extent = tuple[float, float]
 
@@ -35,7 +32,7 @@ class LandscapeResult:
 
     Attributes:
         coordinates: The steps s, `(S,)`, float64.
-        losses: Loss of each example at each step of each direction, `(D, S, N)`, in nats.
+        losses: LossKind of each example at each step of each direction, `(D, S, N)`, in nats.
     """
 
     coordinates: Tensor
@@ -73,7 +70,7 @@ def loss_landscape(
     length: float | None = None,
     num_steps: int = 51,
     extent: Extent | None = None,
-    loss: Loss = "robust",
+    loss: LossKind = "robust",
     eps: float = 8 / 255,
     steps: int = 10,
     restarts: int = 1,
@@ -138,13 +135,13 @@ def loss_landscape(
     return LandscapeResult(torch.tensor(points, dtype=torch.float64), torch.stack(curves))
 
 
-def attack_for(loss: Loss, attack: PGD) -> PGD:
+def attack_for(loss: LossKind, attack: PGD) -> PGD:
     """The attack, or for the clean loss none.
 
     Raises:
         ValueError: If `loss` is neither `robust` nor `clean`.
     """
-    check_choice("loss", loss, get_args(Loss))
+    check_choice("loss", loss, get_args(LossKind))
     return attack if loss == "robust" else NO_ATTACK
 
 
@@ -268,3 +265,71 @@ class View:
             on_attack=self.on_attack,
         )
         return losses
+
+
+@dataclass(frozen=True)
+class SurfaceResult:
+    """The loss at w + s · ν_1 + t · ν_2.
+
+    Attributes:
+        coordinates: The steps s and t, `(S,)`, float64.
+        losses: LossKind of each example, `(S, S, N)`, first s, then t.
+    """
+
+    coordinates: Tensor
+    losses: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean loss at each point, `(S, S)`."""
+        return self.losses.double().mean(dim=2)
+
+
+def loss_surface(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    directions: DirectionKind | Sequence[Direction] = "random",
+    relative_to: RelativeTo = "layer",
+    length: float | None = None,
+    num_steps: int = 21,
+    extent: Extent | None = None,
+    loss: LossKind = "robust",
+    eps: float = 8 / 255,
+    steps: int = 10,
+    restarts: int = 1,
+    step_size: float | None = None,
+    norm: Norm = "linf",
+    start: Start = "paper",
+    seed: int = 0,
+    batch_size: int = 128,
+    indices: Sequence[int] | None = None,
+    on_attack: Callable[[], None] | None = None,
+) -> SurfaceResult:
+    """The loss on the plane through the weights that two directions span, attacked anew everywhere.
+
+    Args and errors are those of `loss_landscape`; directions are the first two of a kind (for
+    `hessian` those of λ_max and λ_min), or two given ones. Costs `S² · restarts` attacks on each
+    image.
+
+    Returns:
+        The loss of each example at each point of the grid.
+
+    Example:
+        >>> images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+        >>> loss_surface(model, images, torch.arange(4), num_steps=3, steps=2).mean.shape
+        torch.Size([3, 3])
+    """
+    attack = attack_for(loss, PGD(eps, steps, step_size, norm, "best", start))
+    view = View(model, images, labels, attack, restarts, seed, batch_size, indices, on_attack)
+    points = steps_along(directions, num_steps, extent)
+    with evaluation_context(model):
+        found = list(view.directions(directions, 2, relative_to, length))
+        if len(found) != 2:
+            raise ValueError(f"Expected `directions` to be two for a surface but got {len(found)}.")
+        rows = [
+            torch.stack([view.losses((s, found[0]), (t, found[1])) for t in points]) for s in points
+        ]
+    return SurfaceResult(torch.tensor(points, dtype=torch.float64), torch.stack(rows))

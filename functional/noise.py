@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 Norm = Literal["linf", "l2"]
+
 Start = Literal["paper", "uniform", "gaussian", "zero"]
 
 
-def stream(seed: int, *key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+def keyed_generator(
+    seed: int, *key: int | str, device: torch.device | str = "cpu"
+) -> torch.Generator:
     """A generator of its own for each key.
 
     Args:
@@ -23,15 +26,16 @@ def stream(seed: int, *key: int | str, device: torch.device | str = "cpu") -> to
         A generator that gives the same numbers whatever was drawn before.
 
     Example:
-        >>> torch.rand(1, generator=stream(0, "a", 3)) == torch.rand(1, generator=stream(0, "a", 3))
+        >>> first = torch.rand(1, generator=keyed_generator(0, "a", 3))
+        >>> first == torch.rand(1, generator=keyed_generator(0, "a", 3))
         tensor([True])
-        >>> torch.rand(1, generator=stream(0, "a", 3)) == torch.rand(1, generator=stream(0, "a", 4))
+        >>> first == torch.rand(1, generator=keyed_generator(0, "a", 4))
         tensor([False])
     """
-    return torch.Generator(device).manual_seed(stream_seed(seed, *key))
+    return torch.Generator(device).manual_seed(keyed_seed(seed, *key))
 
 
-def stream_seed(seed: int, *key: int | str) -> int:
+def keyed_seed(seed: int, *key: int | str) -> int:
     """A seed of its own for each key, where a generator cannot be handed over.
 
     Args:
@@ -39,7 +43,7 @@ def stream_seed(seed: int, *key: int | str) -> int:
         key: What the numbers are for.
 
     Example:
-        >>> stream_seed(0, "a", 3) == stream_seed(0, "a", 3), stream_seed(0, "a", 3) < 2**63
+        >>> keyed_seed(0, "a", 3) == keyed_seed(0, "a", 3), keyed_seed(0, "a", 3) < 2**63
         (True, True)
     """
     digest = hashlib.blake2b(repr((seed, *key)).encode(), digest_size=8).digest()
@@ -136,7 +140,11 @@ def example_starts(
     shape = (1, *images.shape[1:])
     draws = [
         random_start(
-            shape, eps=eps, norm=norm, start=start, generator=stream(seed, "start", i, restart)
+            shape,
+            eps=eps,
+            norm=norm,
+            start=start,
+            generator=keyed_generator(seed, "start", i, restart),
         )
         for i in indices
     ]

@@ -7,17 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robust_flatness.functional.attack import PGD
-from robust_flatness.functional.checks import (
-    check_count,
-    check_examples,
-    losses_of_finite,
+from robust_flatness.functional.attack import PGD, Criterion, example_losses
+from robust_flatness.functional.checks import check_count, check_examples
+from robust_flatness.functional.evaluation import (
+    Model,
+    evaluation_context,
+    logits_function,
+    nan_unless_finite,
     predicted_classes,
 )
-from robust_flatness.functional.evaluation_context import evaluation_context
-from robust_flatness.functional.iterate import Criterion, example_losses
-from robust_flatness.functional.logits import logits_function
-from robust_flatness.functional.modes import Model
 from robust_flatness.functional.noise import Norm, Start
 
 
@@ -94,7 +92,7 @@ def worst_losses(
         restarts: Numbers of the restarts, which name their starts.
         seed: Of the starts.
         indices: Global index of each image.
-        criterion: Loss per example, raised by the attack and reported.
+        criterion: LossKind per example, raised by the attack and reported.
         on_attack: Called after each restart, for progress.
 
     Returns:
@@ -176,7 +174,7 @@ def evaluate_robustness(
             part = slice(begin, begin + batch_size)
             with torch.no_grad():
                 logits = network(images[part].clone())
-                clean = losses_of_finite(example_losses(logits, labels[part].clone()), logits)
+                clean = nan_unless_finite(example_losses(logits, labels[part].clone()), logits)
                 clean_correct = predicted_classes(logits) == labels[part]
             losses, correct = worst_losses(
                 model,

@@ -1,21 +1,17 @@
 """Perturbations of weights, relative to each tensor's own norm (Eq. 2)."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from robust_flatness.functional.checks import check_choice, check_number
-from robust_flatness.functional.layer_weights import (
-    added_to_computed,
-    own_tensor,
-    perturbed_parameters,
-)
-from robust_flatness.functional.noise import stream
+from robust_flatness.functional.layer_weights import perturbed_parameters
+from robust_flatness.functional.noise import keyed_generator
 
 Distribution = Literal["sphere", "ball"]
+
 RelativeTo = Literal["layer", "filter", "network"]
 
 
@@ -68,7 +64,7 @@ def sample_weight_perturbation(
     batch_key = () if batch is None else ("batch", batch)
 
     def numbers(what: str, position: int) -> torch.Generator:
-        return stream(seed, what, direction, position, *batch_key)
+        return keyed_generator(seed, what, direction, position, *batch_key)
 
     def scaled(noise: Tensor, weight: Tensor, position: int) -> Tensor:
         per_filter = relative_to == "filter" and weight.ndim > 1
@@ -170,43 +166,27 @@ def _norm(values: Tensor, per_filter: bool = False) -> Tensor:
     return torch.linalg.vector_norm(values, dim=tuple(range(1, values.ndim)), keepdim=True)
 
 
-@contextmanager
-def perturbed_weights(model: nn.Module, perturbation: Mapping[str, Tensor]) -> Iterator[None]:
-    """Adds a perturbation to the weights in place and gives the weights back bit for bit.
-
-    They come back from copies, also after an exception: subtracting would leave rounding behind.
-    To what a parametrised layer computes with the perturbation is added each time it is computed.
+def random_perturbation(
+    weights: Mapping[str, Tensor], xi: float, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """A random direction of length ξ‖w_l‖ for each weight: AT at random weight perturbations.
 
     Args:
-        model: The network.
-        perturbation: Summand by parameter name, or by the name of what a layer computes with.
+        weights: By name.
+        xi: Relative length ξ.
+        generator: Where the numbers come from, on the weights' device.
 
-    Raises:
-        ValueError: If a name is not that of a tensor of the network.
+    Returns:
+        Perturbation by name.
 
     Example:
-        >>> model = nn.Linear(2, 1)
-        >>> before = model.weight.clone()
-        >>> with perturbed_weights(model, {"weight": torch.ones(1, 2)}):
-        ...     moved = model.weight.detach().clone()
-        >>> torch.equal(moved, before + 1), torch.equal(model.weight, before)
-        (True, True)
+        >>> weights = {"a": torch.tensor([3.0, 4.0])}
+        >>> random_perturbation(weights, 0.1, torch.Generator().manual_seed(0))["a"].norm()
+        tensor(0.5000)
     """
-    own = {name: own_tensor(model, name) for name in perturbation}
-    parameters = {name: tensor for name, tensor in own.items() if tensor is not None}
-    computed = {name: nu for name, nu in perturbation.items() if own[name] is None}
-    with torch.inference_mode(False), torch.no_grad():
-        before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    try:
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.add_(perturbation[name])
-        # Autocast keeps casts of the weights: without this the network would not see the change.
-        torch.clear_autocast_cache()
-        with added_to_computed(model, computed):
-            yield
-    finally:
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(before[name])
-        torch.clear_autocast_cache()
+    return {
+        name: scale_to(
+            torch.randn(weight.shape, generator=generator, device=weight.device), weight, xi
+        )
+        for name, weight in weights.items()
+    }

@@ -8,24 +8,25 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from robust_flatness.functional.attack import PGD, Keep
+from robust_flatness.functional.attack import PGD, FriendlyPGD, Keep
 from robust_flatness.functional.checks import (
+    Eps,
     check_choice,
     check_count,
     check_number,
     check_outputs,
     check_radius,
-    losses_of_finite,
-    predicted_classes,
-    upcast,
 )
-from robust_flatness.functional.evaluation_context import evaluation_context
-from robust_flatness.functional.friendly_attack import FriendlyPGD
-from robust_flatness.functional.labels import Smoothing, TrainingLabels
-from robust_flatness.functional.logits import first_logits
-from robust_flatness.functional.modes import Mode
+from robust_flatness.functional.evaluation import (
+    Mode,
+    evaluation_context,
+    first_logits,
+    nan_unless_finite,
+    predicted_classes,
+    to_float32,
+)
 from robust_flatness.functional.noise import Norm, Start
-from robust_flatness.functional.types import Eps
+from robust_flatness.functional.objectives import Smoothing, TrainingLabels
 from robust_flatness.lightning_modules.epoch_means import EpochMeans
 from robust_flatness.lightning_modules.fast_mixin import Fast, FastMixin
 from robust_flatness.lightning_modules.network_of_checkpoint import (
@@ -37,7 +38,7 @@ from robust_flatness.lightning_modules.pgd_mixin import PGDMixin
 from robust_flatness.lightning_modules.schedules import MultiStep, prepare_schedule
 from robust_flatness.lightning_modules.walk_mixin import WalkMixin
 from robust_flatness.networks import Normalize, ResNet18, build_network, channels_last
-from robust_flatness.networks.normalization import channel_values
+from robust_flatness.networks.layers import channel_values
 from robust_flatness.networks.user_network import Network
 
 Incorrect = Literal["attack", "ignore", "predicted"]
@@ -80,8 +81,8 @@ class AT(FastMixin, PGDMixin, WalkMixin):
         optimizer: Builds the optimizer from the parameters.
         lr_scheduler: Builds the schedule from the optimizer; stepped once an epoch, `Cyclic` after
             each step.
-        fast: bfloat16 and fused steps on GPUs that have them, see `FastMixin`; `graph` adds a CUDA
-            graph of the attack.
+        fast: bfloat16 and fused steps on GPUs that have them, see `FastMixin`; `graph` is the same
+            as `True`.
 
     Raises:
         ValueError: If an argument is out of range; before the first step, if the network does not
@@ -217,7 +218,7 @@ class AT(FastMixin, PGDMixin, WalkMixin):
             Scalar loss and logits `(M, num_classes)` of the first M examples, all that are
             adversarial and have labels.
         """
-        logits = upcast(self(adversarial))
+        logits = to_float32(self(adversarial))
         return self.training_labels.loss(logits, labels), logits
 
     def _attacked(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -242,7 +243,7 @@ class AT(FastMixin, PGDMixin, WalkMixin):
         # Once for each example, so that every example weighs the same in the epoch's mean.
         self.means.add("train/loss", loss.expand(len(labels)))
         losses = cross_entropy(logits, labels, reduction="none")
-        self.means.add("train/robust_loss", losses_of_finite(losses, logits))
+        self.means.add("train/robust_loss", nan_unless_finite(losses, logits))
         self.means.add("train/robust_error", predicted_classes(logits) != labels)
 
     def on_train_start(self) -> None:

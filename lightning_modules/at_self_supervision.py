@@ -7,18 +7,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from robust_flatness.functional.checks import (
-    check_choice,
-    check_count,
-    check_number,
-    predicted_classes,
-    upcast,
-)
-from robust_flatness.functional.iterate import example_losses
-from robust_flatness.functional.modes import module_modes
-from robust_flatness.functional.rotation import rotate
+from robust_flatness.functional.attack import example_losses
+from robust_flatness.functional.checks import check_choice, check_count, check_number
+from robust_flatness.functional.evaluation import module_modes, predicted_classes, to_float32
+from robust_flatness.functional.objectives import rotate
 from robust_flatness.lightning_modules.at import AT
-from robust_flatness.networks.rotation_head import RotationHead
+from robust_flatness.networks import RotationHead
 
 Rotations = Literal["half", "all"]
 
@@ -111,7 +105,7 @@ class ATSelfSupervision(AT):
 
     def rotation_logits(self, images: Tensor) -> Tensor:
         """Logits `(N, 4)` of how far images `(N, C, S, S)` in [0, 1] are turned."""
-        return upcast(self.rotation_head(self.features(images)))
+        return to_float32(self.rotation_head(self.features(images)))
 
     def attack(self, images: Tensor, labels: Tensor) -> Tensor:
         """Images to classify, attacked ones first, then turned ones likewise."""
@@ -137,11 +131,11 @@ class ATSelfSupervision(AT):
         """Cross-entropy on labels plus λ times that on rotations; logits of attacked examples."""
         classified, hit, _, weight, turned_weight = self._parts(len(images))
         features = self.features(adversarial)
-        logits = upcast(self.network.classifier(features[:classified]))  # type: ignore[operator]
+        logits = to_float32(self.network.classifier(features[:classified]))  # type: ignore[operator]
         loss = weight * self.training_labels.loss(logits, labels[:classified])
         if len(adversarial) > classified:
             turns = self._turns(images)
-            turn_logits = upcast(self.rotation_head(features))[classified:]
+            turn_logits = to_float32(self.rotation_head(features))[classified:]
             self.means.add("train/rotation_loss", example_losses(turn_logits, turns))
             self.means.add("train/rotation_error", predicted_classes(turn_logits) != turns)
             loss = loss + self.lam * turned_weight * cross_entropy(turn_logits, turns)

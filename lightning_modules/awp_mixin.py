@@ -9,14 +9,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics import MaxMetric, MinMetric
 
-from robust_flatness.functional.awp import (
-    adversarial_weight_perturbation,
-    random_perturbation,
-)
+from robust_flatness.functional.awp import adversarial_weight_perturbation
 from robust_flatness.functional.checks import check_choice, check_count, check_number
-from robust_flatness.functional.layer_weights import own_tensor, perturbed_parameters, weight_at
-from robust_flatness.functional.modes import Mode
-from robust_flatness.functional.weight_perturbation import perturbed_weights
+from robust_flatness.functional.evaluation import Mode
+from robust_flatness.functional.layer_weights import (
+    own_tensor,
+    perturbed_parameters,
+    perturbed_weights,
+    weight_at,
+)
+from robust_flatness.functional.weight_perturbation import random_perturbation
 from robust_flatness.lightning_modules.at import AT
 from robust_flatness.lightning_modules.schedules import epochs_of_share
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from robust_flatness.functional.checks import check_count, check_number
-from robust_flatness.functional.noise import stream
+from robust_flatness.functional.noise import keyed_generator
 
 
 class EntropySGD(SGD):
@@ -182,7 +182,7 @@ class EntropySGD(SGD):
                 device = parameter.device
                 if device not in generators:
                     key = ("langevin", counts["inner_steps"])
-                    generators[device] = stream(self.seed, *key, device=device)
+                    generators[device] = keyed_generator(self.seed, *key, device=device)
                 self._walk_parameter(parameter, group["weight_decay"], generators[device])
         counts["walked"] += 1
         counts["inner_steps"] += 1

@@ -6,13 +6,9 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from robust_flatness.functional.arithmetic import bfloat16_forwards, has_bfloat16
-from robust_flatness.functional.graphed_attack import GraphedAttack
-from robust_flatness.functional.iterate import Criterion
-from robust_flatness.functional.modes import Model
+from robust_flatness.functional.evaluation import bfloat16_autocast, has_bfloat16
 from robust_flatness.lightning_modules.pgd_mixin import PGDMixin
 
 Fast = bool | Literal["graph"]
@@ -26,27 +22,18 @@ class FastMixin(PGDMixin, LightningModule):
     precision than `32-true`. Without it PyTorch decides: convolutions train in TF32 by default.
 
     Attributes:
-        fast: Whether to; `graph` also replays the attack as a CUDA graph, see `GraphedAttack`.
+        fast: Whether to; `graph`, of earlier versions, is the same as `True`.
             Measures read it too: PGD searches in bfloat16, and what they report is float32, without
             TF32. AutoAttack and the joint ascent of worst-case flatness are float32 throughout.
     """
 
     fast: Fast
-    _graphed: GraphedAttack | None = None
 
     def on_train_start(self) -> None:
-        """Says so where a graph was asked for and there will be none."""
+        """Warns of `graph`, which earlier versions accepted."""
         super().on_train_start()
-        if self.fast == "graph" and not self._replays:
-            rank_zero_warn(
-                "`fast` graph has no effect here: it needs a GPU with bfloat16, the trainer's "
-                "precision 32-true, and attacks in eval mode."
-            )
-
-    def on_train_end(self) -> None:
-        """Frees the graph's memory for what is measured afterwards."""
-        super().on_train_end()
-        self._graphed = None
+        if self.fast == "graph":
+            rank_zero_warn("`fast` graph has no effect: it is the same as `fast` true.")
 
     @property
     def is_fast(self) -> bool:
@@ -57,24 +44,10 @@ class FastMixin(PGDMixin, LightningModule):
     def arithmetic(self) -> Iterator[None]:
         """The arithmetic of a training step's forwards."""
         if self.is_fast:
-            with bfloat16_forwards(self.device):
+            with bfloat16_autocast(self.device):
                 yield
         else:
             yield
-
-    def search(
-        self, model: Model, images: Tensor, labels: Tensor, start: Tensor, criterion: Criterion
-    ) -> Tensor:
-        """Runs the attack, or replays it where it is on the module itself."""
-        if model is not self or not self._replays:
-            return super().search(model, images, labels, start, criterion)
-        if self._graphed is None or self._graphed.pgd != self.pgd:
-            self._graphed = GraphedAttack(self.pgd)
-        return self._graphed(self, images, labels, start, criterion, self.arithmetic)
-
-    @property
-    def _replays(self) -> bool:
-        return self.fast == "graph" and self.is_fast and self.pgd.mode == "eval"
 
     def fused(self, optimizer: Optimizer) -> Optimizer:
         """The optimizer, with fused steps if it has them and nothing was said of how to step.

@@ -4,8 +4,9 @@ from typing import Any
 
 from torch import Tensor
 
-from robust_flatness.functional.checks import check_number, upcast
-from robust_flatness.functional.mart import margins, weighted_divergences
+from robust_flatness.functional.checks import check_number
+from robust_flatness.functional.evaluation import to_float32
+from robust_flatness.functional.objectives import margins, weighted_divergences
 from robust_flatness.lightning_modules.at import AT
 
 
@@ -38,7 +39,7 @@ class MART(AT):
         self, images: Tensor, adversarial: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Boosted cross-entropy plus λ times the mean weighted divergence; adversarial logits."""
-        clean, logits = upcast(self(images)), upcast(self(adversarial))
+        clean, logits = to_float32(self(images)), to_float32(self(adversarial))
         divergence = weighted_divergences(clean, logits, labels)
         self.means.add("train/weighted_divergence", divergence)
         boosted = self.training_labels.loss(logits, labels) + margins(logits, labels).mean()

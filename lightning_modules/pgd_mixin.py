@@ -9,12 +9,10 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from robust_flatness.functional.attack import PGD
-from robust_flatness.functional.checks import check_examples, upcast
-from robust_flatness.functional.iterate import Criterion, example_losses
-from robust_flatness.functional.modes import Model, module_modes
-from robust_flatness.functional.noise import random_start, stream, stream_seed
-from robust_flatness.functional.processes import errors_on_all_ranks
+from robust_flatness.functional.attack import PGD, Criterion, example_losses
+from robust_flatness.functional.checks import check_examples, errors_on_all_ranks
+from robust_flatness.functional.evaluation import Model, module_modes, to_float32
+from robust_flatness.functional.noise import keyed_generator, keyed_seed, random_start
 
 
 class PGDMixin:
@@ -88,7 +86,7 @@ class PGDMixin:
             purpose: What the numbers are for.
             device: Where they are drawn.
         """
-        return stream(self._run_seed or 0, purpose, self.batches_seen, device=device)
+        return keyed_generator(self._run_seed or 0, purpose, self.batches_seen, device=device)
 
     def draws(self, purpose: str, count: int, columns: int, device: torch.device) -> Tensor:
         """This rank's rows of uniform numbers that are drawn for the global batch.
@@ -120,7 +118,7 @@ class PGDMixin:
         devices = [module.device] if module.device.type == "cuda" else []
         key = ("dropout", self.batches_seen, module.global_rank)
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(stream_seed(self._run_seed or 0, *key))
+            torch.manual_seed(keyed_seed(self._run_seed or 0, *key))
             yield
 
     def clean_logits(self, images: Tensor) -> Tensor:
@@ -131,7 +129,7 @@ class PGDMixin:
         """
         module = cast(nn.Module, self)
         with torch.no_grad(), module_modes(module, "eval"):
-            return upcast(module(images))
+            return to_float32(module(images))
 
     def craft(
         self,

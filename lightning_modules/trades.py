@@ -4,8 +4,9 @@ from typing import Any
 
 from torch import Tensor
 
-from robust_flatness.functional.checks import check_choice, check_number, upcast
-from robust_flatness.functional.trades import STARTS, divergences
+from robust_flatness.functional.checks import check_choice, check_number
+from robust_flatness.functional.evaluation import to_float32
+from robust_flatness.functional.objectives import TRADES_STARTS, divergences
 from robust_flatness.lightning_modules.at import AT
 
 
@@ -44,7 +45,7 @@ class TRADES(AT):
         Raises:
             ValueError: If the attack starts at zero, or is to use predictions, which it does.
         """
-        check_choice("start", self.pgd.start, STARTS)
+        check_choice("start", self.pgd.start, TRADES_STARTS)
         check_choice("incorrect", self.incorrect, ("attack", "ignore"))
 
     def attack(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -55,7 +56,7 @@ class TRADES(AT):
         self, images: Tensor, adversarial: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Clean cross-entropy plus λ times the mean divergence; adversarial logits."""
-        clean, logits = upcast(self(images)), upcast(self(adversarial))
+        clean, logits = to_float32(self(images)), to_float32(self(adversarial))
         loss = self.training_labels.loss(clean, labels)
         divergence = divergences(logits, clean)
         self.means.add("train/divergence", divergence)

@@ -1,7 +1,5 @@
 """Small networks that tests share."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
@@ -69,20 +67,3 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 def tiny_body(classes: int, channels: int) -> nn.Sequential:
     """`tiny_network` as the `network` argument of a module."""
     return tiny_network(classes, channels)
-
-
-class Recorder:
-    """Stands in for CUDA's graphs: a replay computes from and writes to the recording's tensors."""
-
-    def __init__(self) -> None:
-        self.recordings = self.replays = 0
-
-    def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        self.recordings += 1
-        output = run()
-
-        def replay() -> None:
-            self.replays += 1
-            output.copy_(run())
-
-        return replay, output

@@ -14,7 +14,7 @@ from trainers import PLAIN, ToyData, dataset, quiet_trainer
 
 from robust_flatness.callbacks import RobustEvaluation
 from robust_flatness.datamodules import Digits
-from robust_flatness.functional.processes import errors_on_all_ranks
+from robust_flatness.functional.checks import errors_on_all_ranks
 from robust_flatness.lightning_modules import AT
 
 

@@ -7,11 +7,11 @@ from networks_for_tests import PassCounter, images_and_labels, tiny_network
 from torch import nn
 
 from robust_flatness.functional import PGD, average_case_flatness, evaluate_robustness, pgd_attack
-from robust_flatness.functional.arithmetic import (
-    bfloat16_forwards,
+from robust_flatness.functional.evaluation import (
+    bfloat16_autocast,
     crafts_fast,
     fast_crafting,
-    float32_forwards,
+    full_float32,
     has_bfloat16,
 )
 
@@ -107,22 +107,22 @@ def test_contexts_nest_and_end():
     with pytest.raises(RuntimeError, match="inside"), fast_crafting():
         raise RuntimeError("inside")
     network, (images, _) = tiny_network().eval(), images_and_labels()
-    with bfloat16_forwards(CPU):
+    with bfloat16_autocast(CPU):
         assert network(images).dtype == torch.bfloat16
-        with float32_forwards(CPU):
+        with full_float32(CPU):
             assert network(images).dtype == torch.float32
         assert network(images).dtype == torch.bfloat16
 
 
 def test_weights_that_changed_are_cast_anew():
     network, (images, _) = tiny_network().eval(), images_and_labels()
-    with torch.no_grad(), bfloat16_forwards(CPU):
+    with torch.no_grad(), bfloat16_autocast(CPU):
         before = network(images)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         network(images)
         with torch.no_grad():
             network[-1].weight.zero_()
-        with bfloat16_forwards(CPU):
+        with bfloat16_autocast(CPU):
             assert not torch.equal(network(images), before)
 
 
@@ -139,7 +139,7 @@ SETTINGS = [
 # In a process of its own: settings of the two kinds cannot all be taken back.
 SCRIPT = """
 import torch
-from robust_flatness.functional.arithmetic import without_tf32
+from robust_flatness.functional.evaluation import without_tf32
 {setting}
 def state():
     found = []

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from robust_flatness.functional import PGD, pgd_attack
-from robust_flatness.functional.iterate import example_losses
+from robust_flatness.functional.attack import example_losses
 from robust_flatness.functional.noise import random_start
 
 NORMS = ("linf", "l2")

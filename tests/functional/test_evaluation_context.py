@@ -17,7 +17,7 @@ from robust_flatness.functional import (
     weight_directions,
     worst_case_flatness,
 )
-from robust_flatness.functional.evaluation_context import evaluation_context
+from robust_flatness.functional.evaluation import evaluation_context
 
 SHORT = {"eps": 0.1, "steps": 1}
 MEASURES = {

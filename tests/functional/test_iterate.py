@@ -15,8 +15,8 @@ from robust_flatness.functional import (
     pgd_attack,
     worst_case_flatness,
 )
-from robust_flatness.functional.iterate import Iterate
-from robust_flatness.functional.joint_ascent import JointAscent
+from robust_flatness.functional.attack import Iterate
+from robust_flatness.functional.worst_case_flatness import JointAscent
 
 NOT_FINITE = [math.nan, math.inf, -math.inf]
 
@@ -47,9 +47,9 @@ def test_a_loss_that_is_no_number_is_the_highest_and_stays():
     logits = torch.zeros(3, 2)
     nan = logits.clone()
     nan[1] = math.nan
-    kept = Iterate(images, None, None).or_better(images, torch.ones(3), logits)
-    kept = kept.or_better(images + 10, torch.tensor([2.0, math.nan, 0.5]), nan)
-    kept = kept.or_better(images + 20, torch.full((3,), 9.0), logits)
+    kept = Iterate(images, None, None).keep_higher_loss(images, torch.ones(3), logits)
+    kept = kept.keep_higher_loss(images + 10, torch.tensor([2.0, math.nan, 0.5]), nan)
+    kept = kept.keep_higher_loss(images + 20, torch.full((3,), 9.0), logits)
     assert kept.images.flatten().tolist() == [20, 11, 22]
     assert kept.losses[1].isnan()
     assert kept.predictions.tolist() == [0, -1, 0]

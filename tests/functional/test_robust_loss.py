@@ -6,7 +6,7 @@ from networks_for_tests import PassCounter, images_and_labels, tiny_network
 from torch.nn.functional import cross_entropy
 
 from robust_flatness.functional import PGD, evaluate_robustness, robust_loss
-from robust_flatness.functional.iterate import Iterate
+from robust_flatness.functional.attack import Iterate
 from robust_flatness.functional.robust_loss import worst_losses
 
 

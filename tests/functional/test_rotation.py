@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from robust_flatness.functional.rotation import rotate
+from robust_flatness.functional.objectives import rotate
 
 
 def test_label_k_is_k_quarter_turns_counter_clockwise():

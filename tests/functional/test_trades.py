@@ -8,7 +8,7 @@ from networks_for_tests import images_and_labels, tiny_network
 from torch.nn.functional import cross_entropy, softmax
 
 from robust_flatness.functional import pgd_attack, trades_loss, trades_objective
-from robust_flatness.functional.trades import divergences
+from robust_flatness.functional.objectives import divergences
 
 CLEAN = torch.tensor([[2.0, 0.0, -1.0], [0.5, 0.5, 3.0]], dtype=torch.float64)
 ADVERSARIAL = torch.tensor([[0.0, 1.0, -1.0], [2.0, -0.5, 0.0]], dtype=torch.float64)

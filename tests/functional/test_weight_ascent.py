@@ -4,7 +4,7 @@ from torch import nn
 
 from robust_flatness.functional import sample_weight_perturbation
 from robust_flatness.functional.attack import PGD
-from robust_flatness.functional.weight_ascent import WeightAscent
+from robust_flatness.functional.directions import WeightAscent
 
 
 def linear() -> nn.Sequential:

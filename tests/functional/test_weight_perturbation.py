@@ -9,12 +9,9 @@ from networks_for_tests import same, snapshot, tiny_network
 from torch import nn
 
 from robust_flatness.functional import perturbed_weights, sample_weight_perturbation
-from robust_flatness.functional.noise import stream
-from robust_flatness.functional.weight_perturbation import (
-    onto_ball,
-    perturbed_parameters,
-    scale_to,
-)
+from robust_flatness.functional.layer_weights import perturbed_parameters
+from robust_flatness.functional.noise import keyed_generator
+from robust_flatness.functional.weight_perturbation import onto_ball, scale_to
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -52,7 +49,7 @@ def test_defaults_are_the_sphere_of_each_layer_drawn_as_ever():
     found = sample_weight_perturbation(network, xi=0.5, seed=3, direction=2)
     for position, (name, weight) in enumerate(perturbed_parameters(network).items()):
         # The stream's key is part of what makes old and new values comparable.
-        noise = torch.randn(weight.shape, generator=stream(3, "direction", 2, position))
+        noise = torch.randn(weight.shape, generator=keyed_generator(3, "direction", 2, position))
         assert torch.equal(found[name], noise * (0.5 * weight.norm() / noise.norm()))
 
 

@@ -1,14 +1,11 @@
-from dataclasses import replace
-
 import pytest
 import torch
-from networks_for_tests import Recorder, tiny_body
+from networks_for_tests import tiny_body
 from torch.utils._python_dispatch import TorchDispatchMode
 from trainers import PLAIN, ToyData, loader, quiet_trainer
 
 from robust_flatness.callbacks import RobustEvaluation
 from robust_flatness.datamodules import ResidentImages, RobustDataModule
-from robust_flatness.functional.graphed_attack import GraphedAttack
 from robust_flatness.lightning_modules import (
     AT,
     ATAWP,
@@ -157,43 +154,10 @@ def test_measures_search_as_the_module_does_and_tell_in_float32(fast, cpu_as_gpu
     assert types.seen[: -len(search)].count(torch.bfloat16) == 0
 
 
-@pytest.mark.parametrize("cls", CLASSES)
-def test_a_graph_trains_as_fast_does_without(cls, cpu_as_gpu, monkeypatch):
-    recorder = Recorder()
-    monkeypatch.setattr(
-        "robust_flatness.lightning_modules.fast_mixin.GraphedAttack",
-        lambda pgd: GraphedAttack(pgd, recorder),
-    )
-    graphed, seen, _ = trained(cls, batches=3, fast="graph")
-    eager, _, _ = trained(cls, batches=3)
-    assert recorder.replays == 3
-    assert set(seen) == {torch.bfloat16}
-    assert apart(graphed, eager) == 0
-
-
-def test_an_attack_that_changes_is_recorded_anew(cpu_as_gpu, monkeypatch):
-    class Growing(AT):
-        def on_train_batch_start(self, batch, batch_idx):
-            super().on_train_batch_start(batch, batch_idx)
-            self.pgd = replace(self.pgd, eps=0.05 * (batch_idx + 1))
-
-    monkeypatch.setattr(
-        "robust_flatness.lightning_modules.fast_mixin.GraphedAttack",
-        lambda pgd: GraphedAttack(pgd, Recorder()),
-    )
-    graphed, eager = (trained(Growing, batches=3, fast=fast)[0] for fast in ("graph", True))
-    assert apart(graphed, eager) == 0
-    # Its memory is free for what is measured at the end.
-    assert graphed._graphed is None
-
-
-@pytest.mark.parametrize("settings", [{"craft_mode": "train"}, {}])
-def test_no_graph_where_it_has_no_effect(settings, request):
-    # Warm-ups and the recording would move BatchNorm's statistics; a CPU has no graphs.
-    if settings:
-        request.getfixturevalue("cpu_as_gpu")
-    with pytest.warns(UserWarning, match="`fast` graph has no effect here"):
-        trained(fast="graph", **settings)
+def test_a_graph_has_no_effect():
+    with pytest.warns(UserWarning, match="`fast` graph has no effect"):
+        graph, _, _ = trained(fast="graph")
+    assert apart(graph, trained()[0]) == 0
 
 
 class Resident(RobustDataModule):
@@ -208,14 +172,14 @@ class Resident(RobustDataModule):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("fast", [True, False, "graph"])
+@pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("cls", CLASSES)
 def test_on_a_gpu_no_step_waits_for_it(cls, fast):
     class Watched(cls):
         def on_train_batch_end(self, outputs, batch, batch_idx):
             super().on_train_batch_end(outputs, batch, batch_idx)
             # From here to the end of the next step: fetching, augmenting, crafting, stepping. The
-            # first batches are checked, and a graph is recorded.
+            # first batches are checked.
             torch.cuda.set_sync_debug_mode("error" if 2 <= batch_idx <= 9 else "default")
 
     module = Watched(network=tiny_body, **PLAIN, fast=fast)

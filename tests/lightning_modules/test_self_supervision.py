@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from trainers import PLAIN, loader, quiet_trainer
 
 from robust_flatness.functional import perturbed_weights
-from robust_flatness.functional.rotation import rotate
+from robust_flatness.functional.objectives import rotate
 from robust_flatness.lightning_modules import ATAWP, ATSelfSupervision
 from robust_flatness.lightning_modules.awp_mixin import AWPMixin
 from robust_flatness.networks import ResNet18

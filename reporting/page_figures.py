@@ -527,12 +527,13 @@ def schematic(run: Run) -> go.Figure | None:
         text=["w − ν ", "w", " w + ν"],
         textposition=["middle left", "bottom center", "middle right"],
         marker={"size": 11, "color": BLUE},
+        cliponaxis=False,
         hoverinfo="skip",
     )
     arrow: dict[str, Any] = {"xref": "x", "yref": "y", "axref": "x", "ayref": "y", "text": ""}
     arrow |= {"arrowcolor": ORANGE, "arrowwidth": 1.6, "arrowhead": 2, "arrowside": "end+start"}
     figure.add_annotation(x=1, y=high, ax=1, ay=low, **arrow)
-    place = {"x": 0.96, "y": (low + high) / 2, "xanchor": "right", "showarrow": False}
+    place = {"x": 1.05, "y": (low + high) / 2, "xanchor": "left", "showarrow": False}
     figure.add_annotation(text=f"+{high - low:.2f}", font={"color": ORANGE}, **place)
     figure.layout.meta = (
         f"The landscape of {method_label(run.method)}. The arrow is the rise of RLoss from w to "

@@ -15,7 +15,6 @@ import sys
 import types
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -143,14 +142,15 @@ def trained(given: argparse.Namespace) -> dict[str, Any]:
     trainer = quiet_trainer(**settings, logger=table)
     seconds, _ = timed(torch.device(given.device), lambda: trainer.fit(module, datamodule=data))
     final = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    paper = next(model for model in published_models() if model.method == "at")
+    paper, paths = published_models().values, published_trajectories()
+    at = paper[paper["label"] == "AT (baseline)"].groupby("weights")
     return {
         "epochs": given.epochs,
         "seconds": seconds,
         "trajectory": table.rows,
         "final": final,
-        "paper": asdict(paper),
-        "paper_trajectory": published_trajectories()["at"],
+        "paper": {weights: dict(zip(rows["metric"], rows["mean"])) for weights, rows in at},
+        "paper_trajectory": paths[paths["method"] == "at"].to_dict("records"),
     }
 
 

@@ -25,7 +25,7 @@ from robust_flatness.functional.evaluation import logits_function, predicted_cla
 from robust_flatness.functional.noise import Norm
 from robust_flatness.measures.base import DEFAULT_EPS, Measure
 from robust_flatness.measures.processes import Examples
-from robust_flatness.run_folder.atomic_write import write_arrays
+from robust_flatness.run_folder.files import write_arrays
 
 # The fewest classes that each attack works with: the DLR loss divides by the gap between the first
 # and third largest logits, the targeted one by that to the fourth.

@@ -2,12 +2,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from run_factory import FINAL, make_run, write_run
+from run_factory import FINAL, make_models, make_run, write_run
 
-from robust_flatness.reporting.method_landscapes import landscapes_figure
-from robust_flatness.reporting.models import Model, group_models
-from robust_flatness.reporting.runs import read_run
-from robust_flatness.run_folder.landscape_file import Landscape
+from robust_flatness.reporting.frame import Models
+from robust_flatness.reporting.landscape_figures import landscapes_figure, schematic_figure
+from robust_flatness.run_folder.files import Landscape
+from robust_flatness.run_folder.runs import Run, load_run
 
 STEPS = np.linspace(-1, 1, 9)
 
@@ -18,13 +18,13 @@ def bowl(height: float, directions: int = 3) -> Landscape:
     return Landscape(STEPS, height + factors * np.ones((1, 1, 2)) * STEPS[None, :, None] ** 2)
 
 
-def read(tmp_path: Path, *runs) -> list[Model]:
-    """Models of runs, each given with its landscapes."""
+def read(tmp_path: Path, *runs) -> Models:
+    """Models of pairs of a run and its landscapes."""
     folders = [
         write_run(tmp_path / f"run{i}", run, landscapes=landscapes)
         for i, (run, landscapes) in enumerate(runs)
     ]
-    return group_models(map(read_run, folders))
+    return make_models(*map(load_run, folders))
 
 
 def texts(axes) -> list[str]:
@@ -114,4 +114,58 @@ def test_nothing_to_draw_is_no_figure(tmp_path: Path) -> None:
         (make_run("silu"), {"final/random": broken}),
     )
     assert landscapes_figure(models) is None
-    assert landscapes_figure([]) is None
+    assert landscapes_figure(make_models()) is None
+
+
+# An even number of steps, none of which is 0.
+EVEN_STEPS = np.linspace(-1, 1, 8)
+
+
+def measured(tmp_path: Path, landscape: Landscape | None, name: str = "final/random") -> Run:
+    found = None if landscape is None else {name: landscape}
+    return load_run(write_run(tmp_path / "run", make_run("at_awp"), landscapes=found))
+
+
+def slopes(*factors: float) -> Landscape:
+    """Directions along which the loss is 5 + factor · s for each of two images."""
+    lines = 5.0 + np.array(factors)[:, None] * EVEN_STEPS
+    return Landscape(EVEN_STEPS, np.repeat(lines[:, :, None], 2, axis=2))
+
+
+def test_the_height_of_a_typical_direction_is_marked(tmp_path: Path) -> None:
+    figure = schematic_figure(measured(tmp_path, slopes(1.0, 4.0, 2.0)))
+    (axes,) = figure.axes
+    points = [line for line in axes.lines if line.get_marker() == "o"]
+    (weights, ends) = (list(zip(line.get_xdata(), line.get_ydata())) for line in points)
+    assert weights == [pytest.approx((0.0, 5.0))]
+    assert ends == [pytest.approx((-1.0, 3.0)), pytest.approx((1.0, 7.0))]
+    arrow = next(text for text in axes.texts if getattr(text, "arrow_patch", None))
+    assert (arrow.xy, arrow.xyann) == (pytest.approx((1.0, 5.0)), pytest.approx((1.0, 7.0)))
+    words = " ".join(text.get_text() for text in axes.texts)
+    assert "RLoss(w + ν) − RLoss(w) = 2.00" in words
+    assert "mean over 3 directions ν = 2.33" in words
+    # All three directions are drawn.
+    assert sum(len(line.get_xdata()) == 8 for line in axes.lines) == 3
+    assert figure.get_suptitle() == "AT-AWP on Digits"
+
+
+def test_one_direction_is_enough(tmp_path: Path) -> None:
+    figure = schematic_figure(measured(tmp_path, slopes(1.0)))
+    assert "RLoss(w + ν) − RLoss(w) = 1.00" in figure.axes[0].texts[-1].get_text()
+
+
+@pytest.mark.parametrize(
+    ("landscape", "name"),
+    [
+        (None, ""),
+        (slopes(1.0), "early_stopped/random"),
+        (slopes(1.0), "final/adversarial"),
+        (Landscape(0.75 * EVEN_STEPS - 0.25, np.ones((2, 8, 2))), "final/random"),
+        (Landscape(0.75 * EVEN_STEPS + 0.25, np.ones((2, 8, 2))), "final/random"),
+        (Landscape(EVEN_STEPS, np.full((2, 8, 2), np.inf)), "final/random"),
+    ],
+)
+def test_without_a_landscape_from_end_to_end_there_is_no_figure(
+    tmp_path: Path, landscape: Landscape | None, name: str
+) -> None:
+    assert schematic_figure(measured(tmp_path, landscape, name)) is None

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from run_factory import FINAL, make_run, overfitting, write_metrics, write_run
 
-from robust_flatness.reporting.runs import read_run, read_runs
-from robust_flatness.run_folder.landscape_file import Landscape, write_landscapes
+from robust_flatness.run_folder.files import Landscape, write_landscapes
+from robust_flatness.run_folder.runs import find_runs, load_run
 
 
 def change(folder: Path, **changes) -> None:
@@ -21,7 +21,7 @@ def change(folder: Path, **changes) -> None:
 
 def reason(folder: Path) -> str:
     with pytest.raises(ValueError, match=".") as caught:
-        read_run(folder)
+        load_run(folder)
     return str(caught.value)
 
 
@@ -32,23 +32,23 @@ def landscape(height: float) -> Landscape:
 def test_run_reads_back_equal(tmp_path):
     run = make_run("trades", 3, data="CIFAR10", epochs=5, settings={"model": {"lam": 6.0}})
     folder = write_run(tmp_path / "run", run)
-    assert read_run(folder) == replace(run, folder=folder)
-    assert read_run(folder).figures("early_stopped") == run.early_stopped
+    assert load_run(folder) == replace(run, folder=folder)
+    assert load_run(folder).metrics("early_stopped") == run.early_stopped
 
 
 def test_runs_are_found_at_any_depth_in_the_order_of_their_folders(tmp_path):
     names = ["b", "a/deep/er", "a/x"]
     for name in names:
         write_run(tmp_path / name, make_run())
-    runs, left_out = read_runs(tmp_path)
+    runs, left_out = find_runs(tmp_path)
     assert [run.folder for run in runs] == [tmp_path / name for name in sorted(names)]
     assert left_out == []
-    assert [run.name for run in read_runs(str(tmp_path / "b"))[0]] == ["b"]
+    assert [run.name for run in find_runs(str(tmp_path / "b"))[0]] == ["b"]
 
 
 def test_a_run_folder_inside_a_folder_named_wandb_is_read(tmp_path):
     write_run(tmp_path / "wandb" / "run", make_run())
-    assert len(read_runs(tmp_path / "wandb")[0]) == 1
+    assert len(find_runs(tmp_path / "wandb")[0]) == 1
 
 
 def test_config_of_wandb_inside_a_run_folder_is_no_run(tmp_path):
@@ -56,7 +56,7 @@ def test_config_of_wandb_inside_a_run_folder_is_no_run(tmp_path):
     files = folder / "wandb" / "offline-run-1" / "files"
     files.mkdir(parents=True)
     (files / "config.yaml").write_text("wandb: {}\n")
-    runs, left_out = read_runs(tmp_path)
+    runs, left_out = find_runs(tmp_path)
     assert (len(runs), left_out) == (1, [])
 
 
@@ -69,7 +69,7 @@ def test_what_cannot_be_used_is_left_out_with_its_reason(tmp_path):
     (unfinished / "config.yaml").write_text("name: at\n")
     old = write_run(tmp_path / "old", make_run())
     change(old, epochs=..., trajectory=...)
-    runs, left_out = read_runs(tmp_path)
+    runs, left_out = find_runs(tmp_path)
     assert [run.name for run in runs] == ["good"]
     assert [folder.name for folder, _ in left_out] == ["broken", "old", "unfinished"]
     reasons = [reason for _, reason in left_out]
@@ -95,7 +95,7 @@ def test_unreadable_metrics_are_no_epochs(tmp_path):
 @pytest.mark.parametrize("text", ["[1, 2]", "null", '"at"', "3"])
 def test_results_that_are_no_mapping_are_left_out(tmp_path, text):
     (tmp_path / "results.json").write_text(text)
-    assert "another format" in read_runs(tmp_path)[1][0].reason
+    assert "another format" in find_runs(tmp_path)[1][0].reason
 
 
 @pytest.mark.parametrize(
@@ -117,10 +117,10 @@ def test_figures_that_are_no_finite_numbers_are_dropped(tmp_path):
     final = {"test/error": 0.1, "test/robust_loss": float("nan"), "train/loss": None, "x": "y"}
     rows = [{"epoch": 0, "test/robust_loss": float("inf"), "test/error": 0.5}]
     change(write_run(tmp_path, make_run()), final=final, early_stopped=final, trajectory=rows)
-    run = read_run(tmp_path)
+    run = load_run(tmp_path)
     assert run.diverged_epoch is None
     change(tmp_path, diverged_epoch=0)
-    assert read_run(tmp_path).diverged_epoch == 0
+    assert load_run(tmp_path).diverged_epoch == 0
     assert run.final == run.early_stopped == {"test/error": 0.1}
     assert run.trajectory == [{"epoch": 0, "test/error": 0.5}]
 
@@ -128,31 +128,38 @@ def test_figures_that_are_no_finite_numbers_are_dropped(tmp_path):
 def test_autoattack_of_early_stopped_weights_is_theirs_where_only_the_last_ones_have_it(tmp_path):
     final = FINAL | {"test/autoattack_error_early_stopped": 0.45}
     write_run(tmp_path, make_run(final=final, early_stopped={"test/error": 0.1}))
-    assert read_run(tmp_path).early_stopped["test/autoattack_error"] == 0.45
+    assert load_run(tmp_path).early_stopped["test/autoattack_error"] == 0.45
     change(tmp_path, early_stopped={"test/autoattack_error": 0.5})
-    assert read_run(tmp_path).early_stopped["test/autoattack_error"] == 0.5
+    assert load_run(tmp_path).early_stopped["test/autoattack_error"] == 0.5
 
 
 def test_landscapes_of_fit_win_over_those_of_test(tmp_path):
     write_run(tmp_path, make_run())
-    run = read_run(tmp_path)
-    assert run.landscapes() == {}
+    assert load_run(tmp_path).landscapes == {}
     write_landscapes(tmp_path / "landscapes_test.npz", {"final/random": landscape(2)}, {})
-    assert run.landscapes()["final/random"].losses.max() == 2
+    assert load_run(tmp_path).landscapes["final/random"].losses.max() == 2
     write_landscapes(tmp_path / "landscapes.npz", {"final/random": landscape(1)}, {})
-    assert run.landscapes()["final/random"].losses.max() == 1
+    assert load_run(tmp_path).landscapes["final/random"].losses.max() == 1
+
+
+def test_landscapes_are_means_over_examples(tmp_path):
+    losses = np.random.default_rng(0).random((2, 3, 4))
+    written = Landscape(np.linspace(-1, 1, 3), losses)
+    write_run(tmp_path, make_run(), landscapes={"final/random": written})
+    read = load_run(tmp_path).landscapes["final/random"]
+    assert read.losses.shape == (2, 3, 1)
+    assert (read.curves == losses.mean(axis=2)).all()
 
 
 def test_broken_landscapes_say_so(tmp_path):
-    run = replace(make_run(), folder=tmp_path)
+    write_run(tmp_path, make_run())
     (tmp_path / "landscapes.npz").write_bytes(b"PK\x03\x04 cut off")
-    with pytest.raises(ValueError, match="landscapes"):
-        run.landscapes()
+    assert reason(tmp_path).startswith("landscapes.npz is broken or not of landscapes (")
 
 
 def test_root_must_be_a_folder(tmp_path):
     with pytest.raises(ValueError, match="Expected `runs` to be a folder"):
-        read_runs(tmp_path / "nowhere")
+        find_runs(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(
@@ -203,14 +210,14 @@ def test_results_that_are_nested_too_deeply_are_left_out(tmp_path):
 
 def test_a_run_that_ended_in_its_first_epoch_and_one_of_one_class_are_read(tmp_path):
     change(write_run(tmp_path, make_run()), epochs=0, num_classes=1)
-    run = read_run(tmp_path)
+    run = load_run(tmp_path)
     assert (run.epochs, run.num_classes) == (1, 1)
 
 
 def test_huge_figures_and_truth_are_no_numbers(tmp_path):
     final = {"test/robust_loss": 1e300, "test/error": True, "train/loss": 10**18, "x": -1e200}
     change(write_run(tmp_path, make_run()), final=final, early_stopped=final)
-    assert read_run(tmp_path).final == {"train/loss": 1e18}
+    assert load_run(tmp_path).final == {"train/loss": 1e18}
 
 
 @pytest.mark.parametrize(

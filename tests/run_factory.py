@@ -8,8 +8,9 @@ from typing import Any
 
 import yaml
 
-from robust_flatness.reporting.runs import Figures, Run
-from robust_flatness.run_folder.landscape_file import Landscape, write_landscapes
+from robust_flatness.reporting.frame import Models, drop_duplicates, group_runs
+from robust_flatness.run_folder.files import Landscape, write_landscapes
+from robust_flatness.run_folder.runs import Metrics, Run, find_runs
 
 # All that a run with the options of a study measures; `FINAL | {...}` changes some of it.
 FINAL: dict[str, float] = {
@@ -58,7 +59,7 @@ def make_run(
     wall_time_seconds: float = 68.0,
     num_classes: int | None = 10,
 ) -> Run:
-    """A finished run. Figures that are given replace the default ones, none of which stays.
+    """A finished run. `final` and `early_stopped` replace all default metrics.
 
     Settings get the seed; the default trajectory overfits: test RLoss falls and rises again.
     """
@@ -84,14 +85,14 @@ def make_run(
 
 
 def overfitting(epochs: int) -> list[dict[str, float]]:
-    """Rows of a run that overfits robustly, with every figure of a trajectory."""
+    """Rows of a run that overfits robustly, with every metric of a trajectory."""
     return [_row(epoch, epoch / max(1, epochs - 1)) for epoch in range(epochs)]
 
 
 def write_run(
     folder: str | Path, run: Run, *, landscapes: Mapping[str, Landscape] | None = None
 ) -> Path:
-    """Writes a run as the folder `folder`, as `fit` does; `read_run` reads it back equal."""
+    """Writes a run as the folder `folder`, as `fit` does; `load_run` reads it back equal."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     names = ["method", "data", "seed", "settings", "versions", "hardware", "wall_time_seconds"]
@@ -106,7 +107,15 @@ def write_run(
     return folder
 
 
-def write_metrics(folder: Path, rows: Sequence[Figures]) -> None:
+def make_models(*runs: Run) -> Models:
+    return group_runs(drop_duplicates(runs)[0])
+
+
+def read_models(root: str | Path) -> Models:
+    return make_models(*find_runs(root)[0])
+
+
+def write_metrics(folder: Path, rows: Sequence[Metrics]) -> None:
     """Writes `metrics.csv`, all that a run has before it ends beside its `config.yaml`."""
     names = sorted({name for row in rows for name in row} - {"epoch"})
     with (folder / "metrics.csv").open("w", newline="", encoding="utf-8") as file:

@@ -4,8 +4,7 @@ from pathlib import Path
 import pytest
 from run_factory import FINAL, make_run
 
-from robust_flatness.reporting.copies import without_copies
-from robust_flatness.reporting.models import group_models
+from robust_flatness.reporting.frame import drop_duplicates, group_runs
 
 WITHOUT_AUTOATTACK = {name: x for name, x in FINAL.items() if "autoattack" not in name}
 
@@ -15,7 +14,7 @@ def run(name, **options):
 
 
 def kept(*runs):
-    found, left_out = without_copies(runs)
+    found, left_out = drop_duplicates(runs)
     assert len(found) + len(left_out) == len(runs)
     return [run.name for run in found]
 
@@ -25,11 +24,9 @@ def test_the_same_seed_again_is_no_replica():
     again = replace(first, folder=Path("copies/b"))
     unseeded = [run(name, seed=None) for name in "cd"]
     other = run("e", seed=1)
-    found, left_out = without_copies([first, *unseeded, again, other])
+    found, left_out = drop_duplicates([first, *unseeded, again, other])
     assert found == [*unseeded, again, other]
     assert left_out == [(first.folder, "is the same training as copies/b, which comes later")]
-    (model,) = group_models([first, again])
-    assert model.deviation("test/error") is None
 
 
 def test_the_run_with_most_figures_stays_whatever_its_name():
@@ -37,7 +34,7 @@ def test_the_run_with_most_figures_stays_whatever_its_name():
     images = dict.fromkeys(WITHOUT_AUTOATTACK, 9000)
     few = run("at-s0-7", final=WITHOUT_AUTOATTACK, settings=less, num_examples=images)
     for runs in ([run("at-s0-6"), few], [few, run("at-s0-6")]):
-        found, ((folder, reason),) = without_copies(runs)
+        found, ((folder, reason),) = drop_duplicates(runs)
         assert [run.name for run in found] == ["at-s0-6"]
         assert folder == few.folder
         assert reason == "is the same training as runs/at-s0-6, which measured more"
@@ -80,6 +77,6 @@ def test_a_run_from_before_fast_is_the_model_of_one_that_is():
         return {**plain, "model": {**model, "init_args": arguments}}
 
     before, after = run("a", seed=0), run("b", seed=1, settings=with_fast(True))
-    assert len(group_models([before, after])) == 1
-    assert len(group_models([before, run("c", seed=1, settings=with_fast(False))])) == 2
+    assert len(group_runs([before, after])) == 1
+    assert len(group_runs([before, run("c", seed=1, settings=with_fast(False))])) == 2
     assert kept(before, run("d", seed=0, settings=with_fast(True))) == ["d"]

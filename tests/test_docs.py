@@ -232,6 +232,7 @@ def test_command_parses(command, user_modules, capsys):
         check_parses(list(command), capsys)
 
 
+@pytest.mark.slow
 def test_inline_options_parse(user_modules, capsys):
     for options in merged(inline_options()):
         check_parses(["fit", *options], capsys)

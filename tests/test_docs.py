@@ -177,7 +177,7 @@ def inline_options() -> list[list[str]]:
     """Options with a value in the text of all pages, and what they need."""
     texts = [FENCE.sub("", page.read_text()) for page in PAGES]
     spans = [span for text in texts for span in re.findall(r"`([^`\n]+)`", text)]
-    options = [shlex.split(span) for span in spans if re.match(r"'?--\w", span)]
+    options = [shlex.split(span) for span in spans if re.match(r"'?--\w[^<]*$", span)]
     valued = [o for o in options if (len(o) > 1 or "=" in o[0]) and o not in PLACEHOLDERS]
     of_fit = [o for o in valued if re.split(r"[.=+]", o[0])[0] not in OTHER_OPTIONS]
     return [[*NEEDED.get(option[0], []), *option] for option in of_fit]

@@ -31,6 +31,7 @@ NEEDED = {
 OTHER_OPTIONS = {
     *("--configs", "--devices", "--dry_run", "--jobs", "--only", "--rows", "--seeds", "--slurm"),
     *("--sweep", "--sweep_file", "--published", "--profile"),
+    # Checked like all others as soon as the command line has them.
     *("--eps", "--norm"),
 }
 PLACEHOLDERS = [["--model", "NAME"], ["--data", "CIFAR10", "--", "--config=cifar10.yaml"]]

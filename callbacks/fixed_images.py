@@ -29,8 +29,7 @@ from robust_flatness.functional.checks import (
     check_examples,
     errors_on_all_ranks,
 )
-from robust_flatness.measures.base import Split
-from robust_flatness.measures.processes import Examples
+from robust_flatness.measures.base import Examples, Split
 
 Normalization = tuple[Sequence[float], Sequence[float]]
 # How far pixels may be outside of [0, 1] after a normalisation was undone.
@@ -293,7 +292,7 @@ def _has_split_dataset(trainer: Trainer, split: str) -> bool:
 def _channels(normalization: Normalization) -> list[Tensor]:
     """Mean and standard deviation, `(C, 1, 1)` each, float64."""
     mean, std = (torch.tensor(list(v), dtype=torch.float64).view(-1, 1, 1) for v in normalization)
-    if mean.shape != std.shape or not mean.isfinite().all() or not (0 < std).all():
+    if mean.shape != std.shape or not mean.isfinite().all() or not (std > 0).all():
         raise ValueError(
             "Expected `normalization` to be (mean, std), a finite number and one > 0 for each "
             f"channel, but got {normalization}."

@@ -1,6 +1,5 @@
 """Callbacks that measure a network while it trains, in any Lightning project."""
 
-from robust_flatness.callbacks.autoattack import AutoAttack
 from robust_flatness.callbacks.epoch_measures import (
     Curvature,
     EpochMeasure,
@@ -8,7 +7,12 @@ from robust_flatness.callbacks.epoch_measures import (
     RobustEvaluation,
     WorstCaseFlatness,
 )
-from robust_flatness.callbacks.final_evaluation import FinalEvaluation, FinalMeasure, evaluate
+from robust_flatness.callbacks.final_evaluation import (
+    AutoAttack,
+    FinalEvaluation,
+    FinalMeasure,
+    evaluate,
+)
 from robust_flatness.callbacks.landscape import Landscape
 from robust_flatness.callbacks.results import Results
 from robust_flatness.callbacks.robust_early_stopping import (

@@ -10,8 +10,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerFn
 
 from robust_flatness import measures
-from robust_flatness.callbacks.evaluation_context import averaged_weights
-from robust_flatness.callbacks.measuring import HoldsMeasure, MeasuringCallback
+from robust_flatness.callbacks.measuring import HoldsMeasure, MeasuringCallback, averaged_weights
 from robust_flatness.functional.checks import check_count
 
 

@@ -1,7 +1,8 @@
 """What is measured once, on the weights that training ends with and on the early-stopped ones."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -10,26 +11,31 @@ from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from robust_flatness.callbacks.evaluation_context import averaged_weights, swapped_weights
 from robust_flatness.callbacks.fixed_images import Normalization
 from robust_flatness.callbacks.measuring import (
     HoldsMeasure,
     MeasuringCallback,
+    averaged_weights,
+    swapped_weights,
     warn_if_results_stay,
 )
 from robust_flatness.callbacks.robust_early_stopping import early_stopping_of
 from robust_flatness.functional.checks import check_choice
 from robust_flatness.functional.flatness import Protocol
+from robust_flatness.loggers.epoch_csv import EpochCSVLogger
 from robust_flatness.measures import (
-    MEASURES,
+    AutoAttackError,
     AverageCaseFlatness,
+    Curvature,
     Measure,
     RobustLoss,
-    registered_measure,
+    WorstCaseFlatness,
 )
 from robust_flatness.measures.base import Split
 
 Metrics = dict[str, float]
+# In the run folder, until the run has ended.
+AUTOATTACK_FOLDER = "autoattack"
 
 
 class FinalMeasure(MeasuringCallback, HoldsMeasure):
@@ -206,16 +212,19 @@ class FinalEvaluation(FinalMeasure):
             raise ValueError(f"Expected `splits` to name some of {known} but got none.")
         for split in splits:
             check_choice("splits", split, get_args(Split))
-        self.splits, self.datasets = list(splits), dict(datasets or {})
         named = [extras] if isinstance(extras, str) else extras
-        self.extras = list(MEASURES) if "all" in named else list(named)
+        for extra in named:
+            check_choice("extras", extra, (*EXTRAS, "all"))
+        self.splits, self.datasets = list(splits), dict(datasets or {})
+        self.extras = list(EXTRAS) if "all" in named else list(named)
+        self.restarts, self.num_perturbations, self.xi = restarts, num_perturbations, xi
+        self.attack = {"steps": steps, **kwargs}
         self._measures: list[Measure] = [robust_loss]
-        settings = {**vars(robust_loss), "num_perturbations": num_perturbations, "xi": xi}
         if num_perturbations:
-            shared = {name: settings[name] for name in AverageCaseFlatness.protocol_arguments}
-            self._measures.append(AverageCaseFlatness(protocol=protocol, **shared))
-        settings["num_perturbations"] = max(1, num_perturbations)
-        self._measures += [registered_measure(name, settings) for name in self.extras]
+            directions = {"num_perturbations": num_perturbations, "xi": xi}
+            flatness = AverageCaseFlatness(protocol=protocol, **directions, **self.attack)
+            self._measures.append(flatness)
+        self._measures += [EXTRAS[extra](self) for extra in self.extras]
 
     @property
     def measures(self) -> Mapping[str, Sequence[Measure]]:
@@ -241,6 +250,62 @@ class FinalEvaluation(FinalMeasure):
             if pair[0] is not None and pair[1] is not None:
                 metrics[f"gap/{name}"] = pair[0] - pair[1]
         return metrics
+
+
+# Measures by name. An extra takes from the evaluation what it shares with it: `attack` is the
+# arguments of `AttackMeasure`.
+EXTRAS: dict[str, Callable[[FinalEvaluation], Measure]] = {
+    "clean": lambda e: AverageCaseFlatness(
+        loss="clean", num_perturbations=max(1, e.num_perturbations), xi=e.xi, **e.attack
+    ),
+    "worst": lambda e: WorstCaseFlatness(restarts=e.restarts, **e.attack),
+    "clean_worst": lambda e: WorstCaseFlatness(loss="clean", restarts=e.restarts, **e.attack),
+    "curvature": lambda e: Curvature(batch_size=e.measure.batch_size, seed=e.measure.seed),
+}
+
+
+class _HoldsAutoAttack(HoldsMeasure):
+    measure: AutoAttackError
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(AutoAttackError(**kwargs))
+
+
+class AutoAttack(FinalMeasure, _HoldsAutoAttack):
+    """Logs AutoAttack's robust error (Croce & Hein, 2020) of last and early-stopped weights.
+
+    Runs at the end of `fit` and in `test`. Logs `test/autoattack_error` and
+    `test/autoattack_error_early_stopped`, see `measures.AutoAttackError`. In a run folder, which an
+    `EpochCSVLogger` names, verdicts of finished chunks are kept until the run has ended: a run that
+    was killed in between reads them from there.
+
+    Args:
+        **kwargs: Arguments of `FixedImages` and of `measures.AutoAttackError`.
+
+    Raises:
+        ValueError: If an argument is out of range; before training, if an attack does not work
+            with the number of classes or the size of the images.
+
+    Example:
+        >>> AutoAttack(num_examples=64).state_key
+        'AutoAttack[test]'
+    """
+
+    def logged_name(self, name: str, weights: str) -> str:
+        """`test/autoattack_error` and `test/autoattack_error_early_stopped`."""
+        return name if weights == "final" else f"{name}_early_stopped"
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Receives the run folder from the first process."""
+        super().setup(trainer, pl_module, stage)
+        tables = [logger for logger in trainer.loggers if isinstance(logger, EpochCSVLogger)]
+        folder = trainer.strategy.broadcast(tables[0].log_dir if tables else None)
+        self.measure.folder = None if folder is None else Path(folder) / AUTOATTACK_FOLDER
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Removes the verdicts when all callbacks have ended: results have been written."""
+        if trainer.is_global_zero:
+            self.measure.remove_verdicts()
 
 
 class _Network(LightningModule):

@@ -29,8 +29,7 @@ from robust_flatness.functional.checks import (
     check_examples,
     errors_on_all_ranks,
 )
-from robust_flatness.measures.base import Split
-from robust_flatness.measures.processes import Examples
+from robust_flatness.measures.base import Examples, Split
 
 Normalization = tuple[Sequence[float], Sequence[float]]
 # How far pixels may be outside of [0, 1] after a normalisation was undone.

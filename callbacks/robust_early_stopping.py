@@ -10,8 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from robust_flatness.callbacks.epoch_measures import EpochMeasure, RobustEvaluation
-from robust_flatness.callbacks.evaluation_context import averaged_weights, is_finite
-from robust_flatness.callbacks.measuring import warn_if_results_stay
+from robust_flatness.callbacks.measuring import averaged_weights, is_finite, warn_if_results_stay
 from robust_flatness.functional.checks import check_count
 from robust_flatness.measures.base import Split
 

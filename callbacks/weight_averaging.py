@@ -15,12 +15,12 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn, update_bn
 from torch.utils.data import Dataset
 from typing_extensions import override
 
-from robust_flatness.callbacks.evaluation_context import (
+from robust_flatness.callbacks.fixed_images import FixedImages, Normalization, PixelInput
+from robust_flatness.callbacks.measuring import (
     averaged_weights,
     copy_weights,
     own_weights,
 )
-from robust_flatness.callbacks.fixed_images import FixedImages, Normalization, PixelInput
 from robust_flatness.functional.checks import check_choice, check_count, check_number
 from robust_flatness.functional.evaluation import HALF, full_float32
 from robust_flatness.measures.base import Split

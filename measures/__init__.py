@@ -9,21 +9,13 @@ Example:
 
 from robust_flatness.measures.autoattack import AutoAttackError
 from robust_flatness.measures.average_case_flatness import AverageCaseFlatness
-from robust_flatness.measures.base import (
-    MEASURES,
-    AttackMeasure,
-    Examples,
-    Measure,
-    register,
-    registered_measure,
-)
+from robust_flatness.measures.base import AttackMeasure, Examples, Measure, Processes
 from robust_flatness.measures.curvature import Curvature
 from robust_flatness.measures.landscape import LossLandscape
 from robust_flatness.measures.robust_loss import RobustLoss
 from robust_flatness.measures.worst_case_flatness import WorstCaseFlatness
 
 __all__ = [
-    "MEASURES",
     "AttackMeasure",
     "AutoAttackError",
     "AverageCaseFlatness",
@@ -31,8 +23,7 @@ __all__ = [
     "Examples",
     "LossLandscape",
     "Measure",
+    "Processes",
     "RobustLoss",
     "WorstCaseFlatness",
-    "register",
-    "registered_measure",
 ]

@@ -1,5 +1,6 @@
 """Robust error by AutoAttack, the official package."""
 
+import copy
 import hashlib
 import logging
 import math
@@ -14,18 +15,19 @@ from typing import Any, get_args
 import numpy as np
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-from robust_flatness.functional.checks import (
-    Eps,
-    check_choice,
-    check_count,
-    check_radius,
-)
+from robust_flatness.functional.checks import Eps, check_choice, check_count, check_radius
 from robust_flatness.functional.evaluation import logits_function, predicted_classes
 from robust_flatness.functional.noise import Norm
+<<<<<<< HEAD
 from robust_flatness.measures.base import DEFAULT_EPS, Measure
 from robust_flatness.measures.processes import Examples
 from robust_flatness.run_folder.files import write_arrays
+=======
+from robust_flatness.measures.base import DEFAULT_EPS, Examples, Measure
+from robust_flatness.run_folder.atomic_write import write_arrays
+>>>>>>> callbacks
 
 # The fewest classes that each attack works with: the DLR loss divides by the gap between the first
 # and third largest logits, the targeted one by that to the fourth.
@@ -118,17 +120,26 @@ class AutoAttackError(Measure):
             version = "custom"
         check_choice("version", version, (*VERSIONS, "custom"))
         check_choice("norm", norm, get_args(Norm))
-        if eps is not None:
-            check_radius("eps", eps, norm)
         _check_attacks(version, attacks)
         self.version, self.attacks, self.eps, self.norm = version, attacks, eps, norm
+        self.radius = DEFAULT_EPS if eps is None else eps
+        check_radius("eps", self.radius, norm)
 
+    @override
+    def with_default_eps(self, eps: float) -> "AutoAttackError":
+        if self.eps is not None:
+            return self
+        check_radius("data.eps", eps, self.norm)
+        measure = copy.copy(self)
+        measure.radius = eps
+        return measure
+
+    @override
     def check(self, network: nn.Module, images: Tensor, num_classes: int) -> None:
-        """Raises if an attack does not work with the number of classes or the image size."""
         self._attacks_for(num_classes, images)
 
+    @override
     def measure(self, network: nn.Module, examples: Examples) -> Verdicts:
-        """Attacks chunk by chunk."""
         # FAB calls `backward`, which would add to existing gradients of the parameters.
         network.requires_grad_(False)
         correct = torch.zeros(len(examples), dtype=torch.bool)
@@ -148,9 +159,9 @@ class AutoAttackError(Measure):
         robust = predicted_classes(logits) == labels
         version, attacks = self._attacks_for(logits.shape[1], images)
         # With a radius of 0 there is nothing to search, and some attacks divide by it.
-        if self._radius == 0 or not robust.any():
+        if self.radius == 0 or not robust.any():
             return robust
-        settings = {"eps": self._radius, "version": version, "attacks": attacks}
+        settings = {"eps": self.radius, "version": version, "attacks": attacks}
         chunk = (images[robust].float(), labels[robust], logits.shape[1])
         try:
             verdicts = self._run_official(_Finite(network, images), *chunk, settings)
@@ -160,31 +171,22 @@ class AutoAttackError(Measure):
         robust[robust.clone()] = verdicts
         return robust
 
+    @override
     def metric_names(self, split: str) -> tuple[str, ...]:
-        """`test/autoattack_error`."""
         return (f"{split}/autoattack_error",)
 
+    @override
     def values(self, result: Verdicts) -> tuple[float, ...]:
-        """The robust error."""
         return (result.robust_error,)
 
+    @override
     def arrays(self, result: Verdicts, split: str) -> dict[str, Tensor]:
-        """The verdicts."""
         return {f"{split}/autoattack_correct": result.correct}
 
     @property
-    def description(self) -> str:
-        """The chunks."""
-        return f"AutoAttack, chunks of {self.batch_size}"
-
-    @property
-    def num_attacks(self) -> int:
-        """One call for each chunk."""
-        return 1
-
-    @property
-    def _radius(self) -> float:
-        return DEFAULT_EPS if self.eps is None else self.eps
+    @override
+    def progress(self) -> tuple[str, int]:
+        return f"AutoAttack, chunks of {self.batch_size}", 1
 
     def _run_official(
         self,
@@ -251,24 +253,14 @@ class AutoAttackError(Measure):
     def _fingerprint(
         self, network: nn.Module, images: Tensor, labels: Tensor, first_index: int
     ) -> str:
-        settings = {
-            "version": self.version,
-            "attacks": self.attacks,
-            "eps": self._radius,
-            "norm": self.norm,
-            "seed": self.seed,
-            "first index": first_index,
-            # Random numbers differ between devices, and may differ between versions.
-            "device": images.device.type,
-            "versions": [installed_version(name) for name in ("pyautoattack", "torch")],
-        }
-        digest = hashlib.sha256(repr(settings).encode())
+        # Random numbers differ between devices, and may differ between versions.
+        versions = [installed_version(name) for name in ("pyautoattack", "torch")]
+        settings = (self.version, self.attacks, self.radius, self.norm, self.seed, first_index)
+        digest = hashlib.sha256(repr((settings, images.device.type, versions)).encode())
         tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
         for name, tensor in {**tensors, "images": images, "labels": labels}.items():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            # Bytes, because NumPy lacks some of the types.
-            flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-            digest.update(flat.numpy().tobytes())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:32]
 
     def remove_verdicts(self) -> None:

@@ -3,6 +3,7 @@
 from typing import Any, get_args
 
 from torch import Tensor, nn
+from typing_extensions import override
 
 from robust_flatness.functional.checks import check_choice, check_count, check_number
 from robust_flatness.functional.flatness import (
@@ -10,17 +11,16 @@ from robust_flatness.functional.flatness import (
     FlatnessResult,
     LossKind,
     Protocol,
-    average_case_flatness,
+    measure_flatness,
 )
 from robust_flatness.functional.weight_perturbation import Distribution, RelativeTo
-from robust_flatness.measures.base import AttackMeasure, Examples, register
+from robust_flatness.measures.base import AttackMeasure, Examples
 
 
-@register("clean", loss="clean")
 class AverageCaseFlatness(AttackMeasure):
     """How much RLoss rises if weights move in random directions (Eq. 1); lower is flatter.
 
-    Names are `flatness/average/test` and, of several directions, the standard error over them,
+    Metrics are `flatness/average/test` and, of several directions, the standard error over them,
     `flatness/average/test_sem`; for the clean loss `flatness/clean_average/…`. The defaults are
     the paper's: PGD-20, 10 directions and ξ = 0.5.
 
@@ -47,7 +47,6 @@ class AverageCaseFlatness(AttackMeasure):
     """
 
     moves_weights = True
-    protocol_arguments = (*AttackMeasure.protocol_arguments, "num_perturbations", "xi")
 
     def __init__(
         self,
@@ -69,20 +68,17 @@ class AverageCaseFlatness(AttackMeasure):
         check_choice("loss", loss, get_args(LossKind))
         check_choice("distribution", distribution, get_args(Distribution))
         check_choice("relative_to", relative_to, get_args(RelativeTo))
-        self.num_perturbations, self.xi, self.protocol, self.loss = (
-            num_perturbations,
-            xi,
-            protocol,
-            loss,
-        )
-        self.distribution, self.relative_to, self.per_batch = distribution, relative_to, per_batch
+        self.num_perturbations, self.xi, self.protocol = num_perturbations, xi, protocol
+        self.loss, self.distribution, self.relative_to = loss, distribution, relative_to
+        self.per_batch = per_batch
 
+    @override
     def measure(self, network: nn.Module, examples: Examples) -> FlatnessResult:
-        """Losses at the weights and at each perturbation of them."""
-        return average_case_flatness(
+        return measure_flatness(
             network,
             examples.images,
             examples.labels,
+            self.pgd,
             xi=self.xi,
             num_perturbations=self.num_perturbations,
             protocol=self.protocol,
@@ -90,45 +86,35 @@ class AverageCaseFlatness(AttackMeasure):
             distribution=self.distribution,
             relative_to=self.relative_to,
             per_batch=self.per_batch,
-            **self.settings(examples),
+            **self.shared(examples),
         )
 
+    @override
     def metric_names(self, split: str) -> tuple[str, ...]:
-        """`flatness/average/test`, and its standard error."""
         kind = "average" if self.loss == "robust" else "clean_average"
         name = f"flatness/{kind}/{split}"
         return (name, f"{name}_sem") if self.num_perturbations > 1 else (name,)
 
+    @override
     def values(self, result: FlatnessResult) -> tuple[float, ...]:
-        """Value and standard error over directions."""
         return result.value, result.standard_error
 
+    @override
     def arrays(self, result: FlatnessResult, split: str) -> dict[str, Tensor]:
-        """Mean rise of each image's loss."""
         return {self.metric_names(split)[0]: result.increases.mean(dim=0)}
 
     @property
-    def description(self) -> str:
-        """Directions and attack."""
-        restarts = self._num_restarts[1]
-        attack = "clean" if self.loss == "clean" else f"PGD-{self.steps} × {restarts} restarts"
-        return f"flatness, {self.num_perturbations} directions × {attack}"
-
-    @property
-    def _num_restarts(self) -> tuple[int, int]:
-        """Restarts at the weights, and at each perturbation of them."""
+    @override
+    def progress(self) -> tuple[str, int]:
+        reference, restarts = self.restarts, self.restarts
         if self.loss == "clean":
-            return 1, 1
-        paper = self.protocol == "paper"
-        return (PAPER_REFERENCE_RESTARTS, 1) if paper else (self.restarts, self.restarts)
+            reference, restarts = 1, 1
+        elif self.protocol == "paper":
+            reference, restarts = PAPER_REFERENCE_RESTARTS, 1
+        attack = "clean" if self.loss == "clean" else f"PGD-{self.pgd.steps} × {restarts} restarts"
+        text = f"flatness, {self.num_perturbations} directions × {attack}"
+        return text, reference + self.num_perturbations * restarts
 
-    @property
-    def num_attacks(self) -> int:
-        """Restarts at the weights and at each perturbation of them."""
-        reference, restarts = self._num_restarts
-        return reference + self.num_perturbations * restarts
-
+    @override
     def passes(self) -> tuple[int, int]:
-        """Those of all attacks."""
-        steps = 0 if self.loss == "clean" else self.steps
-        return self.num_attacks * (steps + 1), self.num_attacks * steps
+        return (self.progress[1], 0) if self.loss == "clean" else super().passes()

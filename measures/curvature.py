@@ -3,17 +3,17 @@
 from typing import Any
 
 from torch import nn
+from typing_extensions import override
 
 from robust_flatness.functional.checks import check_number
 from robust_flatness.functional.hessian import HessianResult, hessian_extreme_eigenvalues
-from robust_flatness.measures.base import Examples, Measure, register
+from robust_flatness.measures.base import Examples, Measure
 
 
-@register("curvature")
 class Curvature(Measure):
     """Extreme eigenvalues of the Hessian of the mean clean loss.
 
-    Names are `hessian/max_eigenvalue`, `hessian/min_eigenvalue` and `hessian/convexity`,
+    Metrics are `hessian/max_eigenvalue`, `hessian/min_eigenvalue` and `hessian/convexity`,
     |λ_min| / |λ_max|; for another split than `test`, `hessian/train/max_eigenvalue` and so on. The
     paper sums four mean losses, so that its eigenvalues are about four times these. Eigenvalues
     depend on the scale of layers that a BatchNorm follows; flatness does not.
@@ -37,8 +37,8 @@ class Curvature(Measure):
         check_number("tolerance", tolerance, low=1e-12, high=1)
         self.tolerance = tolerance
 
+    @override
     def measure(self, network: nn.Module, examples: Examples) -> HessianResult:
-        """Eigenvalues and eigenvectors."""
         return hessian_extreme_eigenvalues(
             network,
             examples.images,
@@ -48,13 +48,13 @@ class Curvature(Measure):
             batch_size=self.batch_size,
         )
 
+    @override
     def metric_names(self, split: str) -> tuple[str, ...]:
-        """`hessian/max_eigenvalue`, …."""
         prefix = "hessian" if split == "test" else f"hessian/{split}"
         names = ("max_eigenvalue", "min_eigenvalue", "convexity")
         return tuple(f"{prefix}/{name}" for name in names)
 
+    @override
     def values(self, result: HessianResult) -> tuple[float | None, ...]:
-        """Largest and smallest eigenvalue, and their ratio."""
         ratio = None if result.max_eigenvalue == 0 else result.convexity_ratio
         return result.max_eigenvalue, result.min_eigenvalue, ratio

@@ -1,41 +1,44 @@
 """The loss around the weights."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, get_args
 
 from torch import nn
+from typing_extensions import override
 
-from robust_flatness.functional.checks import check_choice, check_count, check_number
+from robust_flatness.functional.checks import check_choice, check_count
 from robust_flatness.functional.directions import (
     ASCENT_STEPS,
     COUNT,
     LENGTH,
     Direction,
     DirectionKind,
-    weight_directions,
+    check_direction_kind,
+    make_directions,
 )
 from robust_flatness.functional.flatness import LossKind
 from robust_flatness.functional.landscape import (
     LandscapeResult,
     SurfaceResult,
-    loss_landscape,
-    loss_surface,
+    attack_of,
+    measure_landscape,
+    measure_surface,
     steps_along,
 )
 from robust_flatness.functional.weight_perturbation import RelativeTo
-from robust_flatness.measures.base import AttackMeasure
-from robust_flatness.measures.processes import Examples, Processes
+from robust_flatness.measures.base import AttackMeasure, Examples, Processes
 
 SURFACE = "surface"
-Landscapes = dict[str, LandscapeResult | SurfaceResult]
 
 
 class LossLandscape(AttackMeasure):
     """RLoss along directions through the weights, and on a plane (Fig. 4); it has no metric.
 
-    Costs `num_directions · num_steps` attacks on each image for each kind of direction, and
+    The result is a dictionary of landscapes by kind of direction, and `surface`. It costs
+    `num_directions · num_steps` attacks on each image for each kind of direction, and
     `surface_steps²` for a surface.
 
     Args:
@@ -70,85 +73,77 @@ class LossLandscape(AttackMeasure):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        check_count("num_directions", num_directions, low=1)
         check_count("num_steps", num_steps, low=2)
-        check_choice("relative_to", relative_to, get_args(RelativeTo))
         check_choice("loss", loss, get_args(LossKind))
         check_count("surface_steps", surface_steps, low=2 if surface_steps else 0)
-        check_number("length", 0.0 if length is None else length)
         for kind in directions:
             check_choice("directions", kind, get_args(DirectionKind))
+        check_direction_kind("random", num_directions, relative_to, length)
         self.directions, self.num_directions = list(directions), num_directions
         self.num_steps, self.surface_steps = num_steps, surface_steps
         self.relative_to, self.length, self.loss = relative_to, length, loss
 
+    @override
     def measure_set(
         self, network: nn.Module, examples: Examples, processes: Processes
-    ) -> Landscapes:
-        """Landscapes by kind of direction; the surface is called `surface`."""
-        attempts = self.restarts if self.loss == "robust" and self.steps else 1
-        attack = f"PGD-{self.steps}" if self.loss == "robust" else "clean"
+    ) -> dict[str, LandscapeResult | SurfaceResult]:
         share_out = partial(
             processes.share_out,
             examples=examples,
             chunk=self.batch_size,
             common_fields=("coordinates",),
         )
-        landscapes: Landscapes = {}
+        pgd = attack_of(self.loss, self.pgd)
+        attack = f"PGD-{pgd.steps}" if pgd.steps else "clean"
+        attempts = self.restarts if pgd.steps else 1
+        landscapes: dict[str, LandscapeResult | SurfaceResult] = {}
         for kind in self.directions:
             count = COUNT[kind] if kind == "hessian" else self.num_directions
-            chosen: DirectionKind | list[Direction] = kind
+            directions = None
             if kind != "random":
-                chosen = self._directions(network, examples, processes, kind, count)
+                directions = self._agreed_directions(network, examples, processes, kind, count)
+            text = f"landscape, {count} {kind} × {self.num_steps} × {attack}"
             landscapes[kind] = share_out(
-                partial(self._along, network, kind, chosen),
-                text=f"landscape, {count} {kind} × {self.num_steps} × {attack}",
-                attacks=count * self.num_steps * attempts,
+                partial(self._landscape, network, kind, directions),
+                progress=(text, count * self.num_steps * attempts),
             )
         if self.surface_steps:
             side = self.surface_steps
             landscapes[SURFACE] = share_out(
                 partial(self._surface, network),
-                text=f"surface, {side} × {side} × {attack}",
-                attacks=side**2 * attempts,
+                progress=(f"surface, {side} × {side} × {attack}", side**2 * attempts),
             )
         return landscapes
 
-    def _along(
+    def _landscape(
         self,
         network: nn.Module,
         kind: DirectionKind,
-        directions: DirectionKind | list[Direction],
-        examples: Examples,
+        directions: Iterable[Direction] | None,
+        share: Examples,
     ) -> LandscapeResult:
-        steps = steps_along(kind, self.num_steps, None)
-        return loss_landscape(
+        return measure_landscape(
             network,
-            examples.images,
-            examples.labels,
-            directions=directions,
-            num_directions=self.num_directions,
-            relative_to=self.relative_to,
-            length=self.length,
-            num_steps=self.num_steps,
-            extent=(steps[0], steps[-1]),
-            loss=self.loss,
-            **self.settings(examples),
+            share.images,
+            share.labels,
+            attack_of(self.loss, self.pgd),
+            directions=directions or self._directions(network, share, kind, self.num_directions),
+            coordinates=steps_along(kind, self.num_steps, None),
+            **self.shared(share),
         )
 
-    def _surface(self, network: nn.Module, examples: Examples) -> SurfaceResult:
-        return loss_surface(
+    def _surface(self, network: nn.Module, share: Examples) -> SurfaceResult:
+        return measure_surface(
             network,
-            examples.images,
-            examples.labels,
-            relative_to=self.relative_to,
-            length=self.length,
-            num_steps=self.surface_steps,
-            loss=self.loss,
-            **self.settings(examples),
+            share.images,
+            share.labels,
+            attack_of(self.loss, self.pgd),
+            directions=list(self._directions(network, share, "random", 2)),
+            coordinates=steps_along("random", self.surface_steps, None),
+            **self.shared(share),
         )
 
-    def _directions(
+    def _agreed_directions(
         self,
         network: nn.Module,
         examples: Examples,
@@ -157,37 +152,41 @@ class LossLandscape(AttackMeasure):
         count: int,
     ) -> list[Direction]:
         """Directions that depend on the images: each process computes them on the whole set."""
-        settings = self.settings(examples)
-        del settings["restarts"]
-        if self.loss == "clean":
-            settings["steps"] = 0
         batches = math.ceil(len(examples) / self.batch_size)
         attacks = count * ASCENT_STEPS * batches if kind == "adversarial" else 0
-        with processes.progress(f"{kind} directions", attacks) as settings["on_attack"]:
-            directions: list[Direction] = list(
-                weight_directions(
-                    network,
-                    *processes.moved(examples.images, examples.labels),
-                    kind=kind,
-                    num_directions=count,
-                    relative_to=self.relative_to,
-                    length=self.length,
-                    **settings,
-                )
-            )
+        with processes.bar(f"{kind} directions", attacks) as advance:
+            whole = replace(processes.moved(examples), progress=advance)
+            directions = list(self._directions(network, whole, kind, count))
         # On GPUs the last digits of two processes may differ.
         processes.broadcast(directions)
         return directions
 
-    def length_of(self, kind: str) -> float:
-        """Relative length of directions of a kind."""
-        kind = "random" if kind == SURFACE else kind
+    def _directions(
+        self, network: nn.Module, examples: Examples, kind: DirectionKind, count: int
+    ) -> Iterable[Direction]:
+        settings = self.shared(examples)
+        del settings["restarts"]
+        return make_directions(
+            network,
+            examples.images,
+            examples.labels,
+            attack_of(self.loss, self.pgd),
+            kind=kind,
+            num_directions=count,
+            relative_to=self.relative_to,
+            length=self.length,
+            **settings,
+        )
+
+    def length_of(self, name: str) -> float:
+        """Relative length of the directions of a landscape."""
+        kind = "random" if name == SURFACE else name
         return LENGTH[kind] if self.length is None else self.length
 
+    @override
     def metric_names(self, split: str) -> tuple[str, ...]:
-        """None."""
         return ()
 
-    def values(self, result: Landscapes) -> tuple[float | None, ...]:
-        """None."""
+    @override
+    def values(self, result: Any) -> tuple[float | None, ...]:
         return ()

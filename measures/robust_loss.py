@@ -1,8 +1,9 @@
 """Robust loss and robust error."""
 
 from torch import Tensor, nn
+from typing_extensions import override
 
-from robust_flatness.functional.robust_loss import RobustnessResult, evaluate_robustness
+from robust_flatness.functional.robust_loss import RobustnessResult, measure_robustness
 from robust_flatness.measures.base import AttackMeasure, Examples
 
 # Metrics of the training images must not be taken for those of training batches.
@@ -12,12 +13,13 @@ PREFIX = {"train": "train_eval", "val": "val", "test": "test"}
 class RobustLoss(AttackMeasure):
     """Error, RLoss and RErr, and RLoss of the correct and of the incorrect examples (Fig. 2).
 
-    Names are `test/error`, `test/robust_loss`, `test/robust_error`, `test/robust_loss_correct`
+    Metrics are `test/error`, `test/robust_loss`, `test/robust_error`, `test/robust_loss_correct`
     and `test/robust_loss_incorrect`; for the training images they begin with `train_eval/`.
     Without correct, or incorrect, examples the RLoss of these is left out. An example whose logits
     are not finite counts as misclassified, and RLoss is not finite.
 
-    Args are those of `AttackMeasure`.
+    Args:
+        **kwargs: Arguments of `AttackMeasure`.
 
     Example:
         >>> images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -27,22 +29,19 @@ class RobustLoss(AttackMeasure):
         True
     """
 
-    protocol_arguments = (*AttackMeasure.protocol_arguments, "restarts")
-
+    @override
     def measure(self, network: nn.Module, examples: Examples) -> RobustnessResult:
-        """Attacks each image with all restarts."""
-        return evaluate_robustness(
-            network, examples.images, examples.labels, **self.settings(examples)
-        )
+        images, labels = examples.images, examples.labels
+        return measure_robustness(network, images, labels, self.pgd, **self.shared(examples))
 
+    @override
     def metric_names(self, split: str) -> tuple[str, ...]:
-        """`test/error`, `test/robust_loss`, …."""
-        names = ("error", "robust_loss", "robust_error")
-        names += ("robust_loss_correct", "robust_loss_incorrect")
+        names = ["error", "robust_loss", "robust_error"]
+        names += ["robust_loss_correct", "robust_loss_incorrect"]
         return tuple(f"{PREFIX[split]}/{name}" for name in names)
 
+    @override
     def values(self, result: RobustnessResult) -> tuple[float | None, ...]:
-        """The means."""
         correct = result.clean_correct
         return (
             result.error,
@@ -52,8 +51,8 @@ class RobustLoss(AttackMeasure):
             None if correct.all() else result.robust_loss_incorrect,
         )
 
+    @override
     def arrays(self, result: RobustnessResult, split: str) -> dict[str, Tensor]:
-        """Losses and verdicts, clean and attacked."""
         arrays = {
             "clean_loss": result.clean_losses,
             "clean_correct": result.clean_correct,
@@ -63,15 +62,12 @@ class RobustLoss(AttackMeasure):
         return {f"{PREFIX[split]}/{name}": values for name, values in arrays.items()}
 
     @property
-    def description(self) -> str:
-        """The attack."""
-        return f"RLoss, PGD-{self.steps} × {self.restarts} restarts"
+    @override
+    def progress(self) -> tuple[str, int]:
+        return f"RLoss, PGD-{self.pgd.steps} × {self.restarts} restarts", self.restarts
 
-    @property
-    def num_attacks(self) -> int:
-        """One for each restart."""
-        return self.restarts
-
+    @override
     def passes(self) -> tuple[int, int]:
-        """The attacks, and one forward of the clean images."""
-        return self.restarts * (self.steps + 1) + 1, self.restarts * self.steps
+        forward, backward = super().passes()
+        # The clean images.
+        return forward + 1, backward

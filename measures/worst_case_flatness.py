@@ -3,23 +3,22 @@
 from typing import Any, get_args
 
 from torch import Tensor, nn
+from typing_extensions import override
 
 from robust_flatness.functional.attack import Keep
 from robust_flatness.functional.checks import check_choice, check_count, check_number
 from robust_flatness.functional.flatness import LossKind
 from robust_flatness.functional.worst_case_flatness import (
     WorstCaseFlatnessResult,
-    worst_case_flatness,
+    measure_worst_case_flatness,
 )
-from robust_flatness.measures.base import AttackMeasure, Examples, register
+from robust_flatness.measures.base import AttackMeasure, Examples
 
 
-@register("worst")
-@register("clean_worst", loss="clean")
 class WorstCaseFlatness(AttackMeasure):
     """How much RLoss rises if weights move in the worst direction; lower is flatter.
 
-    The name is `flatness/worst/test`, or `flatness/clean_worst/test` for the clean loss. The
+    The metric is `flatness/worst/test`, or `flatness/clean_worst/test` for the clean loss. The
     defaults are those of the paper's tables: 20 steps of joint ascent, 10 restarts and ξ = 0.003.
     That costs about twice what the average case does.
 
@@ -45,7 +44,6 @@ class WorstCaseFlatness(AttackMeasure):
     """
 
     moves_weights = True
-    protocol_arguments = (*AttackMeasure.protocol_arguments, "restarts")
 
     def __init__(
         self,
@@ -69,47 +67,45 @@ class WorstCaseFlatness(AttackMeasure):
         self.xi, self.weight_step, self.loss = xi, weight_step, loss
         self.keep, self.per_batch = keep, per_batch
 
+    @override
     def measure(self, network: nn.Module, examples: Examples) -> WorstCaseFlatnessResult:
-        """Losses at the weights and at the end of each restart."""
-        return worst_case_flatness(
+        return measure_worst_case_flatness(
             network,
             examples.images,
             examples.labels,
+            self.pgd,
             xi=self.xi,
             weight_step=self.weight_step,
             loss=self.loss,
             keep=self.keep,
             per_batch=self.per_batch,
             sharing=examples.sharing,
-            **self.settings(examples),
+            **self.shared(examples),
         )
 
+    @override
     def metric_names(self, split: str) -> tuple[str, ...]:
-        """`flatness/worst/test`."""
         kind = "worst" if self.loss == "robust" else "clean_worst"
         return (f"flatness/{kind}/{split}",)
 
+    @override
     def values(self, result: WorstCaseFlatnessResult) -> tuple[float, ...]:
-        """Mean rise in the worst restart."""
         return (result.value,)
 
+    @override
     def arrays(self, result: WorstCaseFlatnessResult, split: str) -> dict[str, Tensor]:
-        """Rise of each image's loss in the worst restart."""
         return {self.metric_names(split)[0]: result.increases[result.worst_restart]}
 
     @property
-    def description(self) -> str:
-        """Restarts and steps."""
-        return f"worst-case flatness, {self.restarts} × {self.steps} steps"
+    @override
+    def progress(self) -> tuple[str, int]:
+        reference = self.restarts if self.loss == "robust" else 1
+        text = f"worst-case flatness, {self.restarts} × {self.pgd.steps} steps"
+        return text, reference + self.restarts
 
-    @property
-    def num_attacks(self) -> int:
-        """Reference attacks and ascents."""
-        return (self.restarts if self.loss == "robust" else 1) + self.restarts
-
+    @override
     def passes(self) -> tuple[int, int]:
-        """Attacks at the weights, and as many ascents, which cost as much as an attack."""
-        forward, backward = self.restarts * (self.steps + 1), self.restarts * self.steps
-        if self.loss == "clean":
-            return 1 + forward, backward
-        return 2 * forward, 2 * backward
+        forward, backward = super().passes()
+        # The reference is a forward of the images themselves.
+        steps = self.pgd.steps if self.loss == "clean" else 0
+        return forward - steps, backward - steps

@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 from trainers import PLAIN, dataset, loader, quiet_trainer
 
 from robust_flatness.callbacks import AutoAttack, RobustEarlyStopping
-from robust_flatness.callbacks.autoattack import FOLDER
+from robust_flatness.callbacks.final_evaluation import AUTOATTACK_FOLDER as FOLDER
 from robust_flatness.lightning_modules import AT
 from robust_flatness.loggers import EpochCSVLogger
 from robust_flatness.measures import AutoAttackError

@@ -22,7 +22,7 @@ from torch import nn
 from trainers import ToyData, quiet_trainer
 
 from robust_flatness.callbacks import Flatness, RobustEarlyStopping, RobustEvaluation
-from robust_flatness.callbacks.evaluation_context import (
+from robust_flatness.callbacks.measuring import (
     averaged_weights,
     own_weights,
     swapped_weights,

@@ -19,7 +19,7 @@ from robust_flatness.callbacks import (
     RobustEarlyStopping,
     RobustEvaluation,
 )
-from robust_flatness.callbacks.evaluation_context import evaluation_context, swapped_weights
+from robust_flatness.callbacks.measuring import evaluation_context, swapped_weights
 
 LIGHT = {"num_examples": 12, "steps": 2, "eps": 0.1, "batch_size": 5}
 

@@ -9,7 +9,7 @@ from torch import nn
 from trainers import PLAIN, ToyData, quiet_trainer
 
 from robust_flatness.callbacks import RobustEarlyStopping, WeightAveraging, WeightClipping
-from robust_flatness.callbacks.evaluation_context import averaged_weights
+from robust_flatness.callbacks.measuring import averaged_weights
 from robust_flatness.lightning_modules import AT, ATAWP
 from robust_flatness.networks import SmallResNet
 

@@ -19,7 +19,7 @@ from networks_for_tests import same
 from trainers import ToyData, quiet_trainer
 
 from robust_flatness.lightning_modules import ATAWP
-from robust_flatness.measures.processes import Processes
+from robust_flatness.measures.base import Processes
 
 SCRIPT = Path(__file__).parent / "two_processes.py"
 

@@ -20,7 +20,7 @@ from distributed.uneven_ranks import (
 from networks_for_tests import same
 from trainers import quiet_trainer
 
-from robust_flatness.callbacks.autoattack import FOLDER
+from robust_flatness.callbacks.final_evaluation import AUTOATTACK_FOLDER as FOLDER
 
 SCRIPT = Path(__file__).parent / "uneven_ranks.py"
 

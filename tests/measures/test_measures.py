@@ -5,9 +5,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from networks_for_tests import images_and_labels, same, snapshot, tiny_network
+from networks_for_tests import images_and_labels, same, snapshot, tiny_body, tiny_network
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+from trainers import PLAIN, loader, quiet_trainer
 
+from robust_flatness.callbacks import EpochMeasure, FinalEvaluation, evaluate
+from robust_flatness.callbacks.final_evaluation import EXTRAS
 from robust_flatness.functional import (
     average_case_flatness,
     evaluate_robustness,
@@ -15,8 +19,8 @@ from robust_flatness.functional import (
     worst_case_flatness,
 )
 from robust_flatness.functional.evaluation import evaluation_context
+from robust_flatness.lightning_modules import AT
 from robust_flatness.measures import (
-    MEASURES,
     AutoAttackError,
     AverageCaseFlatness,
     Curvature,
@@ -24,10 +28,8 @@ from robust_flatness.measures import (
     Measure,
     RobustLoss,
     WorstCaseFlatness,
-    register,
-    registered_measure,
 )
-from robust_flatness.measures.processes import Processes
+from robust_flatness.measures.base import Processes
 
 ATTACK = {"eps": 0.1, "steps": 2, "batch_size": 5}
 FLAT = {**ATTACK, "num_perturbations": 3}
@@ -140,7 +142,7 @@ def test_passes_and_progress_are_those_announced(kind, function, settings):
     network, measure, bar = Counted(), kind(**settings), Bar()
     examples = Examples(*data(), range(13))
     with evaluation_context(network):
-        measure.measure_set(network, examples, Processes(progress=bar))
+        measure.measure_set(network, examples, Processes(bar=bar))
     if kind is Curvature:
         assert measure.passes() is None
         assert bar.totals == []
@@ -180,7 +182,7 @@ def test_the_radius_of_the_data_is_used_if_a_measure_names_none():
     assert AverageCaseFlatness().with_default_eps(0.25).pgd.eps == 0.25
     assert AverageCaseFlatness(eps=0.3).with_default_eps(0.25).pgd.eps == 0.3
     assert AverageCaseFlatness().pgd.eps == 8 / 255
-    assert AutoAttackError().with_default_eps(0.25).eps == 0.25
+    assert AutoAttackError().with_default_eps(0.25).radius == 0.25
     curvature = Curvature()
     assert curvature.with_default_eps(8) is curvature
     with pytest.raises(ValueError, match=r"`data.eps` to be in \[0, 1\] .* is 8/255"):
@@ -188,34 +190,40 @@ def test_the_radius_of_the_data_is_used_if_a_measure_names_none():
     RobustLoss(norm="l2").with_default_eps(8)
 
 
+@dataclass(frozen=True)
+class Margins:
+    margins: Tensor
+
+
+class Margin(Measure):
+    """A measure of somebody else."""
+
+    def measure(self, network, examples):
+        logits = network(examples.images).detach()
+        others = logits.scatter(1, examples.labels[:, None], -math.inf).amax(1)
+        return Margins(logits.gather(1, examples.labels[:, None])[:, 0] - others)
+
+    def metric_names(self, split):
+        return (f"margin/{split}",)
+
+    def values(self, result):
+        return (result.margins.mean().item(),)
+
+
 def test_a_new_measure_is_a_class_and_a_line(monkeypatch):
-    monkeypatch.setattr("robust_flatness.measures.base.MEASURES", dict(MEASURES))
-
-    @dataclass(frozen=True)
-    class Margins:
-        margins: Tensor
-
-    @register("margin")
-    class Margin(Measure):
-        def measure(self, network, examples):
-            logits = network(examples.images).detach()
-            others = logits.scatter(1, examples.labels[:, None], -math.inf).amax(1)
-            return Margins(logits.gather(1, examples.labels[:, None])[:, 0] - others)
-
-        def metric_names(self, split):
-            return (f"margin/{split}",)
-
-        def values(self, result):
-            return (result.margins.mean().item(),)
-
-    margin = registered_measure("margin", {"batch_size": 4, "seed": 1, "eps": 0.1})
-    assert isinstance(margin, Margin)
-    assert (margin.batch_size, margin.seed) == (4, 1)
-    result = margin(tiny_network(), *data())
+    result = Margin(batch_size=4)(tiny_network(), *data())
     assert result.margins.shape == (13,)
-    assert margin.metrics(result, "val") == {"margin/val": result.margins.mean().item()}
-    with pytest.raises(ValueError, match="`extras` to be one of .*curvature.* but got trace"):
-        registered_measure("trace", {})
+    metrics = {"margin/test": result.margins.mean().item()}
+    assert Margin().metrics(result, "test") == metrics
+    monkeypatch.setitem(EXTRAS, "margin", lambda e: Margin(batch_size=e.measure.batch_size))
+    final = FinalEvaluation(splits=["test"], extras="margin", steps=1, restarts=1, batch_size=4)
+    found = evaluate(tiny_network(), data(), [final], accelerator="cpu", enable_progress_bar=False)
+    assert metrics.items() <= found.items()
+    watch = EpochMeasure(measure=Margin(batch_size=4), dataset=TensorDataset(*data()))
+    trainer = quiet_trainer(callbacks=[watch])
+    trainer.fit(AT(tiny_body, **PLAIN), loader())
+    assert watch.state_key == "EpochMeasure[Margin, test]"
+    assert set(trainer.callback_metrics) >= {"margin/test"}
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ from robust_flatness.configs.parser import Parser, refusing, set_known, told
 from robust_flatness.configs.run_start import RunStart, check_monitors
 from robust_flatness.configs.signals import interrupted_status, resume_command, sigterm_exits
 from robust_flatness.datamodules import RobustDataModule
-from robust_flatness.datamodules.global_batches import GlobalBatches
+from robust_flatness.datamodules.batches import GlobalBatches
 from robust_flatness.loggers import EpochCSVLogger, EpochWandbLogger, make_wandb_logger
 from robust_flatness.run_folder.checkpoint_io import AtomicCheckpointIO
 

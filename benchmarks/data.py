@@ -13,16 +13,14 @@ from typing import Any
 import torch
 from rounds import Goal, Rounds, Variant, begin, benchmark_parser, print_goals
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_convert
 from torchvision import transforms as v1
 from torchvision.transforms import v2
 from torchvision.transforms.functional import to_pil_image
 
 from robust_flatness.datamodules.augmentation import Augment, Augmentation
-from robust_flatness.datamodules.global_batches import GlobalBatches
-from robust_flatness.datamodules.labelled_images import to_unit_range
-from robust_flatness.datamodules.resident import ResidentImages
-from robust_flatness.datamodules.training_loader import training_loader
+from robust_flatness.datamodules.batches import GlobalBatches
+from robust_flatness.datamodules.images import ResidentImages, to_unit_range
 
 OURS = "ours"
 
@@ -45,8 +43,8 @@ def batched(images: Tensor, batch: int, augment: Augment) -> Variant:
     resident = ResidentImages(images, torch.arange(len(images)) % 10)
     batches = GlobalBatches(batch, world_size=1, rank=0, seed=0)
     augmentation = Augmentation(augment, mean=(0.5,) * images.shape[1])
-    settings = {"batches": batches, "epoch": 0, "num_workers": 0, "pin_memory": False}
-    loader = training_loader(resident, None, 0.0, **settings)
+    sampler = batches.sampler(resident, epoch=0)
+    loader = DataLoader(resident, batch, sampler=sampler, collate_fn=default_convert)
 
     def epoch() -> None:
         for number, (chosen, _) in enumerate(loader):

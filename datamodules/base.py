@@ -1,21 +1,29 @@
-"""What the datamodules share: splits, data on the device, augmentation, and one order for all."""
+"""Base class of the datamodules: splits, images on the device, augmentation, global batches."""
 
 from abc import ABC, abstractmethod
+from functools import cached_property
 from typing import Any, cast, get_args
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_convert
 
 from robust_flatness.datamodules.augmentation import Augment, Augmentation
-from robust_flatness.datamodules.evaluation_images import EvaluationImages
-from robust_flatness.datamodules.global_batches import GlobalBatches, epochs_trained
-from robust_flatness.datamodules.labelled_images import LabelledImages, to_unit_range
-from robust_flatness.datamodules.mixed_batches import check_share
-from robust_flatness.datamodules.reading import check_images, read_splits
-from robust_flatness.datamodules.resident import ResidentImages
-from robust_flatness.datamodules.splits import Splits, SplitSizes, ValFrom, make_splits
-from robust_flatness.datamodules.training_loader import training_loader
+from robust_flatness.datamodules.batches import (
+    GlobalBatches,
+    MixedImages,
+    MixedSampler,
+    check_share,
+    epochs_trained,
+)
+from robust_flatness.datamodules.images import (
+    EvaluationImages,
+    LabeledImages,
+    ResidentImages,
+    channel_statistics,
+    to_unit_range,
+)
+from robust_flatness.datamodules.splits import SplitSizes, ValFrom, make_splits
 from robust_flatness.datamodules.unlabeled_files import read_unlabeled
 from robust_flatness.functional.checks import (
     Eps,
@@ -29,53 +37,51 @@ from robust_flatness.functional.checks import (
 class RobustDataModule(LightningDataModule, ABC):
     """Images for adversarial training, and fixed images to measure robustness and flatness on.
 
-    Batches are `(images, labels)` with float images `(N, C, H, W)` in [0, 1], not normalised, or
-    `(images, labels, unlabeled)` where `unlabeled_share` mixes in pseudo-labelled images.
-    A subclass sets `num_classes`, `in_channels`, `mean` and `std` and says in
-    `sources` where the images are; `orders` may say in which order they count.
+    Batches are `(images, labels)` with float images `(N, C, H, W)` in [0, 1], not normalized, or
+    `(images, labels, unlabeled)` if `unlabeled_share` mixes in pseudo-labeled images. A subclass
+    sets `num_classes` and `in_channels`, may set `mean` and `std`, and returns the images in
+    `sources`; `orders` may return the order in which they count.
 
-    Training images lie in memory as 8 bits a pixel, on the device that trains, and are augmented
-    there a whole batch at a time. Shuffling and augmentation depend on seed, epoch and batch alone
-    and are drawn for the global batch: any number of processes sees the same images, and so does a
-    run that resumes at the end of an epoch.
+    Training images are in memory with 8 bits per channel, on the device that trains, and are
+    augmented there a whole batch at a time. Shuffling and augmentation depend on seed, epoch and
+    batch alone and are drawn for the global batch: any number of processes sees the same images,
+    and so does a run that resumes at the end of an epoch.
 
     The splits are `train`, the first 1000 training images without augmentation, `val`, the
     last 500 test images, and `test`, the first 1000 test images. So the paper's early stopping
     selects on **test** images; `val_from="train"` avoids it.
 
     Args:
-        eps: radius of the ball that measures use on these images, in pixels of [0, 1]; measures in
-            L-infinity refuse more than 1 before anything is trained.
-        batch_size: images in a global batch, shared among the processes.
+        eps: Radius of the ball that measures use on these images, in pixels of [0, 1]; measures in
+            L-infinity refuse more than 1 before training.
+        batch_size: Images in a global batch, shared among the processes.
         augment: `"none"`; `"flip_crop"`, which pads by an eighth of the side (4 pixels at 32);
             `"autoaugment"`, which adds AutoAugment and Cutout; `"autoaugment_batch"`, with one
-            sub-policy for a global batch, which is faster. See `Augmentation`.
-        flip: whether augmentation flips images.
-        unlabeled: pseudo-labelled images, as `read_unlabeled` takes them: the pickle of Carmon et
-            al., an `.npz`, or a folder; read only where `unlabeled_share` is above 0.
-        unlabeled_share: share of them in each global batch. Above 0, batches have a third part,
-            `unlabeled` `(N,)`, True where a label is a pseudo-label. See `MixedSampler`.
-        num_train: number of images to train on, the first ones; `None` for all.
-        num_train_eval: number of images of `train`, or all there are if fewer.
-        num_val: number of images of `val`.
-        num_test: number of images of `test`.
+            sub-policy per global batch, which is faster. See `Augmentation`.
+        flip: Whether augmentation flips images.
+        unlabeled: Pseudo-labeled images, see `read_unlabeled`: the pickle of Carmon et al., an
+            `.npz`, or a folder; read only if `unlabeled_share` is above 0.
+        unlabeled_share: Share of them in each global batch. Above 0, batches have a third part,
+            `unlabeled` `(N,)`, True if a label is a pseudo-label. See `MixedSampler`.
+        num_train: Number of images to train on, the first ones; `None` for all.
+        num_train_eval: Number of images of `train`, or all if there are fewer.
+        num_val: Number of images of `val`.
+        num_test: Number of images of `test`.
         val_from: `"test"`, or `"train"` to take `val` from the end of the training images.
-        in_memory: whether images are held on the device; if not, they are read when needed.
-        num_workers: processes that read images when `in_memory` is false, else unused.
-        seed: seed of shuffling and augmentation; `None` for PyTorch's global seed.
+        in_memory: Whether images are kept on the device; if not, they are read when needed.
+        num_workers: Processes that read images if `in_memory` is false, else unused.
+        seed: Seed of shuffling and augmentation; `None` for PyTorch's global seed.
 
     Attributes:
-        num_classes: number of classes.
-        in_channels: channels of the images.
-        mean: mean of each channel over the training images.
-        std: standard deviation of each channel over the training images.
+        num_classes: Number of classes.
+        in_channels: Channels of the images.
 
     Raises:
-        ValueError: if a number is out of range, or `augment` or `val_from` is unknown.
+        ValueError: If a number is out of range, or `augment` or `val_from` is unknown.
 
     Example:
         >>> class Noise(RobustDataModule):
-        ...     num_classes, in_channels, mean, std = 2, 1, [0.5], [0.3]
+        ...     num_classes, in_channels = 2, 1
         ...     def sources(self):
         ...         images = torch.randint(256, (20, 1, 8, 8), dtype=torch.uint8)
         ...         half = ResidentImages(images, torch.arange(20) % 2)
@@ -87,8 +93,6 @@ class RobustDataModule(LightningDataModule, ABC):
 
     num_classes: int
     in_channels: int
-    mean: list[float]
-    std: list[float]
 
     def __init__(
         self,
@@ -126,47 +130,65 @@ class RobustDataModule(LightningDataModule, ABC):
         self.seed = seed
         self._run_seed: int | None = None
         self._augmentation = Augmentation("none")
-        self._splits = Splits([], [], [], [])
-        self._images: dict[str, LabelledImages] = {}
+        # By split: positions of the images, and the images once they are read.
+        self._splits: dict[str, list[int]] = {}
+        self._images: dict[str, LabeledImages] = {}
 
     @abstractmethod
-    def sources(self) -> tuple[LabelledImages, LabelledImages]:
-        """Return all training and all test images, in the order of the data set itself."""
+    def sources(self) -> tuple[LabeledImages, LabeledImages]:
+        """Returns all training and all test images, in the order of the data set itself."""
 
     def orders(self, num_train: int, num_test: int) -> tuple[list[int], list[int]]:
-        """Return the order in which `num_train` training and `num_test` test images count.
+        """Returns the order in which `num_train` training and `num_test` test images count.
 
-        Splits are the first and the last images of these lists. By default it is the order of the
-        sources. It must depend neither on the run nor on its seed.
+        Splits are the first and the last images of these lists. The default is the order of the
+        sources. The order must depend neither on the run nor on its seed.
         """
         return list(range(num_train)), list(range(num_test))
 
-    def unlabeled_source(self) -> LabelledImages:
-        """Return the pseudo-labelled images, where `unlabeled_share` is above 0.
+    def unlabeled_source(self) -> LabeledImages:
+        """Returns the pseudo-labeled images if `unlabeled_share` is above 0.
 
         Raises:
-            ValueError: if `unlabeled` is `None`, or no file or folder that can be read.
+            ValueError: If `unlabeled` is `None`, or not a file or folder that can be read.
         """
         names = getattr(self, "class_names", None)
         return read_unlabeled(self.unlabeled, num_classes=self.num_classes, class_names=names)
 
+    @cached_property
+    def mean(self) -> list[float]:
+        """Mean of each channel in [0, 1], computed from the images to train on if not set."""
+        return self._statistics[0]
+
+    @cached_property
+    def std(self) -> list[float]:
+        """Standard deviation of each channel, computed from the images to train on if not set."""
+        return self._statistics[1]
+
+    @cached_property
+    def _statistics(self) -> tuple[list[float], list[float]]:
+        self.setup()
+        return channel_statistics(self._images["training"])
+
     def setup(self, stage: str | None = None) -> None:
-        """Read and check the images once, and bring those to train on to the device.
+        """Reads and checks the images once, and moves those to train on to the device.
 
         Args:
-            stage: `"fit"` where a trainer is about to train; anything else only reads.
+            stage: `"fit"` if a trainer is about to train; other stages only read.
 
         Raises:
-            ValueError: if the images do not fit the splits, the classes, the channels, the batch
+            ValueError: If the images do not fit the splits, the classes, the channels, the batch
                 size, the augmentation, or each other.
         """
         if stage != "fit" or self.trainer is None:
-            self._read_once(with_val=stage != "test")
+            self._read(with_val=stage != "test")
             return
         with errors_on_all_ranks():
-            self._read_once()
+            self._read(with_val=True)
             if self.unlabeled_share and "unlabeled" not in self._images:
-                self._read_unlabeled()
+                unlabeled = self.unlabeled_source()
+                self._check_images(unlabeled, "unlabeled", like=self._images["training"])
+                self._images["unlabeled"] = self._load(unlabeled)
         strategy = self.trainer.strategy
         seed = torch.initial_seed() if self.seed is None else self.seed
         self._run_seed = int(strategy.broadcast(seed))
@@ -178,67 +200,76 @@ class RobustDataModule(LightningDataModule, ABC):
                 self._images[name] = cast(ResidentImages, images).to(strategy.root_device)
 
     def split_dataset(self, split: str) -> EvaluationImages:
-        """Return the images of a split, always in the same order; no trainer is needed.
+        """Returns the images of a split, always in the same order; no trainer is needed.
 
         Args:
             split: `"train"`, `"val"` or `"test"`.
 
         Returns:
-            A dataset of pairs of an image `(C, H, W)`, float32 in [0, 1], and its label.
+            A data set of pairs of an image `(C, H, W)`, float32 in [0, 1], and its label.
 
         Raises:
-            ValueError: if there is no such split.
+            ValueError: If `split` is another one.
         """
         if split not in ("train", "val", "test"):
             raise ValueError(f"Expected `split` to be 'train', 'val' or 'test' but got {split!r}.")
-        if not self._images or (split == "val" and not self._splits.val):
+        if split not in self._images:
             self.setup()
         return EvaluationImages(self._images[split])
 
     def split_indices(self) -> dict[str, list[int]]:
-        """Return the positions of each split's images in the data set's own order.
+        """Returns the positions of each split's images in the data set's own order.
 
         `train` counts in the training set and `test` in the test set; `val` counts in the
-        one that `val_from` names.
+        set of `val_from`.
         """
         if not self._images:
             self.setup()
-        return {name: list(getattr(self._splits, name)) for name in ("train", "val", "test")}
+        return {name: list(self._splits[name]) for name in ("train", "val", "test")}
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Return this process's share of the shuffled global batches.
+        """Returns this process's share of the shuffled global batches, as uint8 images.
 
-        The last batch of an epoch has the images that remain, up to what cannot be shared evenly.
+        The last batch of an epoch has the images that remain and can be shared evenly.
 
         Raises:
-            RuntimeError: if there is no trainer to share batches among the processes of.
+            RuntimeError: If there is no trainer whose processes share the batches.
         """
-        trainer = self._attached_trainer()
-        return training_loader(
-            self._images["training"],
-            self._images.get("unlabeled"),
-            self.unlabeled_share,
-            batches=self._global_batches(),
-            epoch=epochs_trained(trainer),
-            num_workers=0 if self.in_memory else self.num_workers,
+        trainer, batches = self._attached_trainer(), self._global_batches()
+        dataset: Dataset[Any] = self._images["training"]
+        # Workers fetch as soon as there is an iterator, which on resume is before the trainer sets
+        # the sampler's epoch.
+        epoch = epochs_trained(trainer)
+        sampler: DistributedSampler[Any] = batches.sampler(self._images["training"], epoch)
+        if "unlabeled" in self._images:
+            dataset = MixedImages(self._images["training"], self._images["unlabeled"])
+            sampler = MixedSampler(dataset, batches, self.unlabeled_share)
+            sampler.set_epoch(epoch)
+        num_workers = 0 if self.in_memory else self.num_workers
+        return DataLoader(
+            dataset,
+            batches.local_size,
+            sampler=sampler,
+            collate_fn=default_convert,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
             pin_memory=not self.in_memory and trainer.strategy.root_device.type == "cuda",
         )
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """Return the `test` split in order, as float images."""
+        """Returns the `test` split in order, as float images."""
         return DataLoader(self.split_dataset("test"), self.batch_size)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Turn 8 bits into floats in [0, 1], and augment while training.
+        """Converts uint8 images to floats in [0, 1], and augments them in training.
 
         Args:
-            batch: images `(N, C, H, W)`, labels `(N,)` and what may follow, on the device. What
-                does not begin with images of 8 bits comes from another loader and is returned as
-                it is.
-            dataloader_idx: not used.
+            batch: Images `(N, C, H, W)`, labels `(N,)` and further parts, on the device. Batches
+                that do not begin with uint8 images are from other loaders and returned as they are.
+            dataloader_idx: Not used.
 
         Returns:
-            Images, float32 or what the trainer's precision asks for, and the rest as it is.
+            Images, float32 or of the trainer's precision, and the other parts as they are.
         """
         images = batch[0] if isinstance(batch, (list, tuple)) and batch else None
         if not isinstance(images, torch.Tensor) or images.dtype != torch.uint8:
@@ -246,48 +277,74 @@ class RobustDataModule(LightningDataModule, ABC):
         trainer = self._attached_trainer()
         if trainer.training:
             # The trainer counts a batch only after its transfer.
-            stands = (epochs_trained(trainer), trainer.fit_loop.batch_idx + 1)
-            noise = self._augmentation.noise(self._global_batches(), len(images), *stands)
+            position = (epochs_trained(trainer), trainer.fit_loop.batch_idx + 1)
+            noise = self._augmentation.noise(self._global_batches(), len(images), *position)
             images = self._augmentation(images, noise)
-        # The trainer converts floats to its precision before this hook: these are made in it.
+        # The trainer converts floats to its precision before this hook, but not these.
         return trainer.precision_plugin.convert_input(to_unit_range(images)), *batch[1:]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps: the seed, so that a resumed run shuffles as before."""
+        """Returns the state in a checkpoint: the seed, so that a resumed run shuffles as before."""
         return {"seed": self._run_seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the seed of the run that goes on, unless one was given."""
+        """Takes the seed of the resumed run, unless `seed` is set."""
         if self.seed is None:
             self._run_seed = state_dict["seed"]
 
-    def _read_once(self, *, with_val: bool = True) -> None:
-        """Read the splits into memory, or remember where their images are.
+    def _read(self, *, with_val: bool) -> None:
+        """Reads the splits, or only checks them if images are not kept in memory.
 
         Args:
-            with_val: whether there must be images for early stopping, which a test does not need.
+            with_val: Whether there must be images for early stopping, which a test does not need.
         """
-        if self._images and (self._splits.val or not with_val):
+        if self._images and ("val" in self._images or not with_val):
             return
         train, test = self.sources()
-        self._check(train, name="training")
-        self._check(test, name="test")
-        orders = self.orders(len(train), len(test))
-        splits = make_splits(*orders, self.sizes, with_val=with_val)
-        self._images = read_splits(
-            train, test, splits, val_from=self.sizes.val_from, in_memory=self.in_memory
-        )
-        self._splits = splits
+        self._check_images(train, "training")
+        self._check_images(test, "test")
+        splits = make_splits(*self.orders(len(train), len(test)), self.sizes, with_val=with_val)
+        training = self._load(train.subset(splits["training"]))
+        measured = {
+            "train": training.subset(range(len(splits["train"]))),
+            "test": self._load(test.subset(splits["test"])),
+        }
+        if splits["val"]:
+            source = test if self.sizes.val_from == "test" else train
+            measured["val"] = self._load(source.subset(splits["val"]))
+        if not self.in_memory:
+            # Damaged images raise their error now, and not when they are first measured.
+            for images in measured.values():
+                for positions in torch.arange(len(images)).split(100):
+                    images.__getitems__(positions.tolist())
+        self._images, self._splits = {"training": training, **measured}, splits
 
-    def _read_unlabeled(self) -> None:
-        """Read the pseudo-labelled images as the others, or remember where they are."""
-        images = self.unlabeled_source()
-        self._check(images, name="unlabeled", like=self._images["training"])
-        self._images["unlabeled"] = ResidentImages.load(images) if self.in_memory else images
+    def _load(self, images: LabeledImages) -> LabeledImages:
+        return ResidentImages.load(images) if self.in_memory else images
 
-    def _check(self, images: LabelledImages, name: str, like: LabelledImages | None = None) -> None:
-        classes, channels = self.num_classes, self.in_channels
-        check_images(images, name=name, num_classes=classes, in_channels=channels, like=like)
+    def _check_images(
+        self, images: LabeledImages, name: str, like: LabeledImages | None = None
+    ) -> None:
+        """Checks number, labels and channels of images, and that their size is that of `like`."""
+        if not len(images):
+            raise ValueError(f"Expected at least 1 {name} image but got none.")
+        low, high = int(images.labels.min()), int(images.labels.max())
+        if low < 0 or high >= self.num_classes:
+            raise ValueError(
+                f"Expected labels of {name} images in 0 to {self.num_classes - 1}"
+                f" but got labels in {low} to {high}."
+            )
+        channels, *size = images[0][0].shape
+        if channels != self.in_channels:
+            raise ValueError(
+                f"Expected {name} images of {self.in_channels} channels but got {channels}"
+                " channels."
+            )
+        if like is not None and size != (expected := list(like[0][0].shape[1:])):
+            raise ValueError(
+                f"Expected {name} images of {expected[1]}x{expected[0]} pixels, as the labeled ones"
+                f" have, but got {size[1]}x{size[0]}."
+            )
 
     def _attached_trainer(self) -> Trainer:
         if self.trainer is None:
@@ -295,7 +352,6 @@ class RobustDataModule(LightningDataModule, ABC):
         return self.trainer
 
     def _global_batches(self) -> GlobalBatches:
-        """Describe how the trainer's processes share the batches of this run."""
         trainer = self._attached_trainer()
         if self._run_seed is None:
             raise RuntimeError("Expected `setup('fit')` before training batches but got no call.")

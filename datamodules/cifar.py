@@ -1,4 +1,4 @@
-"""CIFAR-10, on which the paper's numbers are, and CIFAR-100."""
+"""CIFAR-10, the data set of the paper's numbers, and CIFAR-100."""
 
 from pathlib import Path
 from typing import Any, ClassVar
@@ -7,8 +7,7 @@ import torch
 from torchvision import datasets
 
 from robust_flatness.datamodules.base import RobustDataModule
-from robust_flatness.datamodules.labelled_images import LabelledImages
-from robust_flatness.datamodules.resident import ResidentImages
+from robust_flatness.datamodules.images import LabeledImages, ResidentImages
 
 
 class CIFAR10(RobustDataModule):
@@ -18,11 +17,8 @@ class CIFAR10(RobustDataModule):
     is test images 9,500 to 9,999 and `train` is training images 0 to 999.
 
     Args:
-        root: folder that has the data set or that it is downloaded to; `~` is your home.
-        **kwargs: the arguments of `~robust_flatness.datamodules.RobustDataModule`.
-
-    Raises:
-        ValueError: as in the base class.
+        root: Folder with the data set, or to download it to; `~` is the home folder.
+        **kwargs: Arguments of `RobustDataModule`.
 
     Example:
         >>> cifar = CIFAR10(root="data", batch_size=256)
@@ -41,11 +37,11 @@ class CIFAR10(RobustDataModule):
         self.root = Path(root).expanduser()
 
     def prepare_data(self) -> None:
-        """Download the data set unless it is there; called on one process only.
+        """Downloads the data set unless it is there; called on one process only.
 
         Raises:
-            PermissionError: if `root` cannot be written.
-            ConnectionError: if the download fails.
+            PermissionError: If `root` cannot be written.
+            ConnectionError: If the download fails.
         """
         try:
             self.dataset(self.root, download=True)
@@ -56,25 +52,25 @@ class CIFAR10(RobustDataModule):
         except (OSError, RuntimeError) as error:
             raise ConnectionError(
                 f"Expected to download {self.dataset.__name__} to `root` {self.root} but got"
-                f" {error!r}; download it where there is a network and copy its folder"
+                f" {error!r}; download it on a machine with a network and copy its folder"
                 f" {self.dataset.base_folder} into `root`."
             ) from error
 
-    def sources(self) -> tuple[LabelledImages, LabelledImages]:
-        """Return the training and the test images in torchvision's order.
+    def sources(self) -> tuple[LabeledImages, LabeledImages]:
+        """Returns the training and the test images in torchvision's order.
 
         Raises:
-            RuntimeError: if there is no complete copy in `root`.
+            RuntimeError: If there is no complete copy in `root`.
         """
-        return self._images_of(train=True), self._images_of(train=False)
+        return self._read_images(train=True), self._read_images(train=False)
 
-    def _images_of(self, *, train: bool) -> ResidentImages:
+    def _read_images(self, *, train: bool) -> ResidentImages:
         try:
             data = self.dataset(self.root, train=train)
         except RuntimeError as error:
             raise RuntimeError(
-                f"Expected all of {self.dataset.__name__} in `root` {self.root} but found less;"
-                " call `prepare_data()` to download it."
+                f"Expected all of {self.dataset.__name__} in `root` {self.root} but files are"
+                " missing or damaged; call `prepare_data()` to download it."
             ) from error
         pixels = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
         return ResidentImages(pixels, torch.tensor(data.targets))
@@ -84,12 +80,8 @@ class CIFAR100(CIFAR10):
     """50,000 training and 10,000 test images of 32x32 pixels in 100 classes, downloaded once.
 
     Args:
-        root: folder that has the data set or that it is downloaded to; `~` is your home.
-        **kwargs: the arguments of `~robust_flatness.datamodules.RobustDataModule`.
-
-    Example:
-        >>> CIFAR100(root="data").num_classes
-        100
+        root: Folder with the data set, or to download it to; `~` is the home folder.
+        **kwargs: Arguments of `RobustDataModule`.
     """
 
     num_classes = 100

@@ -1,4 +1,4 @@
-"""Handwritten digits that come with scikit-learn: the data set that needs no download."""
+"""The handwritten digits of scikit-learn, a data set without a download."""
 
 from typing import Any, cast
 
@@ -6,38 +6,37 @@ import torch
 from torch import Tensor
 
 from robust_flatness.datamodules.augmentation import Augment
-from robust_flatness.datamodules.computed_statistics import ComputedStatistics
-from robust_flatness.datamodules.labelled_images import LabelledImages, to_unit_range
-from robust_flatness.datamodules.resident import ResidentImages
+from robust_flatness.datamodules.base import RobustDataModule
+from robust_flatness.datamodules.images import LabeledImages, ResidentImages, to_unit_range
 from robust_flatness.datamodules.splits import fixed_permutation
-from robust_flatness.functional.checks import Eps
+from robust_flatness.functional.checks import Eps, check_count
 
 _NUM_IMAGES = 1797
 
 
-class Digits(ComputedStatistics):
-    """1797 grey digits of 8x8 pixels in 10 classes, small enough to overfit within a minute.
+class Digits(RobustDataModule):
+    """1797 gray digits of 8x8 pixels in 10 classes, few enough to overfit within a minute.
 
-    They have no test set of their own, so a permutation that never changes is cut in four: 300
-    training images, a pool of 397 for methods that use unlabelled images, 600 images of `test`
-    and 500 of `val`. All of `split_indices` count in scikit-learn's order.
+    They have no test set, so a fixed permutation is divided into four parts: 300 training images,
+    a pool of 397 for methods that use unlabeled images, 600 images of `test` and 500 of `val`. All
+    of `split_indices` are positions in scikit-learn's order.
 
-    With `unlabeled_share` above 0 and no `unlabeled`, the pool is what batches mix in, labelled by
-    a teacher that has seen the training images alone.
+    If `unlabeled_share` is above 0 and `unlabeled` is `None`, batches mix in the pool, labeled by a
+    support vector machine that was trained on the training images alone.
 
     Args:
-        eps: radius of the L-infinity ball that measures use on these images, in pixels of [0, 1].
-        batch_size: images in a global batch.
-        augment: as in the base class, but nothing is done by default.
-        flip: whether augmentation flips images; mirrored digits are no digits.
-        num_train: number of training images, the first ones of the permutation.
-        num_pool: number of images in the pool, those after the training images.
-        num_test: number of images of `test`, those before `val`.
-        num_val: number of images of `val`, the last ones.
-        **kwargs: the other arguments of `~robust_flatness.datamodules.RobustDataModule`.
+        eps: Radius of the ball that measures use on these images, in pixels of [0, 1].
+        batch_size: Images in a global batch, shared among the processes.
+        augment: As in `RobustDataModule`, but nothing by default.
+        flip: Whether augmentation flips images; mirrored digits are not digits.
+        num_train: Number of training images, the first ones of the permutation.
+        num_pool: Number of images in the pool, after the training images.
+        num_test: Number of images of `test`, before `val`.
+        num_val: Number of images of `val`, the last ones.
+        **kwargs: Other arguments of `RobustDataModule`.
 
     Raises:
-        ValueError: if the splits need more images than there are, or as in the base class.
+        ValueError: If the splits need more images than there are, or as in the base class.
 
     Example:
         >>> digits = Digits()
@@ -73,9 +72,8 @@ class Digits(ComputedStatistics):
             num_val=num_val,
             **kwargs,
         )
-        for name, value, least in (("num_train", num_train, 1), ("num_pool", num_pool, 0)):
-            if value < least:
-                raise ValueError(f"Expected `{name}` to be >= {least} but got {value}.")
+        check_count("num_train", num_train, low=1)
+        check_count("num_pool", num_pool)
         total = num_train + num_pool + num_test + num_val
         if total > _NUM_IMAGES:
             raise ValueError(
@@ -87,12 +85,18 @@ class Digits(ComputedStatistics):
 
     @property
     def pool_indices(self) -> list[int]:
-        """Positions of the images that belong to no split, for use without their labels."""
+        """Positions of the images of the pool, which are in no split."""
         return fixed_permutation(_NUM_IMAGES)[self.num_train : self.num_train + self.num_pool]
 
-    def sources(self) -> tuple[LabelledImages, LabelledImages]:
-        """Return all digits, once for the training and once for the test images."""
-        # Imported here: scikit-learn takes longer to import than the digits to read.
+    @property
+    def teacher_accuracy(self) -> float:
+        """Share of the pool's pseudo-labels that are right; for reports, not for training."""
+        pool = self._pool()
+        return (self._pseudo_labels(pool.images) == pool.labels).double().mean().item()
+
+    def sources(self) -> tuple[LabeledImages, LabeledImages]:
+        """Returns all digits twice, as the training and as the test images."""
+        # Imported here because the import takes longer than reading the digits.
         from sklearn.datasets import load_digits
 
         digits = load_digits()
@@ -101,39 +105,36 @@ class Digits(ComputedStatistics):
         return images, images
 
     def orders(self, num_train: int, num_test: int) -> tuple[list[int], list[int]]:
-        """Return the first and the last part of the permutation; the pool lies between them."""
+        """Returns the first and the last part of the permutation; the pool is between them."""
         permutation = fixed_permutation(_NUM_IMAGES)
-        # Counted from the end: the measured images stay where fewer or more are trained on.
+        # From the end, so that the measured images do not depend on the number of training images.
         first_test = _NUM_IMAGES - self.sizes.num_test - self.sizes.num_val
         return permutation[: self.num_train], permutation[first_test:]
 
-    def unlabeled_source(self) -> LabelledImages:
-        """Return the pool with the teacher's labels, or the images that `unlabeled` names.
+    def split_indices(self) -> dict[str, list[int]]:
+        """Returns the positions of each split's images and of the pool, in scikit-learn's order."""
+        return {**super().split_indices(), "pool": self.pool_indices}
+
+    def unlabeled_source(self) -> LabeledImages:
+        """Returns the pool with pseudo-labels, or the images of `unlabeled`.
 
         Raises:
-            ValueError: if the pool is empty, or as in the base class.
+            ValueError: If the pool is empty, or as in the base class.
         """
         if self.unlabeled is not None:
             return super().unlabeled_source()
         if not self.num_pool:
             raise ValueError(
-                "Expected `num_pool` to be >= 1 or `unlabeled` to be given where `unlabeled_share`"
-                " is above 0 but got 0 and None."
+                "Expected `num_pool` to be >= 1 or `unlabeled` to be set if `unlabeled_share` is"
+                " above 0 but got 0 and None."
             )
         pool = self._pool()
         return ResidentImages(pool.images, self._pseudo_labels(pool.images))
-
-    @property
-    def teacher_accuracy(self) -> float:
-        """Share of the pool that the teacher labels rightly; for reports, not for training."""
-        pool = self._pool()
-        return (self._pseudo_labels(pool.images) == pool.labels).double().mean().item()
 
     def _pool(self) -> ResidentImages:
         return cast(ResidentImages, self.sources()[0].subset(self.pool_indices))
 
     def _pseudo_labels(self, images: Tensor) -> Tensor:
-        """Label images by a support vector machine that is trained on the training images."""
         from sklearn.svm import SVC
 
         if not self._images:
@@ -144,7 +145,3 @@ class Digits(ComputedStatistics):
         )
         teacher = SVC().fit(known, training.labels.cpu().numpy())
         return torch.from_numpy(teacher.predict(unknown))
-
-    def split_indices(self) -> dict[str, list[int]]:
-        """Return the positions of each split's images and of the pool, in scikit-learn's order."""
-        return {**super().split_indices(), "pool": self.pool_indices}

@@ -1,39 +1,39 @@
-"""Any images that are sorted into folders, one a class."""
+"""Images of the user, in one folder per class."""
 
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from robust_flatness.datamodules.class_folders import (
-    ClassFolders,
+from robust_flatness.datamodules.base import RobustDataModule
+from robust_flatness.datamodules.image_files import (
     class_folders,
-    labels_by_name,
+    read_class_folders,
+    warn_left_out,
 )
-from robust_flatness.datamodules.computed_statistics import ComputedStatistics
-from robust_flatness.datamodules.labelled_images import LabelledImages
+from robust_flatness.datamodules.images import LabeledImages
 from robust_flatness.datamodules.splits import fixed_permutation
 from robust_flatness.networks import Normalize
 
 
-class ImageFolder(ComputedStatistics):
+class ImageFolder(RobustDataModule):
     """Images in `root/train/<class>/` and `root/test/<class>/`, at any depth, read as RGB.
 
     Pixels have 8 bits; gray images of 16 bits are rounded to them. Floats, integers of more bits,
-    images that are partly transparent and animations are refused, as their pixels in [0, 1] are
-    not known. Hidden files and folders are skipped, links are followed, and files that are no
-    images by their names are counted in a warning.
+    transparent images and animations are refused, because their pixels in [0, 1] are not known.
+    Hidden files and folders are skipped, links are followed, and a warning counts the files that
+    are not images by their names.
 
-    Classes are numbered in the order of their names. Since files come sorted by class, the splits
-    follow a permutation that never changes; so `num_train` takes images of all classes.
+    Classes are numbered in the order of their names. Since files are sorted by class, the splits
+    follow a fixed permutation; so `num_train` takes images of all classes.
 
     Args:
-        root: the folder with `train` and `test`; `~` is your home.
-        mean: mean of each channel; `None` to compute it from the training images.
-        std: standard deviation of each channel; `None` to compute it likewise.
-        **kwargs: the arguments of `~robust_flatness.datamodules.RobustDataModule`.
+        root: Folder with `train` and `test`; `~` is the home folder.
+        mean: Mean of each channel; `None` to compute it from the training images.
+        std: Standard deviation of each channel; `None` to compute it from the training images.
+        **kwargs: Arguments of `RobustDataModule`.
 
     Raises:
-        ValueError: as in the base class; and, when the images are first needed, if folders are
+        ValueError: As in the base class; and, when the images are first needed, if folders are
             missing or empty, the classes of `train` and `test` differ, or an image is damaged
             or has another size.
 
@@ -60,9 +60,9 @@ class ImageFolder(ComputedStatistics):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        for name, given in (("mean", mean), ("std", std)):
-            if given is not None and len(given) != self.in_channels:
-                raise ValueError(f"Expected `{name}` to have 3 values but got {given}.")
+        for name, values in (("mean", mean), ("std", std)):
+            if values is not None and len(values) != self.in_channels:
+                raise ValueError(f"Expected `{name}` to have 3 values but got {values}.")
         Normalize(mean or [0.0] * self.in_channels, std or [1.0] * self.in_channels)  # checks them
         self.root = Path(root).expanduser()
         if mean is not None:
@@ -73,10 +73,9 @@ class ImageFolder(ComputedStatistics):
     @cached_property
     def class_names(self) -> list[str]:
         """Names of the classes, sorted: the folders in `root/train`."""
-        names = class_folders(self.root / "train")
-        others = class_folders(self.root / "test")
-        if names != others:
-            missing = sorted(set(names) ^ set(others))
+        names, test_names = (class_folders(self.root / part) for part in ("train", "test"))
+        if names != test_names:
+            missing = sorted(set(names) ^ set(test_names))
             raise ValueError(
                 f"Expected the same classes in {self.root}/train and {self.root}/test"
                 f" but got {missing[0]!r} in one of them only."
@@ -88,14 +87,13 @@ class ImageFolder(ComputedStatistics):
         """Number of folders in `root/train`."""
         return len(self.class_names)
 
-    def sources(self) -> tuple[LabelledImages, LabelledImages]:
-        """Return the files of both folders, sorted by class and name."""
-        folders, labels = ClassFolders(), labels_by_name(self.class_names)
-        train = folders.read(self.root / "train", labels)
-        test = folders.read(self.root / "test", labels, train.size)
-        folders.report()
+    def sources(self) -> tuple[LabeledImages, LabeledImages]:
+        """Returns the files of both folders, sorted by class and path."""
+        train, left_out = read_class_folders(self.root / "train", self.class_names)
+        test, also = read_class_folders(self.root / "test", self.class_names, train.size)
+        warn_left_out(left_out + also)
         return train, test
 
     def orders(self, num_train: int, num_test: int) -> tuple[list[int], list[int]]:
-        """Return permutations that depend on the number of files alone."""
+        """Returns permutations that depend on the number of files alone."""
         return fixed_permutation(num_train), fixed_permutation(num_test)

@@ -1,4 +1,4 @@
-"""Pseudo-labelled images in the files that others publish them in."""
+"""Pseudo-labeled images in the files that they are published in."""
 
 import math
 import pickle
@@ -10,14 +10,13 @@ from typing import Any, ClassVar, cast
 import numpy as np
 import torch
 
-from robust_flatness.datamodules.class_folders import (
-    ClassFolders,
+from robust_flatness.datamodules.image_files import (
+    ImageFiles,
     class_folders,
-    labels_by_name,
+    read_class_folders,
+    warn_left_out,
 )
-from robust_flatness.datamodules.image_files import ImageFiles
-from robust_flatness.datamodules.labelled_images import LabelledImages
-from robust_flatness.datamodules.resident import ResidentImages
+from robust_flatness.datamodules.images import LabeledImages, ResidentImages
 
 _KINDS = (
     "the pickle `ti_500K_pseudo_labeled.pickle` of Carmon et al., an .npz with `image` and `label`,"
@@ -27,29 +26,29 @@ _KINDS = (
 
 def read_unlabeled(
     path: str | Path | None, *, num_classes: int, class_names: Sequence[str] | None = None
-) -> LabelledImages:
-    """Read pseudo-labelled images, of which no label is trusted to be right.
+) -> LabeledImages:
+    """Reads pseudo-labeled images.
 
     Args:
-        path: one of three; `~` is your home.
+        path: One of three; `~` is the home folder.
             A pickle of a dict with `data` `(N, H, W, C)`, uint8, and `extrapolated_targets`
-            `(N,)`, as Carmon et al., *Unlabeled Data Improves Adversarial Robustness* (2019), have
+            `(N,)`, as Carmon et al., *Unlabeled Data Improves Adversarial Robustness* (2019),
             published 500,000 of the 80 Million Tiny Images; nothing but arrays is unpickled.
             An `.npz` with `image` `(N, H, W, C)`, uint8, and `label` `(N,)`.
-            A folder with one folder a class, whose images are read as RGB when they are needed.
-        num_classes: number of classes, which a folder must have as many folders as.
-        class_names: names of the classes in their order, if they are known: then a folder may lack
-            some of them, but have no others. If not, folders are numbered in order of their names.
+            A folder with one folder per class, whose images are read as RGB when needed.
+        num_classes: Number of classes, and of folders if `class_names` is `None`.
+        class_names: Names of the classes in the order of their labels: the folders must have some
+            of these names. `None` numbers the folders in the order of their names.
 
     Returns:
         The images with their pseudo-labels, on the CPU.
 
     Raises:
-        ValueError: if there is no such file, or it holds something else.
+        ValueError: If there is no such file, or it contains something else.
     """
     if path is None:
         raise ValueError(
-            f"Expected `unlabeled` to be {_KINDS} where `unlabeled_share` is above 0 but got None."
+            f"Expected `unlabeled` to be {_KINDS} if `unlabeled_share` is above 0 but got None."
         )
     path = Path(path).expanduser()
     if path.is_dir():
@@ -61,29 +60,26 @@ def read_unlabeled(
 
 
 def _read_folder(path: Path, num_classes: int, class_names: Sequence[str] | None) -> ImageFiles:
-    found = class_folders(path)
+    names = class_folders(path)
     if class_names is None:
-        if len(found) != num_classes:
+        class_names = names
+        if len(names) != num_classes:
             raise ValueError(
-                f"Expected {num_classes} folders, one a class, in {path} but got {len(found)}."
+                f"Expected {num_classes} folders, one a class, in {path} but got {len(names)}."
             )
-        class_names = found
-    labels = labels_by_name(class_names)
-    if unknown := sorted(set(found) - set(class_names)):
+    if unknown := sorted(set(names) - set(class_names)):
         raise ValueError(
-            f"Expected folders in {path} that are named as the {len(labels)} classes of the"
-            f" labelled images but got {unknown[0]!r}."
+            f"Expected folders in {path} that are named as the {len(class_names)} classes of the"
+            f" labeled images but got {unknown[0]!r}."
         )
-    folders = ClassFolders()
-    images = folders.read(path, {name: labels[name] for name in found})
-    folders.report()
+    images, left_out = read_class_folders(path, class_names)
+    warn_left_out(left_out)
     return images
 
 
 def _from_arrays(
     path: Path, arrays: Mapping[str, Any], images_key: str, labels_key: str
 ) -> ResidentImages:
-    """Check what a file holds, and bring channels to the front."""
     if missing := [key for key in (images_key, labels_key) if key not in arrays]:
         raise ValueError(
             f"Expected `{images_key}` and `{labels_key}` in {path} but it has no `{missing[0]}`."
@@ -114,30 +110,90 @@ def _as_array(path: Path, key: str, values: Any) -> np.ndarray[Any, Any]:
 
 
 def _load(path: Path) -> Mapping[str, Any]:
-    """Read the arrays of a file without running any code that it may hold."""
+    """Reads the arrays of a file without running code that it may contain."""
     try:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as file:
                 return dict(file)
-        # Mapped, as a file never returns more bytes than it has, whatever length is asked for.
+        # A memory map never returns more bytes than the file has, whatever length is read.
         with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as mapped:
             content = _ArrayUnpickler(mapped).load()
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__} and no dictionary")
-        return {k: v.array if isinstance(v, _Array) else v for k, v in content.items()}
-    # Damaged files raise almost anything: this is one file, which a user named.
+        return {k: v.array if isinstance(v, _Replacement) else v for k, v in content.items()}
+    # Damaged files raise errors of almost any type.
     except Exception as error:
         raise ValueError(
             f"Expected {path} to be {_KINDS} but it cannot be read: {error}."
         ) from error
 
 
-# The numbers that NumPy's arrays and scalars of a file may be of: no objects, no records.
-_TYPES = {name.removeprefix("|"): np.dtype(name) for name in ("|b1", "|i1", "|u1")} | {
-    f"{kind}{size}": np.dtype(f"{kind}{size}") for kind in "iuf" for size in (2, 4, 8)
+class _Replacement:
+    """Replaces a class or function of NumPy that a pickle calls.
+
+    NumPy's own trust their arguments: the bytes of an array of objects become pointers.
+    """
+
+    array: np.ndarray[Any, Any] | None = None
+
+    def __init__(self, *args: object) -> None:
+        pass
+
+    # Pickles set the state of objects by this method, or else their attributes.
+    def __setstate__(self, state: object) -> None:
+        _require(False)
+
+
+class _DType(_Replacement):
+    dtype: np.dtype[Any]
+
+    def __init__(self, name: object, *_: object) -> None:
+        _require(isinstance(name, str) and name in _TYPES)
+        self.dtype = np.dtype(str(name))
+
+    def __setstate__(self, state: object) -> None:
+        _require(isinstance(state, tuple) and len(state) == 8)
+        _, order, *rest = cast("tuple[object, ...]", state)
+        # The rest is the state of a type without fields.
+        _require(order in ("<", ">", "|", "=") and rest == [None, None, None, -1, -1, 0])
+        self.dtype = self.dtype.newbyteorder(cast(Any, order))
+
+
+class _FromBuffer(_Replacement):
+    def __init__(self, data: object, dtype: object, shape: object, order: object) -> None:
+        _require(isinstance(data, bytes) and isinstance(dtype, _DType))
+        _require(isinstance(shape, tuple) and all(type(n) is int and n >= 0 for n in shape))
+        kind, sides = cast(_DType, dtype).dtype, cast("tuple[int, ...]", shape)
+        _require(math.prod(sides) * kind.itemsize == len(cast(bytes, data)))
+        array = np.frombuffer(cast(bytes, data), kind)
+        self.array = array.reshape(sides, order="F" if order == "F" else "C")
+
+
+class _Array(_Replacement):
+    def __setstate__(self, state: object) -> None:
+        _require(isinstance(state, tuple) and len(state) == 5)
+        _, shape, dtype, is_fortran, data = cast("tuple[object, ...]", state)
+        self.array = _FromBuffer(data, dtype, shape, "F" if is_fortran else "C").array
+
+
+class _Latin1(_Replacement):
+    """Replaces `_codecs.encode`, by which old protocols write bytes."""
+
+    def __new__(cls, text: object, encoding: object) -> Any:
+        _require(isinstance(text, str) and encoding == "latin1")
+        return str(text).encode("latin1")
+
+
+# Numbers: no objects, no records, no text.
+_TYPES = {"b1", "i1", "u1", *(f"{kind}{size}" for kind in "iuf" for size in (2, 4, 8))}
+_REPLACEMENTS = {
+    "numpy.ndarray": _Replacement,
+    "numpy.dtype": _DType,
+    "numpy.core.multiarray._reconstruct": _Array,
+    "numpy.core.multiarray.scalar": _Replacement,
+    "numpy.core.numeric._frombuffer": _FromBuffer,
+    "_codecs.encode": _Latin1,
 }
-_DTYPE_STATE = (None, None, None, -1, -1, 0)  # of a type without fields, behind its byte order
-_NDARRAY = object()  # stands for `numpy.ndarray` and cannot be called
 
 
 def _require(condition: bool) -> None:
@@ -145,135 +201,55 @@ def _require(condition: bool) -> None:
         raise pickle.UnpicklingError("of NumPy, only plain arrays of numbers are read")
 
 
-class _DType:
-    """Stands for a `numpy.dtype` while a file is read."""
-
-    def __init__(self, name: object, *_: object) -> None:
-        _require(isinstance(name, str) and name in _TYPES)
-        self.dtype = _TYPES[str(name)]
-
-    def set_state(self, state: object) -> None:
-        """Take the byte order, which is all that a type of numbers has."""
-        _require(isinstance(state, tuple) and len(state) == 8)
-        _, order, *rest = cast("tuple[object, ...]", state)
-        _require(order in ("<", ">", "|", "=") and tuple(rest) == _DTYPE_STATE)
-        self.dtype = self.dtype.newbyteorder(cast(Any, order))
-
-
-class _Array:
-    """Stands for an array that is filled after it was made, as NumPy's pickles do."""
-
-    def __init__(self, kind: object, shape: object, typecode: object) -> None:
-        _require(kind is _NDARRAY)
-        self.array: np.ndarray[Any, Any] | None = None
-
-    def set_state(self, state: object) -> None:
-        """Take the numbers of the array."""
-        _require(isinstance(state, tuple) and len(state) == 5)
-        _, shape, dtype, is_fortran, data = cast("tuple[object, ...]", state)
-        self.array = _array(data, dtype, shape, "F" if is_fortran else "C")
-
-
-def _array(data: object, dtype: object, shape: object, order: object = "C") -> np.ndarray[Any, Any]:
-    """Return an array whose numbers are `data`, in other words bytes that have its size."""
-    _require(isinstance(data, bytes) and isinstance(dtype, _DType) and order in ("C", "F"))
-    _require(isinstance(shape, tuple) and all(type(n) is int and n >= 0 for n in shape))
-    kind, sides = cast(_DType, dtype).dtype, cast("tuple[int, ...]", shape)
-    buffer = cast(bytes, data)
-    _require(math.prod(sides) * kind.itemsize == len(buffer))
-    return np.frombuffer(buffer, kind).reshape(sides, order=cast(Any, order))
-
-
-def _scalar(dtype: object, data: object) -> Any:
-    return _array(data, dtype, ())[()]
-
-
-def _latin1(text: object, encoding: object) -> bytes:
-    """Give back the bytes that old pickle protocols write as text."""
-    _require(isinstance(text, str) and encoding == "latin1")
-    return str(text).encode("latin1")
-
-
-_ALLOWED: dict[tuple[str, str], Any] = {
-    ("numpy", "ndarray"): _NDARRAY,
-    ("numpy", "dtype"): _DType,
-    ("_codecs", "encode"): _latin1,
-    **{
-        (f"{core}.{module}", name): stand_in
-        for core in ("numpy.core", "numpy._core")  # NumPy 1 and 2
-        for module, name, stand_in in (
-            ("multiarray", "_reconstruct", _Array),
-            ("multiarray", "scalar", _scalar),
-            ("numeric", "_frombuffer", _array),
-        )
-    },
-}
-
-
 class _ArrayUnpickler(pickle._Unpickler):
     """Unpickles arrays of numbers and plain containers, and calls nothing that a file names.
 
-    NumPy's own functions trust what they are called with: bytes of an array of objects become
-    pointers. So stand-ins in Python take the calls and check them. This is Python's reader and not
-    C's, which reserves as much memory as a damaged number in the file asks for.
+    The base class is Python's unpickler because C's allocates as much memory as a damaged length in
+    the file says. Keys must be strings because hashing a deep tuple crashes the process.
     """
 
     stack: list[Any]
     append: Callable[[Any], None]
     read: Callable[[int], bytes]
     pop_mark: Callable[[], list[Any]]
-    # Without sets, objects of classes, and whatever a pickle can bring in from outside.
     dispatch: ClassVar[dict[int, Any]] = {
         code: load
         for code, load in pickle._Unpickler.dispatch.items()
-        if code
-        not in {
-            *pickle.INST, *pickle.OBJ, *pickle.NEWOBJ, *pickle.NEWOBJ_EX,
-            *pickle.EXT1, *pickle.EXT2, *pickle.EXT4, *pickle.PERSID, *pickle.BINPERSID,
-            *pickle.EMPTY_SET, *pickle.ADDITEMS, *pickle.FROZENSET,
-            *pickle.NEXT_BUFFER, *pickle.READONLY_BUFFER,
-        }
-    }  # fmt: skip
+        if code not in {*pickle.EMPTY_SET, *pickle.ADDITEMS, *pickle.FROZENSET}
+        and code not in {*pickle.EXT1, *pickle.EXT2, *pickle.EXT4}
+    }
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return what stands for `module.name`, if arrays need it."""
-        if (module, name) not in _ALLOWED:
+        """Returns the replacement of `module.name` if arrays need it."""
+        # NumPy 2 renamed `numpy.core`.
+        path = f"{module}.{name}".replace("numpy._core.", "numpy.core.")
+        if path not in _REPLACEMENTS:
             raise pickle.UnpicklingError(
                 f"it asks for {module}.{name}, and of pickles, which can run any code, only NumPy"
                 " arrays and plain containers are read"
             )
-        return _ALLOWED[module, name]
-
-    def load_build(self) -> None:
-        """Fill the stand-in of an array or of a type."""
-        state = self.stack.pop()
-        _require(isinstance(self.stack[-1], (_Array, _DType)))
-        self.stack[-1].set_state(state)
+        return _REPLACEMENTS[path]
 
     def load_bytearray8(self) -> None:
-        """Read bytes, which need not be changed later."""
+        """Reads bytes, without allocating their length before."""
         self.append(self.read(int.from_bytes(self.read(8), "little")))
 
     def load_dict(self) -> None:
-        """Make a dictionary."""
-        items = self.pop_mark()
+        """Makes a dictionary of the items since the mark."""
+        items = self.pop_mark()  # which replaces `self.append`
         self.append(_dictionary(items))
 
     def load_setitem(self) -> None:
-        """Set one item of a dictionary."""
+        """Sets one item of a dictionary."""
         value, key = self.stack.pop(), self.stack.pop()
-        self._update([key, value])
+        self.stack[-1].update(_dictionary([key, value]))
 
     def load_setitems(self) -> None:
-        """Set items of a dictionary."""
-        self._update(self.pop_mark())
-
-    def _update(self, items: list[Any]) -> None:
-        _require(isinstance(self.stack[-1], dict))
+        """Sets the items since the mark."""
+        items = self.pop_mark()
         self.stack[-1].update(_dictionary(items))
 
     dispatch |= {
-        pickle.BUILD[0]: load_build,
         pickle.BYTEARRAY8[0]: load_bytearray8,
         pickle.DICT[0]: load_dict,
         pickle.SETITEM[0]: load_setitem,
@@ -282,7 +258,6 @@ class _ArrayUnpickler(pickle._Unpickler):
 
 
 def _dictionary(items: list[Any]) -> dict[str, Any]:
-    """Pair keys, which are names, with values; hashing a deep tuple would end the process."""
     if not all(isinstance(key, str) for key in items[::2]):
         raise pickle.UnpicklingError("of dictionaries, only those with names as keys are read")
     return dict(zip(items[::2], items[1::2]))

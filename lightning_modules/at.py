@@ -40,7 +40,7 @@ from robust_flatness.lightning_modules.entropy_sgd import EndOfWalk
 from robust_flatness.lightning_modules.pgd_mixin import Objective, PGDMixin
 from robust_flatness.lightning_modules.schedules import MultiStep, prepare_schedule
 from robust_flatness.networks import Normalize, ResNet18, build_network, channels_last
-from robust_flatness.networks.normalization import channel_values
+from robust_flatness.networks.layers import channel_values
 from robust_flatness.networks.user_network import Network
 
 Incorrect = Literal["attack", "ignore", "predicted"]

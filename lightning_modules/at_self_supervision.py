@@ -12,7 +12,7 @@ from robust_flatness.functional.evaluation import module_modes, predicted_classe
 from robust_flatness.functional.objectives import rotate
 from robust_flatness.lightning_modules.at import AT
 from robust_flatness.lightning_modules.pgd_mixin import Objective
-from robust_flatness.networks.rotation_head import RotationHead
+from robust_flatness.networks import RotationHead
 
 Rotations = Literal["half", "all"]
 

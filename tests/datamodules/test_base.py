@@ -6,7 +6,7 @@ from toy_datamodule import Toy, epoch_of, fake_trainer, record
 
 from robust_flatness.callbacks import FinalEvaluation, evaluate
 from robust_flatness.datamodules import random_flip_and_crop
-from robust_flatness.datamodules.global_batches import GlobalBatches
+from robust_flatness.datamodules.batches import GlobalBatches
 
 
 def assert_same(ours, theirs):
@@ -93,15 +93,17 @@ def test_resuming_at_the_end_of_an_epoch_sees_what_comes_next(tmp_path, in_memor
     assert_same(rest, whole[3:])
 
 
-def test_a_seed_given_wins_over_the_global_one_and_the_checkpoint():
+def test_a_seed_that_is_set_wins_over_the_global_one_and_the_checkpoint():
     seed_everything(1)
     first = record(Toy(seed=3), max_epochs=1)
     seed_everything(2)
     assert_same(first, record(Toy(seed=3), max_epochs=1))
-    datamodule = Toy(seed=3)
-    datamodule._run_seed = 3
-    datamodule.load_state_dict({"seed": 4})
-    assert datamodule.state_dict() == {"seed": 3}
+    for seed, expected in ((3, 3), (None, 4)):
+        datamodule = Toy(seed=seed)
+        datamodule.trainer = fake_trainer()
+        datamodule.setup("fit")
+        datamodule.load_state_dict({"seed": 4})
+        assert datamodule.state_dict() == {"seed": expected}
 
 
 def test_batches_have_the_precision_of_the_trainer():

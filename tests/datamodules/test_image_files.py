@@ -61,7 +61,7 @@ def test_pixels_are_those_of_the_image_in_8_bits(tmp_path, image, name, expected
     assert (read(tmp_path / name) - pixels).abs().max() <= 0.5
 
 
-def test_a_transparent_colour_that_no_pixel_has_changes_nothing(tmp_path):
+def test_a_transparent_color_that_no_pixel_has_changes_nothing(tmp_path):
     Image.fromarray(GRAY_16).save(
         tmp_path / "x.png", transparency=next(iter({*range(65536)} - {*GRAY_16.flat}))
     )

@@ -15,7 +15,7 @@ SIZES = {"num_train_eval": 6, "num_val": 2, "num_test": 4, "batch_size": 4}
 
 @pytest.fixture
 def root(tmp_path):
-    """Two classes of five training and four test images, with a colour that tells each."""
+    """Two classes of five training and four test images, each of its own color."""
     for part, count in (("train", 5), ("test", 4)):
         for label, name in enumerate(["cat", "dog"]):
             folder = tmp_path / part / name
@@ -31,19 +31,13 @@ def test_classes_channels_and_statistics_are_those_of_the_folder(root):
     folder = ImageFolder(str(root), **SIZES)
     assert (folder.num_classes, folder.in_channels) == (2, 3)
     assert folder.class_names == ["cat", "dog"]
-    pixels = torch.stack(
-        [
-            image
-            for image, _ in ImageFolder(str(root), **{**SIZES, "num_train_eval": 10}).split_dataset(
-                "train"
-            )
-        ]
-    ).double()
+    everything = ImageFolder(str(root), **{**SIZES, "num_train_eval": 10}).split_dataset("train")
+    pixels = torch.stack([image for image, _ in everything]).double()
     assert folder.mean == pytest.approx(pixels.mean((0, 2, 3)).tolist(), abs=1e-6)
     assert folder.std == pytest.approx(pixels.std((0, 2, 3), correction=0).tolist(), abs=1e-6)
 
 
-def test_statistics_given_are_taken_and_nothing_is_read(tmp_path):
+def test_statistics_that_are_set_are_used_and_nothing_is_read(tmp_path):
     folder = ImageFolder(str(tmp_path / "none"), mean=[0.1, 0.2, 0.3], std=[1.0, 2.0, 3.0])
     assert folder.mean == [0.1, 0.2, 0.3]
     assert folder.std == [1.0, 2.0, 3.0]
@@ -93,11 +87,11 @@ def test_home_is_expanded(root, monkeypatch):
     assert ImageFolder(f"~/{root.name}", **SIZES).num_classes == 2
 
 
-def test_only_images_count_and_grey_ones_become_rgb(root):
+def test_only_images_count_and_gray_ones_become_rgb(root):
     (root / "train" / "cat" / "notes.txt").write_text("no image")
     (root / "train" / "cat" / "._0.png").write_text("no image")
     (root / "train" / ".cache").mkdir()
-    Image.new("L", (8, 6), 200).save(root / "train" / "cat" / "grey.png")
+    Image.new("L", (8, 6), 200).save(root / "train" / "cat" / "gray.png")
     train, _ = ImageFolder(str(root), **SIZES).sources()
     assert len(train) == 11
     assert train[5][0][:, 3, 3].tolist() == [200, 200, 200]
@@ -177,7 +171,7 @@ def test_what_is_no_regular_file_is_refused_before_it_is_opened(root, in_memory)
         ("std", [0.1, 1e-50, 0.1]),
     ],
 )
-def test_statistics_that_normalise_nothing_are_refused(name, values):
+def test_statistics_that_cannot_normalize_are_refused(name, values):
     with pytest.raises(ValueError, match=f"Expected each value of `{name}` to be finite"):
         ImageFolder("data", **{name: values})
     normalization = [values if name == part else [0.5] * 3 for part in ("mean", "std")]
@@ -187,7 +181,7 @@ def test_statistics_that_normalise_nothing_are_refused(name, values):
         WeightAveraging(normalization=normalization)
 
 
-def test_images_of_one_colour_have_no_statistics(root):
+def test_images_of_one_color_have_no_statistics(root):
     for path in root.glob("*/*/*.png"):
         Image.new("RGB", (8, 6), (9, 9, 9)).save(path)
     with pytest.raises(ValueError, match="Expected pixels that differ in each channel"):

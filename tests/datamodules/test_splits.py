@@ -13,17 +13,17 @@ def sizes(**kwargs):
 
 def test_the_paper_s_splits_of_cifar10():
     splits = make_splits(range(50_000), range(10_000), sizes())
-    assert splits.training == list(range(50_000))
-    assert splits.train == list(range(1000))
-    assert splits.test == list(range(1000))
-    assert splits.val == list(range(9500, 10_000))
+    assert splits["training"] == list(range(50_000))
+    assert splits["train"] == list(range(1000))
+    assert splits["test"] == list(range(1000))
+    assert splits["val"] == list(range(9500, 10_000))
 
 
 def test_val_may_come_out_of_the_training_images():
     splits = make_splits(range(50_000), range(10_000), sizes(val_from="train"))
-    assert splits.val == list(range(49_500, 50_000))
-    assert splits.training == list(range(49_500))
-    assert splits.test == list(range(1000))
+    assert splits["val"] == list(range(49_500, 50_000))
+    assert splits["training"] == list(range(49_500))
+    assert splits["test"] == list(range(1000))
 
 
 @given(
@@ -43,11 +43,11 @@ def test_splits_are_disjoint_and_of_the_size_asked_for_or_refused(train, test, w
             make_splits(train_order, test_order, ask)
         return
     splits = make_splits(train_order, test_order, ask)
-    assert len(splits.training) == num_train
-    assert splits.train == splits.training[:num_train_eval]
-    assert (len(splits.val), len(splits.test)) == (num_val, num_test)
-    assert not set(splits.val) & set(splits.test)
-    assert not set(splits.val) & set(splits.training)
+    assert len(splits["training"]) == num_train
+    assert splits["train"] == splits["training"][:num_train_eval]
+    assert (len(splits["val"]), len(splits["test"])) == (num_val, num_test)
+    assert not set(splits["val"]) & set(splits["test"])
+    assert not set(splits["val"]) & set(splits["training"])
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_splits_are_disjoint_and_of_the_size_asked_for_or_refused(train, test, w
         ({"num_test": 10_001, "val_from": "train"}, "Expected at least 10001 test images"),
         ({"num_train": 0}, "Expected `num_train` to be >= 1 but got 0"),
         ({"num_val": 0}, "Expected `num_val` to be >= 1 but got 0"),
-        ({"val_from": "validation"}, "Expected `val_from` to be 'test' or 'train' but got 'valid"),
+        ({"val_from": "validation"}, "Expected `val_from` to be one of test, train but got valid"),
     ],
 )
 def test_what_cannot_be_is_said(wanted, message):

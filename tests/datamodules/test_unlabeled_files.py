@@ -24,8 +24,8 @@ def save_folder(parent, names=("cat", "dog", "emu")):
     for label, name in enumerate(names):
         (parent / name).mkdir(parents=True)
         for i in (1, 0):
-            colour = (100 * label, i, 0)
-            Image.new("RGB", (5, 4), colour).save(parent / name / f"{i}.png")
+            color = (100 * label, i, 0)
+            Image.new("RGB", (5, 4), color).save(parent / name / f"{i}.png")
     return parent
 
 
@@ -72,7 +72,7 @@ def test_home_is_expanded(tmp_path, monkeypatch):
     assert_read(read_unlabeled("~/ddpm.npz", num_classes=3))
 
 
-def test_folders_are_numbered_by_name_or_as_the_labelled_ones(tmp_path):
+def test_folders_are_numbered_by_name_or_as_the_labeled_ones(tmp_path):
     images = read_unlabeled(save_folder(tmp_path / "all"), num_classes=3)
     assert images.labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert [images[i][0][:2, 0, 0].tolist() for i in (0, 3)] == [[0, 0], [100, 1]]
@@ -82,12 +82,12 @@ def test_folders_are_numbered_by_name_or_as_the_labelled_ones(tmp_path):
     assert images.labels.tolist() == [1, 1, 3, 3]
     with pytest.raises(ValueError, match="Expected 3 folders, one a class, in .*part but got 2"):
         read_unlabeled(part, num_classes=3)
-    with pytest.raises(ValueError, match="named as the 2 classes of the labelled .* but got 'cat'"):
+    with pytest.raises(ValueError, match="named as the 2 classes of the labeled .* but got 'cat'"):
         read_unlabeled(part, num_classes=2, class_names=["dog", "emu"])
 
 
 class Evil:
-    """Runs a command where it is unpickled."""
+    """Runs a command when it is unpickled."""
 
     def __init__(self, command):
         self.command = command
@@ -271,15 +271,15 @@ def test_damaged_files_are_one_sentence(tmp_path, name, content):
 def test_nothing_there_is_one_sentence(tmp_path):
     with pytest.raises(ValueError, match="`unlabeled` to be the pickle .* but there is no .*none"):
         read_unlabeled(tmp_path / "none", num_classes=3)
-    with pytest.raises(ValueError, match="where `unlabeled_share` is above 0 but got None"):
+    with pytest.raises(ValueError, match="if `unlabeled_share` is above 0 but got None"):
         read_unlabeled(None, num_classes=3)
 
 
-def test_a_folder_of_images_takes_a_folder_of_unlabelled_ones(tmp_path):
+def test_a_folder_of_images_takes_a_folder_of_unlabeled_ones(tmp_path):
     for part in ("train", "test"):
-        save_folder(tmp_path / "labelled" / part)
+        save_folder(tmp_path / "labeled" / part)
     extra: Path = save_folder(tmp_path / "extra", ("emu",))
-    data = ImageFolder(str(tmp_path / "labelled"), num_val=1, num_test=1, unlabeled=str(extra))
+    data = ImageFolder(str(tmp_path / "labeled"), num_val=1, num_test=1, unlabeled=str(extra))
     source = data.unlabeled_source()
     assert source.labels.tolist() == [2, 2]
     assert len(source) == 2

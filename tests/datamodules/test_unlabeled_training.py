@@ -11,7 +11,7 @@ from robust_flatness.datamodules import Digits, ImageFolder
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_batches_say_which_images_are_pseudo_labelled(in_memory):
+def test_batches_say_which_images_are_pseudo_labeled(in_memory):
     seen = record(ToyWithPool(in_memory=in_memory), max_epochs=4)
     assert len(seen) == 4 * 3
     for images, labels, unlabeled in seen:
@@ -19,12 +19,12 @@ def test_batches_say_which_images_are_pseudo_labelled(in_memory):
         assert unlabeled.sum() == 2
         assert torch.equal(images.flatten(1).amax(1) == 0, unlabeled)
         assert labels[unlabeled].max() < 10
-    labelled = torch.cat([labels[~unlabeled] for _, labels, unlabeled in seen])
-    # 4 epochs of 18 labelled images are 3 passes through 24.
-    assert labelled.bincount().tolist() == [3] * 24
+    labeled = torch.cat([labels[~unlabeled] for _, labels, unlabeled in seen])
+    # 4 epochs of 18 labeled images are 3 passes through 24.
+    assert labeled.bincount().tolist() == [3] * 24
 
 
-def test_all_images_may_be_pseudo_labelled():
+def test_all_images_may_be_pseudo_labeled():
     for images, _, unlabeled in record(ToyWithPool(unlabeled_share=1.0, pool=3), max_epochs=2):
         assert bool(unlabeled.all())
         assert float(images.max()) == 0
@@ -104,12 +104,12 @@ def test_they_are_read_once_and_only_to_train():
     ("shape", "label", "message"),
     [
         ((3, 8, 8, 3), 0, "Expected unlabeled images of 1 channels but got 3 channels"),
-        ((3, 8, 9, 1), 0, "unlabeled images of 8x8 pixels, as the labelled .* but got 9x8"),
+        ((3, 8, 9, 1), 0, "unlabeled images of 8x8 pixels, as the labeled .* but got 9x8"),
         ((3, 8, 8, 1), 24, "labels of unlabeled images in 0 to 23 but got labels in 24 to 24"),
         ((3, 8, 8, 1), -1, "labels of unlabeled images in 0 to 23 but got labels in -1 to -1"),
     ],
 )
-def test_images_that_do_not_fit_the_labelled_ones_stop_before_training(
+def test_images_that_do_not_fit_the_labeled_ones_stop_before_training(
     tmp_path, shape, label, message
 ):
     path = tmp_path / "x.npz"
@@ -154,5 +154,5 @@ def test_digits_take_other_images_and_refuse_an_empty_pool(tmp_path):
     np.savez(path, image=np.full((4, 8, 8, 1), 7, np.uint8), label=np.arange(4))
     source = Digits(unlabeled=str(path), unlabeled_share=0.5).unlabeled_source()
     assert (len(source), int(source[0][0].max())) == (4, 7)
-    with pytest.raises(ValueError, match="`num_pool` to be >= 1 or `unlabeled` to be given"):
+    with pytest.raises(ValueError, match="`num_pool` to be >= 1 or `unlabeled` to be set"):
         Digits(num_pool=0, unlabeled_share=0.5).unlabeled_source()

@@ -34,7 +34,7 @@ class Toy(RobustDataModule):
 
 
 class ToyWithPool(Toy):
-    """Toy with pseudo-labelled images, by default 10, whose pixels are 0 and labels positions."""
+    """Toy with pseudo-labeled images, by default 10, whose pixels are 0 and labels positions."""
 
     def __init__(self, *, pool=10, **kwargs):
         super().__init__(**{"unlabeled_share": 0.25, "seed": 0, "augment": "none", **kwargs})

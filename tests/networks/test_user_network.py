@@ -56,7 +56,7 @@ class Any(Recorded):
 @pytest.mark.parametrize(
     "network", [Both, Reversed, Unnamed, Defaults, KeywordsOnly, PositionsOnly, Any]
 )
-def test_both_numbers_are_passed_under_whatever_name(network):
+def test_both_numbers_are_passed_under_any_name(network):
     expected = {"classes": 7, "channels": 2, "width": 4}
     assert build_network(network, 7, 2).arguments == expected
     if network is not PositionsOnly:
@@ -182,11 +182,17 @@ def test_a_path_builds_what_it_names(project):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("missing_import.Net", "missing_import raises ModuleNotFoundError: .*'not_there'"),
-        ("package.part.Net", "package.part raises ModuleNotFoundError: .*'package.absent'"),
-        ("wrong_syntax.Net", "wrong_syntax raises SyntaxError: .*line 1"),
-        ("fails.Net", "fails raises RuntimeError: no GPU"),
-        ("leaves.Net", "leaves raises SystemExit: 3"),
+        (
+            "missing_import.Net",
+            "missing_import.Net to import but it raises ModuleNotFoundError: .*'not_there'",
+        ),
+        (
+            "package.part.Net",
+            "package.part.Net to import but it raises ModuleNotFoundError: .*'package.absent'",
+        ),
+        ("wrong_syntax.Net", "wrong_syntax.Net to import but it raises SyntaxError: .*line 1"),
+        ("fails.Net", "fails.Net to import but it raises RuntimeError: no GPU"),
+        ("leaves.Net", "leaves.Net to import but it raises SystemExit: 3"),
         ("empty.Net", "but got empty.Net: empty has no Net"),
         ("package.absent.Net", "but got package.absent.Net: package has no absent"),
         ("empty.Net.inner", "empty has no Net"),

@@ -1,11 +1,13 @@
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_convert
 
-from robust_flatness.datamodules import LabelledImages, ResidentImages
-from robust_flatness.datamodules.channel_statistics import channel_statistics
-from robust_flatness.datamodules.evaluation_images import EvaluationImages
-from robust_flatness.datamodules.labelled_images import keep_batch, to_unit_range
+from robust_flatness.datamodules import LabeledImages, ResidentImages
+from robust_flatness.datamodules.images import (
+    EvaluationImages,
+    channel_statistics,
+    to_unit_range,
+)
 
 
 def random_images(n=10, channels=3):
@@ -13,7 +15,7 @@ def random_images(n=10, channels=3):
     return ResidentImages(images, torch.arange(n))
 
 
-class OneByOne(LabelledImages):
+class OneByOne(LabeledImages):
     """Images that can only be asked for, as those in files."""
 
     def __init__(self, images):
@@ -29,7 +31,7 @@ class OneByOne(LabelledImages):
 
 def test_a_loader_gets_whole_batches():
     data = random_images()
-    batches = list(DataLoader(data, 4, collate_fn=keep_batch))
+    batches = list(DataLoader(data, 4, collate_fn=default_convert))
     assert [len(labels) for _, labels in batches] == [4, 4, 2]
     assert torch.equal(torch.cat([images for images, _ in batches]), data.images)
     assert batches[0][0].dtype is torch.uint8
@@ -79,7 +81,7 @@ def test_pixels_in_unit_range_are_rounded():
     assert data.images.flatten().tolist() == [0, 0, 1, 255]
 
 
-def test_statistics_are_those_of_the_pixels_whatever_the_chunk():
+def test_statistics_are_those_of_the_pixels_for_any_chunk():
     data = random_images()
     pixels = data.images.double() / 255
     mean, std = channel_statistics(data, chunk=3)

@@ -32,7 +32,7 @@ PRESETS = "at_awp,entropy_sgd,self_supervision,weight_averaging"
 SCRIPT = Path(__file__).with_name("checkout_facts.py")
 # The package imports none of these folders, so the facts do not depend on them.
 SKIPPED = {"tests", "docs", "benchmarks", "runs", "report", "build", "dist", "wandb"}
-SUFFIXES = {".py", ".yaml", ".cfg", ".csv", ".html", ".css", ".js", ".j2"}
+SUFFIXES = {".py", ".yaml", ".cfg", ".csv", ".html", ".css", ".js", ".jinja"}
 
 
 @contextmanager

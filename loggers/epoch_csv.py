@@ -24,7 +24,7 @@ from lightning.pytorch.loggers.logger import DummyExperiment  # type: ignore[att
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
-from robust_flatness.run_folder.atomic_write import whole_file
+from robust_flatness.run_folder.files import atomic_write
 
 
 class EpochCSVLogger(Logger):
@@ -165,7 +165,7 @@ class EpochCSVLogger(Logger):
             return
         columns = ["epoch", *sorted({name for row in self._rows.values() for name in row})]
         with (
-            whole_file(self._path) as temporary,
+            atomic_write(self._path) as temporary,
             temporary.open("w", newline="", encoding="utf-8") as file,
         ):
             table = csv.DictWriter(file, columns)

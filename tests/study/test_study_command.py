@@ -48,7 +48,8 @@ def trains_nothing(monkeypatch):
 @pytest.fixture
 def unchecked(monkeypatch):
     """Lets options through that only the stand-in, or nothing, knows."""
-    monkeypatch.setattr("robust_flatness.cli.check_arguments", lambda arguments: None)
+    place = "robust_flatness.command_line.lightning_cli.check_arguments"
+    monkeypatch.setattr(place, lambda arguments: None)
 
 
 def said(*arguments: str, capsys) -> str:

@@ -22,67 +22,47 @@ from timing import compare, cpu_seconds, quiet_trainer, random_images, textbook_
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from robust_flatness import functional
 from robust_flatness.callbacks import AutoAttack
 from robust_flatness.datamodules import Digits
-from robust_flatness.functional import (
-    average_case_flatness,
-    perturbed_weights,
-    pgd_attack,
-    sample_weight_perturbation,
-)
 from robust_flatness.lightning_modules import AT, load_checkpoint
-from robust_flatness.networks import ResNet18, SmallResNet
+from robust_flatness.networks import ResNet18
 
-Problem = tuple[nn.Module, Tensor, Tensor, float]
-"""A network, images, labels, and the radius of attacks."""
+EPS, STEP_SIZE = 8 / 255, 0.007
 
 
-def problems(batches: Sequence[int], width: int, digits: int) -> dict[str, Problem]:
-    """The paper's network on batches of random images, and the network of Digits on its images."""
-    chosen: dict[str, Problem] = {}
-    for batch in batches:
-        module = AT(partial(ResNet18, width=width))
-        chosen[f"ResNet-18, batch of {batch}"] = module, *random_images(batch), 8 / 255
-    module = AT(SmallResNet, in_channels=1, mean=[0.3], std=[0.4])
-    chosen[f"Digits, batch of {digits}"] = module, *first_digits("train", digits), 0.2
+def resnet(images: Tensor, width: int, layout: torch.memory_format) -> tuple[nn.Module, nn.Module]:
+    """The paper's network in the layout of `AT`, and in the layout of the others."""
+    model = AT(partial(ResNet18, width=width))
     with torch.no_grad():
         # BatchNorm statistics of the images. With those of a new network, losses explode.
-        for model, images, _, _ in chosen.values():
-            for _ in range(20):
-                model.train()(images)
-            model.eval()
-    return chosen
-
-
-def first_digits(split: str, count: int) -> tuple[Tensor, Tensor]:
-    """The first images and labels of a split."""
-    dataset = Digits().split_dataset(split)  # type: ignore[arg-type]
-    images, labels = zip(*(dataset[index] for index in range(count)))
-    return torch.stack(images), torch.tensor(labels)
+        for _ in range(20):
+            model.train()(images)
+    return model.eval(), copy.deepcopy(model).to(memory_format=layout)  # type: ignore[call-overload]
 
 
 def pgd_variants(
-    problem: Problem, steps: int, layout: torch.memory_format
+    images: Tensor, labels: Tensor, width: int, steps: int, layout: torch.memory_format
 ) -> dict[str, Callable[[], Tensor]]:
     """Functions that return adversarial examples."""
-    model, images, labels, eps = problem
-    plain = copy.deepcopy(model).to(memory_format=layout)  # type: ignore[call-overload]
-    length = eps * 0.007 / (8 / 255)
-    ours = partial(pgd_attack, model, images, labels, eps=eps, steps=steps, start="uniform")
-    theirs = torchattacks.PGD(plain, eps=eps, alpha=length, steps=steps, random_start=True)
-    settings = {"eps": eps, "step_size": length, "steps": steps}
-    return {
+    model, plain = resnet(images, width, layout)
+    ours = partial(functional.pgd_attack, model, images, labels, eps=EPS, steps=steps)
+    theirs = torchattacks.PGD(plain, eps=EPS, alpha=STEP_SIZE, steps=steps, random_start=True)
+    settings = {"eps": EPS, "step_size": STEP_SIZE, "steps": steps}
+    variants: dict[str, Callable[[], Tensor]] = {
         "textbook": lambda: textbook_pgd(plain, images, labels, **settings)[0],
         "torchattacks": partial(theirs, images, labels),
-        "ours, best": partial(ours, keep="best"),
-        "ours, last": partial(ours, keep="last"),
+        "ours, best": partial(ours, keep="best", start="uniform"),
+        "ours, last": partial(ours, keep="last", start="uniform"),
     }
+    for name, run in variants.items():
+        print(f"{name}: cross-entropy {cross_entropy(model(run()), labels).item():.2f}")
+    return variants
 
 
 def crafting(
     batches: Sequence[int] = (4, 8),
     width: int = 64,
-    digits: int = 64,
     steps: int = 7,
     same_layout: bool = False,
     rounds: int = 7,
@@ -90,66 +70,52 @@ def crafting(
     """Times PGD. With `same_layout`, the others use channels_last, too."""
     columns = {}
     layout = torch.channels_last if same_layout else torch.contiguous_format
-    for column, problem in problems(batches, width, digits).items():
-        variants = pgd_variants(problem, steps, layout)
-        for name, run in variants.items():
-            loss = cross_entropy(problem[0](run()), problem[2]).item()
-            print(f"{column}: {name} reaches a cross-entropy of {loss:.2f}")
-        columns[column] = {name: cpu_seconds(run) for name, run in variants.items()}
+    for batch in batches:
+        variants = pgd_variants(*random_images(batch), width, steps, layout)
+        columns[f"batch of {batch}"] = {name: cpu_seconds(run) for name, run in variants.items()}
     compare(f"PGD-{steps}, CPU time", columns, rounds)
 
 
-def flatness_variants(
-    problem: Problem, directions: int, steps: int
-) -> dict[str, Callable[[], tuple[float, float]]]:
-    """Functions that return RLoss at w and, in the mean, at w + ν, along the same directions."""
-    model, images, labels, eps = problem
-    plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+def flatness(
+    batch: int = 4, width: int = 64, directions: int = 2, steps: int = 7, rounds: int = 7
+) -> None:
+    """Times average-case flatness along the same directions."""
+    images, labels = random_images(batch)
+    model, plain = resnet(images, width, torch.contiguous_format)
 
     def textbook_loss() -> float:
-        settings = {"eps": eps, "step_size": eps * 0.007 / (8 / 255), "steps": steps}
+        settings = {"eps": EPS, "step_size": STEP_SIZE, "steps": steps}
         return textbook_pgd(plain, images, labels, **settings)[1].mean().item()
 
     def textbook() -> tuple[float, float]:
         reference, total = textbook_loss(), 0.0
         for k in range(directions):
-            with perturbed_weights(plain, sample_weight_perturbation(plain, xi=0.5, direction=k)):
+            nu = functional.sample_weight_perturbation(plain, xi=0.5, direction=k)
+            with functional.perturbed_weights(plain, nu):
                 total += textbook_loss()
         return reference, total / directions
 
     def ours() -> tuple[float, float]:
         settings = {"num_perturbations": directions, "steps": steps, "start": "uniform"}
-        result = average_case_flatness(model, images, labels, xi=0.5, eps=eps, **settings)
+        flatness = functional.average_case_flatness
+        result = flatness(model, images, labels, xi=0.5, eps=EPS, **settings)
         return result.reference_loss, result.perturbed_losses.mean().item()
 
-    return {"textbook": textbook, "ours": ours}
-
-
-def flatness(
-    batch: int = 4,
-    width: int = 64,
-    digits: int = 64,
-    directions: int = 2,
-    steps: int = 7,
-    rounds: int = 7,
-) -> None:
-    """Times average-case flatness."""
-    columns = {}
-    for column, problem in problems([batch], width, digits).items():
-        variants = flatness_variants(problem, directions, steps)
-        for name, run in variants.items():
-            print("{}: {}, RLoss {:.2f} at w, {:.2f} at w + ν".format(column, name, *run()))
-        columns[column] = {name: cpu_seconds(run) for name, run in variants.items()}
-    compare(f"Flatness, {directions} directions, PGD-{steps}, CPU time", columns, rounds)
+    variants = {"textbook": textbook, "ours": ours}
+    for name, run in variants.items():
+        print("{}: RLoss {:.2f} at w, {:.2f} at w + ν".format(name, *run()))
+    column = {name: cpu_seconds(run) for name, run in variants.items()}
+    compare(f"Flatness, {directions} directions, PGD-{steps}", {"CPU time": column}, rounds)
 
 
 def autoattack(run: Path, images: int = 100, rounds: int = 3) -> None:
     """Times AutoAttack standard on test images of a finished run on Digits."""
-    model, eps = load_checkpoint(run / "checkpoints" / "last.ckpt").eval(), Digits().eps
-    pixels, labels = first_digits("test", images)
+    model, data = load_checkpoint(run / "checkpoints" / "last.ckpt").eval(), Digits()
+    pairs = [data.split_dataset("test")[index] for index in range(images)]
+    pixels, labels = torch.stack([image for image, _ in pairs]), torch.tensor([y for _, y in pairs])
 
     def official(batch: int) -> float:
-        attack = OfficialAutoAttack(model, eps=eps, seed=0, device="cpu")
+        attack = OfficialAutoAttack(model, eps=data.eps, seed=0, device="cpu")
         predicted = attack.run_standard_evaluation(pixels, labels, batch_size=batch)[1]
         return (predicted != labels).float().mean().item()
 
@@ -159,7 +125,7 @@ def autoattack(run: Path, images: int = 100, rounds: int = 3) -> None:
         return metrics[0]["test/autoattack_error"]
 
     def theirs() -> float:
-        attack = torchattacks.AutoAttack(model, eps=eps, n_classes=10, seed=0)
+        attack = torchattacks.AutoAttack(model, eps=data.eps, n_classes=10, seed=0)
         with torch.no_grad():
             return (model(attack(pixels, labels)).argmax(1) != labels).float().mean().item()
 

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 PRESETS = "at_awp,entropy_sgd,self_supervision,weight_averaging"
-CHILD = Path(__file__).with_name("checkout_facts.py")
+SCRIPT = Path(__file__).with_name("checkout_facts.py")
 # The package imports none of these folders, so the facts do not depend on them.
 SKIPPED = {"tests", "docs", "benchmarks", "runs", "report", "build", "dist", "wandb"}
 SUFFIXES = {".py", ".yaml", ".cfg", ".csv", ".html", ".css", ".js", ".jinja"}
@@ -51,15 +51,14 @@ def checkout(place: str) -> Iterator[Path]:
 
 
 def contents(folder: Path) -> str:
-    """A hash of what the facts depend on: the package, the scripts here, and the libraries."""
+    """A hash of what the facts depend on: the package, the script, and the libraries."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
         skipped = any(part.startswith(".") or part in SKIPPED for part in parts)
         if not skipped and path.suffix in SUFFIXES and path.is_file():
             digest.update(f"{parts}".encode() + path.read_bytes())
-    for script in (CHILD, CHILD.with_name("flows.py")):
-        digest.update(script.read_bytes())
+    digest.update(SCRIPT.read_bytes())
     versions = [importlib.metadata.version(name) for name in ("torch", "lightning", "numpy")]
     digest.update(f"{versions} {platform.platform()} {platform.node()}".encode())
     return digest.hexdigest()
@@ -74,7 +73,10 @@ def facts_of(folder: Path, job: dict[str, list[str]]) -> dict[str, Any]:
         (path / "robust_flatness").symlink_to(folder)
         environment = {"PYTHONPATH": str(path), "PYTHONDONTWRITEBYTECODE": "1"}
         environment |= {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        command = [sys.executable, str(CHILD), json.dumps(job), "facts.json"]
+        start = (
+            f"import sys; sys.path.append({str(SCRIPT.parent)!r}); import {SCRIPT.stem} as script"
+        )
+        command = [sys.executable, "-c", f"{start}; script.main()", json.dumps(job), "facts.json"]
         subprocess.run(command, cwd=scratch, env={**os.environ, **environment}, check=True)
         return dict(json.loads(Path(scratch, "facts.json").read_text()))
 
@@ -126,17 +128,13 @@ def print_results(before: dict[str, Any], after: dict[str, Any], differing: dict
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compares two checkouts. Returns 0 if they are equal, else 1."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("before", help="a checkout's folder, or a revision of this repository")
     parser.add_argument("after", help="a checkout's folder, or a revision of this repository")
     parser.add_argument("--presets", default=PRESETS, help="rows of Table 1")
     parser.add_argument("--all", action="store_true", help="all rows, and pairs of all rows")
     parser.add_argument("--pairs", help="rows to pair, by default the presets")
     parser.add_argument("--ignore", nargs="*", default=[], help="patterns of facts' names")
-    cache = Path(tempfile.gettempdir()) / "robust-flatness-compare"
-    parser.add_argument("--cache", type=Path, default=cache, help="folder for facts")
     options = parser.parse_args(arguments)
     with checkout(options.before) as first, checkout(options.after) as second:
         rows = sorted(path.stem for path in (first / "configs" / "table1").glob("*.yaml"))
@@ -144,7 +142,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         pairs = presets if options.pairs is None else list(filter(None, options.pairs.split(",")))
         job = {"presets": presets, "pairs": pairs, "alone": rows}
         print(f"before: {first}", flush=True)
-        before = cached_facts(first, job, options.cache)
+        cache = Path(tempfile.gettempdir()) / "robust-flatness-compare"
+        before = cached_facts(first, job, cache)
         print(f"after: {second}", flush=True)
         after = facts_of(second, job)
     differing = differences(before["facts"], after["facts"], options.ignore)

@@ -1,13 +1,10 @@
-"""What the benchmarks share: timing in turns, trainers, random images, and research code's PGD.
-
-One thread, unless `OMP_NUM_THREADS` says otherwise.
-"""
+"""What the benchmarks share: timing in turns, trainers, random images, and research code's PGD."""
 
 import logging
-import os
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping
 from datetime import date
 from statistics import median
 from typing import Any
@@ -24,20 +21,18 @@ from typing_extensions import override
 from robust_flatness.datamodules import ResidentImages, RobustDataModule
 from robust_flatness.run_folder.environment import hardware
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+torch.set_num_threads(1)
 torch.manual_seed(0)
 warnings.simplefilter("ignore")
 for logger in ("auto-attack", "lightning.pytorch"):
     logging.getLogger(logger).setLevel(logging.ERROR)
 
 Seconds = Callable[[], float]
-"""Runs a variant and returns its seconds."""
 
 
 def cpu_seconds(run: Callable[[], object]) -> Seconds:
     """A variant that is timed from outside, in CPU seconds of this process."""
-    threads = torch.get_num_threads()
-    timer = Timer("run()", globals={"run": run}, timer=time.process_time, num_threads=threads)
+    timer = Timer("run()", globals={"run": run}, timer=time.process_time, num_threads=1)
     return lambda: timer.blocked_autorange(min_run_time=0.1).median
 
 
@@ -46,20 +41,18 @@ def compare(
 ) -> dict[str, dict[str, list[float]]]:
     """Times variants in turns, and prints a table and their ratios to the first variant.
 
-    Each variant runs once before it is timed. The order is reversed in every other round, so that
-    a machine that slows down does so for all variants. Returns the seconds of each round, by
-    column and variant.
+    Each variant runs once before it is timed. The order is reversed in every other round. Returns
+    the seconds of each round, by column and variant.
     """
     seconds = {column: {name: [] for name in variants} for column, variants in columns.items()}
     for column, variants in columns.items():
-        for number in range(-1, rounds):
-            for name in list(variants)[:: -1 if number % 2 else 1]:
+        for number in range(rounds + 1):
+            for name in list(variants)[:: -1 if number and number % 2 == 0 else 1]:
                 value = variants[name]()
-                if number >= 0:
+                if number:
                     seconds[column][name].append(value)
-    versions = f"torch {torch.__version__}, lightning {lightning.__version__}"
-    threads = f"{torch.get_num_threads()} threads, {rounds} rounds"
-    print(f"\n{date.today()}, {hardware()['cpu']}, {threads}, {versions}")
+    print(f"\n{date.today()}, {hardware()['cpu']}, one thread, ", end="")
+    print(f"torch {torch.__version__}, lightning {lightning.__version__}, {rounds} rounds")
     table = [
         Measurement(1, values, TaskSpec("", "", "", title, name, column, num_threads=1))
         for column, variants in seconds.items()
@@ -70,26 +63,20 @@ def compare(
         reference, *others = variants
         for name in others:
             ratios = [a / b for a, b in zip(variants[name], variants[reference])]
-            print(f"{column}: {name} / {reference} {spread(ratios)}")
+            middle, low, high = (f"{f(ratios):.3g}" for f in (median, min, max))
+            print(f"{column}: {name} / {reference} {middle} ({low} to {high})")
     return seconds
-
-
-def spread(values: Sequence[float]) -> str:
-    """Median, smallest and largest value."""
-    return f"{median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
 
 
 class StepTimer(Callback):
     """Mean `seconds` of a step in each epoch, without its first `warm_up` steps."""
 
     def __init__(self, warm_up: int = 1, clock: Callable[[], float] = time.process_time) -> None:
-        self.warm_up, self.clock = warm_up, clock
+        self.warm_up, self.clock, self.images = warm_up, clock, 0
         self.seconds: list[float] = []
 
     @override
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: Any, batch: Any, index: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, index: int) -> None:
         if index == self.warm_up:
             self._begin = self.clock()
 
@@ -97,6 +84,7 @@ class StepTimer(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, index: int
     ) -> None:
+        self.images += len(batch[0])
         if trainer.is_last_batch:
             self.seconds.append((self.clock() - self._begin) / (index + 1 - self.warm_up))
 
@@ -106,28 +94,14 @@ class StepCost(StepTimer):
 
     last: "StepCost"
 
-    def __init__(self) -> None:
-        super().__init__()
-        StepCost.last, self.forwards, self.backwards, self.images = self, 0, 0, 0
-
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        StepCost.last, self.passes = self, Counter[str]()
         layer = next(m for m in pl_module.modules() if isinstance(m, nn.Conv2d))
-        layer.register_forward_hook(self._forward)
-        layer.register_full_backward_hook(self._backward)
-
-    def _forward(self, layer: nn.Module, inputs: Any, output: Tensor) -> None:
-        self.forwards += len(output)
-
-    def _backward(self, layer: nn.Module, grad_input: Any, grad_output: Any) -> None:
-        self.backwards += len(grad_output[0])
-
-    @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, index: int
-    ) -> None:
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, index)
-        self.images += len(batch[0])
+        layer.register_forward_hook(lambda m, _, out: self.passes.update(forwards=len(out)))
+        layer.register_full_backward_hook(
+            lambda m, _, out: self.passes.update(backwards=len(out[0]))
+        )
 
 
 def quiet_trainer(**settings: Any) -> Trainer:
@@ -166,18 +140,16 @@ class RandomImages(RobustDataModule):
     def sources(self) -> tuple[ResidentImages, ResidentImages]:
         images, labels = random_images(self.count + 1500)
         pixels = (255 * images).to(torch.uint8)
-        train, test = slice(self.count), slice(self.count, None)
-        return ResidentImages(pixels[train], labels[train]), ResidentImages(
-            pixels[test], labels[test]
-        )
+        parts = slice(self.count), slice(self.count, None)
+        train, test = (ResidentImages(pixels[part], labels[part]) for part in parts)
+        return train, test
 
 
 def textbook_pgd(
     model: nn.Module, images: Tensor, labels: Tensor, *, eps: float, step_size: float, steps: int
 ) -> tuple[Tensor, Tensor]:
-    """Adversarial examples as in research code, and their cross-entropy `(N,)`.
+    """Adversarial examples and their cross-entropy as in research code (Rice et al., Wu et al.).
 
-    These are `steps + 1` forwards and `steps` full backwards (Rice et al., 2020; Wu et al., 2020):
     `loss.backward()` also computes gradients of the weights, which nobody uses.
     """
     delta = torch.empty_like(images).uniform_(-eps, eps)

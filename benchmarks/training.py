@@ -20,26 +20,15 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+import timing
 import torch
-from flows import SWITCHED_OFF
+from checkout_facts import SWITCHED_OFF
 from jsonargparse import auto_cli
-from lightning.pytorch import LightningModule
-from timing import (
-    RandomImages,
-    StepCost,
-    StepTimer,
-    compare,
-    cpu_seconds,
-    quiet_trainer,
-    textbook_pgd,
-    train_on,
-)
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.transforms.functional import to_pil_image
-from typing_extensions import override
 
 from robust_flatness import cli
 from robust_flatness.lightning_modules import AT
@@ -49,9 +38,8 @@ from robust_flatness.networks import ResNet18
 PRESETS = Path(cli.__file__).parent / "configs" / "table1"
 ROWS = ["at", *sorted({path.stem for path in PRESETS.glob("*.yaml")} - {"at"})]
 # Epochs of the warm-up would be without the perturbation.
-VARIANTS = {
-    "trades_awp": ["--model=TRADESAWP", "--model.warmup=0"],
-    "mart_awp": ["--model=MARTAWP", "--model.warmup=0"],
+AWP = {
+    f"{name.lower()}_awp": [f"--model={name}AWP", "--model.warmup=0"] for name in ("TRADES", "MART")
 }
 QUIET = "--trainer.enable_progress_bar=false"
 
@@ -70,13 +58,12 @@ def textbook_epoch(count: int, batch: int, width: int) -> Callable[[], None]:
     pictures: Any = [to_pil_image(torch.rand(3, 32, 32)) for _ in range(count)]
 
     def epoch() -> None:
-        loader = DataLoader(
-            pictures, batch, shuffle=True, collate_fn=lambda found: [transform(p) for p in found]
-        )
+        loader = DataLoader(pictures, batch, shuffle=True, collate_fn=list)
         for pixels in loader:
-            images, labels = torch.stack(pixels), torch.randint(10, (len(pixels),))
+            images = torch.stack([transform(picture) for picture in pixels])
+            labels = torch.randint(10, (len(images),))
             settings = {"eps": 8 / 255, "step_size": 0.007, "steps": 7}
-            adversarial, _ = textbook_pgd(model.eval(), images, labels, **settings)
+            adversarial, _ = timing.textbook_pgd(model.eval(), images, labels, **settings)
             optimizer.zero_grad()
             cross_entropy(model.train()(adversarial), labels).backward()
             optimizer.step()
@@ -87,18 +74,19 @@ def textbook_epoch(count: int, batch: int, width: int) -> Callable[[], None]:
 def epoch(images: int = 384, batch: int = 128, width: int = 16, rounds: int = 7) -> None:
     """Times an epoch of AT with PGD-7. Ours is one of a trainer with the table of epochs."""
     with tempfile.TemporaryDirectory() as folder:
-        module, data = AT(partial(ResNet18, width=width)), RandomImages(images, batch_size=batch)
-        trainer = quiet_trainer(max_epochs=0, logger=EpochCSVLogger(folder))
+        data = timing.RandomImages(images, batch_size=batch)
+        trainer = timing.quiet_trainer(max_epochs=0, logger=EpochCSVLogger(folder))
+        module = AT(partial(ResNet18, width=width))
         column = {
-            "textbook": cpu_seconds(textbook_epoch(images, batch, width)),
-            "ours": cpu_seconds(partial(train_on, trainer, module, data)),
+            "textbook": timing.cpu_seconds(textbook_epoch(images, batch, width)),
+            "ours": timing.cpu_seconds(partial(timing.train_on, trainer, module, data)),
         }
         title = f"AT, {images} images, ResNet-18 of width {width}"
-        compare(title, {"CPU time of an epoch": column}, rounds)
+        timing.compare(title, {"CPU time of an epoch": column}, rounds)
 
 
 def steps(
-    rows: Sequence[str] = (*ROWS, *VARIANTS),
+    rows: Sequence[str] = (*ROWS, *AWP),
     data: str = "Digits",
     epochs: int = 3,
     rounds: int = 7,
@@ -107,57 +95,35 @@ def steps(
 ) -> None:
     """Times a step of each row of Table 1 relative to the first row, and counts its passes.
 
-    Each run is one of the command line without measures. `write` is a JSON file for `results.py`,
-    `options` are further options of `fit`, such as `[--model.steps=2]`.
+    `write` is a JSON file for `table1.py`, `options` are further ones of `fit`.
     """
     costs: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as root:
-        without, watch = (
-            f"--without=[{','.join(SWITCHED_OFF)}]",
-            "--trainer.callbacks=timing.StepCost",
-        )
-        length, folder = f"--trainer.max_epochs={epochs}", f"--trainer.default_root_dir={root}"
-        common = [f"--data={data}", length, folder, without, watch, QUIET, *options]
+        common = [f"--data={data}", f"--without=[{','.join(SWITCHED_OFF)}]", QUIET]
+        common += [f"--trainer.max_epochs={epochs}", f"--trainer.default_root_dir={root}"]
+        common += ["--trainer.callbacks=timing.StepCost", *options]
 
         def step(row: str) -> float:
-            preset = VARIANTS.get(row, [f"--config=table1/{row}.yaml"])
+            preset = AWP.get(row, [f"--config=table1/{row}.yaml"])
             with redirect_stdout(io.StringIO()):
                 cli.main(["fit", *preset, *common])
-            cost = StepCost.last
-            passes = {"forwards": cost.forwards, "backwards": cost.backwards}
-            costs[row] = {name: count / cost.images for name, count in passes.items()}
+            cost = timing.StepCost.last
+            costs[row] = {name: count / cost.images for name, count in cost.passes.items()}
             return mean(cost.seconds)
 
         column = {row: partial(step, row) for row in rows}
-        (seconds,) = compare(f"Step on {data}", {"CPU time": column}, rounds).values()
+        (seconds,) = timing.compare(f"Step on {data}", {"CPU time": column}, rounds).values()
     for row, cost in costs.items():
         print(f"{row}: {cost['forwards']:g} forwards and {cost['backwards']:g} backwards an image")
         cost["seconds"] = median(seconds[row])
         cost["relative"] = median(a / b for a, b in zip(seconds[row], seconds[rows[0]]))
     if write is not None:
-        write.parent.mkdir(parents=True, exist_ok=True)
         write.write_text(json.dumps(costs, indent=1))
 
 
 def linear(num_classes: int = 10, in_channels: int = 1) -> nn.Module:
     """A network on images of 4x4 pixels that costs next to nothing."""
     return nn.Sequential(nn.Flatten(), nn.Linear(16 * in_channels, num_classes))
-
-
-class Plain(LightningModule):
-    """Trains and logs nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.network = linear()
-
-    @override
-    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
-        return cross_entropy(self.network(batch[0]), batch[1])
-
-    @override
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return sgd(self.parameters())
 
 
 def overhead(count: int = 1000, rounds: int = 7) -> None:
@@ -174,51 +140,43 @@ def overhead(count: int = 1000, rounds: int = 7) -> None:
             optimizer.step()
         return (time.process_time() - begin) / count
 
-    def trained(make: Callable[[], LightningModule]) -> float:
-        timer = StepTimer()
-        train_on(quiet_trainer(max_epochs=0, callbacks=[timer]), make(), batches)
+    def trained() -> float:
+        data = {"mean": [0.5], "std": [0.5], "in_channels": 1}
+        module = AT(linear, **data, steps=0, keep="last", start="zero", optimizer=sgd)  # type: ignore[arg-type]
+        timer = timing.StepTimer()
+        timing.train_on(timing.quiet_trainer(max_epochs=0, callbacks=[timer]), module, batches)
         return timer.seconds[0]
 
-    attack: dict[str, Any] = {"steps": 0, "keep": "last", "start": "zero", "optimizer": sgd}
-    unattacked = partial(AT, linear, mean=[0.5], std=[0.5], in_channels=1, **attack)
-    variants = {"nothing logged": Plain, "AT without attack": unattacked}
-    column = {"bare loop": bare_loop, **{n: partial(trained, make) for n, make in variants.items()}}
-    compare("Linear(16, 10), batches of 32", {"CPU time of a step": column}, rounds)
+    column = {"bare loop": bare_loop, "AT without attack": trained}
+    timing.compare("Linear(16, 10), batches of 32", {"CPU time of a step": column}, rounds)
 
 
 def scaling(rounds: int = 3, options: Sequence[str] = ()) -> None:
     """Times training, flatness and AutoAttack in one process and in two, with a core each.
 
-    Wall-clock time is that of the run's `results.json`, which begins after the processes start.
-    `options` are further options of `fit`.
+    Wall-clock time is that of `results.json`, which begins after the processes have started.
     """
-    flatness = ["num_examples=384", "steps=20", "every_n_epochs=1"]
     jobs = {
-        "5 epochs, width 64": (["--trainer.max_epochs=5", "--model.network.width=64"], ""),
-        "flatness": ([f"--flatness.{option}" for option in flatness], "flatness"),
-        "AutoAttack": (
-            ["--autoattack.num_examples=80", "--autoattack.chunk_size=20"],
-            "autoattack",
-        ),
+        "training": ["--trainer.max_epochs=5", "--model.network.width=64"],
+        "flatness": ["--flatness.num_examples=384", "--flatness.steps=20"],
+        "autoattack": ["--autoattack.num_examples=80", "--autoattack.chunk_size=20"],
     }
 
     def run(job: str, processes: int) -> float:
-        own, kept = jobs[job]
-        without = f"--without=[{','.join(name for name in SWITCHED_OFF if name != kept)}]"
+        without = f"--without=[{','.join(name for name in SWITCHED_OFF if name != job)}]"
         devices = [f"--trainer.devices={processes}", "--trainer.accelerator=cpu"]
-        strategy = ["--trainer.strategy=ddp"] if processes > 1 else []
-        common = ["--trainer.max_epochs=1", without, *devices, *strategy, QUIET, *own, *options]
+        devices += ["--trainer.strategy=ddp"] if processes > 1 else []
+        common = ["--trainer.max_epochs=1", "--flatness.every_n_epochs=1", without, QUIET, *devices]
         with tempfile.TemporaryDirectory() as root:
             command = [sys.executable, "-m", "robust_flatness.cli", "fit", f"--folder={root}/run"]
+            command += [*common, *jobs[job], *options]
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            subprocess.run([*command, *common], check=True, env=environment, capture_output=True)
+            subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
             results = json.loads(Path(root, "run", "results.json").read_text())
         return float(results["wall_time_seconds"])
 
-    columns = {
-        job: {f"{n} process{'es' * (n > 1)}": partial(run, job, n) for n in (1, 2)} for job in jobs
-    }
-    compare("AT on Digits, wall-clock time", columns, rounds)
+    columns = {job: {f"{n} of 2 cores": partial(run, job, n) for n in (1, 2)} for job in jobs}
+    timing.compare("AT on Digits, wall-clock time", columns, rounds)
 
 
 if __name__ == "__main__":

@@ -84,8 +84,11 @@ class Presets:
 def _merged(below: Settings, above: Settings) -> Settings:
     merged = {**below, **above}
     for key in below.keys() & above.keys():
-        if isinstance(below[key], dict) and isinstance(above[key], dict):
-            merged[key] = _merged(below[key], above[key])
+        both = below[key], above[key]
+        if all(isinstance(part, dict) for part in both):
+            # Another optimizer or schedule has arguments of its own.
+            classes = {part["class_path"] for part in both if "class_path" in part}
+            merged[key] = _merged(*both) if len(classes) < 2 else above[key]
     return merged
 
 

@@ -13,7 +13,7 @@ COMMAND_LINE = "robust_flatness.command_line"
 FUNCTIONS = {
     "study": "robust_flatness.study.command:study",
     "report": "robust_flatness.reporting.command:report",
-    "dashboard": "robust_flatness.reporting.dashboard_command:dashboard",
+    "dashboard": "robust_flatness.reporting.command:dashboard",
 }
 COMMANDS = {
     "fit": "train one model, and measure it",

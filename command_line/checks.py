@@ -15,8 +15,7 @@ from robust_flatness.command_line.files import run_folder_of, settings_of_run
 from robust_flatness.command_line.options import Option
 from robust_flatness.command_line.presets import EXTERNAL
 from robust_flatness.lightning_modules import AT
-from robust_flatness.lightning_modules.at import CLASS_KEY
-from robust_flatness.lightning_modules.loading import read_checkpoint
+from robust_flatness.lightning_modules.checkpoints import CLASS_KEY, read_checkpoint
 
 # Lowest values of the trainer's arguments that Lightning takes without a word, or refuses late.
 _LOWEST = {

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 
-from robust_flatness.callbacks.examples import ROUNDING
+from robust_flatness.callbacks.fixed_images import ROUNDING
 from robust_flatness.lightning_modules import AT, External
 from robust_flatness.networks import Normalize
 

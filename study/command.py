@@ -179,12 +179,8 @@ def plan_table(plan: Sequence[PlannedRun], jobs: int) -> Table:
         counts = [len(runs), *(own.count(state) for state in State), sum(left[r] for r in runs)]
         name = escape(stem.rsplit("-", 1)[0])
         table.add_row(name, *map(str, counts), end_section=stem == stems[-1])
-    results = [results_of(run) for run in plan]
-    paces = [
-        result["wall_time_seconds"] / max(1, result["epochs"])
-        for result in results
-        if isinstance(result.get("wall_time_seconds"), float)
-    ]
+    finished = [result for run in plan if (result := results_of(run))]
+    paces = [result.wall_time_seconds / result.epochs for result in finished]
     table.caption = "The time left is known once a run has finished."
     if paces:
         seconds = sum(left.values()) * statistics.median(paces) / jobs

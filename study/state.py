@@ -18,16 +18,12 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from robust_flatness.run_folder.json_file import jsonable, write_json
+from robust_flatness.run_folder.files import jsonable, write_json
+from robust_flatness.run_folder.runs import Run, load_run
 from robust_flatness.study.plan import PlannedRun
 
 Process = subprocess.Popen[bytes]
 PROGRAM = (sys.executable, "-m", "robust_flatness.cli")
-# Fields of results.json that a report needs.
-_RESULTS: dict[str, type] = {
-    **{"method": str, "data": str, "epochs": int, "trajectory": list},
-    **{"settings": dict, "final": dict, "early_stopped": dict},
-}
 # The number of different settings that an error message lists.
 _LISTED = 3
 
@@ -48,16 +44,12 @@ def state_of(run: PlannedRun) -> State:
     return State.CUT_OFF if zipfile.is_zipfile(_checkpoint(run)) else State.NEW
 
 
-def results_of(run: PlannedRun) -> dict[str, Any]:
-    """Returns the content of `results.json`, or `{}` if the run has not finished."""
+def results_of(run: PlannedRun) -> Run | None:
+    """Returns the results of a run, or None if it has not finished or no report can read it."""
     try:
-        results = json.loads((run.folder / "results.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    is_complete = isinstance(results, dict) and all(
-        isinstance(results.get(name), kind) for name, kind in _RESULTS.items()
-    )
-    return results if is_complete else {}
+        return load_run(run.folder)
+    except (ValueError, OSError):
+        return None
 
 
 def epochs_done(run: PlannedRun) -> int:

@@ -11,6 +11,7 @@ LAYERS = {
     "networks": 1,
     "run_folder": 2,
     "datamodules": 3,
+    "measures": 3,
     "loggers": 3,
     "plotting": 3,
     "callbacks": 4,

@@ -33,7 +33,7 @@ PRESETS = ("at_awp", "entropy_sgd", "self_supervision", "weight_averaging")
 CHILD = Path(__file__).with_name("checkout_facts.py")
 # What the facts depend on besides the package: none of these folders is imported by it.
 LEFT_OUT = {"tests", "docs", "benchmarks", "runs", "report", "build", "dist", "wandb"}
-SUFFIXES = {".py", ".yaml", ".cfg", ".csv", ".html", ".css", ".js", ".jinja"}
+SUFFIXES = {".py", ".yaml", ".cfg", ".csv", ".html", ".css", ".js"}
 # Facts of a part and characters of a value that are printed.
 FACTS, SHOWN = 8, 80
 

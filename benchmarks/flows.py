@@ -1,8 +1,4 @@
-"""How much of the package four flows pass through: calls, functions and files.
-
-`sys.setprofile` sees each Python call; those of named functions in the package count. `compare.py`
-prints them for two checkouts: what they share, such as the network, is in both.
-"""
+"""Counts the calls of named functions of the package, the functions and the files in four flows."""
 
 import os
 import shutil
@@ -15,40 +11,40 @@ from typing import Any
 from lightning.pytorch import Callback
 
 # Everything that a run does by default besides training.
-SWITCHED_OFF = (
+SWITCHED_OFF = [
     *("wandb", "evaluation", "train_evaluation", "flatness", "train_flatness", "early_stopping"),
     *("trajectory", "final", "autoattack", "best_checkpoint", "last_checkpoint"),
-)
+]
 PROJECTIONS = {"clamp", "clamp_", "clip", "minimum"}
 
 
 class Profile:
-    """Counts calls of functions in the package while it is on."""
+    """Counts between `start` and `stop`, or the first projection of an attack."""
 
     def __init__(self) -> None:
-        self.package = ""
-        self.calls, self.seen = 0, set[CodeType]()
-        self.until: Callable[[FrameType, Any], bool] | None = None
+        self.calls, self.seen, self.until_projection = 0, set[CodeType](), False
 
     def start(self) -> None:
-        """Begins to count, from zero."""
+        """Starts from zero."""
         self.package, self.calls, self.seen = os.environ["PYTHONPATH"], 0, set()
         sys.setprofile(self._event)
 
     def stop(self) -> None:
-        """Ends counting."""
+        """Stops counting."""
         sys.setprofile(None)
 
     def _event(self, frame: FrameType, event: str, argument: Any) -> None:
         code = frame.f_code
         if not code.co_filename.startswith(self.package):
             return
-        # Neither modules nor comprehensions and lambdas, which are parts of a function.
+        # Modules, comprehensions and lambdas are parts of a function.
         if event == "call" and code.co_name[0] != "<":
             self.calls += 1
             self.seen.add(code)
-        elif event == "c_call" and self.until is not None and self.until(frame, argument):
-            self.stop()
+        elif event == "c_call" and self.until_projection:
+            inside = f"{os.sep}functional{os.sep}" in code.co_filename
+            if inside and getattr(argument, "__name__", "") in PROJECTIONS:
+                self.stop()
 
     @property
     def counts(self) -> list[int]:
@@ -60,57 +56,45 @@ PROFILE = Profile()
 
 
 class Watch(Callback):
-    """Counts between two hooks of a run, first among its callbacks.
-
-    Args:
-        begin: Hook that begins; the last one of its kind counts.
-        end: Hook that ends.
-    """
+    """Counts from the last call of the hook `begin` to the hook `end`."""
 
     def __init__(self, begin: str, end: str) -> None:
         for name, act in ((end, PROFILE.stop), (begin, PROFILE.start)):
             setattr(self, name, lambda *args, act=act, **kwargs: act())
 
 
-def is_projection(frame: FrameType, function: Any) -> bool:
-    """Whether a call clamps a tensor in the package's functions, the first of which projects."""
-    inside = f"{os.sep}functional{os.sep}" in frame.f_code.co_filename
-    return inside and getattr(function, "__name__", "") in PROJECTIONS
-
-
 def all_flows(
-    must: Callable[..., str], say: Callable[[str], None]
+    must: Callable[..., None], say: Callable[[str], None]
 ) -> Iterator[tuple[str, list[int]]]:
-    """Runs the four flows.
+    """Runs the flows by `must`, the command line. Yields the name and the counts of each."""
 
-    Args:
-        must: Runs a command line.
-        say: Prints progress.
+    def fit(*options: str, switched_off: list[str] = SWITCHED_OFF) -> list[int]:
+        tiny = ["--data.num_train=16", "--data.batch_size=8", "--trainer.max_epochs=1"]
+        tiny += ["--model.network.width=8", "--trainer.enable_progress_bar=false"]
+        must("fit", *tiny, *options, f"--without=[{','.join(switched_off)}]")
+        return PROFILE.counts
 
-    Yields:
-        Name of the flow, and its calls, functions and files.
-    """
-    tiny = ["--data.num_train=16", "--data.batch_size=8", "--trainer.max_epochs=1"]
-    tiny += ["--model.network.width=8", "--trainer.enable_progress_bar=false"]
+    def watch(begin: str, end: str) -> list[str]:
+        callback = "--trainer.callbacks"
+        return [f"{callback}=flows.Watch", f"{callback}.begin={begin}", f"{callback}.end={end}"]
+
     say("flows: a step")
-    watch = ["--trainer.callbacks=flows.Watch", "--trainer.callbacks.begin=on_train_batch_start"]
-    step = [*watch, "--trainer.callbacks.end=on_train_batch_end", "--model.steps=2"]
-    must("fit", "--model=ATAWP", *tiny, *step, without(*SWITCHED_OFF))
-    yield "one step of AT-AWP with PGD-2", PROFILE.counts
+    hooks = watch("on_train_batch_start", "on_train_batch_end")
+    yield "one step of AT-AWP with PGD-2", fit("--model=ATAWP", "--model.steps=2", *hooks)
     say("flows: an epoch's end")
-    watch = ["--trainer.callbacks=flows.Watch", "--trainer.callbacks.begin=on_train_batch_end"]
     light = ["num_examples=8", "num_perturbations=1", "steps=1", "every_n_epochs=1"]
-    measure = [f"--flatness.{option}" for option in light]
-    others = without(*(name for name in SWITCHED_OFF if name != "flatness"))
-    must("fit", *tiny, *watch, "--trainer.callbacks.end=on_train_end", *measure, others)
-    yield "flatness at an epoch's end, K = 1, PGD-1", PROFILE.counts
+    options = [f"--flatness.{option}" for option in light]
+    hooks = watch("on_train_batch_end", "on_train_end")
+    others = [name for name in SWITCHED_OFF if name != "flatness"]
+    counts = fit(*options, *hooks, switched_off=others)
+    yield "flatness at an epoch's end, K = 1, PGD-1", counts
     say("flows: an option")
-    PROFILE.until = is_projection
+    PROFILE.until_projection = True
     PROFILE.start()
-    must("fit", "--model.eps=8/255", *tiny, without(*SWITCHED_OFF))
+    counts = fit("--model.eps=8/255")
     PROFILE.stop()
-    PROFILE.until = None
-    yield "`--model.eps 8/255` from argv to the first projection", PROFILE.counts
+    PROFILE.until_projection = False
+    yield "`--model.eps 8/255` from argv to the first projection", counts
     say("flows: report")
     runs = sorted(path.parent for path in Path("runs").glob("*/results.json"))[:6]
     for folder in runs:
@@ -119,8 +103,3 @@ def all_flows(
     must("report", "six", "--folder=report_of_six")
     PROFILE.stop()
     yield f"`report` on {len(runs)} runs", PROFILE.counts
-
-
-def without(*names: str) -> str:
-    """The option that leaves parts of a run out."""
-    return f"--without=[{','.join(names)}]"

@@ -39,8 +39,10 @@ from torch import Tensor
 
 from robust_flatness.callbacks import AutoAttack, Flatness, RobustEvaluation
 from robust_flatness.datamodules import ImageFolder
-from robust_flatness.functional import average_case_flatness, evaluate_robustness
-from robust_flatness.functional.evaluation import fast_crafting, full_float32
+from robust_flatness.functional.attack import PGD
+from robust_flatness.functional.evaluation import evaluation_context, full_float32
+from robust_flatness.functional.flatness import measure_flatness
+from robust_flatness.functional.robust_loss import measure_robustness
 from robust_flatness.lightning_modules import AT
 from robust_flatness.loggers import EpochCSVLogger
 from robust_flatness.networks import ResNet18
@@ -66,22 +68,38 @@ def measures(module: AT, device: torch.device, given: argparse.Namespace) -> dic
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(given.measured, 3, 32, 32, generator=generator).to(device)
     labels = torch.randint(10, (given.measured,), generator=generator).to(device)
-    settings = {"eps": EPS, "steps": given.measure_steps, "batch_size": given.measure_batch}
+    settings = {"seed": 0, "batch_size": given.measure_batch}
 
-    def flatness() -> float:
-        return average_case_flatness(module, images, labels, **settings).value
+    def flatness(pgd: PGD) -> float:
+        found = measure_flatness(
+            module,
+            images,
+            labels,
+            pgd,
+            xi=0.5,
+            num_perturbations=10,
+            restarts=1,
+            protocol="shared",
+            loss="robust",
+            distribution="sphere",
+            relative_to="layer",
+            per_batch=False,
+            **settings,
+        )
+        return found.value
 
-    def loss() -> float:
-        found = evaluate_robustness(module, images, labels, restarts=10, **settings)
+    def loss(pgd: PGD) -> float:
+        found = measure_robustness(module, images, labels, pgd, restarts=10, **settings)
         return found.robust_loss
 
     results: dict[str, Any] = {}
     for name, measure in {"flatness": flatness, "robust_loss": loss}.items():
-        for way, fast in {"fast": True, "float32": False}.items():
-            with full_float32(device), fast_crafting(fast):
-                if fast:
-                    measure()
-                seconds, value = timed(device, measure)
+        for way, precision in {"fast": "bfloat16", "float32": "float32"}.items():
+            pgd = PGD(EPS, given.measure_steps, precision=precision)
+            with evaluation_context(module), full_float32(device):
+                if way == "fast":
+                    measure(pgd)
+                seconds, value = timed(device, partial(measure, pgd))
             results[name] = results.get(name, {}) | {way: {"seconds": seconds, "value": value}}
     return results
 

@@ -1,11 +1,20 @@
-"""What a loader of the trainer delivers, after its hooks, read in a process of its own.
+"""What a loader of the trainer delivers, after its hooks, read in a fork of the process.
 
 User code runs in a fork that ends afterwards: whatever it changes there, training never sees it.
 Generators, counters, caches, persistent workers and global random state stay as they are.
 """
 
-from collections.abc import Iterator
+import builtins
+import io
+import logging
+import multiprocessing
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.heap import BufferWrapper
 from typing import Any
 
 import numpy as np
@@ -23,8 +32,7 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from robust_flatness.callbacks.forked import Refusal, in_fork
-from robust_flatness.callbacks.loader_order import Batches, delivered_batches, seed_all
+from robust_flatness.callbacks.loader_order import Batches, Refusal, delivered_batches, seed_all
 
 STAGES = {
     "train": RunningStage.TRAINING,
@@ -32,16 +40,20 @@ STAGES = {
     "test": RunningStage.TESTING,
 }
 HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+EXCHANGES = ("all_gather", "all_gather_object", "all_reduce", "broadcast", "broadcast_object_list")
+# Seconds that reading may take.
+TIMEOUT = 600
+_OPEN = open
 
 
 @dataclass(frozen=True)
 class Delivery:
-    """Images and labels as the module gets them, on the CPU, and the batches to read them again.
+    """Images and labels as the module gets them, on the CPU.
 
     Attributes:
         images: What `batch[0]` held, float32 or float64 if it was floating point.
         labels: What `batch[1]` held.
-        batches: Indices of the images if another process may draw others, else `None`.
+        batches: Indices of the images if another process may draw others, else None.
     """
 
     images: Tensor
@@ -50,19 +62,19 @@ class Delivery:
 
 
 def source_of(trainer: Trainer, split: str) -> _DataLoaderSource:
-    """Where Lightning takes the loaders of a split from."""
+    """Returns where Lightning takes the loaders of a split from."""
     source: _DataLoaderSource = _loop(trainer, split)._data_source
     return source
 
 
 def has_loader(trainer: Trainer, split: str) -> bool:
-    """Whether the trainer has a loader of a split, or can ask for it."""
+    """Returns whether the trainer has a loader of a split, or can request it."""
     source = source_of(trainer, split)
     return source.instance is not None and source.is_defined()
 
 
 def has_own_hooks(trainer: Trainer) -> bool:
-    """Whether batches pass through transfer hooks that neither Lightning nor this package wrote."""
+    """Returns whether batches pass through transfer hooks of the user."""
     selector = trainer._data_connector._datahook_selector
     if selector is None:
         return False
@@ -83,16 +95,14 @@ def read_delivery(
 ) -> Delivery:
     """Reads the images that a loader delivers first, after `collate_fn` and the transfer hooks.
 
-    Nothing of it is left in this process.
-
     Args:
         trainer: The trainer.
         module: The module.
         split: `train`, `val` or `test`.
-        count: Images, at most.
+        count: Number of images, at most.
         dataset: Read in its order, as if a loader without shuffling delivered it in evaluation;
-            `None` takes the loader of the split.
-        batches: What an earlier delivery said to read again.
+            None takes the loader of the split.
+        batches: `batches` of an earlier delivery, to read the same images.
         fixed: Whether to refuse images that change, say by augmentation.
 
     Raises:
@@ -100,43 +110,138 @@ def read_delivery(
     """
     state = {}
     if module.device.type != "cpu" and has_own_hooks(trainer):
-        # A fork has no GPU: hooks find weights and buffers on the CPU.
+        # A fork has no GPU: hooks get weights and buffers on the CPU.
         tensors = [*module.named_parameters(), *module.named_buffers()]
         state = {name: tensor.detach().cpu() for name, tensor in tensors}
 
     def read() -> tuple[np.ndarray, np.ndarray, Batches | None]:
-        held = _move(module, state)
+        held = _replace_tensors(module, state)
         trainer.state.stage = RunningStage.VALIDATING if dataset is not None else STAGES[split]
         module.train(trainer.training)
         seed_all(0)
         loader = _loader(trainer, split) if dataset is None else DataLoader(dataset, 128)
-        drawn, custom = batches, True
+        drawn, is_random = batches, True
         if drawn is None:
             limit = 1.0 if dataset is not None else getattr(trainer, f"limit_{split}_batches")
-            drawn, custom = delivered_batches(loader, limit, count, trainer.world_size)
+            drawn, is_random = delivered_batches(loader, limit, count, trainer.world_size)
         seed_all(0)
         shared = _shared_tensors(loader, module)
         images, labels = _read(trainer, module, loader, drawn, count)
         if any(tensor._version != version for tensor, version in shared):
             raise RuntimeError("it changes shared memory")
         if fixed:
-            _go_on(trainer, loader)
+            _advance(trainer, loader)
             again = _read(trainer, module, loader, drawn, count)
             if not all(map(torch.equal, (images, labels), again)):
                 raise Refusal(changing(split))
         del held
-        return images.numpy(), labels.numpy(), drawn if custom else None
+        return images.numpy(), labels.numpy(), drawn if is_random else None
 
     images, labels, drawn = in_fork(read, f"the loader of `split` {split}")
     return Delivery(torch.from_numpy(images), torch.from_numpy(labels), drawn)
 
 
 def changing(split: str) -> str:
-    """Says that the images of a split are not the same whenever they are read."""
+    """Returns the message for images that are not the same whenever they are read."""
     return (
         f"Expected the images of `split` {split} to be the same whenever they are read but got "
         "others the second time, as random augmentation gives; pass `dataset=` without it."
     )
+
+
+def in_fork(read: Callable[[], Any], what: str) -> Any:
+    """Calls a function in a fork of this process, which keeps whatever else the function does.
+
+    Args:
+        read: Runs without gradients, on one thread and no GPU. It may not exchange anything with
+            other processes, nor change files or shared memory. What it returns is pickled.
+        what: What it reads, for the message.
+
+    Returns:
+        What `read` returned.
+
+    Raises:
+        ValueError: With the sentence of a `Refusal`, or if `read` fails in another way.
+
+    Example:
+        >>> log = []
+        >>> in_fork(lambda: log.append(1) or len(log), "a log"), log
+        (1, [])
+    """
+    answer, refusal, problem = None, None, "forks are not available here"
+    if "fork" in multiprocessing.get_all_start_methods():
+        context = multiprocessing.get_context("fork")
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_answer, args=(read, sender))
+        try:
+            with warnings.catch_warnings():
+                # Python warns of forks beside other threads; loaders with workers fork as well.
+                warnings.simplefilter("ignore")
+                process.start()
+            sender.close()
+            # A lock that another thread holds stays locked in a fork.
+            if receiver.poll(TIMEOUT):
+                answer, refusal, problem = receiver.recv()
+                process.join()
+            else:
+                problem = f"no answer in {TIMEOUT} s"
+                process.kill()
+        except EOFError:
+            problem = "its process died"
+        except (AssertionError, OSError) as error:
+            problem = str(error)
+        finally:
+            receiver.close()
+    if refusal:
+        raise ValueError(refusal)
+    if problem:
+        raise ValueError(
+            f"Expected to read {what} in a fork of this process, so that training does not "
+            f"notice, but that failed ({problem}); pass `dataset=`."
+        )
+    return answer
+
+
+def _answer(read: Callable[[], Any], sender: Connection) -> None:
+    # What a loader prints, it prints in training.
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    logging.disable()
+    warnings.simplefilter("ignore")
+    # A fork has one thread, and other processes do not wait for it.
+    torch.set_num_threads(1)
+    for name in EXCHANGES:
+        setattr(torch.distributed, name, _refuse_exchange)
+    setattr(torch.distributed, "barrier", lambda *_, **__: None)  # noqa: B010
+    # What a fork writes to files or to shared memory stays.
+    builtins.open = io.open = _open_to_read
+    answer = refusal = problem = None
+    try:
+        before = _shared_numbers()
+        with torch.inference_mode(False), torch.no_grad():
+            answer = read()
+        if _shared_numbers() != before:
+            raise RuntimeError("it changes shared memory")
+    except Refusal as error:
+        refusal = str(error)
+    except BaseException as error:
+        problem = " ".join(f"{type(error).__name__}: {error}".split())
+    sender.send((answer, refusal, problem))
+
+
+def _open_to_read(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+    if set(mode) & set("wax+") and file != os.devnull:
+        raise RuntimeError(f"it writes to {file}")
+    return _OPEN(file, mode, *args, **kwargs)
+
+
+def _shared_numbers() -> list[bytes]:
+    """What the `Value`s and `Array`s of multiprocessing hold."""
+    arenas = getattr(getattr(BufferWrapper, "_heap", None), "_arenas", [])
+    return [bytes(arena.buffer) for arena in arenas]
+
+
+def _refuse_exchange(*_: Any, **__: Any) -> None:
+    raise RuntimeError("a loader or hook exchanges tensors with other ranks")
 
 
 def _loop(trainer: Trainer, split: str) -> Any:
@@ -209,29 +314,19 @@ def _read(
         batch = module._apply_batch_transfer_handler(batch, torch.device("cpu"), dataloader_idx=0)
         pair = list(batch[:2]) if isinstance(batch, (list, tuple)) else []
         if len(pair) < 2 or not all(isinstance(part, Tensor) and part.ndim for part in pair):
-            found = [getattr(part, "dtype", type(part).__name__) for part in pair]
+            types = [getattr(part, "dtype", type(part).__name__) for part in pair]
             raise Refusal(
                 "Expected batches that begin with images and labels, both tensors, but got "
-                f"{type(batch).__name__} {found or ''}; pass `dataset=`."
+                f"{type(batch).__name__} {types or ''}; pass `dataset=`."
             )
         for parts, part in zip((images, labels), pair):
-            wide = part.is_floating_point() and part.dtype != torch.float64
-            parts.append((part.float() if wide else part).detach().cpu())
+            is_half = part.is_floating_point() and part.dtype != torch.float64
+            parts.append((part.float() if is_half else part).detach().cpu())
         if sum(map(len, images)) >= count:
             break
     if not images:
         raise Refusal("Expected the loader to deliver images but got an empty one.")
     return torch.cat(images)[:count], torch.cat(labels)[:count]
-
-
-def _shared_tensors(loader: DataLoader[Any], module: LightningModule) -> list[tuple[Tensor, int]]:
-    """Tensors in shared memory that the user's objects hold, with their versions."""
-    owners = [loader.sampler, loader.batch_sampler, loader.collate_fn, module, loader.dataset]
-    while (inner := getattr(owners[-1], "dataset", None)) is not None:
-        owners.append(inner)
-    values = [value for owner in owners for value in getattr(owner, "__dict__", {}).values()]
-    shared = [value for value in values if isinstance(value, Tensor) and value.is_shared()]
-    return [(tensor, tensor._version) for tensor in shared]
 
 
 def _collated(loader: DataLoader[Any], batches: Batches) -> Iterator[Any]:
@@ -244,24 +339,39 @@ def _collated(loader: DataLoader[Any], batches: Batches) -> Iterator[Any]:
     return iter(DataLoader(loader.dataset, collate_fn=loader.collate_fn, **indices))
 
 
-def _go_on(trainer: Trainer, loader: DataLoader[Any]) -> None:
-    """Goes to a later moment of training, in which augmentation would be another."""
+def _shared_tensors(loader: DataLoader[Any], module: LightningModule) -> list[tuple[Tensor, int]]:
+    """Tensors in shared memory that the user's objects hold, with their versions."""
+    owners = [loader.sampler, loader.batch_sampler, loader.collate_fn, module]
+    owners += _nested_datasets(loader)
+    values = [value for owner in owners for value in getattr(owner, "__dict__", {}).values()]
+    shared = [value for value in values if isinstance(value, Tensor) and value.is_shared()]
+    return [(tensor, tensor._version) for tensor in shared]
+
+
+def _advance(trainer: Trainer, loader: DataLoader[Any]) -> None:
+    """Sets a later moment of training, in which augmentation would be another."""
     seed_all(1)
     fit_loop = trainer.fit_loop
     fit_loop.epoch_progress.increment_by(1)
     fit_loop.epoch_loop.batch_progress.increment_by(1)
     fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.increment_by(1)
     fit_loop.epoch_loop.manual_optimization.optim_step_progress.increment_by(1)
-    part: Any = loader.dataset
-    while part is not None:
-        if callable(getattr(part, "set_epoch", None)):
-            part.set_epoch(trainer.current_epoch)
-        elif isinstance(getattr(part, "epoch", None), int):
-            part.epoch += 1
-        part = getattr(part, "dataset", None)
+    for dataset in _nested_datasets(loader):
+        if callable(getattr(dataset, "set_epoch", None)):
+            dataset.set_epoch(trainer.current_epoch)
+        elif isinstance(getattr(dataset, "epoch", None), int):
+            dataset.epoch += 1
 
 
-def _move(module: LightningModule, state: dict[str, Tensor]) -> list[Tensor]:
+def _nested_datasets(loader: DataLoader[Any]) -> list[Any]:
+    """The loader's dataset, the dataset that this wraps, and so on."""
+    datasets: list[Any] = [loader.dataset]
+    while (inner := getattr(datasets[-1], "dataset", None)) is not None:
+        datasets.append(inner)
+    return datasets
+
+
+def _replace_tensors(module: LightningModule, state: dict[str, Tensor]) -> list[Tensor]:
     """Puts tensors on the CPU in place of a module's own, and returns these to be kept."""
     held = []
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:

@@ -1,49 +1,184 @@
-"""The paper's protocol, once, at the end."""
+"""What is measured once, on the weights that training ends with and on the early-stopped ones."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, get_args
 
-from lightning.pytorch import LightningModule, Trainer
-from torch.utils.data import Dataset
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from robust_flatness.callbacks.curvature import Curvature
-from robust_flatness.callbacks.examples import Normalization
-from robust_flatness.callbacks.final_measurement import Figures, FinalMeasurement
-from robust_flatness.callbacks.flatness import Flatness
-from robust_flatness.callbacks.measurement import SPLITS, Measurement
-from robust_flatness.callbacks.robust_evaluation import RobustEvaluation
-from robust_flatness.callbacks.worst_case_flatness import WorstCaseFlatness
-from robust_flatness.functional.checks import Eps, check_choice
+from robust_flatness.callbacks.fixed_images import Normalization
+from robust_flatness.callbacks.measuring import (
+    HoldsMeasure,
+    MeasuringCallback,
+    averaged_weights,
+    swapped_weights,
+    warn_if_results_stay,
+)
+from robust_flatness.callbacks.robust_early_stopping import early_stopping_of
+from robust_flatness.functional.checks import check_choice
 from robust_flatness.functional.flatness import Protocol
-from robust_flatness.functional.noise import Norm
+from robust_flatness.loggers.epoch_csv import EpochCSVLogger
+from robust_flatness.measures import (
+    AutoAttackError,
+    AverageCaseFlatness,
+    Curvature,
+    Measure,
+    RobustLoss,
+    WorstCaseFlatness,
+)
+from robust_flatness.measures.base import Split
 
-Extra = Literal["clean", "worst", "clean_worst", "curvature"]
+Metrics = dict[str, float]
+# In the run folder, until the run has ended.
+AUTOATTACK_FOLDER = "autoattack"
 
 
-class FinalEvaluation(FinalMeasurement):
+class FinalMeasure(MeasuringCallback, HoldsMeasure):
+    """Measures at the end of `fit` and in `test`, on last and early-stopped weights.
+
+    Early-stopped weights are those of a `RobustEarlyStopping` beside it, in `test` too, whose
+    checkpoint contains them.
+
+    Args:
+        **kwargs: `measure`, such as `measures.WorstCaseFlatness()`, and arguments of `FixedImages`.
+
+    Attributes:
+        final_results: `final` and `early_stopped` metrics by name, and `num_examples` by name.
+        final_arrays: Values of each image by name, `final/…` and `early_stopped/…`.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.final_results: dict[str, dict[str, Any]] = {
+            "final": {},
+            "early_stopped": {},
+            "num_examples": {},
+        }
+        self.final_arrays: dict[str, Tensor] = {}
+
+    @property
+    def measures(self) -> Mapping[str, Sequence[Measure]]:
+        """What is measured on each split."""
+        return {self.split: [self.measure]}
+
+    @property
+    def state_key(self) -> str:
+        """Distinguishes the callbacks of a class in checkpoints, by their split."""
+        return f"{type(self).__name__}[{self.split}]"
+
+    def logged_name(self, name: str, weights: str) -> str:
+        """Returns the name under which a metric is logged after training.
+
+        Args:
+            name: The metric's name.
+            weights: `final` or `early_stopped`.
+        """
+        return f"{weights}/{name}"
+
+    def keep(self, weights: str, split: str, measure: Measure, result: Any) -> Metrics:
+        """Keeps a result and returns its metrics."""
+        arrays = measure.arrays(result, split).items()
+        self.final_arrays |= {f"{weights}/{name}": values for name, values in arrays}
+        return measure.metrics(result, split)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forgets the results of an earlier run."""
+        super().setup(trainer, pl_module, stage)
+        warn_if_results_stay(trainer, self, "final_results", "final_arrays")
+        for part in (*self.final_results.values(), self.final_arrays):
+            part.clear()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Reads the images, so that bad ones are refused before training."""
+        for split, measures in self.measures.items():
+            self.prepare(trainer, pl_module, split, measures)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Reads the images, so that bad ones are refused before the test."""
+        self.on_train_start(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measures and gives the metrics to the loggers; also if a finished run is resumed."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        with _on_training_device(trainer, pl_module):
+            metrics = self._measure_all(trainer, pl_module)
+        for logger in trainer.loggers if trainer.is_global_zero else []:
+            if isinstance(logger, WandbLogger):
+                # In the history they would be charts of one point each.
+                logger.experiment.summary.update(dict(metrics))
+            else:
+                logger.log_metrics(dict(metrics), step=trainer.global_step)
+                logger.save()
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measures and logs, so that `trainer.test` returns the metrics."""
+        metrics = self._measure_all(trainer, pl_module)
+        metrics = {name.removeprefix("final/"): value for name, value in metrics.items()}
+        # The largest of equal values is exact for any number of processes; their mean is not.
+        pl_module.log_dict(metrics, sync_dist=True, reduce_fx="max")
+
+    def _measure_all(self, trainer: Trainer, pl_module: LightningModule) -> Metrics:
+        results, stopped = self.final_results, early_stopping_of(trainer)
+        # A finished run that is resumed holds the weights of training, not their averages.
+        with averaged_weights(trainer, pl_module):
+            results["final"] = self._measure_weights(trainer, pl_module, "final")
+            equal = stopped is not None and _has_weights(pl_module, stopped.best_weights)
+        if equal:
+            results["early_stopped"] = dict(results["final"])
+            for name, values in list(self.final_arrays.items()):
+                self.final_arrays[name.replace("final/", "early_stopped/", 1)] = values
+        elif stopped is not None:
+            with swapped_weights(pl_module, stopped.best_weights):
+                metrics = self._measure_weights(trainer, pl_module, "early_stopped")
+                results["early_stopped"] = metrics
+        return {
+            self.logged_name(name, weights): value
+            for weights in ("final", "early_stopped")
+            for name, value in results[weights].items()
+        }
+
+    def _measure_weights(
+        self, trainer: Trainer, pl_module: LightningModule, weights: str
+    ) -> Metrics:
+        metrics: Metrics = {}
+        for split, measures in self.measures.items():
+            for measure in measures:
+                result = self.measure_split(trainer, pl_module, split, measure)
+                measured = self.keep(weights, split, measure, result)
+                count = len(self.examples(trainer, pl_module, split))
+                self.final_results["num_examples"] |= dict.fromkeys(measured, count)
+                metrics |= measured
+        return metrics
+
+
+class FinalEvaluation(FinalMeasure):
     """RLoss, RErr and flatness by the paper's protocol, for last and early-stopped weights.
 
     The first 1000 test and training images, PGD-20 with 10 restarts, flatness from 10 directions
     at ξ = 0.5 (Sec. 3). Logged as `final/test/robust_loss`, …, and `early_stopped/test/…`, with the
-    gaps between both splits as `gap/robust_loss` and `gap/robust_error`.
+    gaps between both splits, test minus training images, as `gap/robust_loss` and
+    `gap/robust_error`.
 
     Args:
         splits: What is measured.
-        datasets: Where the images of a split come from; those not named are found.
-        num_examples: Images of each split.
-        eps: Radius of the attack; `None` takes the datamodule's `eps`, else 8/255.
-        steps: Steps of the attack.
-        restarts: Restarts for RLoss and RErr.
-        num_perturbations: Directions of the flatness; 0 leaves it out.
+        datasets: Where the images of a split come from; others are those of the data.
+        num_examples: Number of images of each split.
+        normalization: `(mean, std)` if module and datasets use normalised images.
+        num_perturbations: Number of directions of the flatness; 0 leaves it out.
         xi: Relative length ξ of a perturbation in each layer.
-        protocol: Of the flatness, `shared` or `paper`.
-        extras: Further measures of each split: `clean` (average-case flatness of the clean loss,
-            from the same directions), `worst` and `clean_worst` (worst-case flatness at ξ = 0.003
-            with as many restarts), `curvature` (extreme eigenvalues of the Hessian).
-        norm: `linf` or `l2`.
-        batch_size: Images measured at once.
-        seed: Of all random numbers.
-        normalization: `(mean, std)` where module and datasets deal in normalised images.
+        protocol: Protocol of the flatness, `shared` or `paper`.
+        extras: Further measures of each split, or `all`: `clean` (average-case flatness of the
+            clean loss, from the same directions), `worst` and `clean_worst` (worst-case flatness
+            at ξ = 0.003 with as many restarts), `curvature` (extreme eigenvalues of the Hessian).
+        steps: Number of steps of the attack.
+        restarts: Number of restarts for RLoss and RErr.
+        **kwargs: Arguments of `measures.RobustLoss`.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -59,78 +194,221 @@ class FinalEvaluation(FinalMeasurement):
         splits: Sequence[str] = ("test", "train"),
         datasets: Mapping[str, Dataset[Any]] | None = None,
         num_examples: int = 1000,
-        eps: Eps | None = None,
-        steps: int = 20,
-        restarts: int = 10,
+        normalization: Normalization | None = None,
         num_perturbations: int = 10,
         xi: float = 0.5,
         protocol: Protocol = "shared",
-        extras: Sequence[Extra] = (),
-        norm: Norm = "linf",
-        batch_size: int = 128,
-        seed: int = 0,
-        normalization: Normalization | None = None,
+        extras: Sequence[str] = (),
+        steps: int = 20,
+        restarts: int = 10,
+        **kwargs: Any,
     ) -> None:
-        super().__init__()
+        robust_loss = RobustLoss(steps=steps, restarts=restarts, **kwargs)
+        super().__init__(
+            measure=robust_loss, num_examples=num_examples, normalization=normalization
+        )
         if not splits:
-            raise ValueError(f"Expected `splits` to name some of {', '.join(SPLITS)} but got none.")
+            known = ", ".join(get_args(Split))
+            raise ValueError(f"Expected `splits` to name some of {known} but got none.")
         for split in splits:
-            check_choice("splits", split, SPLITS)
-        for extra in extras:
-            check_choice("extras", extra, get_args(Extra))
-        self.splits, self.extras = list(splits), list(extras)
-        common: dict[str, Any] = {
-            "num_examples": num_examples,
-            "eps": eps,
-            "steps": steps,
-            "norm": norm,
-            "batch_size": batch_size,
-            "normalization": normalization,
-            "seed": seed,
-        }
-        self._measurements: list[Measurement] = []
-        for split in self.splits:
-            given: dict[str, Any] = {
-                "split": split,
-                "dataset": (datasets or {}).get(split),
-                **common,
-            }
-            self._measurements.append(RobustEvaluation(restarts=restarts, **given))
-            if num_perturbations:
-                flatness = Flatness(
-                    num_perturbations=num_perturbations, xi=xi, protocol=protocol, **given
-                )
-                self._measurements.append(flatness)
-            self._measurements += self._extra_measurements(given, restarts, num_perturbations, xi)
-
-    def _extra_measurements(
-        self, given: dict[str, Any], restarts: int, num_perturbations: int, xi: float
-    ) -> list[Measurement]:
-        unattacked = {name: v for name, v in given.items() if name not in ("eps", "steps", "norm")}
-        makers: dict[str, Callable[[], Measurement]] = {
-            "clean": lambda: Flatness(
-                num_perturbations=max(1, num_perturbations), xi=xi, loss="clean", **given
-            ),
-            "worst": lambda: WorstCaseFlatness(restarts=restarts, **given),
-            "clean_worst": lambda: WorstCaseFlatness(restarts=restarts, loss="clean", **given),
-            "curvature": lambda: Curvature(**unattacked),
-        }
-        return [makers[extra]() for extra in self.extras]
+            check_choice("splits", split, get_args(Split))
+        named = [extras] if isinstance(extras, str) else extras
+        for extra in named:
+            check_choice("extras", extra, (*EXTRAS, "all"))
+        self.splits, self.datasets = list(splits), dict(datasets or {})
+        self.extras = list(EXTRAS) if "all" in named else list(named)
+        self.restarts, self.num_perturbations, self.xi = restarts, num_perturbations, xi
+        self.attack = {"steps": steps, **kwargs}
+        self._measures: list[Measure] = [robust_loss]
+        if num_perturbations:
+            directions = {"num_perturbations": num_perturbations, "xi": xi}
+            flatness = AverageCaseFlatness(protocol=protocol, **directions, **self.attack)
+            self._measures.append(flatness)
+        self._measures += [EXTRAS[extra](self) for extra in self.extras]
 
     @property
-    def measurements(self) -> Sequence[Measurement]:
-        """RLoss and flatness of each split."""
-        return self._measurements
+    def measures(self) -> Mapping[str, Sequence[Measure]]:
+        """RLoss, flatness and the extras of each split."""
+        return dict.fromkeys(self.splits, self._measures)
 
-    def _measure(self, trainer: Trainer, pl_module: LightningModule, weights: str) -> Figures:
+    @property
+    def state_key(self) -> str:
+        """The class."""
+        return type(self).__qualname__
+
+    def dataset_of(self, split: str) -> Dataset[Any] | None:
+        """Where the images of a split come from; None takes those of the data."""
+        return self.datasets.get(split)
+
+    def _measure_weights(
+        self, trainer: Trainer, pl_module: LightningModule, weights: str
+    ) -> Metrics:
         """Adds the generalisation gap, test minus training images (Sec. 4)."""
-        figures = super()._measure(trainer, pl_module, weights)
+        metrics = super()._measure_weights(trainer, pl_module, weights)
         for name in ("robust_loss", "robust_error"):
-            pair = [figures.get(f"{prefix}/{name}") for prefix in ("test", "train_eval")]
+            pair = [metrics.get(f"{prefix}/{name}") for prefix in ("test", "train_eval")]
             if pair[0] is not None and pair[1] is not None:
-                figures[f"gap/{name}"] = pair[0] - pair[1]
-        return figures
+                metrics[f"gap/{name}"] = pair[0] - pair[1]
+        return metrics
+
+
+# Measures by name. An extra takes from the evaluation what it shares with it: `attack` is the
+# arguments of `AttackMeasure`.
+EXTRAS: dict[str, Callable[[FinalEvaluation], Measure]] = {
+    "clean": lambda e: AverageCaseFlatness(
+        loss="clean", num_perturbations=max(1, e.num_perturbations), xi=e.xi, **e.attack
+    ),
+    "worst": lambda e: WorstCaseFlatness(restarts=e.restarts, **e.attack),
+    "clean_worst": lambda e: WorstCaseFlatness(loss="clean", restarts=e.restarts, **e.attack),
+    "curvature": lambda e: Curvature(batch_size=e.measure.batch_size, seed=e.measure.seed),
+}
+
+
+class _HoldsAutoAttack(HoldsMeasure):
+    measure: AutoAttackError
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(AutoAttackError(**kwargs))
+
+
+class AutoAttack(FinalMeasure, _HoldsAutoAttack):
+    """Logs AutoAttack's robust error (Croce & Hein, 2020) of last and early-stopped weights.
+
+    Runs at the end of `fit` and in `test`. Logs `test/autoattack_error` and
+    `test/autoattack_error_early_stopped`, see `measures.AutoAttackError`. In a run folder, which an
+    `EpochCSVLogger` names, verdicts of finished chunks are kept until the run has ended: a run that
+    was killed in between reads them from there.
+
+    Args:
+        **kwargs: Arguments of `FixedImages` and of `measures.AutoAttackError`.
+
+    Raises:
+        ValueError: If an argument is out of range; before training, if an attack does not work
+            with the number of classes or the size of the images.
+
+    Example:
+        >>> AutoAttack(num_examples=64).state_key
+        'AutoAttack[test]'
+    """
 
     def logged_name(self, name: str, weights: str) -> str:
-        """`final/…` or `early_stopped/…`, beside the epochs' lighter measures."""
-        return f"{weights}/{name}"
+        """`test/autoattack_error` and `test/autoattack_error_early_stopped`."""
+        return name if weights == "final" else f"{name}_early_stopped"
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Receives the run folder from the first process."""
+        super().setup(trainer, pl_module, stage)
+        tables = [logger for logger in trainer.loggers if isinstance(logger, EpochCSVLogger)]
+        folder = trainer.strategy.broadcast(tables[0].log_dir if tables else None)
+        self.measure.folder = None if folder is None else Path(folder) / AUTOATTACK_FOLDER
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Removes the verdicts when all callbacks have ended: results have been written."""
+        if trainer.is_global_zero:
+            self.measure.remove_verdicts()
+
+
+class _Network(LightningModule):
+    """A network as a module that a trainer tests."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.network(images)
+        return logits
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Nothing: callbacks measure."""
+
+
+def evaluate(
+    network: nn.Module,
+    data: LightningDataModule | DataLoader[Any] | Dataset[Any] | Sequence[Tensor],
+    measurements: Sequence[FinalMeasure] | None = None,
+    **trainer: Any,
+) -> Metrics:
+    """Measures a network as `fit` does at its end and `test` does.
+
+    Args:
+        network: Maps images `(N, C, H, W)` in [0, 1] to logits.
+        data: A datamodule, from which the images of the splits come; or the images of `test`: a
+            loader or dataset of pairs `(image, label)`, or tensors `(images, labels)`.
+        measurements: What is measured, such as `FinalEvaluation(restarts=5)` and `AutoAttack()`;
+            None takes the paper's protocol without AutoAttack, on `test` alone if `data` has no
+            other split.
+        **trainer: Arguments of Lightning's `Trainer`: `devices=2`, `accelerator="cpu"`, …
+
+    Returns:
+        Metrics by name, `test/robust_loss`, `flatness/average/test`, ….
+
+    Raises:
+        ValueError: If `data` or `network` is something else, or they do not fit each other.
+
+    Example:
+        >>> from robust_flatness.datamodules import Digits
+        >>> network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+        >>> light = FinalEvaluation(num_examples=4, steps=1, restarts=1, num_perturbations=1)
+        >>> settings = {"enable_progress_bar": False, "accelerator": "cpu"}
+        >>> metrics = evaluate(network, Digits(), [light], **settings)
+        >>> metrics["test/robust_error"] >= metrics["test/error"]
+        True
+    """
+    source = _source(data)
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"Expected `network` to be a torch.nn.Module but got {_kind(network)}.")
+    if measurements is None:
+        whole = "datamodule" in source
+        measurements = [FinalEvaluation() if whole else FinalEvaluation(splits=["test"])]
+    chosen = list(measurements)
+    module = network if isinstance(network, LightningModule) else _Network(network)
+    settings = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    tester = Trainer(callbacks=list(chosen), **{**settings, **trainer})
+    tester.test(module, verbose=False, **source)
+    return {
+        name: value
+        for measurement in chosen
+        for name, value in measurement.final_results["final"].items()
+    }
+
+
+def _source(data: Any) -> dict[str, Any]:
+    """Arguments of `Trainer.test`."""
+    if isinstance(data, LightningDataModule):
+        return {"datamodule": data}
+    if isinstance(data, DataLoader):
+        return {"dataloaders": data}
+    pair = isinstance(data, (list, tuple)) and [isinstance(part, Tensor) for part in data]
+    if pair == [True, True] and len(data[0]) == len(data[1]):
+        data = TensorDataset(*data)
+    if isinstance(data, Dataset):
+        return {"dataloaders": DataLoader(data, batch_size=128)}
+    raise ValueError(
+        "Expected `data` to be a datamodule, a DataLoader, a Dataset of pairs (image, label), or "
+        f"as many images as labels, but got {_kind(data)}."
+    )
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    parts = value if isinstance(value, (list, tuple)) else []
+    shapes = [f"{type(part).__name__}{list(getattr(part, 'shape', ''))}" for part in parts[:3]]
+    return f"{type(value).__name__} of {', '.join(shapes)}" if shapes else type(value).__name__
+
+
+@contextmanager
+def _on_training_device(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """Lightning moves the module to the CPU before `on_fit_end`."""
+    before = module.device
+    module.to(trainer.strategy.root_device)
+    try:
+        yield
+    finally:
+        module.to(before)
+
+
+def _has_weights(module: LightningModule, weights: Mapping[str, Tensor]) -> bool:
+    own = module.state_dict()
+    return all(torch.equal(own[name].cpu(), value.cpu()) for name, value in weights.items())

@@ -20,9 +20,11 @@ from torch.utils.data import (
     SubsetRandomSampler,
 )
 
-from robust_flatness.callbacks.forked import Refusal
-
 Batches = list[list[Any]]
+
+
+class Refusal(ValueError):
+    """Says in a sentence why something is not read."""
 
 
 def seed_all(seed: int) -> None:
@@ -35,19 +37,19 @@ def seed_all(seed: int) -> None:
 def delivered_batches(
     loader: DataLoader[Any], limit: int | float, count: int, world_size: int = 1
 ) -> tuple[Batches, bool]:
-    """Indices of the images that a loader delivers first, in batches over all ranks.
+    """Returns indices of the images that a loader delivers first, in batches of all processes.
 
     A shuffle of a whole set by a stock sampler counts as the order of that set; if `limit` leaves
     a part out, the part is drawn by a fixed seed. Other samplers are iterated once, by a fixed
-    seed. This sets and iterates samplers, so call it in a process of its own.
+    seed. This changes and iterates samplers, so call it in a process of its own.
 
     Args:
         loader: The loader, as Lightning prepared it.
         limit: Lightning's `limit_*_batches`; 0 switches a loop off and limits nothing here.
-        count: Enough images. An item of an unbatched loader (`batch_size=None`) may hold any
-            number of them: its items are all returned.
-        world_size: Number of processes. A sampler that shares its images among them is asked for
-            the share of each.
+        count: Number of images that are enough. An item of an unbatched loader
+            (`batch_size=None`) may hold any number of them: all items are returned.
+        world_size: Number of processes. Of a sampler that divides its images among them, the
+            shares of all are drawn.
 
     Returns:
         The batches, and whether another process may draw others, so that a run must keep these.
@@ -92,7 +94,7 @@ def _limited(available: int, limit: int | float) -> int:
 
 
 def _length(sampler: object, otherwise: int) -> int:
-    # A sampler may inherit a length that it cannot tell.
+    # A sampler may inherit a length that it cannot compute.
     with suppress(TypeError, NotImplementedError):
         if isinstance(sampler, Sized):
             return len(sampler)
@@ -100,17 +102,17 @@ def _length(sampler: object, otherwise: int) -> int:
 
 
 def _ranks(sampler: object, world_size: int) -> int:
-    """Among how many processes of this run a sampler shares its images."""
+    """Number of processes of this run among which a sampler divides its images."""
     shares = hasattr(sampler, "rank") and getattr(sampler, "num_replicas", 1) == world_size
     return world_size if shares else 1
 
 
 def _order(sampler: Any, count: int, world_size: int) -> tuple[list[Any], bool, bool]:
-    """A sampler's indices over all ranks, whether it shuffles them, whether it is a custom one."""
+    """A sampler's indices of all processes, whether it shuffles them, whether it is not stock."""
     _refuse_replacement(sampler)
     iterates = type(sampler).__iter__
     if isinstance(sampler, DistributedSamplerWrapper):
-        # Lightning's: it shares the indices of another sampler among the processes.
+        # Lightning's: it divides the indices of another sampler among the processes.
         shared: Any = sampler.dataset
         return _order(shared._sampler, count, world_size)
     if iterates is SequentialSampler.__iter__:
@@ -136,7 +138,7 @@ def _refuse_replacement(sampler: object) -> None:
 
 
 def _custom_batches(batch_sampler: Any, count: int, world_size: int) -> Batches:
-    """The batches of a custom batch sampler, each joined with those of the other ranks."""
+    """Batches of a custom batch sampler, each joined with those of the other processes."""
     sampler = getattr(batch_sampler, "sampler", None)
     _refuse_replacement(sampler)
     if _ranks(sampler, world_size) == 1:
@@ -153,7 +155,7 @@ def _custom_batches(batch_sampler: Any, count: int, world_size: int) -> Batches:
 def _drawn(
     iterable: Iterable[Any], sampler: Any, count: int, world_size: int
 ) -> list[tuple[Any, ...]]:
-    """Row k holds the k-th draw of each rank, by a fixed seed; an endless sampler is cut off."""
+    """Row k holds the k-th draw of each process, by a fixed seed; endless samplers are cut off."""
     ranks, drawn = _ranks(sampler, world_size), []
     for rank in range(ranks):
         if ranks > 1:
@@ -175,7 +177,7 @@ def _drawn(
 def _each_once(
     indices: Iterable[Any], sampler: Any, ranks: int, seen: set[Any] | None = None
 ) -> list[Any]:
-    """Indices without those that only fill up the shares of several ranks."""
+    """Indices without those that only fill up the shares of several processes."""
     seen = set() if seen is None else seen
     kept = []
     for index in indices:

@@ -1,7 +1,7 @@
-"""Ends a run with one file that holds everything a report needs, and with a table in the terminal.
+"""One file at the end of a run that holds everything a report needs, and a table in the terminal.
 
 Example:
-    After callbacks that measure, as it asks them for their `final_results`::
+    After the callbacks that measure, because it reads their `final_results`::
 
         Trainer(callbacks=[Flatness(), Trajectory(), Results()])
 """
@@ -9,7 +9,7 @@ Example:
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,11 @@ from robust_flatness.callbacks.trajectory import (
     run_folder,
 )
 from robust_flatness.loggers.epoch_csv import EpochCSVLogger
-from robust_flatness.loggers.failures import warn_on_failure
-from robust_flatness.loggers.wandb import log_summary
+from robust_flatness.loggers.wandb import log_summary, warn_on_failure
 from robust_flatness.run_folder.environment import hardware, versions
 from robust_flatness.run_folder.files import write_arrays, write_json
+from robust_flatness.run_folder.metrics import LOSSES, metric
 from robust_flatness.run_folder.summary import summary_table
-
-_LOSSES = [f"{split}/robust_loss" for split in ("test", "val", "train_eval")]
-_MEASURED = ("train/", "train_eval/", "val/", "test/", "flatness/", "hessian/")
 
 
 class Results(Callback):
@@ -41,12 +38,12 @@ class Results(Callback):
 
     The test of another checkpoint than `last.ckpt` has a file of its own, `results_best.json`.
 
-    Figures come from the callbacks that have an attribute `final_results`, a dictionary with
-    `final` and `early_stopped` (figures by name) and `num_examples` (images by the same names).
-    What these found of each example, their `final_arrays`, is written to `examples.npz` (and
-    `examples_test.npz`) under names such as `final/test/robust_loss`.
-    What they do not give is taken from the trajectory, as the last row holds figures of the final
-    weights, and the row of the early-stopped epoch those of the early-stopped ones.
+    Metrics come from the callbacks that have an attribute `final_results`, a dictionary with
+    `final` and `early_stopped` (metrics by name) and `num_examples` (number of images by the same
+    names). The values of each example, their `final_arrays`, are written to `examples.npz` (and
+    `examples_test.npz`) under names such as `final/test/robust_loss`. Other metrics of images are
+    taken from the trajectory: its last row has those of the final weights, and the row of the
+    early-stopped epoch those of the early-stopped ones.
 
     `diverged_epoch` is the first epoch whose RLoss of fixed images was not finite (without RLoss,
     its flatness), `null` if there is none. JSON has no NaN and no infinity: these are `null`.
@@ -54,8 +51,8 @@ class Results(Callback):
     Wall time is that of all parts of a run that was resumed.
 
     Args:
-        settings: The settings of the run, by default the module's hyperparameters.
-        method: Name of what is trained, by default the module's class.
+        settings: The settings of the run; None takes the module's hyperparameters.
+        method: Name of what is trained; None takes the module's class.
     """
 
     def __init__(self, settings: dict[str, Any] | None = None, method: str | None = None) -> None:
@@ -68,7 +65,7 @@ class Results(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # Here and not when it is needed, where the processes may no longer talk.
+        # Here and not when it is needed: the processes may no longer communicate then.
         self._folder = run_folder(trainer)
 
     @override
@@ -109,7 +106,7 @@ class Results(Callback):
     def _name_of_test(self, trainer: Trainer) -> str:
         path = Path(trainer.ckpt_path or "").resolve()
         own = self._folder is not None and self._folder.resolve() in path.parents
-        # A checkpoint from elsewhere has this folder to itself.
+        # The test of a checkpoint from elsewhere has a folder of its own.
         return f"results_{path.stem}.json" if own and path.stem != "last" else "results_test.json"
 
     def _fit_seconds(self) -> float:
@@ -126,9 +123,10 @@ class Results(Callback):
             "early_stopped_epoch": early_stopped_epoch(trainer),
             "trajectory": _rows(trainer),
         }
-        results["diverged_epoch"] = _diverged_epoch(results["trajectory"])
+        diverged = (row["epoch"] for row in results["trajectory"] if not _is_finite(row))
+        results["diverged_epoch"] = next(diverged, None)
         if trainer.state.fn != "fit":
-            results["checkpoint"] = _checkpoint(trainer)
+            results["checkpoint"] = Path(trainer.ckpt_path).stem if trainer.ckpt_path else None
         else:
             results["epochs"] = trainer.current_epoch
             _fill_in(results)
@@ -160,26 +158,21 @@ class Results(Callback):
         }
 
 
-def _checkpoint(trainer: Trainer) -> str | None:
-    """The name of the file whose weights are tested, without its ending."""
-    return Path(trainer.ckpt_path).stem if trainer.ckpt_path else None
-
-
 def _gather(trainer: Trainer) -> dict[str, dict[str, Any]]:
     measured: dict[str, dict[str, Any]] = {"final": {}, "early_stopped": {}, "num_examples": {}}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        found = getattr(callback, "final_results", None) or {}
+        results = getattr(callback, "final_results", None) or {}
         for part in measured:
-            measured[part] |= found.get(part) or {}
+            measured[part] |= results.get(part) or {}
     return measured
 
 
 def _write_arrays(path: Path, trainer: Trainer) -> None:
-    """Writes what was found of each example, so that reports need nothing else."""
+    """Writes the values of each example, so that reports need nothing else."""
     arrays: dict[str, Any] = {}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        found = getattr(callback, "final_arrays", None) or {}
-        arrays |= {name: values.cpu().numpy() for name, values in found.items()}
+        tensors = getattr(callback, "final_arrays", None) or {}
+        arrays |= {name: values.cpu().numpy() for name, values in tensors.items()}
     if arrays:
         write_arrays(path.with_suffix(".npz"), arrays)
 
@@ -192,14 +185,10 @@ def _rows(trainer: Trainer) -> list[dict[str, float]]:
     return next((table.rows for table in tables), [])
 
 
-def _diverged_epoch(rows: Sequence[Mapping[str, float]]) -> int | None:
-    return next((int(row["epoch"]) for row in rows if not _is_finite(row)), None)
-
-
-def _is_finite(figures: Mapping[str, float]) -> bool:
-    """Whether the measured network was finite; perturbed weights may overflow where it is."""
-    losses = [figures[name] for name in _LOSSES if name in figures]
-    flatness = [value for name, value in figures.items() if name.startswith("flatness/")]
+def _is_finite(metrics: Mapping[str, float]) -> bool:
+    """Whether the measured network was finite; perturbed weights may overflow although it is."""
+    losses = [metrics[name] for name in LOSSES.values() if name in metrics]
+    flatness = [value for name, value in metrics.items() if name.startswith("flatness/")]
     return all(map(math.isfinite, losses or flatness))
 
 
@@ -208,11 +197,11 @@ def _fill_in(results: dict[str, Any]) -> None:
     rows = {row["epoch"]: row for row in results["trajectory"]}
     for part, epoch in epochs.items():
         row = rows.get(epoch, {})
-        figures = {name: value for name, value in row.items() if name.startswith(_MEASURED)}
-        results[part] = figures | results[part]
+        # Metrics of a split, not such as a learning rate.
+        results[part] = {k: v for k, v in row.items() if metric(k).split} | results[part]
 
 
 def _short(folder: Path | None) -> Path | None:
-    """The folder as a person in the current directory would write it."""
+    """The folder relative to the current directory if it is inside."""
     inside = folder is not None and folder.is_absolute() and folder.is_relative_to(Path.cwd())
     return folder.relative_to(Path.cwd()) if folder is not None and inside else folder

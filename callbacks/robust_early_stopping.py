@@ -1,38 +1,40 @@
-"""Early stopping on robust error."""
+"""The weights of lowest robust error, in memory and on disk."""
 
 import math
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
+from typing_extensions import override
 
-from robust_flatness.callbacks.isolation import averaged_weights
-from robust_flatness.callbacks.logs import warn_if_results_stay
-from robust_flatness.callbacks.robust_evaluation import RobustEvaluation
+from robust_flatness.callbacks.epoch_measures import EpochMeasure, RobustEvaluation
+from robust_flatness.callbacks.measuring import averaged_weights, is_finite, warn_if_results_stay
 from robust_flatness.functional.checks import check_count
+from robust_flatness.measures.base import Split
 
 
 class RobustEarlyStopping(RobustEvaluation):
     """Keeps the weights of lowest robust error on held-out images (Rice et al., 2020).
 
     Logs `val/error`, `val/robust_loss` and `val/robust_error`. The earliest epoch wins ties. By
-    default training goes on and only the weights are kept, as in the paper, whose early stopping
-    selects on the last 500 test images: figures of early-stopped weights are optimistic by that.
+    default training continues and only the weights are kept, as in the paper, whose early stopping
+    selects on the last 500 test images: metrics of early-stopped weights are optimistic by that.
     A network with a weight or a loss that is not finite is never kept.
     `MeasuredCheckpoint(monitor="val/robust_error", mode="min")` keeps the same weights on disk;
-    here they stay in memory and in the callback's state.
+    here they are in memory and in the callback's state.
 
     Args:
         split: The images to select on.
-        steps: Steps of the attack.
-        patience: Stops training after so many measurements without a lower robust error; `None`
+        steps: Number of steps of the attack.
+        patience: Stops training after so many measurements without a lower robust error; None
             never stops.
-        kwargs: Further arguments of `Measurement`; the paper takes `restarts=5` and
+        **kwargs: Arguments of `RobustEvaluation`; the paper uses `restarts=5` and
             `every_n_epochs=5`.
 
     Attributes:
-        best_epoch: Epoch of the kept weights, -1 as long as no measured network was finite.
+        best_epoch: Epoch of the kept weights, -1 until a measured network was finite.
         best_error: Robust error there, in [0, 1].
         best_weights: State dict of the module as it was measured there, on the CPU; may be empty.
         trajectory: Robust error by measured epoch.
@@ -48,7 +50,7 @@ class RobustEarlyStopping(RobustEvaluation):
     def __init__(
         self,
         *,
-        split: str = "val",
+        split: Split = "val",
         steps: int = 7,
         patience: int | None = None,
         **kwargs: Any,
@@ -59,6 +61,12 @@ class RobustEarlyStopping(RobustEvaluation):
         self.patience = patience
         self._forget()
 
+    def _forget(self) -> None:
+        self.best_epoch, self.best_error = -1, math.inf
+        self.best_weights: dict[str, Tensor] = {}
+        self.trajectory: dict[int, float] = {}
+        self._since_best = 0
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begins a fit without the weights of an earlier one; a checkpoint's come afterwards."""
         super().setup(trainer, pl_module, stage)
@@ -66,31 +74,24 @@ class RobustEarlyStopping(RobustEvaluation):
             self._forget()
             warn_if_results_stay(trainer, self, "best_weights", "best_epoch", "trajectory")
 
-    def _forget(self) -> None:
-        self.best_epoch, self.best_error = -1, math.inf
-        self.best_weights: dict[str, Tensor] = {}
-        self.trajectory: dict[int, float] = {}
-        self._since_best = 0
-
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures, keeps the weights if they are the best so far, and may end training."""
         super().on_train_epoch_end(trainer, pl_module)
         if self.patience is not None and self._since_best >= self.patience:
-            # Figures are equal on all ranks, so all ranks decide alike.
+            # Metrics are equal on all processes, so all decide alike.
             trainer.should_stop = True
 
-    def take(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> dict[str, float]:
-        """Measures the weights of an epoch and keeps them if they are the best so far."""
-        with averaged_weights(trainer, pl_module):
-            figures = super().take(trainer, pl_module, epoch)
-            error = next(v for name, v in figures.items() if name.endswith("/robust_error"))
-            self.trajectory[epoch] = error
-            self._since_best += 1
-            finite = all(map(math.isfinite, figures.values())) and is_finite(trainer, pl_module)
-            if finite and error < self.best_error:
-                self.best_epoch, self.best_error, self._since_best = epoch, error, 0
-                self.best_weights = _on_cpu(pl_module)
-        return figures
+    @torch.no_grad()
+    def on_measured(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> None:
+        """Keeps the weights if they are the best so far."""
+        error = next(v for name, v in self.metrics.items() if name.endswith("/robust_error"))
+        self.trajectory[epoch] = error
+        self._since_best += 1
+        finite = all(map(math.isfinite, self.metrics.values())) and is_finite(trainer, pl_module)
+        if finite and error < self.best_error:
+            self.best_epoch, self.best_error, self._since_best = epoch, error, 0
+            state = pl_module.state_dict()
+            self.best_weights = {name: v.detach().cpu().clone() for name, v in state.items()}
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Nothing: a test need not have the images to select on."""
@@ -100,13 +101,13 @@ class RobustEarlyStopping(RobustEvaluation):
 
     @property
     def metric_names(self) -> tuple[str, ...]:
-        """Names of what `measure` returns."""
+        """Names of error, RLoss and RErr."""
         return tuple(name for name in super().metric_names if "correct" not in name)
 
-    def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
-        """Error, RLoss and RErr of the selection images."""
-        figures = super().measure(trainer, pl_module)
-        return {name: value for name, value in figures.items() if "correct" not in name}
+    def compute(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+        """Error, RLoss and RErr of the images to select on."""
+        metrics = super().compute(trainer, pl_module)
+        return {name: value for name, value in metrics.items() if "correct" not in name}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs to decide as the uninterrupted one would."""
@@ -119,7 +120,7 @@ class RobustEarlyStopping(RobustEvaluation):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what `state_dict` gave."""
+        """Restores what `state_dict` returned."""
         self.best_epoch = state_dict["best_epoch"]
         self.best_error = state_dict["best_error"]
         self.best_weights = state_dict["best_weights"]
@@ -127,28 +128,74 @@ class RobustEarlyStopping(RobustEvaluation):
         self._since_best = state_dict["since_best"]
 
 
-@torch.no_grad()
-def _on_cpu(module: LightningModule) -> dict[str, Tensor]:
-    return {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
-
-
-def is_finite(trainer: Trainer, module: LightningModule) -> bool:
-    """Whether all weights of a module are finite, on all ranks, and no buffer holds NaN.
-
-    Args:
-        trainer: The trainer.
-        module: Its module.
-    """
-    # Masks and minima begin at infinity.
-    finite = all(bool(weight.isfinite().all()) for weight in module.parameters())
-    finite = finite and not any(bool(buffer.isnan().any()) for buffer in module.buffers())
-    # Buffers of ranks differ, and ranks must decide alike.
-    return bool(trainer.strategy.reduce_boolean_decision(finite))
-
-
 def early_stopping_of(trainer: Trainer) -> RobustEarlyStopping | None:
-    """The trainer's early stopping that has kept weights, if there is one."""
+    """Returns the trainer's early stopping that has kept weights, or None."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, RobustEarlyStopping) and callback.best_weights:
             return callback
     return None
+
+
+class MeasuredCheckpoint(ModelCheckpoint):
+    """A `ModelCheckpoint` that judges only weights that were measured, and keeps only finite ones.
+
+    `trainer.callback_metrics` keeps a metric's last value, so that a stock `ModelCheckpoint` takes
+    the score of another epoch for the weights of one that was not measured. This one saves by
+    `monitor` only in epochs in which the callback that logs it has measured, with any `save_top_k`;
+    it skips networks with a weight, or a metric of that callback, that is not finite. If the last
+    epoch is measured only when training has ended, it is considered too, and a checkpoint without
+    `monitor` is written again, so that it holds what was measured.
+
+    Args are those of Lightning's `ModelCheckpoint`.
+
+    Example:
+        >>> checkpoint = MeasuredCheckpoint(monitor="val/robust_error", save_top_k=3)
+        >>> checkpoint.state_key.startswith("ModelCheckpoint{'monitor': 'val/robust_error'")
+        True
+    """
+
+    _ended_epoch: int | None = None
+
+    @override
+    def _generate_state_key(self, **kwargs: Any) -> str:
+        # Checkpoints of the stock class continue with this one.
+        return f"{ModelCheckpoint.__qualname__}{kwargs!r}"
+
+    @override
+    def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
+        if current is None or not bool(torch.isfinite(torch.as_tensor(current))):
+            return False
+        logging = [c for c in _epoch_measures(trainer) if self.monitor in c.metrics]
+        # A metric that somebody else logs is judged as Lightning does.
+        if logging and all(c.measured_step != trainer.global_step for c in logging):
+            return False
+        if not all(math.isfinite(value) for c in logging for value in c.metrics.values()):
+            return False
+        module = trainer.lightning_module
+        with averaged_weights(trainer, module):
+            return is_finite(trainer, module) and super().check_monitor_top_k(trainer, current)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        late = [c for c in _epoch_measures(trainer) if c.measured_late]
+        if not late or trainer.fast_dev_run or not self.save_top_k:  # type: ignore[attr-defined]
+            return
+        if self.monitor is None or any(self.monitor in callback.metrics for callback in late):
+            self._ended_epoch = trainer.current_epoch - 1
+            candidates = self._monitor_candidates(trainer)
+            candidates["epoch"] = torch.tensor(self._ended_epoch)
+            self._save_topk_checkpoint(trainer, candidates)
+            self._ended_epoch = None
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._ended_epoch is not None:
+            # As in checkpoints that are written in the epoch, which has ended by now.
+            checkpoint["epoch"] = self._ended_epoch
+
+
+def _epoch_measures(trainer: Trainer) -> list[EpochMeasure]:
+    return [c for c in trainer.callbacks if isinstance(c, EpochMeasure)]  # type: ignore[attr-defined]

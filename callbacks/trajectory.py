@@ -1,8 +1,8 @@
-"""Draws where a run is heading while it trains: into sharp minima, and into robust overfitting.
+"""Figures of a run while it trains: its path through robust loss and flatness, and overfitting.
 
-The figures of all callbacks and of the module meet in the rows of an `EpochCSVLogger`, one an
-epoch. Of these, `Trajectory` draws robust loss against flatness (Fig. 5 of the paper) and the
-curves of robust overfitting (Fig. 2), and it keeps the rows whole when a run is killed and resumed.
+The metrics of all callbacks and of the module are the rows of an `EpochCSVLogger`, one an epoch.
+From these, `Trajectory` draws robust loss against flatness (Fig. 5 of the paper) and the curves of
+robust overfitting (Fig. 2), and it keeps the rows complete if a run is killed and resumed.
 
 Example:
     In any Lightning project, beside callbacks that log `flatness/average/test` and
@@ -19,10 +19,9 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
-from robust_flatness.callbacks.logs import warn_if_results_stay
+from robust_flatness.callbacks.measuring import warn_if_results_stay
 from robust_flatness.loggers.epoch_csv import EpochCSVLogger
-from robust_flatness.loggers.failures import warn_on_failure
-from robust_flatness.loggers.wandb import log_trajectory
+from robust_flatness.loggers.wandb import log_trajectory, warn_on_failure
 from robust_flatness.run_folder.files import atomic_write
 from robust_flatness.run_folder.metrics import LOSSES, logged_split
 
@@ -33,27 +32,27 @@ if TYPE_CHECKING:
 class Trajectory(Callback):
     """Writes `figures/trajectory.png` and `figures/overfitting.png`, and sends both to W&B.
 
-    Rows come from the first `EpochCSVLogger` of the trainer, since a logger is given only what was
-    logged in that epoch, while `trainer.callback_metrics` keeps old values of what is measured
-    every few epochs. Where there is none, one that keeps its rows in memory is put behind the other
+    Rows come from the first `EpochCSVLogger` of the trainer, because a logger receives only what
+    was logged in that epoch, while `trainer.callback_metrics` keeps old values of what is measured
+    every few epochs. If there is none, one that keeps its rows in memory is appended to the
     loggers.
 
-    What is drawn is the first of the splits `test`, `val` and `train` of which an epoch has
-    flatness and robust loss; if none has, a warning at the end of training says so. A figure that
-    cannot be drawn is a warning too.
+    Drawn is the first of the splits `test`, `val` and `train` of which an epoch has flatness and
+    robust loss; if none has, a warning at the end of training says so. A figure that cannot be
+    drawn is a warning too.
 
-    An epoch is drawn when the next one starts or training ends, because loggers are given its
-    figures after all hooks of the epoch's end. `ModelCheckpoint` writes before that, so the state
-    of this callback holds the figures that are still on their way. When a run goes on, rows of
-    epochs that it is going to repeat are dropped, and rows that the file lacks are filled in.
+    An epoch is drawn when the next one starts or training ends, because loggers receive its
+    metrics after all hooks of the epoch's end. `ModelCheckpoint` writes before that, so the state
+    of this callback holds the metrics that have not reached the loggers yet. If a run is resumed,
+    rows of epochs that it is going to repeat are dropped, and rows that the file lacks are added.
 
     Args:
-        every_n_epochs: How often figures are drawn during training; they always are at its end.
-        figures: Whether to draw at all. Without, rows are still kept whole, and W&B still gets its
-            table and chart.
+        every_n_epochs: How often figures are drawn during training; at its end they always are.
+        figures: Whether to draw at all. Without, rows are still kept complete, and W&B still gets
+            its table and chart.
 
     Attributes:
-        method: Name of what is trained, for titles; `None` for the module's class.
+        method: Name of what is trained, for titles; None for the module's class.
 
     Raises:
         ValueError: If `every_n_epochs` is below 1.
@@ -75,7 +74,7 @@ class Trajectory(Callback):
 
     @property
     def rows(self) -> list[dict[str, float]]:
-        """The rows so far, in the order of their epochs; on other ranks than 0 none."""
+        """The rows so far, in the order of their epochs; none on other processes than the first."""
         rows = {int(row["epoch"]): row for row in self._from_checkpoint}
         for row in self._table.rows if self._table else []:
             rows[int(row["epoch"])] = rows.get(int(row["epoch"]), {}) | row
@@ -98,14 +97,14 @@ class Trajectory(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Only now does `current_epoch` tell which epoch comes next, also after a resume.
+        # Only now is `current_epoch` the one that comes next, also after a resume.
         if self._table is not None:
             self._table.truncate(trainer.current_epoch)
         self._restore()
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # A run that goes on has nothing new to draw, and may still be refused.
+        # A run that is resumed has nothing new to draw, and may still be refused.
         if self._ended_epoch is not None and trainer.current_epoch % self.every_n_epochs == 0:
             self._draw(trainer, pl_module)
         self._ended_epoch = None
@@ -135,7 +134,7 @@ class Trajectory(Callback):
         rows = {int(row["epoch"]): row for row in self.rows}
         if self._ended_epoch is not None:
             epoch = self._ended_epoch
-            rows[epoch] = {"epoch": epoch} | self._on_their_way() | rows.get(epoch, {})
+            rows[epoch] = {"epoch": epoch} | self._fresh_metrics() | rows.get(epoch, {})
         return {"rows": [rows[epoch] for epoch in sorted(rows)]}
 
     @override
@@ -147,7 +146,7 @@ class Trajectory(Callback):
             self._table.refill(self._from_checkpoint)
             self._from_checkpoint = []
 
-    def _on_their_way(self) -> dict[str, float]:
+    def _fresh_metrics(self) -> dict[str, float]:
         """Returns what this epoch logged, part of which has not reached the loggers."""
         # Lightning makes a new tensor for each value it logs, so one that is the same object as
         # when the epoch began is the value of an earlier epoch. `…_step` belongs to a batch.
@@ -207,14 +206,14 @@ def early_stopped_epoch(trainer: Trainer) -> int | None:
 
 
 def datamodule_of(trainer: Trainer) -> Any:
-    """Returns the trainer's datamodule, or None where it was given loaders."""
+    """Returns the trainer's datamodule, or None if it has loaders instead."""
     return getattr(trainer, "datamodule", None)
 
 
 def run_folder(trainer: Trainer) -> Path | None:
     """Returns where a run's files belong, or None for `fast_dev_run`, which leaves none.
 
-    To be called on every rank, as Lightning broadcasts the folder from rank 0.
+    All processes must call it, because Lightning broadcasts the folder from the first.
     """
     folder = Path(trainer.log_dir or trainer.default_root_dir)
     return None if getattr(trainer, "fast_dev_run", False) else folder
@@ -229,7 +228,7 @@ def _num_classes(trainer: Trainer, pl_module: LightningModule) -> int | None:
 
 
 def run_title(trainer: Trainer, pl_module: LightningModule, method: str | None) -> str:
-    """Returns what figures of a run are called: the method, by default the class, and the data."""
+    """Returns the title of a run's figures: the method, by default the class, and the data."""
     title, data = method or type(pl_module).__name__, datamodule_of(trainer)
     return title if data is None else f"{title} on {type(data).__name__}"
 

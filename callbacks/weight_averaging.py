@@ -1,31 +1,29 @@
 """Exponential moving averages of the weights, whose horizon is a share of training."""
 
+import math
 from contextlib import ExitStack
 from itertools import chain
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging as LightningWeightAveraging
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn, update_bn
 from torch.utils.data import Dataset
 from typing_extensions import override
 
-from robust_flatness.callbacks.averages import (
-    reestimate_batch_norm,
-    relative_distance,
-    scaled_decay,
+from robust_flatness.callbacks.fixed_images import FixedImages, Normalization, PixelInput
+from robust_flatness.callbacks.measuring import (
+    averaged_weights,
+    copy_weights,
+    own_weights,
 )
-from robust_flatness.callbacks.examples import Normalization, PixelInput
-from robust_flatness.callbacks.isolation import averaged_weights, copy_weights, own_weights
-from robust_flatness.callbacks.logs import log_equal
-from robust_flatness.callbacks.measured_images import FixedImages, find_examples
-from robust_flatness.callbacks.measurement import SPLITS
 from robust_flatness.functional.checks import check_choice, check_count, check_number
 from robust_flatness.functional.evaluation import HALF, full_float32
-from robust_flatness.networks import Normalize
+from robust_flatness.measures.base import Split
 
 BatchNormChoice = Literal["average", "reestimate"]
 PAPER_STEPS = 58_650
@@ -34,42 +32,46 @@ PAPER_STEPS = 58_650
 class WeightAveraging(FixedImages, LightningWeightAveraging):
     """Averages the weights after each optimizer step, w̄ ← τ w̄ + (1 - τ) w, beginning with w̄ = w.
 
-    The paper's row "weight averaging" (Table 1; Izmailov et al., 2018) takes τ = 0.9975 from the
+    The paper's row "weight averaging" (Table 1; Izmailov et al., 2018) has τ = 0.9975 from the
     start of 58,650 steps. All measures of this package, Lightning's validation and the checkpoints
-    of `ModelCheckpoint` have the averaged weights, whatever the order of the callbacks; training
-    goes on with its own, which checkpoints hold as `current_model_state`. After `fit` the module
+    of `ModelCheckpoint` use the averaged weights, whatever the order of the callbacks; training
+    continues with its own, which checkpoints hold as `current_model_state`. After `fit` the module
     holds the averaged weights. Logs `weight_averaging/relative_distance`, ‖w̄ - w‖ / ‖w‖ over all
     parameters, once an epoch.
 
-    The paper's code copies the BatchNorm statistics of training, and estimates them anew from
-    clean images after it. Here they are averaged like the weights, or estimated anew whenever the
-    averaged weights are measured or saved: by one pass in train mode over equal batches. Integer
-    buffers are copied.
+    The paper's code copies the BatchNorm statistics of training, and re-estimates them from clean
+    images after it. Here they are averaged like the weights, or re-estimated whenever the averaged
+    weights are measured or saved: by one pass in train mode over equal batches. Integer buffers
+    are copied.
 
     Args:
         decay: τ in [0, 1).
-        reference_steps: Optimizer steps of the training that `decay` is meant for: a training of
-            T steps takes 1 - (1 - τ) · reference_steps / T, so that the horizon is the same share
-            of training. `None` takes `decay` as it is.
+        reference_steps: Number of optimizer steps of the training that `decay` is meant for: a
+            training of T steps uses 1 - (1 - τ) · reference_steps / T, so that the horizon is the
+            same share of training. None uses `decay` as it is.
         batch_norm: `average` or `reestimate`.
         num_examples: The first so many images are what statistics are estimated from.
-        batch_size: Images in a batch there, at most.
-        dataset: Where those images come from; `None` finds the split, see `Measurement`.
+        batch_size: Number of images in a batch there, at most.
+        dataset: Where those images come from; None takes those of the data, see `FixedImages`.
         split: `train`, `val` or `test`.
-        normalization: `(mean, std)` where module and dataset deal in normalised images.
+        normalization: `(mean, std)` if module and dataset use normalised images.
 
     Attributes:
-        effective_decay: The decay of this training, `None` before it starts.
+        effective_decay: The decay of this training, None before it starts.
 
     Raises:
         ValueError: If an argument is out of range; before training, if its steps are unlimited, or
-            if a `ModelCheckpoint` saves weights only, which callbacks have no part in.
+            if a `ModelCheckpoint` saves weights only, without the state of callbacks.
 
     Example:
         >>> WeightAveraging(0.99, reference_steps=None, batch_norm="reestimate").decay
         0.99
     """
 
+    # Statistics may be those of augmented images.
+    images_must_stay: ClassVar[bool] = False
+
+    # Arguments of Lightning's callback are no arguments of this one, so none is passed on.
     def __init__(
         self,
         decay: float = 0.9975,
@@ -79,32 +81,32 @@ class WeightAveraging(FixedImages, LightningWeightAveraging):
         num_examples: int = 1000,
         batch_size: int = 128,
         dataset: Dataset[Any] | None = None,
-        split: str = "train",
+        split: Split = "train",
         normalization: Normalization | None = None,
     ) -> None:
-        super().__init__(use_buffers=True, multi_avg_fn=self._move)
+        super().__init__(
+            split=split,
+            dataset=dataset,
+            num_examples=num_examples,
+            normalization=normalization,
+            use_buffers=True,
+            multi_avg_fn=self._move,
+        )
         check_number("decay", decay, high=1)
         if decay == 1:
             raise ValueError("Expected `decay` to be below 1, as nothing moves at 1, but got 1.")
-        counts = {"num_examples": num_examples, "batch_size": batch_size}
+        check_count("batch_size", batch_size, low=1)
         if reference_steps is not None:
-            counts["reference_steps"] = reference_steps
-        for name, value in counts.items():
-            check_count(name, value, low=1)
+            check_count("reference_steps", reference_steps, low=1)
         check_choice("batch_norm", batch_norm, get_args(BatchNormChoice))
-        check_choice("split", split, SPLITS)
-        if normalization is not None:
-            Normalize(*map(list, normalization))  # checks it
-        self.decay, self.reference_steps, self.batch_norm = decay, reference_steps, batch_norm
-        self.num_examples, self.batch_size, self.dataset = num_examples, batch_size, dataset
-        self.split, self.normalization = split, normalization
+        self.decay, self.reference_steps = decay, reference_steps
+        self.batch_norm, self.batch_size = batch_norm, batch_size
         self._validation = ExitStack()
         self._forget()
 
     def _forget(self) -> None:
         self.effective_decay: float | None = None
         self._average_model = None
-        self._images: Tensor | None = None
         self._reestimated_at: int | None = None
         self._own: dict[str, Tensor] | None = None
 
@@ -136,7 +138,7 @@ class WeightAveraging(FixedImages, LightningWeightAveraging):
                 f"1 - {self.decay:g} of a difference moves less than these resolve, and may stand "
                 "still; precision 32-true or bf16-mixed averages float32 weights."
             )
-        # It is asked for in each step, which must not wait for a device.
+        # It is read in each step, which must not wait for a device.
         average.n_averaged = average.n_averaged.cpu()
 
     @override
@@ -148,7 +150,7 @@ class WeightAveraging(FixedImages, LightningWeightAveraging):
         # A batch that ends before the first step has nothing to average.
         self._latest_update_step = trainer.global_step
         if self.batch_norm == "reestimate":
-            self._read_images(trainer, pl_module)
+            self.examples(trainer, pl_module)
 
     def _move(self, averages: list[Tensor], weights: list[Tensor], _: Any) -> None:
         """One step of the average, for tensors of one type."""
@@ -172,8 +174,14 @@ class WeightAveraging(FixedImages, LightningWeightAveraging):
         super().on_train_epoch_end(trainer, pl_module)
         if self._updates > 0:
             assert self._average_model is not None
-            distance = relative_distance(self._average_model.module, pl_module)
-            log_equal(pl_module, {"weight_averaging/relative_distance": distance})
+            weights = list(pl_module.parameters())
+            with torch.no_grad():
+                pairs = zip(self._average_model.module.parameters(), weights)
+                distance = nn.utils.get_total_norm([average - w for average, w in pairs])
+                distance = distance / nn.utils.get_total_norm(weights)
+            pl_module.log(
+                "weight_averaging/relative_distance", distance, sync_dist=True, reduce_fx="max"
+            )
 
     @override
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -194,7 +202,7 @@ class WeightAveraging(FixedImages, LightningWeightAveraging):
         if self._updates > 0 and self._own is None:
             assert self._average_model is not None
             self.refresh_average(trainer, pl_module)
-            # Checkpoints still to come must let training go on from here.
+            # Checkpoints still to come must let training continue from here.
             named = [*pl_module.named_parameters(), *pl_module.named_buffers()]
             self._own = {name: tensor.detach().cpu().clone() for name, tensor in named}
             copy_weights(self._average_model.module, pl_module)
@@ -206,7 +214,7 @@ class WeightAveraging(FixedImages, LightningWeightAveraging):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._images = None
+        self._examples = {}
         if self._average_model is not None:
             self._average_model.cpu()
 
@@ -215,9 +223,9 @@ class WeightAveraging(FixedImages, LightningWeightAveraging):
         return 0 if self._average_model is None else int(self._average_model.n_averaged)
 
     def refresh_average(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Estimates the average's BatchNorm statistics, if that is asked for and not yet done.
+        """Re-estimates the average's BatchNorm statistics, if that is requested and not yet done.
 
-        All ranks have the same averaged weights and read the same images, so they need not talk.
+        All processes have the same averaged weights and images, so they need not communicate.
 
         Args:
             trainer: The trainer.
@@ -229,27 +237,12 @@ class WeightAveraging(FixedImages, LightningWeightAveraging):
         network: nn.Module = self._average_model.module
         if self.normalization is not None:
             network = PixelInput(network, self.normalization)
-        images = self._read_images(trainer, pl_module)
-        # Forwards make tensors of the type that they make in training.
+        images = self.examples(trainer, pl_module).images
+        # Forwards create tensors of the type that they have in training.
         types = trainer.precision_plugin.forward_context()
         with types, full_float32(pl_module.device):
             reestimate_batch_norm(network, images, self.batch_size)
         self._reestimated_at = self._updates
-
-    def _read_images(self, trainer: Trainer, pl_module: LightningModule) -> Tensor:
-        if self._images is None:
-            with isolate_rng():
-                # Statistics may be those of augmented images.
-                self._images = find_examples(
-                    trainer,
-                    pl_module,
-                    split=self.split,
-                    count=self.num_examples,
-                    dataset=self.dataset,
-                    normalization=self.normalization,
-                    fixed=False,
-                ).images
-        return self._images
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -279,3 +272,49 @@ class WeightAveraging(FixedImages, LightningWeightAveraging):
         # In a test there is nothing to load: the module gets the averaged weights as its own.
         if self._average_model is not None:
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
+
+
+def scaled_decay(decay: float, reference_steps: int, steps: float) -> float:
+    """Returns the decay τ whose horizon 1 / (1 - τ) is the same share of another training.
+
+    Args:
+        decay: Decay in [0, 1) of a training of `reference_steps`.
+        reference_steps: Number of steps of that training, >= 1.
+        steps: Number of steps of the other one, as Lightning counts them: -1 or infinite if
+            unlimited.
+
+    Returns:
+        Decay in [0, 1); 0 if the horizon would be less than a step.
+
+    Raises:
+        ValueError: If `steps` is no number of steps.
+
+    Example:
+        >>> round(scaled_decay(0.9975, 58_650, 5_865), 9), scaled_decay(0.9975, 58_650, 100)
+        (0.975, 0.0)
+    """
+    if not 0 < steps < math.inf:
+        raise ValueError(
+            "Expected `max_epochs` or `max_steps` to limit training, for the averages to span a "
+            f"share of it, but got {steps} steps; `reference_steps=None` takes `decay` as it is."
+        )
+    return max(0.0, 1 - (1 - decay) * (reference_steps / steps))
+
+
+def reestimate_batch_norm(network: nn.Module, images: Tensor, batch_size: int) -> None:
+    """Replaces BatchNorm's running statistics by the mean of those of batches of images.
+
+    One pass in train mode, with a fixed seed for Dropout, that leaves global random state alone.
+
+    Args:
+        network: Its running statistics are written in place.
+        images: `(N, ...)`, on any device.
+        batch_size: Number of images in a batch, at most.
+    """
+    parameters = list(network.parameters())
+    images = images.to(parameters[0]) if parameters else images
+    # Batches count alike, so they are of one size, up to one image.
+    batches = images.tensor_split(math.ceil(len(images) / batch_size))
+    with torch.inference_mode(False), isolate_rng():
+        torch.manual_seed(0)
+        update_bn(batches, network)

@@ -1,4 +1,4 @@
-"""Weights that are kept small, by clipping each of them."""
+"""Clipping of each weight."""
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -12,7 +12,6 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from robust_flatness.callbacks.logs import log_equal
 from robust_flatness.functional.checks import check_number
 
 # `_NormBase` is the base of BatchNorm, SyncBatchNorm and InstanceNorm in all dimensions.
@@ -22,19 +21,19 @@ SCALING = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 class WeightClipping(Callback):
     """Clips every trainable parameter to [-w_max, w_max] after each optimizer step.
 
-    The paper's row "weight clipping" (Table 1) takes w_max = 0.005, of 0.005, 0.01 and 0.025. It
-    clips weights, biases and the parameters of its BatchNorm, whose scale is 1 + weight
-    (`networks.ReparameterizedBatchNorm2d`). Clipping comes directly after the step, before
+    The paper's row "weight clipping" (Table 1) has w_max = 0.005, chosen from 0.005, 0.01 and
+    0.025. It clips weights, biases and the parameters of its BatchNorm, whose scale is 1 + weight
+    (`networks.ReparameterizedBatchNorm2d`). Clipping follows directly after the step, before
     averages, measures and checkpoints, whatever the order of the callbacks. The authors clip before
-    each forward instead: since the initial weights are clipped here, training takes the same
-    course, but their last step stays unclipped.
+    each forward instead: because the initial weights are clipped here, training is the same, but
+    their last step stays unclipped.
 
     Logs `weight_clipping/largest_weight`, the largest |w|, and `weight_clipping/share_clipped`, the
     share of entries with |w| = w_max, of all clipped parameters, once an epoch.
 
     Args:
         w_max: Largest absolute value, > 0, as the type of the weights rounds it.
-        leave_out: Names of parameters to leave alone, or shell patterns: `*.norm1.weight`.
+        leave_out: Names of parameters that are not clipped, or shell patterns: `*.norm1.weight`.
 
     Raises:
         ValueError: If `w_max` is not positive; before training, if the scale of an ordinary
@@ -59,17 +58,17 @@ class WeightClipping(Callback):
         self._check(pl_module)
         self._clip(pl_module)
         hook = partial(self._after_step, pl_module)
-        # On the optimizer itself, so that nothing can look at weights that are not yet clipped.
+        # On the optimizer itself, so that nothing can see weights that are not yet clipped.
         self._hooks = [o.register_step_post_hook(hook) for o in trainer.optimizers]
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         entries = torch.cat([p.detach().abs().flatten() for p in self._clipped(pl_module).values()])
-        figures = {
-            "largest_weight": entries.max().item(),
-            "share_clipped": (entries >= self.w_max).float().mean().item(),
+        metrics = {
+            "weight_clipping/largest_weight": entries.max(),
+            "weight_clipping/share_clipped": (entries >= self.w_max).float().mean(),
         }
-        log_equal(pl_module, {f"weight_clipping/{name}": value for name, value in figures.items()})
+        pl_module.log_dict(metrics, sync_dist=True, reduce_fx="max")
 
     @override
     def on_exception(

@@ -1,7 +1,6 @@
 """The mathematics: pure functions on tensors and networks, without a Trainer."""
 
 from robust_flatness.functional.attack import PGD, FriendlyPGD, pgd_attack
-from robust_flatness.functional.awp import adversarial_weight_perturbation
 from robust_flatness.functional.directions import normalize_direction, weight_directions
 from robust_flatness.functional.flatness import FlatnessResult, average_case_flatness
 from robust_flatness.functional.hessian import HessianResult, hessian_extreme_eigenvalues
@@ -24,7 +23,10 @@ from robust_flatness.functional.robust_loss import (
     evaluate_robustness,
     robust_loss,
 )
-from robust_flatness.functional.weight_perturbation import sample_weight_perturbation
+from robust_flatness.functional.weight_perturbation import (
+    adversarial_weight_perturbation,
+    sample_weight_perturbation,
+)
 from robust_flatness.functional.worst_case_flatness import (
     Sharing,
     WorstCaseFlatnessResult,

@@ -19,96 +19,74 @@ from robust_flatness.functional.evaluation import (
     Mode,
     Model,
     bfloat16_autocast,
-    crafts_fast,
     differentiable,
+    has_bfloat16,
     logits_function,
     nan_unless_finite,
     predicted_classes,
     to_float32,
 )
-from robust_flatness.functional.noise import Norm, Start, example_starts, per_example_norm
+from robust_flatness.functional.noise import (
+    Norm,
+    Start,
+    keyed_generator,
+    per_example_norm,
+    random_start,
+)
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
+Keep = Literal["best", "last"]
+Precision = Literal["float32", "bfloat16"]
 
 
 def example_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of each example, `(N,)`: what an attack ascends by default."""
+    """Cross-entropy of each example `(N,)`: the default criterion of an attack."""
     return cross_entropy(logits, labels, reduction="none")
 
 
 class Iterate(NamedTuple):
-    """The iterate that an attack keeps for each example.
+    """Adversarial examples `(N, C, H, W)` with losses and predicted classes `(N,)`.
 
-    Attributes:
-        images: Adversarial examples `(N, C, H, W)` in [0, 1].
-        losses: The attack's objective there, `(N,)`; `None` where the last iterate is kept, which
-            saves the forward that would tell it.
-        predictions: Predicted classes there, `(N,)`, -1 if logits are not finite; `None` likewise.
+    A class is -1 if a logit is not finite. Losses and classes are `None` if the attack keeps the
+    last iterate, which saves a forward.
     """
 
     images: Tensor
-    losses: Tensor | None
-    predictions: Tensor | None
+    losses: Tensor | None = None
+    predictions: Tensor | None = None
 
     def keep_higher_loss(self, images: Tensor, losses: Tensor, logits: Tensor) -> "Iterate":
-        """For each example the iterate of higher loss, the earlier one on ties.
+        """Takes, for each example, this or a later iterate by its loss, this one on ties.
 
-        A loss that is not a number, or that comes from logits that are not finite, is the highest.
-
-        Args:
-            images: The later iterate `(N, C, H, W)`.
-            losses: Its losses `(N,)`.
-            logits: Its logits `(N, K)`.
+        A loss that is NaN, or that comes from logits that are not finite, is the highest.
         """
         predictions, losses = predicted_classes(logits), nan_unless_finite(losses, logits)
         if self.losses is None or self.predictions is None:
             return Iterate(images, losses, predictions)
         higher = losses.nan_to_num(math.inf, math.inf) > self.losses.nan_to_num(math.inf, math.inf)
         return Iterate(
-            torch.where(higher.view(-1, *[1] * (images.ndim - 1)), images, self.images),
+            torch.where(_per_image(higher, images), images, self.images),
             torch.where(higher, losses, self.losses),
             torch.where(higher, predictions, self.predictions),
         )
 
-    @torch.no_grad()
-    def reevaluated(
-        self, network: Callable[[Tensor], Tensor], labels: Tensor, criterion: Criterion
-    ) -> "Iterate":
-        """The same images with the losses and predictions that the model has there now.
-
-        Args:
-            network: Maps images to logits.
-            labels: Handed to `criterion`.
-            criterion: Maps logits and labels to losses `(N,)`.
-
-        Returns:
-            Itself, if it has no losses.
-        """
-        if self.losses is None:
-            return self
-        logits = network(self.images)
-        return Iterate(self.images, None, None).keep_higher_loss(
-            self.images, criterion(logits, labels), logits
-        )
-
-
-Keep = Literal["best", "last"]
-
 
 @dataclass(frozen=True)
 class PGD:
-    """How projected gradient descent is run (Madry et al., 2018; Sec. 3 of the paper).
+    """Projected gradient descent (Madry et al., 2018; Sec. 3 of the paper).
 
     Args:
         eps: Radius of the perturbation, in pixel units of images in [0, 1].
         steps: Number of gradient steps.
-        step_size: Length of a step; `None` takes eps · 0.007 / (8/255), the paper's 0.007 at 8/255.
+        step_size: Length of a step; `None` is eps · 0.007 / (8/255), the paper's 0.007 at 8/255.
         norm: `linf`, or `l2` with per-example norms.
         keep: `best` keeps the iterate of highest loss for each example, the start included (the
-            paper), at one more forward; `last` keeps the last one (Rice et al., torchattacks).
+            paper), at the cost of one more forward; `last` keeps the last one (Rice et al.).
         start: Where the attack starts, see `random_start`.
-        mode: `eval` uses and leaves BatchNorm's running statistics (the paper); `train` crafts on
-            batch statistics and moves the running ones (Rice et al.).
+        mode: `eval` uses BatchNorm's running statistics (the paper); `train` uses those of the
+            batch and updates the running ones (Rice et al.).
+        precision: `bfloat16` searches under bfloat16 autocast on GPUs that have it, and evaluates
+            the best iterate anew in float32. Perturbations are float32 in both cases.
 
     Raises:
         ValueError: If a number is negative, above 1 with `linf`, or a choice unknown.
@@ -125,16 +103,15 @@ class PGD:
     keep: Keep = "best"
     start: Start = "paper"
     mode: Mode = "eval"
+    precision: Precision = "float32"
 
     def __post_init__(self) -> None:
-        check_choice("norm", self.norm, get_args(Norm))
+        choices = {"norm": Norm, "keep": Keep, "start": Start, "mode": Mode, "precision": Precision}
+        for name, kind in choices.items():
+            check_choice(name, getattr(self, name), get_args(kind))
         check_radius("eps", self.eps, self.norm)
+        check_radius("step_size", self.length, self.norm)
         check_count("steps", self.steps)
-        if self.step_size is not None:
-            check_radius("step_size", self.step_size, self.norm)
-        check_choice("keep", self.keep, get_args(Keep))
-        check_choice("start", self.start, get_args(Start))
-        check_choice("mode", self.mode, get_args(Mode))
 
     @property
     def length(self) -> float:
@@ -149,19 +126,19 @@ class PGD:
         start: Tensor,
         criterion: Criterion = example_losses,
     ) -> Iterate:
-        """Runs the attack from given perturbations.
+        """Runs the attack from the perturbations `start`.
 
-        A batch costs `steps` forwards and `steps` backwards to the input alone, plus one forward
-        where the best iterate is kept, and one more inside `fast_crafting`. Images and
-        perturbations are in float32, or in float64 if the images are; the network gets them in the
-        type of its weights. A gradient that is not a number moves nothing.
+        A batch costs `steps` forwards, `steps` backwards to the input alone, one forward if the
+        best iterate is kept, and one more in bfloat16. Images and perturbations are in float32, or
+        in float64 if the images are; the network gets them in the type of its weights. A gradient
+        that is NaN moves nothing.
 
         Args:
             model: Maps images `(N, C, H, W)` in [0, 1] to logits `(N, K)`.
             images: The clean images; never modified.
-            labels: Handed to `criterion`: classes `(N,)`, or any target with N rows.
+            labels: Passed to `criterion`: classes `(N,)`, or any target with N rows.
             start: Perturbations `(N, C, H, W)`, projected before use; ignored without steps.
-            criterion: Maps logits and labels to the losses `(N,)` to be raised.
+            criterion: Maps logits and labels to the losses `(N,)` that the attack increases.
 
         Returns:
             The kept iterate of each example, without a graph.
@@ -170,23 +147,23 @@ class PGD:
             network = logits_function(model, images)
             # Tensors made under inference mode cannot be saved for backward, their clones can.
             images, labels = to_float32(images.detach()).clone(), labels.clone()
-            if not (self.steps and crafts_fast(images.device)):
-                return self._kept(network, images, labels, start, criterion)
+            if self.precision == "float32" or not self.steps or not has_bfloat16(images.device):
+                return self._search(network, images, labels, start, criterion)
             with bfloat16_autocast(images.device):
-                found = self._kept(network, images, labels, start, criterion)
-            return found.reevaluated(network, labels, criterion)
+                kept = self._search(network, images, labels, start, criterion)
+            if kept.losses is None:
+                return kept
+            with torch.no_grad():
+                logits = network(kept.images)
+                losses = criterion(logits, labels)
+            return Iterate(kept.images).keep_higher_loss(kept.images, losses, logits)
 
-    def _kept(
-        self,
-        network: Callable[[Tensor], Tensor],
-        images: Tensor,
-        labels: Tensor,
-        start: Tensor,
-        criterion: Criterion,
+    def _search(
+        self, network: Model, images: Tensor, labels: Tensor, start: Tensor, criterion: Criterion
     ) -> Iterate:
         # Without a step there is no attack, so a random start must not count as one.
         adversarial = self.begin(images, start if self.steps else torch.zeros_like(images))
-        best = Iterate(adversarial, None, None)
+        best = Iterate(adversarial)
         for _ in range(self.steps):
             adversarial.requires_grad_()
             logits = network(adversarial)
@@ -197,45 +174,45 @@ class PGD:
                 best = best.keep_higher_loss(adversarial, losses.detach(), logits.detach())
             adversarial = self.move(adversarial, gradient, images)
         if self.keep == "last":
-            return Iterate(adversarial, None, None)
+            return Iterate(adversarial)
         with torch.no_grad():
             logits = network(adversarial)
             return best.keep_higher_loss(adversarial, criterion(logits, labels), logits)
 
     def starts(self, images: Tensor, indices: Sequence[int], *, seed: int, restart: int) -> Tensor:
-        """Starts `(N, C, H, W)` that depend on (seed, example index, restart) alone.
+        """Draws starts that depend on (seed, example index, restart) alone, whatever the batch.
 
-        Args:
-            images: `(N, C, H, W)`; gives shape, dtype and device.
-            indices: Global index of each image in the measured set.
-            seed: The measure's seed.
-            restart: Number of the restart.
+        They are `(N, C, H, W)`, in the dtype of `images` but at least float32.
         """
-        return example_starts(
-            images,
-            indices,
-            eps=self.eps,
-            norm=self.norm,
-            start=self.start,
-            seed=seed,
-            restart=restart,
-        )
+        draws = [
+            random_start(
+                (1, *images.shape[1:]),
+                eps=self.eps,
+                norm=self.norm,
+                start=self.start,
+                generator=keyed_generator(seed, "start", index, restart),
+            )
+            for index in indices
+        ]
+        # Half precision is too coarse for a perturbation.
+        dtype = torch.promote_types(images.dtype, torch.float32)
+        starts = torch.cat(draws) if draws else torch.zeros(images.shape)
+        return starts.to(images.device, dtype)
 
     def begin(self, images: Tensor, start: Tensor) -> Tensor:
-        """Images `(N, C, H, W)` moved by a start, within the ball and the box."""
+        """Returns the images `(N, C, H, W)` plus a start, projected onto the ball and the box."""
         return self._project(images + start.to(images), images)
 
     def move(self, adversarial: Tensor, gradient: Tensor, images: Tensor) -> Tensor:
-        """Adversarial examples `(N, C, H, W)` one step further, within the ball and the box."""
-        return self._project(adversarial + self._step(gradient), images)
-
-    def _step(self, gradient: Tensor) -> Tensor:
+        """Returns adversarial examples one step further, projected onto the ball and the box."""
         if self.norm == "linf":
-            return self.length * gradient.sign()
-        # A gradient of zeros has no direction, nor has one that is not finite: both give zeros.
-        tiny = torch.finfo(gradient.dtype).tiny
-        step = self.length * gradient / per_example_norm(gradient, "l2").clamp_min(tiny)
-        return step.nan_to_num(0.0, 0.0, 0.0)
+            step = self.length * gradient.sign()
+        else:
+            # A gradient of zeros has no direction, nor has one that is not finite: both give zeros.
+            tiny = torch.finfo(gradient.dtype).tiny
+            step = self.length * gradient / per_example_norm(gradient, "l2").clamp_min(tiny)
+            step = step.nan_to_num(0.0, 0.0, 0.0)
+        return self._project(adversarial + step, images)
 
     def _project(self, adversarial: Tensor, images: Tensor) -> Tensor:
         delta = adversarial - images
@@ -266,27 +243,26 @@ def pgd_attack(
 ) -> Tensor:
     """Adversarial examples by projected gradient descent (Madry et al., 2018).
 
-    Modes of the modules, `.grad`, BatchNorm buffers (in `eval` mode) and global random state are
-    left as they were, unless `forward` itself moves them in eval mode; works under `torch.no_grad`
-    and `torch.inference_mode` too.
+    Modes, `.grad`, BatchNorm buffers (in `eval` mode) and global random state are not changed. It
+    works under `torch.no_grad` and `torch.inference_mode` too.
 
     Args:
         model: Maps images in [0, 1] to logits `(N, K)`.
         images: `(N, C, H, W)` in [0, 1].
         labels: `(N,)` true classes.
-        eps: Radius of the perturbation, say 8/255; 0 returns the images.
-        steps: Number of gradient steps; 0 returns the images.
-        step_size: Length of a step; `None` is the paper's 0.007 at 8/255, in proportion elsewhere.
+        eps: Radius of the perturbation, such as 8/255; as in `PGD`, like the next six.
+        steps: Number of gradient steps.
+        step_size: Length of a step.
         norm: `linf` or `l2`.
-        keep: `best` (the paper) or `last` iterate.
-        start: `paper`, `uniform`, `gaussian` or `zero`, see `random_start`.
-        mode: `eval` (the paper) or `train`.
-        criterion: What the attack raises, per example.
-        seed: Of the starts; example i has a generator of its own, whatever the batch.
+        keep: `best` or `last` iterate.
+        start: `paper`, `uniform`, `gaussian` or `zero`.
+        mode: `eval` or `train`.
+        criterion: Maps logits and labels to the losses `(N,)` that the attack increases.
+        seed: Seed of the starts; example i has its own generator, whatever the batch.
 
     Returns:
         Adversarial examples `(N, C, H, W)` in [0, 1], at most `eps` from the images; in float32 if
-        the images are of half precision, which is too coarse for a ball.
+        the images have half precision, which is too coarse for a ball.
 
     Raises:
         ValueError: If pixels, shapes, or an argument are not as above.
@@ -311,15 +287,13 @@ class FriendlyPGD(PGD):
     """PGD-τ: keeps the iterate that is misclassified for the (τ+1)-th time, or the last before.
 
     The paper's rows PGD-7-0 to PGD-7-3. As in the paper's code an example that no iterate fools
-    stays clean; Zhang et al. keep its last iterate.
+    stays clean; Zhang et al. keep its last iterate. An attack costs `steps + 1` forwards and
+    `steps` backwards. Labels are classes `(N,)`, or logits or probabilities `(N, K)` of the class
+    to leave.
 
     Args:
-        tau: How many more misclassified iterates τ are gone through after the first.
-
-    Other args are those of `PGD`; `keep` is not used.
-
-    Raises:
-        ValueError: If an argument is out of range.
+        tau: How many more misclassified iterates τ the attack goes through after the first.
+        **kwargs: Those of `PGD`; `keep` is not used.
 
     Example:
         >>> FriendlyPGD(eps=0.1, tau=1).tau
@@ -332,51 +306,29 @@ class FriendlyPGD(PGD):
         super().__post_init__()
         check_count("tau", self.tau)
 
-    def attack(
-        self,
-        model: Model,
-        images: Tensor,
-        labels: Tensor,
-        start: Tensor,
-        criterion: Criterion = example_losses,
+    def _search(
+        self, network: Model, images: Tensor, labels: Tensor, start: Tensor, criterion: Criterion
     ) -> Iterate:
-        """Runs the attack from given perturbations; n steps cost n + 1 forwards, n backwards.
-
-        Args:
-            model: Maps images `(N, C, H, W)` in [0, 1] to logits `(N, K)`.
-            images: The clean images; never modified.
-            labels: Classes `(N,)`, or logits or probabilities `(N, K)` of the class to leave.
-            start: Perturbations `(N, C, H, W)`, projected before use.
-            criterion: Maps logits and labels to the losses `(N,)` to be raised.
-
-        Returns:
-            The kept iterate of each example, without a graph.
-        """
-        with differentiable(model, self.mode):
-            network = logits_function(model, images)
-            images, labels = to_float32(images.detach()).clone(), labels.clone()
-            classes = labels if labels.ndim == 1 else predicted_classes(labels)
-            adversarial = self.begin(images, start)
-            kept, fooled = images, torch.zeros(len(images), dtype=torch.long, device=images.device)
-            for _ in range(self.steps):
-                adversarial.requires_grad_()
+        classes = labels if labels.ndim == 1 else predicted_classes(labels)
+        adversarial = self.begin(images, start)
+        kept, fooled = images, torch.zeros(len(images), dtype=torch.long, device=images.device)
+        for step in range(self.steps + 1 if self.steps else 0):
+            last = step == self.steps
+            with torch.set_grad_enabled(not last):
+                adversarial.requires_grad_(not last)
                 logits = network(adversarial)
-                (gradient,) = torch.autograd.grad(criterion(logits, labels).sum(), adversarial)
-                adversarial = adversarial.detach()
-                kept, fooled = self._keep(kept, fooled, adversarial, logits, classes)
-                adversarial = self.move(adversarial, gradient, images)
-            if self.steps:
-                with torch.no_grad():
-                    logits = network(adversarial)
-                kept, fooled = self._keep(kept, fooled, adversarial, logits, classes)
-            return Iterate(kept, None, None)
+            predicted = predicted_classes(logits.detach())
+            # The prediction to leave may be undefined as well.
+            wrong = (predicted != classes) | (predicted < 0)
+            take = wrong & (fooled <= self.tau)
+            kept = torch.where(_per_image(take, kept), adversarial.detach(), kept)
+            fooled = fooled + wrong
+            if not last:
+                losses = criterion(logits, labels)
+                (gradient,) = torch.autograd.grad(losses.sum(), adversarial)
+                adversarial = self.move(adversarial.detach(), gradient, images)
+        return Iterate(kept)
 
-    def _keep(
-        self, kept: Tensor, fooled: Tensor, adversarial: Tensor, logits: Tensor, classes: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        predicted = predicted_classes(logits.detach())
-        # The prediction to leave may be undefined as well.
-        wrong = (predicted != classes) | (predicted < 0)
-        take = wrong & (fooled <= self.tau)
-        shape = (-1, *[1] * (kept.ndim - 1))
-        return torch.where(take.view(shape), adversarial, kept), fooled + wrong
+
+def _per_image(values: Tensor, images: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (images.ndim - 1))

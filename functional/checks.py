@@ -1,4 +1,4 @@
-"""Checks of arguments, with one sentence that says what was expected and what came."""
+"""Checks of arguments, which raise a ValueError "Expected `name` to be X but got Y."."""
 
 import math
 import zipfile
@@ -20,10 +20,7 @@ else:
 
 
 def read_number(value: Any) -> float:
-    """A number, or a fraction written as text.
-
-    Args:
-        value: Say `0.1`, `"1e-3"` or `"8/255"`.
+    """Reads a number, or a fraction written as text.
 
     Raises:
         ValueError: If it is neither, or not finite.
@@ -34,7 +31,7 @@ def read_number(value: Any) -> float:
     """
     text = str(value)
     with suppress(ValueError, ZeroDivisionError):
-        # Digits of other scripts are numbers to Python, but rather a slip of the keyboard.
+        # Digits of other scripts are numbers to Python, but probably a typing error.
         if isinstance(value, (int, float, str)) and text.isascii() and "_" not in text:
             above, _, below = text.partition("/")
             number = float(above) / float(below) if "/" in text else float(text)
@@ -57,16 +54,7 @@ if find_spec("jsonargparse"):
 
 
 def check_number(name: str, value: float, *, low: float = 0.0, high: float = math.inf) -> None:
-    """Raises if a number is outside `[low, high]` or not finite.
-
-    Args:
-        name: The argument's name, for the message.
-        value: What came.
-        low: Smallest accepted value.
-        high: Largest accepted value.
-
-    Raises:
-        ValueError: If `value` is no finite number in `[low, high]`.
+    """Raises if the argument `name` is not a finite number in `[low, high]`.
 
     Example:
         >>> check_number("eps", -0.1)
@@ -81,18 +69,10 @@ def check_number(name: str, value: float, *, low: float = 0.0, high: float = mat
 
 
 def check_radius(name: str, value: float, norm: str) -> None:
-    """Raises if the radius or the step of an attack is no number for pixels in [0, 1].
+    """Raises if the radius or the step of an attack is not a number for pixels in [0, 1].
 
     In `linf` every image is within 1 of every other, so a larger number is meant for pixels in
-    0 ... 255.
-
-    Args:
-        name: The argument's name, for the message.
-        value: What came.
-        norm: `linf`, or `l2`, whose radii may exceed 1.
-
-    Raises:
-        ValueError: If `value` is no finite number >= 0, or above 1 with `linf`.
+    0 ... 255. With `l2` it may exceed 1.
 
     Example:
         >>> check_radius("eps", 8, "linf")
@@ -112,34 +92,14 @@ def check_radius(name: str, value: float, norm: str) -> None:
 
 
 def check_count(name: str, value: int, *, low: int = 0) -> None:
-    """Raises if a number is no integer, or below `low`.
-
-    Raises:
-        ValueError: If `value` is no integer of at least `low`.
-
-    Example:
-        >>> check_count("steps", 2.5)
-        Traceback (most recent call last):
-        ...
-        ValueError: Expected `steps` to be an integer but got 2.5.
-    """
+    """Raises if a number is not an integer of at least `low`."""
     check_number(name, value, low=low)
     if not isinstance(value, Integral):
         raise ValueError(f"Expected `{name}` to be an integer but got {value}.")
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raises if a value is none of the named choices.
-
-    Raises:
-        ValueError: If `value` is not in `choices`.
-
-    Example:
-        >>> check_choice("norm", "l1", ("linf", "l2"))
-        Traceback (most recent call last):
-        ...
-        ValueError: Expected `norm` to be one of linf, l2 but got l1.
-    """
+    """Raises if a value is not one of the choices."""
     if value not in choices:
         raise ValueError(f"Expected `{name}` to be one of {', '.join(choices)} but got {value}.")
 
@@ -150,10 +110,7 @@ def check_examples(images: Tensor, labels: Tensor, num_classes: int | None = Non
     Args:
         images: `(N, C, H, W)`, floating point, in [0, 1].
         labels: `(N,)`, integers in `0 ... num_classes - 1`.
-        num_classes: Number of classes; `None` leaves the upper end unchecked.
-
-    Raises:
-        ValueError: If shapes differ, or pixels or labels are out of range.
+        num_classes: Number of classes; `None` does not check the upper end.
     """
     if images.ndim != 4 or not images.is_floating_point():
         raise ValueError(
@@ -180,22 +137,7 @@ def check_examples(images: Tensor, labels: Tensor, num_classes: int | None = Non
 
 
 def check_outputs(logits: Tensor, num_classes: int) -> None:
-    """Raises if a network has another number of outputs than there are classes.
-
-    Args:
-        logits: `(N, K)`.
-        num_classes: Number of classes.
-
-    Raises:
-        ValueError: If K is another number.
-
-    Example:
-        >>> import torch
-        >>> check_outputs(torch.zeros(2, 1000), 10)
-        Traceback (most recent call last):
-        ...
-        ValueError: Expected `network` to return 10 logits, one for each class, but got 1000.
-    """
+    """Raises if the logits `(N, K)` of a network are not one for each class."""
     if logits.shape[1] != num_classes:
         raise ValueError(
             f"Expected `network` to return {num_classes} logits, one for each class, but got "
@@ -207,16 +149,8 @@ def check_archive(name: str, path: str | Path) -> None:
     r"""Raises if a checkpoint's bytes are not those that were written.
 
     PyTorch's checkpoints are ZIP archives with a checksum for each tensor, which `torch.load` does
-    not compare: flipped bytes load as other weights. Reading all bytes once takes about a second
-    per GB that the operating system has in memory. Files of PyTorch's legacy format, and archives
-    written with `torch.serialization.set_crc32_options(False)`, have no checksums and pass.
-
-    Args:
-        name: The argument that names the file, for the message.
-        path: A local file.
-
-    Raises:
-        ValueError: If a checksum differs, or the archive cannot be read.
+    not compare: flipped bytes load as other weights. Files without checksums, such as those of
+    PyTorch's legacy format, pass.
 
     Example:
         >>> import tempfile, torch
@@ -237,7 +171,7 @@ def check_archive(name: str, path: str | Path) -> None:
             with zipfile.ZipFile(file) as archive:
                 members = archive.infolist()
                 damaged = archive.testzip() if any(member.CRC for member in members) else None
-                # PyTorch reads nothing of what is marked as a folder, and no checksum covers it.
+                # PyTorch reads nothing that is marked as a folder, and no checksum covers it.
                 damaged = next((m.filename for m in members if m.external_attr & 16), damaged)
         except Exception as error:  # a damaged archive raises almost anything
             raise ValueError(
@@ -255,26 +189,20 @@ def check_archive(name: str, path: str | Path) -> None:
 def errors_on_all_ranks() -> Iterator[None]:
     """Raises on every process if any of them raises inside, so that none waits for it later.
 
-    All processes must come here, and nothing inside may wait for another process.
-
-    Raises:
-        ValueError: If another process raised; the message is that of the first one.
-
-    Example:
-        >>> with errors_on_all_ranks():
-        ...     checked = True
+    All processes must enter it, and nothing inside may wait for another process. Other processes
+    raise a ValueError with the message of the first one.
     """
     error: Exception | None = None
     try:
         yield
     except Exception as raised:
         error = raised
-    found: list[str | None] = []
+    messages: list[str | None] = []
     if distributed.is_available() and distributed.is_initialized():
-        found = [None] * distributed.get_world_size()
-        distributed.all_gather_object(found, None if error is None else str(error))
+        messages = [None] * distributed.get_world_size()
+        distributed.all_gather_object(messages, None if error is None else str(error))
     if error is not None:
         raise error
-    for rank, message in enumerate(found):
+    for rank, message in enumerate(messages):
         if message is not None:
             raise ValueError(f"{message} This was on process {rank}.")

@@ -11,15 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from robust_flatness.functional.attack import PGD
-from robust_flatness.functional.checks import check_choice, check_count, check_examples
+from robust_flatness.functional.checks import check_choice, check_count, check_number
 from robust_flatness.functional.evaluation import evaluation_context
 from robust_flatness.functional.layer_weights import perturbed_parameters, perturbed_weights
 from robust_flatness.functional.noise import Norm, Start
-from robust_flatness.functional.robust_loss import worst_losses
+from robust_flatness.functional.robust_loss import (
+    NO_ATTACK,
+    batched_losses,
+    batches,
+    check_set,
+)
 from robust_flatness.functional.weight_perturbation import (
     Distribution,
     RelativeTo,
-    sample_weight_perturbation,
+    random_direction,
 )
 
 LossKind = Literal["robust", "clean"]
@@ -28,16 +33,14 @@ Protocol = Literal["shared", "paper"]
 
 PAPER_REFERENCE_RESTARTS = 10
 
-NO_ATTACK = PGD(0.0, steps=0, start="zero")
-
 
 @dataclass(frozen=True)
-class FlatnessResult:
-    """Average-case flatness with what it was computed from.
+class LossIncrease:
+    """Losses of each example at w and, in each row, at other weights.
 
     Attributes:
-        reference_losses: Robust loss of each example at the weights w, `(N,)`.
-        perturbed_losses: Robust loss of each example at w + ν_k, `(K, N)`.
+        reference_losses: Robust loss at the weights w, `(N,)`.
+        perturbed_losses: Loss at each w + ν, `(K, N)`.
     """
 
     reference_losses: Tensor
@@ -45,8 +48,18 @@ class FlatnessResult:
 
     @property
     def increases(self) -> Tensor:
-        """Perturbed minus reference loss of each example, `(K, N)`, float64."""
+        """Perturbed minus reference loss, `(K, N)`, float64."""
         return self.perturbed_losses.double() - self.reference_losses.double()
+
+    @property
+    def reference_loss(self) -> float:
+        """RLoss at w, in nats."""
+        return self.reference_losses.double().mean().item()
+
+
+@dataclass(frozen=True)
+class FlatnessResult(LossIncrease):
+    """Average-case flatness, with the losses at w and at w + ν_k for K directions."""
 
     @property
     def value(self) -> float:
@@ -56,20 +69,16 @@ class FlatnessResult:
     @property
     def standard_error(self) -> float:
         """Standard error of `value` over the K directions, for this set; NaN for one direction."""
-        return _standard_error(self.increases.mean(dim=1))
+        return standard_error(self.increases.mean(dim=1))
 
     @property
     def standard_error_examples(self) -> float:
         """Standard error of `value` over the N examples, for these directions; NaN for one."""
-        return _standard_error(self.increases.mean(dim=0))
-
-    @property
-    def reference_loss(self) -> float:
-        """RLoss at w, in nats."""
-        return self.reference_losses.double().mean().item()
+        return standard_error(self.increases.mean(dim=0))
 
 
-def _standard_error(values: Tensor) -> float:
+def standard_error(values: Tensor) -> float:
+    """Standard error of the mean of values `(N,)`; NaN for one value."""
     return (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else math.nan
 
 
@@ -101,9 +110,8 @@ def average_case_flatness(
     Adversarial examples are computed anew at w + ν. The measure is invariant to the scale of
     layers that a BatchNorm follows, unless lengths are relative to the whole network. A batch costs
     `(K + 1) · restarts · (steps + 1)` forwards and `(K + 1) · restarts · steps` backwards to the
-    input, on clean images `K + 1` forwards. Nothing is left behind in the network, and one of half
-    precision is measured in float32, see `evaluation_context`. If an example's logits are not
-    finite at w or at some w + ν, neither is the value.
+    input, on clean images `K + 1` forwards. If an example's logits are not finite at w or at some
+    w + ν, neither is the value.
 
     Args:
         model: Maps images in [0, 1] to logits `(N, K)`.
@@ -117,23 +125,20 @@ def average_case_flatness(
         protocol: `shared` starts the attacks at w and at w + ν from the same points, so that
             ξ = 0 gives exactly 0 and noise cancels. `paper` is the published recipe: 10 restarts
             at w against one at each w + ν, from other points, which biases the value downwards.
-        loss: `robust`, or `clean` for the rise of the cross-entropy on the images themselves; what
-            is said of the attack is ignored then. The paper takes 50 directions for it.
+        loss: `robust`, or `clean` for the cross-entropy on the images themselves, without an
+            attack. The paper takes 50 directions for it.
         distribution: `sphere` or `ball`, see `sample_weight_perturbation`.
         relative_to: `layer`, `filter` or `network`, see `sample_weight_perturbation`.
-        per_batch: Whether each batch of `batch_size` images by global index has directions of its
-            own (the paper's text), so that the value depends on `batch_size`, or the whole set
-            shares K directions (its code).
-        step_size: As in `pgd_attack`.
-        norm: As in `pgd_attack`.
-        start: As in `pgd_attack`.
-        seed: Of directions and starts.
+        per_batch: Whether each batch of `batch_size` images by global index has its own directions
+            (the paper's text), so that the value depends on `batch_size`, or the whole set shares
+            K directions (its code).
+        step_size: Length of a step, as in `PGD`, like the next two.
+        norm: `linf` or `l2`.
+        start: Where the attack starts.
+        seed: Seed of all random numbers.
         batch_size: Images measured at once.
         indices: Global index of each image in the whole measured set; `None` numbers them.
         on_attack: Called after each restart on each batch, for progress.
-
-    Returns:
-        Value, standard error, and the losses behind them.
 
     Raises:
         ValueError: If pixels, shapes, or an argument are out of range.
@@ -144,86 +149,105 @@ def average_case_flatness(
         >>> average_case_flatness(model, images, torch.arange(4), xi=0.0, steps=2).value
         0.0
     """
-    pgd = PGD(eps, steps, step_size, norm, "best", start)
-    check_examples(images, labels)
+    pgd = PGD(eps, steps, step_size, norm, start=start)
+    check_set(images, labels, restarts, batch_size)
+    check_number("xi", xi)
     check_count("num_perturbations", num_perturbations, low=1)
-    check_count("restarts", restarts, low=1)
-    check_count("batch_size", batch_size, low=1)
     check_choice("protocol", protocol, get_args(Protocol))
     check_choice("loss", loss, get_args(LossKind))
-    # What cannot be perturbed is refused before anything is measured.
-    perturbed_parameters(model)
-    where = range(len(images)) if indices is None else list(indices)
+    check_choice("distribution", distribution, get_args(Distribution))
+    check_choice("relative_to", relative_to, get_args(RelativeTo))
+    with evaluation_context(model):
+        return measure_flatness(
+            model,
+            images,
+            labels,
+            pgd,
+            xi=xi,
+            num_perturbations=num_perturbations,
+            restarts=restarts,
+            protocol=protocol,
+            loss=loss,
+            distribution=distribution,
+            relative_to=relative_to,
+            per_batch=per_batch,
+            seed=seed,
+            batch_size=batch_size,
+            indices=indices,
+            on_attack=on_attack,
+        )
+
+
+def measure_flatness(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    pgd: PGD,
+    *,
+    xi: float,
+    num_perturbations: int,
+    restarts: int,
+    protocol: Protocol,
+    loss: LossKind,
+    distribution: Distribution,
+    relative_to: RelativeTo,
+    per_batch: bool,
+    seed: int,
+    batch_size: int,
+    indices: Sequence[int] | None = None,
+    on_attack: Callable[[], None] | None = None,
+) -> FlatnessResult:
+    """`average_case_flatness` with checked arguments, inside `evaluation_context`."""
+    # Raises, before anything is measured, if a weight cannot be perturbed.
+    weights = perturbed_parameters(model)
+    indices = range(len(images)) if indices is None else indices
     if loss == "clean":
         pgd, restarts, protocol = NO_ATTACK, 1, "shared"
-
-    def losses(parts: list[slice], attempts: range) -> Tensor:
-        found = [
-            worst_losses(
-                model,
-                images[part],
-                labels[part],
-                pgd,
-                restarts=attempts,
-                seed=seed,
-                indices=where[part],
-                on_attack=on_attack,
-            )[0]
-            for part in parts
-        ]
-        return torch.cat(found) if found else images.new_zeros(0)
-
-    def perturbed_losses(direction: int, attempts: range) -> Tensor:
-        found = []
-        for batch, parts in units:
-            with perturbed_weights(model, sample(direction=direction, batch=batch)):
-                found.append(losses(parts, attempts))
-        return torch.cat(found) if found else images.new_zeros(0)
-
-    sample = partial(
-        sample_weight_perturbation,
-        model,
-        xi=xi,
-        seed=seed,
-        distribution=distribution,
-        relative_to=relative_to,
+    robust_losses = partial(
+        batched_losses, model, images, labels, pgd, seed=seed, indices=indices, on_attack=on_attack
     )
-    units = perturbed_units(where, batch_size, per_batch)
+    units = perturbation_units(indices, batch_size, per_batch)
     paper = protocol == "paper"
-    first = range(PAPER_REFERENCE_RESTARTS if paper else restarts)
+    reference_restarts = range(PAPER_REFERENCE_RESTARTS if paper else restarts)
+    every = [part for _, parts in units for part in parts]
+    reference = robust_losses(restarts=reference_restarts, parts=every)
     perturbed = []
-    with evaluation_context(model):
-        reference = losses([part for _, parts in units for part in parts], first)
-        for k in range(num_perturbations):
-            fresh = PAPER_REFERENCE_RESTARTS + k
-            attempts = range(fresh, fresh + 1) if paper else range(restarts)
-            perturbed.append(perturbed_losses(k, attempts))
+    for k in range(num_perturbations):
+        new = PAPER_REFERENCE_RESTARTS + k
+        starts = range(new, new + 1) if paper else range(restarts)
+        losses = []
+        for batch, parts in units:
+            nu = random_direction(
+                weights,
+                xi=xi,
+                seed=seed,
+                direction=k,
+                distribution=distribution,
+                relative_to=relative_to,
+                batch=batch,
+            )
+            with perturbed_weights(model, nu):
+                losses.append(robust_losses(restarts=starts, parts=parts))
+        perturbed.append(torch.cat(losses) if losses else images.new_zeros(0))
     return FlatnessResult(reference, torch.stack(perturbed))
 
 
-def perturbed_units(
+def perturbation_units(
     indices: Sequence[int], batch_size: int, per_batch: bool
 ) -> list[tuple[int | None, list[slice]]]:
-    """What shares one weight perturbation: the set, or each batch by global index.
-
-    Args:
-        indices: Global index of each image.
-        batch_size: Images in a batch.
-        per_batch: Whether each batch has a perturbation of its own.
+    """The units that share a weight perturbation: the set, or each batch by global index.
 
     Returns:
         Number of the batch, `None` for the set, and the positions of its images, batch by batch.
 
     Example:
-        >>> perturbed_units([0, 1, 4], 2, per_batch=False)
+        >>> perturbation_units([0, 1, 4], 2, per_batch=False)
         [(None, [slice(0, 2, None), slice(2, 3, None)])]
-        >>> perturbed_units([0, 1, 4], 2, per_batch=True)
+        >>> perturbation_units([0, 1, 4], 2, per_batch=True)
         [(0, [slice(0, 2, None)]), (2, [slice(2, 3, None)])]
     """
-    count = len(indices)
     if not per_batch:
-        begins = range(0, count, batch_size)
-        return [(None, [slice(begin, min(begin + batch_size, count)) for begin in begins])]
+        return [(None, batches(len(indices), batch_size))]
     units: list[tuple[int | None, list[slice]]] = []
     begin = 0
     for batch, members in groupby(indices, key=lambda index: index // batch_size):

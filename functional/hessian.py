@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,20 +13,18 @@ from torch.nn.functional import cross_entropy
 from robust_flatness.functional.checks import check_count, check_examples, check_number
 from robust_flatness.functional.evaluation import evaluation_context, logits_function
 from robust_flatness.functional.layer_weights import (
+    LayerTensor,
     differentiable_weights,
-    perturbed_parameters,
-    weight_at,
+    layer_tensor,
+    layer_tensors,
 )
 from robust_flatness.functional.noise import keyed_generator
-from robust_flatness.functional.weight_perturbation import split_like
-
-Direction = dict[str, Tensor]
+from robust_flatness.functional.weight_perturbation import Perturbation, split_like
 
 Product = Callable[[Tensor], Tensor]
 
-# Lanczos needs more dimensions than vectors; a matrix this small is cheaper whole anyway.
+# Lanczos needs more dimensions than vectors; a matrix this small is cheaper as a whole anyway.
 LARGEST_DENSE = 32
-
 RESTARTS_OF_LANCZOS = 100
 
 
@@ -35,7 +33,7 @@ class HessianResult:
     """Extreme eigenvalues of a Hessian, with their directions.
 
     Attributes:
-        max_eigenvalue: λ_max, in nats per squared unit of weight; NaN if it was not found.
+        max_eigenvalue: λ_max, in nats per squared unit of weight; NaN if it was not computed.
         min_eigenvalue: λ_min, likewise.
         max_eigenvector: Direction of λ_max by parameter name, of norm 1 over all of them.
         min_eigenvector: Direction of λ_min, likewise.
@@ -43,12 +41,12 @@ class HessianResult:
 
     max_eigenvalue: float
     min_eigenvalue: float
-    max_eigenvector: Direction
-    min_eigenvector: Direction
+    max_eigenvector: Perturbation
+    min_eigenvector: Perturbation
 
     @property
     def convexity_ratio(self) -> float:
-        """|λ_min| / |λ_max|: 0 in a convex direction-by-direction bowl; NaN where λ_max is 0."""
+        """|λ_min| / |λ_max|, 0 if the loss is convex; NaN if λ_max is 0."""
         return abs(self.min_eigenvalue / self.max_eigenvalue) if self.max_eigenvalue else math.nan
 
 
@@ -64,30 +62,25 @@ def hessian_extreme_eigenvalues(
 ) -> HessianResult:
     """Largest and smallest eigenvalue of the Hessian of the mean cross-entropy, by Lanczos.
 
-    The network is in eval mode, and the Hessian is that with respect to the weights of its
-    convolution and linear layers (of parametrised ones the tensors that they compute with),
-    neither biases nor normalisation. The paper's code sums the mean
-    losses of four batches, from the last 500 test images: its eigenvalues are about four times
-    those of the mean loss, which these are; the convexity ratio is the same. Images may be
-    adversarial examples, for the curvature of the robust loss at fixed attacks.
-
-    A Hessian-vector product costs a forward and a backward twice through the network for each
-    image; some 40 to 100 of them are needed. Nothing is left behind in the network, and one of half
-    precision is measured in float32, see `evaluation_context`; frozen weights are measured like
-    others.
+    The network is in eval mode, and the Hessian is with respect to the weights of its convolution
+    and linear layers, frozen ones included, without biases and normalization layers. The paper's
+    code sums the mean losses of four batches: its eigenvalues are about four times these; the
+    convexity ratio is the same. Images may be adversarial examples, for the curvature of the robust
+    loss at fixed attacks. It takes 40 to 100 Hessian-vector products, each of which costs two
+    forwards and two backwards for each image.
 
     Args:
         model: Maps images in [0, 1] to logits `(N, K)`.
         images: `(N, C, H, W)` in [0, 1], at least one.
         labels: `(N,)` true classes.
         names: Parameters to restrict the Hessian to; `None` takes the weights above.
-        tolerance: At which Lanczos stops, as a share of the Hessian's spread, in [1e-12, 1);
-            float32 cannot go much below 1e-5. The paper takes 1e-2.
-        seed: Of the vector that Lanczos starts from.
+        tolerance: Tolerance of Lanczos as a share of the Hessian's spread, in [1e-12, 1); float32
+            cannot go much below 1e-5. The paper takes 1e-2.
+        seed: Seed of the vector that Lanczos starts from.
         batch_size: Images measured at once; changes the result by rounding only.
 
     Returns:
-        Eigenvalues and eigenvectors; NaN where the loss is not finite or Lanczos ends without them.
+        Eigenvalues and eigenvectors; NaN if the loss is not finite or Lanczos does not converge.
 
     Raises:
         ValueError: If pixels, shapes, or an argument are out of range.
@@ -95,8 +88,8 @@ def hessian_extreme_eigenvalues(
     Example:
         >>> images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-        >>> found = hessian_extreme_eigenvalues(model, images, torch.arange(4))
-        >>> found.max_eigenvalue > 0, found.convexity_ratio < 1e-3
+        >>> result = hessian_extreme_eigenvalues(model, images, torch.arange(4))
+        >>> result.max_eigenvalue > 0, result.convexity_ratio < 1e-3
         (True, True)
     """
     check_examples(images, labels)
@@ -104,28 +97,37 @@ def hessian_extreme_eigenvalues(
     check_number("tolerance", tolerance, low=1e-12, high=1)
     if len(images) == 0:
         raise ValueError("Expected `images` to hold an image at least but got none.")
-    weights = _chosen(model, names)
+    tensors = _hessian_tensors(model, names)
+    weights = {name: tensor.value() for name, tensor in tensors.items()}
     # Fused attention has no second derivative.
     with (
         evaluation_context(model),
-        differentiable_weights(model, weights) as leaves,
+        differentiable_weights(model, tensors) as leaves,
         sdpa_kernel(SDPBackend.MATH),
     ):
         # Tensors made under inference mode cannot be saved for backward, their clones can.
         images, labels = images.clone(), labels.clone()
-        parts = [slice(i, i + batch_size) for i in range(0, len(images), batch_size)]
+        inputs = list(leaves.values())
+
+        def on_devices(vector: Tensor) -> Perturbation:
+            parts = split_like(vector, weights)
+            return {name: part.to(weights[name].device) for name, part in parts.items()}
 
         def product(vector: Tensor) -> Tensor:
-            direction = _unflatten(vector, weights)
+            """The Hessian times a vector, float64, on the CPU."""
+            direction = on_devices(vector).values()
             total = torch.zeros_like(vector)
-            for part in parts:
-                total += _product(model, leaves, images[part], labels[part], direction)
+            for batch, targets in zip(images.split(batch_size), labels.split(batch_size)):
+                gradients = weight_gradients(model, inputs, batch, targets, create_graph=True)
+                slopes = torch.stack([(g * d).sum() for g, d in zip(gradients, direction)])
+                parts = torch.autograd.grad(slopes.sum(), inputs, materialize_grads=True)
+                total += torch.cat([part.double().flatten().cpu() for part in parts])
             return total / len(images)
 
         size = sum(weight.numel() for weight in weights.values())
         start = torch.randn(size, generator=keyed_generator(seed, "lanczos"), dtype=torch.float64)
         values, vectors = _extremes(product, start, tolerance)
-        directions = [_unflatten(vector, weights) for vector in vectors]
+        directions = [on_devices(vector) for vector in vectors]
     return HessianResult(*values, *directions)
 
 
@@ -137,33 +139,11 @@ def weight_gradients(
     *,
     create_graph: bool = False,
 ) -> list[Tensor]:
-    """Gradients of the summed cross-entropy of a batch.
-
-    Args:
-        model: The network.
-        weights: Its weights to differentiate for; zero where the loss does not depend on one.
-        images: `(N, C, H, W)`.
-        labels: `(N,)`.
-        create_graph: Whether the gradients are to be differentiated again.
-    """
+    """Gradients of the summed cross-entropy of a batch, zero for weights that it does not use."""
     loss = cross_entropy(logits_function(model, images)(images), labels, reduction="sum")
-    found = torch.autograd.grad(loss, weights, create_graph=create_graph, materialize_grads=True)
-    return list(found)
-
-
-def _product(
-    model: nn.Module,
-    weights: Mapping[str, Tensor],
-    images: Tensor,
-    labels: Tensor,
-    direction: Direction,
-) -> Tensor:
-    """The Hessian of a batch's summed loss times a direction, flat, float64, on the CPU."""
-    inputs = list(weights.values())
-    gradients = weight_gradients(model, inputs, images, labels, create_graph=True)
-    slopes = [(g * direction[name]).sum() for name, g in zip(weights, gradients)]
-    products = torch.autograd.grad(torch.stack(slopes).sum(), inputs, materialize_grads=True)
-    return torch.cat([found.double().flatten().cpu() for found in products])
+    return list(
+        torch.autograd.grad(loss, weights, create_graph=create_graph, materialize_grads=True)
+    )
 
 
 def _extremes(
@@ -178,7 +158,7 @@ def _extremes(
             return (every[-1].item(), every[0].item()), (columns[:, -1], columns[:, 0])
         high, upper = _largest(product, start, tolerance)
         # λ_max - H has its largest eigenvalue at λ_min, and a tolerance relative to the spread:
-        # in float32 a λ_min near zero cannot be told to a share of itself.
+        # float32 does not resolve a share of a λ_min near zero.
         spread, lower = _largest(lambda v: high * v - product(v), start, tolerance)
         return (high, high - spread), (upper, lower)
     except ArithmeticError as error:
@@ -196,7 +176,7 @@ def _largest(product: Product, start: Tensor, tolerance: float) -> tuple[float, 
 
     size = len(start)
     if not _finite(product(start)).any():
-        # Where a random vector is mapped to zero everything is, which ARPACK takes for an error.
+        # If a random vector is mapped to zero all are, which ARPACK takes for an error.
         return 0.0, start / start.norm()
     operator = LinearOperator((size, size), matvec=matvec, dtype="float64")
     settings = {"k": 1, "which": "LA", "tol": tolerance, "maxiter": RESTARTS_OF_LANCZOS}
@@ -213,25 +193,19 @@ def _finite(vector: Tensor) -> Tensor:
     return vector
 
 
-def _chosen(model: nn.Module, names: Sequence[str] | None) -> dict[str, Tensor]:
+def _hessian_tensors(model: nn.Module, names: Sequence[str] | None) -> dict[str, LayerTensor]:
     if names is None:
-        return perturbed_parameters(model, biases=False)
-    chosen, unknown = {}, []
+        return layer_tensors(model, biases=False)
+    tensors, unknown = {}, []
     for name in names:
         try:
-            chosen[name] = weight_at(model, name)
+            tensors[name] = layer_tensor(model, name)
         except ValueError:
             unknown.append(name)
     if unknown or not names:
-        first = next(iter(perturbed_parameters(model)))
+        first = next(iter(layer_tensors(model)))
         raise ValueError(
             f"Expected `names` to be parameters of the network such as {first} "
             f"but got {', '.join(unknown) or 'none'}."
         )
-    return chosen
-
-
-def _unflatten(vector: Tensor, weights: Mapping[str, Tensor]) -> Direction:
-    return {
-        name: part.to(weights[name].device) for name, part in split_like(vector, weights).items()
-    }
+    return tensors

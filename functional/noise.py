@@ -8,22 +8,18 @@ import torch
 from torch import Tensor
 
 Norm = Literal["linf", "l2"]
-
 Start = Literal["paper", "uniform", "gaussian", "zero"]
 
 
 def keyed_generator(
     seed: int, *key: int | str, device: torch.device | str = "cpu"
 ) -> torch.Generator:
-    """A generator of its own for each key.
+    """Returns a generator for a key, whose numbers do not depend on what was drawn before.
 
     Args:
-        seed: The measure's or the run's seed.
-        key: What the numbers are for, say `("start", example index, restart)`.
-        device: Where they are drawn; measures draw on the CPU, so that every machine agrees.
-
-    Returns:
-        A generator that gives the same numbers whatever was drawn before.
+        seed: Seed of the measure or the run.
+        key: Purpose of the numbers, such as `("start", example index, restart)`.
+        device: Device of the generator; measures draw on the CPU, so that all machines agree.
 
     Example:
         >>> first = torch.rand(1, generator=keyed_generator(0, "a", 3))
@@ -36,35 +32,14 @@ def keyed_generator(
 
 
 def keyed_seed(seed: int, *key: int | str) -> int:
-    """A seed of its own for each key, where a generator cannot be handed over.
-
-    Args:
-        seed: The measure's or the run's seed.
-        key: What the numbers are for.
-
-    Example:
-        >>> keyed_seed(0, "a", 3) == keyed_seed(0, "a", 3), keyed_seed(0, "a", 3) < 2**63
-        (True, True)
-    """
+    """Returns the seed of a `keyed_generator`, for code that takes no generator."""
     digest = hashlib.blake2b(repr((seed, *key)).encode(), digest_size=8).digest()
     # manual_seed takes 64 bits, but a sign bit would make it negative.
     return int.from_bytes(digest, "big") >> 1
 
 
 def per_example_norm(values: Tensor, norm: Norm) -> Tensor:
-    """The norm of each example, shaped to broadcast against `values`.
-
-    Args:
-        values: `(N, ...)`.
-        norm: `linf` or `l2`.
-
-    Returns:
-        `(N, 1, ...)`.
-
-    Example:
-        >>> per_example_norm(torch.tensor([[3.0, -4.0]]), "l2")
-        tensor([[5.]])
-    """
+    """The norm of each example, `(N, 1, ...)` for values `(N, ...)`."""
     order = torch.inf if norm == "linf" else 2
     flat = torch.linalg.vector_norm(values.flatten(1), ord=order, dim=1)
     return flat.view(-1, *[1] * (values.ndim - 1))
@@ -85,13 +60,13 @@ def random_start(
         eps: Radius of the ball, in pixel units.
         norm: The ball's norm.
         start: `paper` draws a direction (a Gaussian vector over its own norm) and a radius uniform
-            in [0, eps]: Stutz et al.'s code, close to the centre more often than `uniform`, which
+            in [0, eps]: Stutz et al.'s code, close to the center more often than `uniform`, which
             fills the ball. `gaussian` is TRADES' 0.001 · N(0, 1); `zero` is the image itself.
-        generator: Where the numbers come from; its device is that of the result.
+        generator: Source of the random numbers; its device is that of the result.
 
     Returns:
-        Float32 perturbations of shape `shape`, within the ball, except for `gaussian`, which is
-        clamped to the ball by the attack.
+        Float32 perturbations of shape `shape`, within the ball except for `gaussian`, which the
+        attack projects.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)
@@ -110,45 +85,3 @@ def random_start(
     if start == "uniform":
         radius = radius ** (1 / direction[0].numel())
     return direction / per_example_norm(direction, norm) * radius * eps
-
-
-def example_starts(
-    images: Tensor,
-    indices: Sequence[int],
-    *,
-    eps: float,
-    norm: Norm,
-    start: Start,
-    seed: int,
-    restart: int,
-) -> Tensor:
-    """Starts that depend on (seed, example index, restart) alone.
-
-    Args:
-        images: `(N, C, H, W)`; gives shape, dtype and device.
-        indices: Global index of each image in the measured set.
-        eps: Radius of the ball.
-        norm: The ball's norm.
-        start: As in `random_start`.
-        seed: The measure's seed.
-        restart: Number of the restart.
-
-    Returns:
-        `(N, C, H, W)`, the same on one process and on many, whatever the batch; of the images' type
-        but float32 at least.
-    """
-    shape = (1, *images.shape[1:])
-    draws = [
-        random_start(
-            shape,
-            eps=eps,
-            norm=norm,
-            start=start,
-            generator=keyed_generator(seed, "start", i, restart),
-        )
-        for i in indices
-    ]
-    # Half precision is too coarse for a perturbation.
-    dtype = torch.promote_types(images.dtype, torch.float32)
-    starts = torch.cat(draws) if draws else torch.zeros(images.shape)
-    return starts.to(images.device, dtype)

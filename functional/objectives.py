@@ -1,7 +1,6 @@
 """Training losses of TRADES and MART, training labels, and rotations."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -18,16 +17,9 @@ TRADES_STARTS = ("paper", "uniform", "gaussian")
 
 
 def divergences(logits: Tensor, clean_logits: Tensor) -> Tensor:
-    """KL(p ‖ q) of each example, p from the clean and q from the adversarial logits.
+    """KL(p ‖ q) of each example `(N,)`, p from the clean and q from the adversarial logits.
 
     In log space, so that probabilities that underflow give gradients of zero and not NaN.
-
-    Args:
-        logits: Of adversarial examples, `(N, K)`.
-        clean_logits: Of the clean images, `(N, K)`.
-
-    Returns:
-        `(N,)`, differentiable in both arguments.
 
     Example:
         >>> divergences(torch.zeros(1, 2), torch.tensor([[0.0, 200.0]]))
@@ -40,18 +32,9 @@ def divergences(logits: Tensor, clean_logits: Tensor) -> Tensor:
 def trades_objective(
     clean_logits: Tensor, adversarial_logits: Tensor, labels: Tensor, *, lam: float = 6.0
 ) -> Tensor:
-    """Cross-entropy of clean images plus λ times the mean divergence under attack.
+    """Cross-entropy of clean images plus λ times the mean divergence under attack, a scalar.
 
-    Gradients flow through both arguments of the divergence.
-
-    Args:
-        clean_logits: `(N, K)`.
-        adversarial_logits: `(N, K)`.
-        labels: `(N,)` true classes.
-        lam: Weight λ of the divergence.
-
-    Returns:
-        A scalar.
+    Gradients flow through both logits `(N, K)`.
     """
     divergence = divergences(adversarial_logits, clean_logits).mean()
     return cross_entropy(clean_logits, labels) + lam * divergence
@@ -70,29 +53,29 @@ def trades_loss(
     lam: float = 6.0,
     seed: int = 0,
 ) -> Tensor:
-    """The loss that TRADES minimises, its adversarial examples included.
+    """The loss that TRADES minimizes (Zhang et al., 2019), including its attack.
 
-    The attack raises the divergence from the clean prediction, in eval mode; the loss is taken in
-    the network's own modes, with one forward for the clean and one for the adversarial batch.
+    The attack increases the divergence from the clean prediction, in eval mode; the loss is
+    computed in the network's own modes, with one forward for each of both batches.
 
     Args:
         model: Maps images in [0, 1] to logits `(N, K)`.
         images: `(N, C, H, W)` in [0, 1].
         labels: `(N,)` true classes.
-        eps: Radius of the attack.
+        eps: Radius of the attack; as in `pgd_attack`, like the next three.
         steps: Steps of the attack.
-        step_size: Length of a step; `None` is the paper's 0.007 at 8/255, in proportion elsewhere.
+        step_size: Length of a step.
         norm: `linf` or `l2`.
-        start: `paper` (Stutz et al.) or `gaussian` (Zhang et al.); at `zero` the divergence has no
-            gradient.
+        start: `paper` (Stutz et al.), `uniform` or `gaussian` (Zhang et al.); at `zero` the
+            divergence has no gradient.
         lam: Weight λ of the divergence.
-        seed: Of the attack's starts.
+        seed: Seed of the starts.
 
     Returns:
-        A scalar to differentiate.
+        A scalar with a graph.
 
     Raises:
-        ValueError: If pixels, shapes, or an argument are not as above.
+        ValueError: If pixels, shapes, or an argument are out of range.
 
     Example:
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
@@ -105,11 +88,15 @@ def trades_loss(
     network = logits_function(model, images)
     with torch.no_grad(), module_modes(model, "eval"):
         clean = network(images)
-    attack = partial(pgd_attack, eps=eps, steps=steps, step_size=step_size, norm=norm, start=start)
-    adversarial = attack(
+    adversarial = pgd_attack(
         model,
         images,
         labels,
+        eps=eps,
+        steps=steps,
+        step_size=step_size,
+        norm=norm,
+        start=start,
         criterion=lambda logits, _: divergences(logits, clean),
         seed=seed,
     )
@@ -117,14 +104,9 @@ def trades_loss(
 
 
 def margins(adversarial_logits: Tensor, labels: Tensor) -> Tensor:
-    """-log(1 - p) of each example, p the probability of its strongest wrong class under attack.
+    """-log(1 - p) of each example `(N,)`, p the probability of its strongest wrong class.
 
-    Args:
-        adversarial_logits: `(N, K)`.
-        labels: `(N,)` true classes.
-
-    Returns:
-        `(N,)`, finite also at p = 1, as in the original code.
+    It is finite also at p = 1, as in the original code.
     """
     wrong = adversarial_logits.softmax(1).scatter(1, labels[:, None], -1).amax(1)
     return -torch.log(1.0001 - wrong + 1e-12)
@@ -133,17 +115,9 @@ def margins(adversarial_logits: Tensor, labels: Tensor) -> Tensor:
 def weighted_divergences(
     clean_logits: Tensor, adversarial_logits: Tensor, labels: Tensor
 ) -> Tensor:
-    """KL(p ‖ q) (1 - p_y) of each example: disagreement under attack counts where p_y is small.
+    """KL(p ‖ q) (1 - p_y) of each example `(N,)`, p from the clean and q from the other logits.
 
     Gradients flow through p, q and the weight, as in the original code.
-
-    Args:
-        clean_logits: `(N, K)`, giving p.
-        adversarial_logits: `(N, K)`, giving q.
-        labels: `(N,)` true classes y.
-
-    Returns:
-        `(N,)`.
     """
     log_clean = log_softmax(clean_logits, 1)
     clean = log_clean.exp()
@@ -155,16 +129,7 @@ def weighted_divergences(
 def mart_objective(
     clean_logits: Tensor, adversarial_logits: Tensor, labels: Tensor, *, lam: float = 6.0
 ) -> Tensor:
-    """Boosted cross-entropy under attack plus λ times the mean weighted divergence.
-
-    Args:
-        clean_logits: `(N, K)`.
-        adversarial_logits: `(N, K)`.
-        labels: `(N,)` true classes.
-        lam: Weight λ of the divergence.
-
-    Returns:
-        A scalar.
+    """Boosted cross-entropy under attack plus λ times the mean weighted divergence, a scalar.
 
     Example:
         >>> mart_objective(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([0]))
@@ -187,28 +152,10 @@ def mart_loss(
     lam: float = 6.0,
     seed: int = 0,
 ) -> Tensor:
-    """The loss that MART minimises, its adversarial examples included.
+    """The loss that MART minimizes (Wang et al., 2020), including its attack.
 
-    The attack raises cross-entropy in eval mode; the loss is taken in the network's own modes,
-    with one forward for the clean and one for the adversarial batch.
-
-    Args:
-        model: Maps images in [0, 1] to logits `(N, K)`.
-        images: `(N, C, H, W)` in [0, 1].
-        labels: `(N,)` true classes.
-        eps: Radius of the attack.
-        steps: Steps of the attack.
-        step_size: Length of a step; `None` is the paper's 0.007 at 8/255, in proportion elsewhere.
-        norm: `linf` or `l2`.
-        start: `paper` (Stutz et al.) or `gaussian` (Wang et al.).
-        lam: Weight λ of the divergence.
-        seed: Of the attack's starts.
-
-    Returns:
-        A scalar to differentiate.
-
-    Raises:
-        ValueError: If pixels, shapes, or an argument are not as above.
+    The attack increases cross-entropy in eval mode; the rest, arguments and errors are as in
+    `trades_loss`.
 
     Example:
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
@@ -240,11 +187,11 @@ class TrainingLabels:
     """Label noise and label smoothing, of the training loss alone: attacks see the true labels.
 
     Args:
-        noise: Share τ of labels that are drawn anew in each batch, uniformly over all classes, the
-            true one included (the paper takes 0.3).
-        smoothing: Probability τ that is taken from the true class (the paper takes 0.3).
-        spread: Who receives it: `others` gives τ/(K-1) to each of the other classes (the paper's
-            text), `all` gives τ/K to every class (the paper's code, and torch's `label_smoothing`).
+        noise: Share τ of labels that are drawn anew in each batch, uniformly over all classes
+            including the true one; 0.3 in the paper.
+        smoothing: Probability τ that is taken from the true class; 0.3 in the paper.
+        spread: `others` gives τ/(K-1) to each of the other classes (the paper's text), `all` gives
+            τ/K to every class (the paper's code, and torch's `label_smoothing`).
 
     Raises:
         ValueError: If a share is outside [0, 1] or `spread` unknown.
@@ -265,15 +212,9 @@ class TrainingLabels:
         check_choice("smoothing_spread", self.spread, get_args(Smoothing))
 
     def resample(self, labels: Tensor, draws: Tensor, num_classes: int) -> Tensor:
-        """Labels of which about the share `noise` is random.
+        """Returns labels `(N,)` of which about the share `noise` is random.
 
-        Args:
-            labels: True classes `(N,)`.
-            draws: `(N, 2)` uniform in [0, 1): whether a label is drawn anew, and which it becomes.
-            num_classes: Number K of classes.
-
-        Returns:
-            Classes `(N,)`.
+        `draws` are `(N, 2)` uniform in [0, 1): whether a label is drawn anew, and what it becomes.
 
         Example:
             >>> draws = torch.tensor([[0.1, 0.99], [0.9, 0.99]])
@@ -286,16 +227,7 @@ class TrainingLabels:
     def probabilities(
         self, labels: Tensor, num_classes: int, dtype: torch.dtype = torch.float32
     ) -> Tensor:
-        """Smoothed labels.
-
-        Args:
-            labels: Classes `(N,)`.
-            num_classes: Number K of classes, at least 2.
-            dtype: Of the result.
-
-        Returns:
-            Probabilities `(N, K)` that the loss is to reproduce.
-        """
+        """Returns smoothed labels as probabilities `(N, K)` for K >= 2 classes."""
         others = self.smoothing / (num_classes - (self.spread == "others"))
         kept = 1 - self.smoothing + (others if self.spread == "all" else 0)
         shape = (len(labels), num_classes)
@@ -303,29 +235,14 @@ class TrainingLabels:
         return smoothed.scatter(1, labels[:, None], kept)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy to the smoothed labels.
-
-        Args:
-            logits: `(N, K)`.
-            labels: Classes `(N,)`.
-
-        Returns:
-            A scalar.
-        """
+        """Mean cross-entropy of logits `(N, K)` to the smoothed labels."""
         if self.smoothing == 0:
             return cross_entropy(logits, labels)
         return cross_entropy(logits, self.probabilities(labels, logits.shape[1], logits.dtype))
 
 
 def rotate(images: Tensor, turns: Tensor) -> Tensor:
-    """Turns each image counter-clockwise.
-
-    Args:
-        images: `(N, C, S, S)`.
-        turns: `(N,)`, multiples of 90°, 0 to 3.
-
-    Returns:
-        `(N, C, S, S)`.
+    """Rotates each image `(N, C, S, S)` counterclockwise by `turns` `(N,)` times 90°, 0 to 3.
 
     Raises:
         ValueError: If images are not square.
@@ -339,8 +256,8 @@ def rotate(images: Tensor, turns: Tensor) -> Tensor:
         raise ValueError(
             f"Expected square images to rotate but got {tuple(images.shape[-2:])} pixels."
         )
-    turned = images
+    rotated = images
     for count in (1, 2, 3):
         chosen = (turns == count).view(-1, 1, 1, 1)
-        turned = torch.where(chosen, images.rot90(count, (-2, -1)), turned)
-    return turned
+        rotated = torch.where(chosen, images.rot90(count, (-2, -1)), rotated)
+    return rotated

@@ -1,18 +1,29 @@
-"""Perturbations of weights, relative to each tensor's own norm (Eq. 2)."""
+"""Random and adversarial perturbations of weights, relative to each tensor's norm (Eq. 2)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
-from robust_flatness.functional.checks import check_choice, check_number
-from robust_flatness.functional.layer_weights import perturbed_parameters
+from robust_flatness.functional.checks import check_choice, check_count, check_number
+from robust_flatness.functional.evaluation import Mode, differentiable, logits_function
+from robust_flatness.functional.layer_weights import (
+    LayerTensor,
+    differentiable_weights,
+    layer_tensor,
+    layer_tensors,
+    perturbed_parameters,
+    perturbed_weights,
+)
 from robust_flatness.functional.noise import keyed_generator
 
+Perturbation = dict[str, Tensor]
 Distribution = Literal["sphere", "ball"]
-
 RelativeTo = Literal["layer", "filter", "network"]
+Objective = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
 def sample_weight_perturbation(
@@ -24,29 +35,28 @@ def sample_weight_perturbation(
     distribution: Distribution = "sphere",
     relative_to: RelativeTo = "layer",
     batch: int | None = None,
-) -> dict[str, Tensor]:
+) -> Perturbation:
     """Draws a random direction of length ξ‖w_l‖ for every layer l (Eq. 2).
 
     A Gaussian vector is scaled to the sphere, as the paper's code does. In high dimension that is
     the uniform distribution on the ball of Eq. (2); they differ for biases of few entries.
 
     Args:
-        model: The network; convolution and linear weights and biases are perturbed, those that
-            layers compute with where these are parametrised.
+        model: The network; convolution and linear weights and biases are perturbed, for
+            parametrized layers the tensors that they compute with.
         xi: Relative length ξ, 0.5 in the paper.
-        seed: The measure's seed.
-        direction: Number of the direction; each has random numbers of its own.
+        seed: Seed of the measure.
+        direction: Number of the direction; each has its own random numbers.
         distribution: `sphere` (the paper's code) has length ξ‖w_l‖; `ball` (the paper's text) is
             uniform in the ball of that radius, so the length is u^(1/d) ξ‖w_l‖ in d dimensions.
-        relative_to: What length is relative to. `layer` (the paper): each tensor's own norm.
-            `filter` (Li et al., 2018): that of each output filter, a slice along a weight's first
-            dimension; a bias, one number a filter, stays whole. `network`: one norm over all
-            tensors, which moves also those that are zero, and is not scale-invariant.
-        batch: Number of the batch that has a direction to itself; `None` where all share one.
+        relative_to: `layer` (the paper): each tensor's norm. `filter` (Li et al., 2018): that of
+            each output filter, a slice along a weight's first dimension; a bias stays whole.
+            `network`: one norm over all tensors, which is not scale-invariant.
+        batch: Number of the batch that has its own direction; `None` if all share one.
 
     Returns:
-        Perturbation by parameter name, with the parameter's shape, dtype and device; zero where
-        what it is relative to is zero.
+        Perturbation by parameter name, with the parameter's shape, dtype and device; zero if what
+        it is relative to is zero.
 
     Raises:
         ValueError: If `xi` is negative, a choice unknown, or there is nothing to perturb.
@@ -60,54 +70,218 @@ def sample_weight_perturbation(
     check_number("xi", xi)
     check_choice("distribution", distribution, get_args(Distribution))
     check_choice("relative_to", relative_to, get_args(RelativeTo))
-    weights = {name: weight.detach() for name, weight in perturbed_parameters(model).items()}
+    return random_direction(
+        perturbed_parameters(model),
+        xi=xi,
+        seed=seed,
+        direction=direction,
+        distribution=distribution,
+        relative_to=relative_to,
+        batch=batch,
+    )
+
+
+def random_direction(
+    weights: Mapping[str, Tensor],
+    *,
+    xi: float,
+    seed: int,
+    direction: int,
+    distribution: Distribution = "sphere",
+    relative_to: RelativeTo = "layer",
+    batch: int | None = None,
+) -> Perturbation:
+    """`sample_weight_perturbation` for the tensors of `perturbed_parameters`."""
     batch_key = () if batch is None else ("batch", batch)
 
-    def numbers(what: str, position: int) -> torch.Generator:
-        return keyed_generator(seed, what, direction, position, *batch_key)
+    def generator(purpose: str, position: int) -> torch.Generator:
+        return keyed_generator(seed, purpose, direction, position, *batch_key)
 
-    def scaled(noise: Tensor, weight: Tensor, position: int) -> Tensor:
-        per_filter = relative_to == "filter" and weight.ndim > 1
+    def radius(position: int, weight: Tensor, per_filter: bool) -> float | Tensor:
         if distribution == "sphere":
-            return scale_to(noise, weight, xi, per_filter=per_filter)
-        radii = _ball_radii(weight, per_filter, numbers("radius", position))
-        return scale_to(noise, weight, xi * radii, per_filter=per_filter)
+            return 1.0
+        # Uniform in the unit ball of the tensor, or of each of its filters.
+        shape = (len(weight), *[1] * (weight.ndim - 1)) if per_filter else ()
+        dimension = weight[0].numel() if per_filter else weight.numel()
+        numbers = generator("radius", position)
+        radii = torch.rand(shape, generator=numbers, dtype=torch.float64) ** (1 / dimension)
+        return radii.to(_at_least_float32(weight))
 
     noise = {
-        name: torch.randn(weight.shape, generator=numbers("direction", position)).to(weight)
+        name: torch.randn(weight.shape, generator=generator("direction", position)).to(weight)
         for position, (name, weight) in enumerate(weights.items())
     }
-    if relative_to == "network":
-        return split_like(scaled(_joined(noise), _joined(weights), 0), weights)
+    return scale_direction(noise, weights, xi, relative_to, radius)
+
+
+def random_perturbation(
+    weights: Mapping[str, Tensor], xi: float, generator: torch.Generator
+) -> Perturbation:
+    """A random direction of length ξ‖w_l‖ for each weight: AT at random weight perturbations."""
     return {
-        name: scaled(noise[name], weight, position)
-        for position, (name, weight) in enumerate(weights.items())
+        name: scale_to(
+            torch.randn(weight.shape, generator=generator, device=weight.device), weight, xi
+        )
+        for name, weight in weights.items()
     }
 
 
-def _ball_radii(weight: Tensor, per_filter: bool, generator: torch.Generator) -> Tensor:
-    """Lengths of vectors that are uniform in a unit ball: one, or one for each filter."""
-    shape = (len(weight), *[1] * (weight.ndim - 1)) if per_filter else ()
-    dimension = weight[0].numel() if per_filter else weight.numel()
-    radii = torch.rand(shape, generator=generator, dtype=torch.float64) ** (1 / dimension)
-    return radii.to(_wide(weight))
+def mean_cross_entropy(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of a batch, which AT-AWP's perturbation increases."""
+    return cross_entropy(logits_function(model, images)(images), labels)
 
 
-def _joined(tensors: Mapping[str, Tensor]) -> Tensor:
-    return torch.cat([tensor.flatten() for tensor in tensors.values()])
+def adversarial_weight_perturbation(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    xi: float = 0.01,
+    steps: int = 1,
+    objective: Objective = mean_cross_entropy,
+    mode: Mode = "eval",
+    reduce: Callable[[list[Tensor]], list[Tensor]] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+) -> Perturbation:
+    """The weight perturbation that raises the loss most, to first order, layer by layer (AWP).
 
-
-def split_like(vector: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Cuts a vector into tensors of the shapes and dtypes of the weights.
+    One step is ν_l = ξ‖w_l‖ g_l / ‖g_l‖ with g the gradient at w (Wu et al., 2020); each further
+    step has the same length and ends on the ball ‖ν_l‖ ≤ ξ‖w_l‖. Weights of convolution and linear
+    layers are perturbed, but no biases, normalization layers or frozen weights. Weights, `.grad`
+    and buffers are not changed.
 
     Args:
-        vector: As many entries as all weights together, in their order.
-        weights: By name.
+        model: The network.
+        images: Usually adversarial examples, `(N, C, H, W)`.
+        labels: `(N,)`.
+        xi: Relative length ξ, 0.01 in the paper.
+        steps: Number of ascent steps, 1 in the paper.
+        objective: Maps model, images and labels to the scalar loss to increase.
+        mode: `eval` uses BatchNorm's running statistics (the paper's code), `train` those of the
+            batch (the original's).
+        reduce: Averages the gradients over processes, so that all ranks take one direction.
+        weights: The weights to perturb, by name; `None` takes all of `perturbed_parameters`.
+
+    Returns:
+        Perturbation by parameter name; zero if the weight or its gradient is zero.
+
+    Raises:
+        ValueError: If an argument is out of range, or there is no weight that is trained.
 
     Example:
-        >>> split_like(torch.arange(3), {"a": torch.zeros(1, 2), "b": torch.zeros(1)})
-        {'a': tensor([[0., 1.]]), 'b': tensor([2.])}
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+        >>> images, labels = torch.rand(2, 1, 2, 2), torch.tensor([0, 2])
+        >>> nu = adversarial_weight_perturbation(model, images, labels, xi=0.01)["1.weight"]
+        >>> torch.allclose(nu.norm(), 0.01 * model[1].weight.norm())
+        True
     """
+    check_number("xi", xi)
+    check_count("steps", steps, low=1)
+    check_choice("mode", mode, get_args(Mode))
+    if weights is None:
+        tensors = layer_tensors(model, biases=False)
+    else:
+        tensors = {name: layer_tensor(model, name) for name in weights}
+    return adversarial_perturbation(
+        model,
+        tensors,
+        lambda: objective(model, images, labels),
+        xi=xi,
+        steps=steps,
+        mode=mode,
+        reduce=reduce,
+    )
+
+
+def adversarial_perturbation(
+    model: nn.Module,
+    tensors: Mapping[str, LayerTensor],
+    objective: Callable[[], Tensor],
+    *,
+    xi: float,
+    steps: int = 1,
+    mode: Mode = "eval",
+    reduce: Callable[[list[Tensor]], list[Tensor]] | None = None,
+) -> Perturbation:
+    """`adversarial_weight_perturbation` with checked arguments, for a training loop.
+
+    Args:
+        model: The network.
+        tensors: The weights to perturb by name, of `layer_tensors`, which a loop calls once.
+        objective: Returns the scalar loss to increase.
+        xi: As in `adversarial_weight_perturbation`, like the rest.
+        steps: Number of ascent steps.
+        mode: `eval` or `train`.
+        reduce: Averages the gradients over processes.
+
+    Raises:
+        ValueError: If all weights are frozen.
+    """
+    values = {name: tensor.value() for name, tensor in tensors.items()}
+    weights = {name: value for name, value in values.items() if value.requires_grad}
+    if not weights:
+        raise ValueError("Expected weights that are trained, to perturb, but got frozen ones only.")
+    trained = {name: tensors[name] for name in weights}
+    perturbation: Perturbation = {}
+    for step in range(steps):
+        with (
+            differentiable(model, mode),
+            _buffers_restored(model, mode),
+            perturbed_weights(model, perturbation, tensors),
+            differentiable_weights(model, trained) as leaves,
+        ):
+            gradients = list(
+                torch.autograd.grad(objective(), list(leaves.values()), materialize_grads=True)
+            )
+        if reduce is not None:
+            gradients = reduce(gradients)
+        for (name, weight), gradient in zip(weights.items(), gradients):
+            nu = scale_to(gradient, weight, xi)
+            perturbation[name] = onto_ball(perturbation[name] + nu, weight, xi) if step else nu
+    return perturbation
+
+
+@contextmanager
+def _buffers_restored(model: nn.Module, mode: Mode) -> Iterator[None]:
+    """Restores BatchNorm's statistics, which forwards in train mode update."""
+    buffers = list(model.buffers()) if mode == "train" else []
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, before):
+                buffer.copy_(value)
+
+
+def scale_direction(
+    direction: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    xi: float,
+    relative_to: RelativeTo,
+    radius: Callable[[int, Tensor, bool], float | Tensor] = lambda *_: 1.0,
+) -> Perturbation:
+    """Scales a direction to length ξ relative to weights of the same names, in the same order.
+
+    `radius` maps position, weight and whether it is scaled by filter to a factor on ξ.
+    """
+    if relative_to == "network":
+        vector, weight = (
+            torch.cat([tensors[name].flatten() for name in direction])
+            for tensors in (direction, weights)
+        )
+        return split_like(scale_to(vector, weight, xi * radius(0, weight, False)), weights)
+    scaled = {}
+    for position, (name, value) in enumerate(direction.items()):
+        weight = weights[name]
+        per_filter = relative_to == "filter" and weight.ndim > 1
+        length = xi * radius(position, weight, per_filter)
+        scaled[name] = scale_to(value, weight, length, per_filter=per_filter)
+    return scaled
+
+
+def split_like(vector: Tensor, weights: Mapping[str, Tensor]) -> Perturbation:
+    """Splits a vector into tensors of the shapes and dtypes of the weights."""
     pieces = vector.split([weight.numel() for weight in weights.values()])
     return {
         name: piece.view(weight.shape).to(weight.dtype)
@@ -119,28 +293,24 @@ def split_like(vector: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tenso
 def scale_to(
     direction: Tensor, weight: Tensor, xi: float | Tensor, *, per_filter: bool = False
 ) -> Tensor:
-    """Scales a direction to length ξ‖w‖; zero where it, or the weight, is zero or not finite.
+    """Scales a direction to length ξ‖w‖; zero if it, or the weight, is zero or not finite.
 
-    Args:
-        direction: Of the weight's shape.
-        weight: What length is relative to.
-        xi: Relative length; with `per_filter` also one for each filter, shaped to broadcast.
-        per_filter: Takes the norms of each slice along the first dimension instead of the whole.
+    With `per_filter` each slice along the first dimension is scaled to ξ times the weight's.
 
     Example:
         >>> scale_to(torch.tensor([0.0, 2.0]), torch.tensor([3.0, 4.0]), 0.5)
         tensor([0.0000, 2.5000])
     """
-    wide = _wide(direction)
-    length = _norm(wide, per_filter)
-    target = xi * _norm(weight.detach().to(wide.dtype), per_filter)
+    direction = _at_least_float32(direction)
+    length = _norm(direction, per_filter)
+    target = xi * _norm(weight.detach().to(direction.dtype), per_filter)
     usable = (length > 0) & length.isfinite()
-    return torch.where(usable, wide * (target / length), 0.0).to(weight.dtype)
+    return torch.where(usable, direction * (target / length), 0.0).to(weight.dtype)
 
 
 @torch.no_grad()
 def onto_ball(perturbation: Tensor, weight: Tensor, xi: float) -> Tensor:
-    """Shortens a perturbation to length ξ‖w‖ where it is longer.
+    """Shortens a perturbation to length ξ‖w‖ if it is longer.
 
     Example:
         >>> weight = torch.tensor([3.0, 4.0])
@@ -149,14 +319,14 @@ def onto_ball(perturbation: Tensor, weight: Tensor, xi: float) -> Tensor:
         >>> onto_ball(torch.tensor([0.0, 2.0]), weight, 0.5)
         tensor([0., 2.])
     """
-    wide = _wide(perturbation)
-    length = _norm(wide).clamp_min(torch.finfo(wide.dtype).tiny)
-    ratio = xi * _norm(weight.detach().to(wide.dtype)) / length
-    return (wide * ratio.clamp_max(1)).to(weight.dtype)
+    perturbation = _at_least_float32(perturbation)
+    length = _norm(perturbation).clamp_min(torch.finfo(perturbation.dtype).tiny)
+    ratio = xi * _norm(weight.detach().to(perturbation.dtype)) / length
+    return (perturbation * ratio.clamp_max(1)).to(weight.dtype)
 
 
-def _wide(values: Tensor) -> Tensor:
-    """At least float32: half precision would overflow in the squares of a norm."""
+def _at_least_float32(values: Tensor) -> Tensor:
+    # Half precision would overflow in the squares of a norm.
     return values if values.dtype == torch.float64 else values.float()
 
 
@@ -164,29 +334,3 @@ def _norm(values: Tensor, per_filter: bool = False) -> Tensor:
     if not per_filter:
         return torch.linalg.vector_norm(values)
     return torch.linalg.vector_norm(values, dim=tuple(range(1, values.ndim)), keepdim=True)
-
-
-def random_perturbation(
-    weights: Mapping[str, Tensor], xi: float, generator: torch.Generator
-) -> dict[str, Tensor]:
-    """A random direction of length ξ‖w_l‖ for each weight: AT at random weight perturbations.
-
-    Args:
-        weights: By name.
-        xi: Relative length ξ.
-        generator: Where the numbers come from, on the weights' device.
-
-    Returns:
-        Perturbation by name.
-
-    Example:
-        >>> weights = {"a": torch.tensor([3.0, 4.0])}
-        >>> random_perturbation(weights, 0.1, torch.Generator().manual_seed(0))["a"].norm()
-        tensor(0.5000)
-    """
-    return {
-        name: scale_to(
-            torch.randn(weight.shape, generator=generator, device=weight.device), weight, xi
-        )
-        for name, weight in weights.items()
-    }

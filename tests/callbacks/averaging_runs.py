@@ -1,15 +1,21 @@
 """Small trainings with averaged weights, and callbacks that look at them."""
 
+from dataclasses import dataclass
+
 import torch
 from lightning.pytorch import Callback, LightningModule
 from networks_for_tests import snapshot, tiny_body, tiny_network
 from torch.nn.functional import cross_entropy
 from trainers import PLAIN, ToyData, dataset, loader, quiet_trainer
 
-from robust_flatness.callbacks import RobustEarlyStopping, WeightAveraging
-from robust_flatness.callbacks.final_measurement import FinalMeasurement
-from robust_flatness.callbacks.measurement import Measurement
+from robust_flatness.callbacks import (
+    EpochMeasure,
+    FinalMeasure,
+    RobustEarlyStopping,
+    WeightAveraging,
+)
 from robust_flatness.lightning_modules import AT
+from robust_flatness.measures import Measure
 
 NAME = "network.0.weight"
 
@@ -52,43 +58,57 @@ class Recorder(Callback):
         self.epochs.append(snapshot(pl_module))
 
 
-class Spy(Measurement):
-    """Measures one weight, and keeps all that it saw."""
-
-    def __init__(self, isolate=True, **kwargs):
-        super().__init__(num_examples=4, **kwargs)
-        self.isolate, self.seen = isolate, []
-
-    @property
-    def state_key(self):
-        return f"Spy{id(self)}"
-
-    def measure(self, trainer, pl_module):
-        if self.isolate:
-            with self.network(trainer, pl_module) as network, self.network(trainer, pl_module):
-                self.seen.append(snapshot(network))
-        else:
-            self.seen.append(snapshot(pl_module))
-        return {"test/weight": self.seen[-1][NAME][0, 0, 0, 0].item()}
+@dataclass(frozen=True)
+class Weight:
+    value: float
 
 
-class Final(FinalMeasurement):
+class FirstWeight(Measure):
+    """One weight, so that a test knows which weights were measured; keeps all that it saw."""
+
+    whole_set = True
+
     def __init__(self):
         super().__init__()
-        self.spy = Spy()
+        self.seen = []
+
+    def measure(self, network, examples):
+        self.seen.append(snapshot(network))
+        return Weight(next(network.parameters()).flatten()[0].item())
+
+    def metric_names(self, split):
+        return (f"{split}/weight",)
+
+    def values(self, result):
+        return (result.value,)
+
+
+class Spy(EpochMeasure):
+    """Sees the weights that are measured at the end of an epoch."""
+
+    def __init__(self):
+        super().__init__(measure=FirstWeight(), num_examples=4)
 
     @property
-    def measurements(self):
-        return [self.spy]
+    def seen(self):
+        return self.measure.seen
 
-    def logged_name(self, name, weights):
-        return f"{weights}/{name}"
+
+class Final(FinalMeasure):
+    """Sees the weights that are measured at the end of training."""
+
+    def __init__(self):
+        super().__init__(measure=FirstWeight(), num_examples=7)
+
+    @property
+    def seen(self):
+        return self.measure.seen
 
 
 class Scripted(RobustEarlyStopping):
     """The first epoch is the best."""
 
-    def measure(self, trainer, pl_module):
+    def compute(self, trainer, pl_module):
         return {"val/robust_error": 0.1 + 0.1 * trainer.current_epoch}
 
 

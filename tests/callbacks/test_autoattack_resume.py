@@ -12,10 +12,10 @@ from torch.utils.data import TensorDataset
 from trainers import PLAIN, dataset, loader, quiet_trainer
 
 from robust_flatness.callbacks import AutoAttack, RobustEarlyStopping
-from robust_flatness.callbacks.autoattack import FOLDER
-from robust_flatness.callbacks.kept_verdicts import KeptVerdicts
+from robust_flatness.callbacks.final_evaluation import AUTOATTACK_FOLDER as FOLDER
 from robust_flatness.lightning_modules import AT
 from robust_flatness.loggers import EpochCSVLogger
+from robust_flatness.measures import AutoAttackError
 
 EPS = 0.02
 
@@ -24,27 +24,33 @@ class Killed(Exception):
     """Stands in for a kill."""
 
 
-class Counting(AutoAttack):
+class Counting(AutoAttackError):
     """Counts the chunks that it attacks, and may be killed."""
 
     def __init__(self, *, killed_after=None, **kwargs):
-        settings = {"version": "custom", "attacks": ["apgd-ce"], "chunk_size": 4}
-        super().__init__(**{**settings, "eps": EPS, **kwargs})
-        self.attacked, self.killed_after = 0, killed_after
+        super().__init__(**{"attacks": ["apgd-ce"], "chunk_size": 4, "eps": EPS, **kwargs})
+        self.chunks, self.killed_after = [], killed_after
 
-    def _attack(self, *args):
-        if self.attacked == self.killed_after:
+    def attack(self, network, images, labels):
+        if len(self.chunks) == self.killed_after:
             raise Killed
-        self.attacked += 1
-        return super()._attack(*args)
+        self.chunks.append(len(images))
+        return super().attack(network, images, labels)
 
 
 class Pretending(Counting):
     """Only counts: every image is robust."""
 
-    def _attack(self, network, images, labels, eps):
-        self.attacked += 1
+    def attack(self, network, images, labels):
+        self.chunks.append(len(images))
         return torch.ones_like(labels, dtype=torch.bool)
+
+
+def callback_of(measure, **kwargs):
+    """The callback with a measure that counts."""
+    callback = AutoAttack(**kwargs)
+    callback.measure = measure
+    return callback
 
 
 def trained(epochs=15):
@@ -57,14 +63,14 @@ def trained(epochs=15):
 class FirstEpoch(RobustEarlyStopping):
     """Takes the first epoch for the best."""
 
-    def measure(self, trainer, module):
+    def compute(self, trainer, module):
         return {"val/robust_error": 0.1 + 0.1 * trainer.current_epoch}
 
 
 def fit(folder, killed_after=None, **kwargs):
     """Trains and attacks 10 images in 3 chunks, with last and with early-stopped weights."""
     ten = TensorDataset(*dataset(16)[:10])
-    attack = Counting(dataset=ten, killed_after=killed_after)
+    attack = callback_of(Counting(killed_after=killed_after), dataset=ten)
     last = ModelCheckpoint(folder / "checkpoints", filename="last", enable_version_counter=False)
     torch.manual_seed(0)
     trainer = quiet_trainer(
@@ -83,7 +89,7 @@ def whole(tmp_path_factory):
     """The attack of a run that nothing has interrupted."""
     folder = tmp_path_factory.mktemp("whole")
     attack = fit(folder)
-    assert attack.attacked == 6
+    assert attack.measure.chunks == [4, 4, 2] * 2
     assert not (folder / FOLDER).exists()
     return attack
 
@@ -93,7 +99,7 @@ def test_a_killed_run_attacks_what_is_left_and_ends_as_the_whole_one(whole, tmp_
     fit(tmp_path / "killed", killed_after=4)
     assert len(list((tmp_path / "killed" / FOLDER).iterdir())) == 4
     ended = fit(tmp_path / "killed", ckpt_path=tmp_path / "killed" / "checkpoints" / "last.ckpt")
-    assert ended.attacked == 2
+    assert ended.measure.chunks == [4, 2]
     assert ended.final_results == whole.final_results
     assert ended.final_arrays.keys() == whole.final_arrays.keys()
     for name, verdicts in whole.final_arrays.items():
@@ -104,13 +110,12 @@ def test_a_killed_run_attacks_what_is_left_and_ends_as_the_whole_one(whole, tmp_
     assert not (tmp_path / "killed" / FOLDER).exists()
 
 
-def kept_by(folder, module, **kwargs):
-    """What is attacked although the verdicts of `trained` are kept."""
-    callback = Pretending(**{"dataset": dataset(8), **kwargs})
-    (verdicts,) = callback.measurements
-    verdicts.kept = KeptVerdicts(folder)
-    verdicts.measure(quiet_trainer(), module)
-    return callback.attacked
+def kept_by(folder, module, data=None, **kwargs):
+    """Number of chunks that are attacked although the verdicts of `trained` are kept."""
+    measure = Pretending(**kwargs)
+    measure.folder = folder
+    measure(module, *(data or dataset(8))[:])
+    return len(measure.chunks)
 
 
 OTHERS = {
@@ -118,9 +123,9 @@ OTHERS = {
     "norm": {"norm": "l2"},
     "attacks": {"attacks": ["apgd-dlr"]},
     "seed": {"seed": 1},
-    "images": {"dataset": dataset(8, seed=2)},
-    "labels": {"dataset": TensorDataset(dataset(8)[:][0], (dataset(8)[:][1] + 1) % 10)},
-    "type": {"dataset": dataset(8, double=True)},
+    "images": {"data": dataset(8, seed=2)},
+    "labels": {"data": TensorDataset(dataset(8)[:][0], (dataset(8)[:][1] + 1) % 10)},
+    "type": {"data": dataset(8, double=True)},
 }
 
 
@@ -154,9 +159,9 @@ def test_verdicts_of_equal_weights_in_another_network_are_not_taken(tmp_path):
 def test_a_chunk_at_another_place_is_another_one(tmp_path):
     module = trained(1)
     images, labels = dataset(4)[:]
-    assert kept_by(tmp_path, module, dataset=TensorDataset(images, labels)) == 1
+    assert kept_by(tmp_path, module, TensorDataset(images, labels)) == 1
     twice = TensorDataset(images.repeat(2, 1, 1, 1), labels.repeat(2))
-    assert kept_by(tmp_path, module, dataset=twice) == 1
+    assert kept_by(tmp_path, module, twice) == 1
 
 
 def test_broken_files_and_folders_that_cannot_be_written_cost_an_attack(tmp_path):
@@ -173,11 +178,11 @@ def test_broken_files_and_folders_that_cannot_be_written_cost_an_attack(tmp_path
 @pytest.mark.parametrize("logger", [False, CSVLogger("logs")])
 def test_without_a_run_folder_nothing_is_kept(logger, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    attack = Pretending(dataset=dataset(4))
+    attack = callback_of(Pretending(), dataset=dataset(4))
     trainer = quiet_trainer(logger=logger, callbacks=[attack], default_root_dir=tmp_path)
     trainer.fit(AT(tiny_body, **PLAIN), loader(8))
-    assert attack.attacked == 1
-    assert attack.measurements[0].kept.folder is None
+    assert attack.measure.chunks == [4]
+    assert attack.measure.folder is None
     assert not list(tmp_path.rglob(f"*{FOLDER}*"))
 
 
@@ -185,7 +190,9 @@ def test_clearing_leaves_what_others_put_there(tmp_path):
     module = trained(1)
     kept_by(tmp_path / FOLDER, module)
     (tmp_path / FOLDER / "mine.txt").touch()
-    KeptVerdicts(tmp_path / FOLDER).clear()
+    measure = AutoAttackError()
+    measure.folder = tmp_path / FOLDER
+    measure.remove_verdicts()
     assert [file.name for file in (tmp_path / FOLDER).iterdir()] == ["mine.txt"]
 
 
@@ -198,7 +205,7 @@ def test_images_that_are_wrong_when_clean_are_not_attacked():
     def attacked(labels):
         sizes.clear()
         hook = module.register_forward_hook(lambda _, args, __: sizes.append(len(args[0])))
-        Counting(chunk_size=8)._attack(module, images, labels, EPS)
+        Counting(chunk_size=8)(module, images, labels)
         hook.remove()
         return sizes
 

@@ -22,7 +22,11 @@ from torch import nn
 from trainers import ToyData, quiet_trainer
 
 from robust_flatness.callbacks import Flatness, RobustEarlyStopping, RobustEvaluation
-from robust_flatness.callbacks.isolation import isolated, own_weights, swapped_weights
+from robust_flatness.callbacks.measuring import (
+    averaged_weights,
+    own_weights,
+    swapped_weights,
+)
 from robust_flatness.lightning_modules import AT
 
 LIGHT = {"num_examples": 12, "steps": 2, "eps": 0.1, "batch_size": 5}
@@ -56,17 +60,17 @@ class Opener(Callback):
         held, other = self.held, snapshot(module(network=lambda *_: Counting()))
         held["average"] = self.everything(self.callback._average_model.module)
         held["raw"] = self.everything(pl_module)
-        with pytest.raises(RuntimeError), isolated(trainer, pl_module):
+        with pytest.raises(RuntimeError), averaged_weights(trainer, pl_module):
             held["inside"] = self.everything(pl_module)
             held["own"] = {**own_weights(pl_module)}
-            with pytest.raises(RuntimeError), isolated(trainer, pl_module):
+            with pytest.raises(RuntimeError), averaged_weights(trainer, pl_module):
                 held["nested"] = self.everything(pl_module)
                 raise RuntimeError
             held["after nested"] = self.everything(pl_module)
             raise RuntimeError
         held["after"] = self.everything(pl_module)
         assert own_weights(pl_module) is None
-        with swapped_weights(pl_module, other), isolated(trainer, pl_module):
+        with swapped_weights(pl_module, other), averaged_weights(trainer, pl_module):
             assert same(snapshot(pl_module), other)
         held["after swap"] = self.everything(pl_module)
 
@@ -88,11 +92,10 @@ def test_contexts_give_the_averages_once_and_the_weights_back_bit_for_bit(first)
     assert same({name: own[name] for name in held["raw"]}, held["raw"])
 
 
-@pytest.mark.parametrize("isolate", [True, False])
 @KINDS
-def test_measures_before_and_after_the_callback_see_the_averages(isolate, kind):
+def test_measures_before_and_after_the_callback_see_the_averages(kind):
     """Of this package's callback and of Lightning's."""
-    before, after, callback, seen = Spy(isolate), Spy(isolate), kind(), Recorder()
+    before, after, callback, seen = Spy(), Spy(), kind(), Recorder()
     trainer, net = fit(before, callback, after, seen, epochs=2)
     assert len(before.seen) == 2
     for first, second, raw in zip(before.seen, after.seen, seen.epochs):
@@ -104,7 +107,7 @@ def test_measures_before_and_after_the_callback_see_the_averages(isolate, kind):
     with torch.no_grad():
         net.network[0].weight.add_(1)
     changed = snapshot(net)
-    before.measure(trainer, net)
+    before.compute(trainer, net)
     trainer.test(net, ToyData(), verbose=False)
     assert len(before.seen) == 4
     assert same(before.seen[2], changed)
@@ -114,7 +117,7 @@ def test_measures_before_and_after_the_callback_see_the_averages(isolate, kind):
 def test_nothing_is_exchanged_before_the_first_update():
     class Start(Callback):
         def on_train_start(self, trainer, pl_module):
-            with isolated(trainer, pl_module):
+            with averaged_weights(trainer, pl_module):
                 assert own_weights(pl_module) is None
 
     fit(averaging(), Start(), Spy())
@@ -149,7 +152,7 @@ def test_best_weights_and_checkpoints_are_the_averages_that_were_measured(
 def test_final_figures_are_those_of_averaged_and_of_kept_weights():
     final, stopping, callback = Final(), Scripted(), averaging()
     fit(final, stopping, callback, epochs=3)
-    last, kept = final.spy.seen
+    last, kept = final.seen
     assert same(last, average_of(callback))
     assert same(kept, stopping.best_weights)
     assert final.final_results["final"]["test/weight"] == last[NAME][0, 0, 0, 0].item()
@@ -157,7 +160,7 @@ def test_final_figures_are_those_of_averaged_and_of_kept_weights():
     # The kept weights are those of the end here, though training's own are others.
     final, callback = Final(), averaging()
     fit(final, Scripted(), callback, epochs=1)
-    assert len(final.spy.seen) == 1
+    assert len(final.seen) == 1
 
 
 @BATCH_NORM
@@ -210,7 +213,7 @@ class MeasureInValidation(Callback):
         self.seen = []
 
     def on_validation_batch_end(self, trainer, pl_module, *_):
-        with isolated(trainer, pl_module):
+        with averaged_weights(trainer, pl_module):
             self.seen.append(snapshot(pl_module))
 
 

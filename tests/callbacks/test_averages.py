@@ -20,7 +20,7 @@ from torch import nn
 from trainers import ToyData, dataset
 
 from robust_flatness.callbacks import weight_averaging
-from robust_flatness.callbacks.averages import reestimate_batch_norm
+from robust_flatness.callbacks.weight_averaging import reestimate_batch_norm
 
 
 class OneNorm(nn.Sequential):

@@ -41,7 +41,7 @@ def test_without_measurements_it_is_the_papers_protocol_on_the_splits_there_are(
             settings = {"num_examples": 4, "restarts": 1, "steps": 1, "num_perturbations": 0}
             super().__init__(**settings, **kwargs)
 
-    module = importlib.import_module("robust_flatness.callbacks.evaluate")
+    module = importlib.import_module("robust_flatness.callbacks.final_evaluation")
     monkeypatch.setattr(module, "FinalEvaluation", Light)
     assert "test/error" in evaluate(tiny_network(), images_and_labels(4), **QUIET)
     assert "train_eval/error" in evaluate(tiny_network(), ToyData(), **QUIET)

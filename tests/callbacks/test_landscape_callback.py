@@ -24,7 +24,7 @@ SCRIPT = Path(__file__).parent / "landscape_ranks.py"
 
 
 class Scripted(RobustEarlyStopping):
-    def measure(self, trainer, module):
+    def compute(self, trainer, module):
         return {"val/robust_error": 0.1 + 0.1 * trainer.current_epoch}
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from networks_for_tests import same, tiny_body
-from test_measurement import Stop
+from test_epoch_measures import Stop
 from trainers import PLAIN, dataset, loader, quiet_trainer
 
 from robust_flatness.callbacks import MeasuredCheckpoint, RobustEarlyStopping, WeightAveraging
@@ -20,11 +20,11 @@ class Scripted(RobustEarlyStopping):
         super().__init__(dataset=dataset(4), **kwargs)
         self.errors, self.epoch = errors, 0
 
-    def take(self, trainer, module, epoch):
+    def measure_epoch(self, trainer, module, epoch):
         self.epoch = epoch
-        return super().take(trainer, module, epoch)
+        return super().measure_epoch(trainer, module, epoch)
 
-    def measure(self, trainer, module):
+    def compute(self, trainer, module):
         return {"val/robust_error": self.errors[self.epoch], "val/robust_loss": 1.0}
 
 
@@ -122,8 +122,8 @@ def test_networks_that_are_not_finite_are_never_kept(tmp_path, module):
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_losses_that_are_not_finite_disqualify_too(tmp_path, loss):
     measure = Scripted([0.1, 0.6])
-    measured = Scripted.measure
-    measure.measure = lambda *args: (
+    measured = Scripted.compute
+    measure.compute = lambda *args: (
         measured(measure, *args) | ({"val/robust_loss": loss} if measure.epoch == 0 else {})
     )
     assert fit(tmp_path, measure, epochs=2)["best"]["epoch"] == measure.best_epoch == 1

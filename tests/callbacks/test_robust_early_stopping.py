@@ -17,7 +17,7 @@ class Scripted(RobustEarlyStopping):
         super().__init__(dataset=dataset(4), **kwargs)
         self.errors, self.weights = errors, []
 
-    def measure(self, trainer, module):
+    def compute(self, trainer, module):
         self.weights.append(snapshot(module))
         return {"val/robust_error": self.errors[trainer.current_epoch]}
 
@@ -87,7 +87,7 @@ def test_bad_patience_is_named():
 
 def test_what_a_spawned_process_keeps_is_named(capfd, monkeypatch):
     # Pytest collects the warnings of the other process, which is then gone.
-    tell = "robust_flatness.callbacks.logs.rank_zero_warn"
+    tell = "robust_flatness.callbacks.measuring.rank_zero_warn"
     monkeypatch.setattr(tell, lambda text: os.write(2, text.encode()))
     kept, final = (
         Scripted([0.9]),

@@ -21,10 +21,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from networks_for_tests import same, snapshot
 from trainers import ToyData, dataset, quiet_trainer
 
-from robust_flatness.callbacks import (
-    WeightAveraging,
-)
-from robust_flatness.callbacks.averages import scaled_decay
+from robust_flatness.callbacks import WeightAveraging
+from robust_flatness.callbacks.weight_averaging import scaled_decay
 from robust_flatness.lightning_modules import ATAWP
 
 BATCH_NORM = pytest.mark.parametrize("batch_norm", ["average", "reestimate"])
@@ -127,7 +125,7 @@ def test_a_finished_run_resumed_has_the_same_figures_and_weights(tmp_path, batch
         final, callback = Final(), averaging(batch_norm=batch_norm)
         callbacks = [final, Scripted(), callback, ModelCheckpoint(tmp_path, "last")]
         _, net = fit(*callbacks, epochs=epochs, ckpt_path=resumed, enable_checkpointing=True)
-        assert len(final.spy.seen) == epochs
+        assert len(final.seen) == epochs
         seen.append(final.final_results)
         weights.append(snapshot(net))
     assert (seen[0]["final"] == seen[0]["early_stopped"]) == (epochs == 1)
@@ -155,7 +153,7 @@ def test_tests_measure_the_checkpoint_without_warnings(tmp_path):
             warnings.simplefilter("always")
             tester.test(module(), ToyData(), ckpt_path=saved, weights_only=True, verbose=False)
         assert not [w for w in said if "verag" in str(w.message) or "current" in str(w.message)]
-        assert same(final.spy.seen[-1], averages)
+        assert same(final.seen[-1], averages)
 
 
 def test_a_trainer_of_doubles_averages_doubles():

@@ -9,7 +9,7 @@ from torch import nn
 from trainers import PLAIN, ToyData, quiet_trainer
 
 from robust_flatness.callbacks import RobustEarlyStopping, WeightAveraging, WeightClipping
-from robust_flatness.callbacks.isolation import isolated
+from robust_flatness.callbacks.measuring import averaged_weights
 from robust_flatness.lightning_modules import AT, ATAWP
 from robust_flatness.networks import SmallResNet
 
@@ -53,7 +53,7 @@ class Watch(Callback):
         self.look("batch", snapshot(pl_module), pl_module)
 
     def on_train_epoch_end(self, trainer, pl_module):
-        with isolated(trainer, pl_module):
+        with averaged_weights(trainer, pl_module):
             self.look("measure", snapshot(pl_module), pl_module)
 
 

@@ -18,8 +18,8 @@ from distributed.two_processes import (
 from networks_for_tests import same
 from trainers import ToyData, quiet_trainer
 
-from robust_flatness.callbacks.sharding import indices_of_rank
 from robust_flatness.lightning_modules import ATAWP
+from robust_flatness.measures.base import Processes
 
 SCRIPT = Path(__file__).parent / "two_processes.py"
 
@@ -76,15 +76,15 @@ def test_two_processes_measure_what_one_does_bit_for_bit(ranks):
     network, trainer = module(ATAWP), quiet_trainer()
     network.load_state_dict(found["before"])
     data = ToyData()
+    trainer.datamodule = data
     for name, callback in measuring_callbacks().items():
+        callback.dataset = data.measured
         if name == "autoattack":
-            (callback,) = callback.measurements
-            callback.dataset, callback.eps = data.measured, data.eps
-            assert callback.measure(trainer, network) == found["autoattack"]
+            result = callback.measure_split(trainer, network, "test", callback.measure)
+            assert callback.measure.metrics(result, "test") == found["autoattack"]
             continue
-        callback.dataset, callback.eps = data.measured, data.eps
-        for figure, value in callback.measure(trainer, network).items():
-            assert found["logged"][figure] == torch.tensor(value).item(), figure
+        for metric, value in callback.compute(trainer, network).items():
+            assert found["logged"][metric] == torch.tensor(value).item(), metric
 
 
 def test_early_stopping_is_decided_once_for_all_ranks(ranks):
@@ -95,7 +95,7 @@ def test_early_stopping_is_decided_once_for_all_ranks(ranks):
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
 def test_every_example_belongs_to_one_rank_in_whole_chunks(world):
-    shares = [indices_of_rank(21, CHUNK, rank, world) for rank in range(world)]
+    shares = [Processes(rank, world).indices(21, CHUNK) for rank in range(world)]
     assert sorted(chain.from_iterable(shares)) == list(range(21))
     for share in shares:
         chunks = {index // CHUNK for index in share}

@@ -11,6 +11,7 @@ import torch
 from distributed.uneven_ranks import (
     FOREIGN,
     Attack,
+    Counting,
     attack,
     attacked_data,
     measuring_callbacks,
@@ -19,18 +20,22 @@ from distributed.uneven_ranks import (
 from networks_for_tests import same
 from trainers import quiet_trainer
 
-from robust_flatness.callbacks.autoattack import FOLDER
+from robust_flatness.callbacks.final_evaluation import AUTOATTACK_FOLDER as FOLDER
 
 SCRIPT = Path(__file__).parent / "uneven_ranks.py"
 
 
-class Killed(Attack):
+class KilledMeasure(Counting):
     """Is killed after the first two chunks, one of each process that goes on."""
 
-    def _attack(self, *args):
+    def attack(self, *args):
         if self.attacked == 2:
             raise InterruptedError
-        return super()._attack(*args)
+        return super().attack(*args)
+
+
+class Killed(Attack):
+    kind = KilledMeasure
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +80,7 @@ def test_what_one_rank_measured_is_what_one_process_measures(ranks):
     network.load_state_dict(found["before"])
     callbacks = measuring_callbacks()
     for name in ("evaluation", "flatness", "worst", "curvature"):
-        for figure, value in callbacks[name].measure(trainer, network).items():
+        for figure, value in callbacks[name].compute(trainer, network).items():
             assert found["logged"][figure] == torch.tensor(value).item(), figure
 
 

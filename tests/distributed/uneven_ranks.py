@@ -31,6 +31,7 @@ from robust_flatness.callbacks import (
 )
 from robust_flatness.lightning_modules import ATAWP
 from robust_flatness.loggers import EpochCSVLogger
+from robust_flatness.measures import AutoAttackError
 
 CHUNK, FEW, ODD, EPS = 4, 3, 21, 0.02
 
@@ -57,22 +58,34 @@ def measuring_callbacks():
     }
 
 
+class Counting(AutoAttackError):
+    """Counts the chunks that this process attacks."""
+
+    attacked = 0
+
+    def attack(self, *args):
+        self.attacked += 1
+        return super().attack(*args)
+
+
 class Attack(AutoAttack):
     """Counts the chunks that this process attacks, and those that are kept."""
 
-    def __init__(self, **kwargs):
-        settings = {"version": "custom", "attacks": ["apgd-ce"], "chunk_size": CHUNK, "eps": EPS}
-        super().__init__(**{**settings, **kwargs})
-        self.attacked, self.kept = 0, -1
+    kind = Counting
 
-    def _attack(self, *args):
-        self.attacked += 1
-        return super()._attack(*args)
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.measure = self.kind(attacks=["apgd-ce"], chunk_size=CHUNK, eps=EPS)
+        self.kept = -1
+
+    @property
+    def attacked(self):
+        return self.measure.attacked
 
     def teardown(self, trainer, pl_module, stage):
         # All have measured, and none has cleared away yet.
         trainer.strategy.barrier()
-        folder = self.measurements[0].kept.folder
+        folder = self.measure.folder
         self.kept = len(list(folder.glob("*.npz"))) if folder is not None else 0
         trainer.strategy.barrier()
         super().teardown(trainer, pl_module, stage)

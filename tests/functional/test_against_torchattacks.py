@@ -22,7 +22,7 @@ def trained():
     data = Digits()
     images, labels = (torch.stack(part) for part in zip(*_items(data.split_dataset("train"))))
     module = AT(tiny_body, **{**PLAIN, "in_channels": 1, "mean": [0.3], "std": [0.4], "eps": EPS})
-    quiet_trainer(max_epochs=15).fit(module, DataLoader(TensorDataset(images, labels), 50))
+    quiet_trainer(max_epochs=6).fit(module, DataLoader(TensorDataset(images, labels), 50))
     images, labels = (torch.stack(part) for part in zip(*_items(data.split_dataset("test"))))
     return module.eval(), images[:300], labels[:300]
 

@@ -6,7 +6,7 @@ from networks_for_tests import PassCounter, images_and_labels, same, snapshot, t
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from robust_flatness.functional import PGD, pgd_attack
+from robust_flatness.functional import PGD, FriendlyPGD, pgd_attack
 from robust_flatness.functional.attack import example_losses
 from robust_flatness.functional.noise import random_start
 
@@ -25,7 +25,7 @@ def distance(first: torch.Tensor, second: torch.Tensor, norm: str) -> torch.Tens
     keep=st.sampled_from(["best", "last"]),
     border=st.booleans(),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_stays_in_ball_and_box_and_leaves_inputs_alone(eps, norm, start, keep, border):
     eps = 2 * eps if norm == "l2" else eps
     images, labels = images_and_labels(5)
@@ -202,6 +202,8 @@ def test_paper_start_is_closer_to_the_centre_than_uniform():
         ({"eps": 0.1, "steps": -1}, "`steps` to be >= 0 but got -1"),
         ({"eps": 0.1, "norm": "l1"}, "`norm` to be one of linf, l2 but got l1"),
         ({"eps": float("nan")}, "`eps`"),
+        ({"eps": 0.1, "step_size": -1.0}, "`step_size` to be >= 0 but got -1.0"),
+        ({"eps": 0.1, "start": "far"}, "`start` to be one of paper, .* but got far"),
     ],
 )
 def test_bad_arguments_are_named(kwargs, message):
@@ -216,3 +218,46 @@ def test_bad_examples_are_named():
         pgd_attack(tiny_network(), 255.0 * images.round(), labels, eps=0.1)
     with pytest.raises(ValueError, match=r"`labels` to have shape \(8,\)"):
         pgd_attack(tiny_network(), images, labels[:4], eps=0.1)
+
+
+class Ramp(nn.Module):
+    """One pixel x against 0.5: class 1 above, class 0 below; raising x fools label 0."""
+
+    def forward(self, images):
+        height = images.flatten(1)[:, 0] - 0.5
+        return torch.stack([-height, height], 1)
+
+
+def ramp_attack(tau, values, steps=5, label=0):
+    images = torch.tensor(values, dtype=torch.float64).view(-1, 1, 1, 1)
+    labels = torch.full((len(values),), label)
+    attack = FriendlyPGD(eps=0.35, steps=steps, step_size=0.1, tau=tau)
+    start = torch.zeros_like(images)
+    return attack.attack(Ramp(), images, labels, start).images.flatten().tolist()
+
+
+@pytest.mark.parametrize(("tau", "reached"), [(0, 0.55), (1, 0.65), (2, 0.7), (9, 0.7)])
+def test_goes_tau_iterates_beyond_the_first_misclassified_one(tau, reached):
+    # 0.35, 0.45, 0.55, 0.65, 0.7 (the ball's edge), 0.7
+    assert ramp_attack(tau, [0.35]) == pytest.approx([reached])
+
+
+def test_each_example_stops_for_itself_and_stays_clean_if_no_iterate_fools():
+    # The last one is misclassified when clean.
+    assert ramp_attack(0, [0.35, 0.05, 0.45, 0.6]) == pytest.approx([0.55, 0.05, 0.55, 0.6])
+    assert ramp_attack(3, [0.6], steps=0) == pytest.approx([0.6])
+
+
+def test_friendly_pgd_stays_in_ball_and_box_and_spends_as_much_as_pgd():
+    model = tiny_network().eval()
+    images, labels = images_and_labels()
+    passes = PassCounter(model)
+    start = torch.full_like(images, 0.5)
+    found = FriendlyPGD(eps=0.1, steps=4, tau=1).attack(model, images, labels, start)
+    assert (passes.forwards, passes.backwards) == (8 * 5, 8 * 4)
+    assert (found.images - images).abs().max() <= 0.1 + 1e-6
+    assert found.images.min() >= 0
+    assert found.images.max() <= 1
+    assert not found.images.requires_grad
+    with pytest.raises(ValueError, match="`tau` to be >= 0 but got -1"):
+        FriendlyPGD(eps=0.1, tau=-1)

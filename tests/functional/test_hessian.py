@@ -1,9 +1,9 @@
 import math
 
-import numpy as np
 import pytest
 import torch
-from networks_for_tests import images_and_labels, same, snapshot, tiny_network
+from networks_for_tests import images_and_labels, tiny_network
+from scaled_networks import scaled
 from torch import nn
 from torch.autograd.functional import hessian
 from torch.func import functional_call
@@ -12,18 +12,6 @@ from torch.nn.functional import cross_entropy
 from robust_flatness.functional import hessian_extreme_eigenvalues
 
 EXACT = {"tolerance": 1e-12}
-
-
-def scaled(network: nn.Sequential, factor: float) -> nn.Sequential:
-    """Every convolution scaled, with the BatchNorm behind it made to undo that."""
-    for convolution, norm in ((network[0], network[1]), (network[3], network[4])):
-        with torch.no_grad():
-            for parameter in convolution.parameters():
-                parameter.mul_(factor)
-            norm.running_mean.mul_(factor)
-            norm.running_var.mul_(factor**2)
-        norm.eps *= factor**2
-    return network
 
 
 def small(double: bool = True) -> nn.Sequential:
@@ -98,7 +86,7 @@ def test_linear_network_agrees_with_the_closed_form():
     assert found.min_eigenvalue == pytest.approx(0, abs=1e-9)
 
 
-@pytest.mark.parametrize("factor", [0.5, 2.0, 3.7])
+@pytest.mark.parametrize("factor", [0.5, 3.7])
 def test_scaling_normalised_layers_scales_their_curvature_by_its_inverse_square(factor):
     images, labels = images_and_labels(16)
     images = images.double()
@@ -155,26 +143,6 @@ def test_two_weights_or_one_are_enough():
     found = hessian_extreme_eigenvalues(network, images.double(), labels)
     matrix = dense(network, ["2.weight"], images.double(), labels)
     assert found.max_eigenvalue == pytest.approx(torch.linalg.eigvalsh(matrix)[-1].item())
-
-
-def test_leaves_no_trace():
-    images, labels = images_and_labels(8)
-    network = tiny_network(dropout=True)
-    network[4].eval()
-    network[0].weight.requires_grad_(False)
-    modes = [module.training for module in network.modules()]
-    before, state, numbers = snapshot(network), torch.get_rng_state(), np.random.get_state()[1]
-    expected = hessian_extreme_eigenvalues(network, images, labels).max_eigenvalue
-    assert same(before, snapshot(network))
-    assert modes == [module.training for module in network.modules()]
-    assert [p.requires_grad for p in network.parameters()] == [False] + [True] * 8
-    assert all(parameter.grad is None for parameter in network.parameters())
-    assert torch.equal(state, torch.get_rng_state())
-    assert (numbers == np.random.get_state()[1]).all()
-    for context in (torch.no_grad, torch.inference_mode):
-        with context():
-            made_inside = images.clone(), labels.clone()
-            assert hessian_extreme_eigenvalues(network, *made_inside).max_eigenvalue == expected
 
 
 def test_frozen_flags_come_back_after_an_exception():

@@ -1,6 +1,5 @@
 import math
 import threading
-from importlib import import_module
 
 import pytest
 import torch
@@ -15,12 +14,9 @@ from robust_flatness.functional import (
     PGD,
     Sharing,
     evaluate_robustness,
-    sample_weight_perturbation,
     worst_case_flatness,
 )
 from robust_flatness.functional.layer_weights import perturbed_parameters
-from robust_flatness.functional.noise import example_starts
-from robust_flatness.functional.worst_case_flatness import JointAscent
 
 LIGHT = {"eps": 0.05, "steps": 3, "restarts": 2, "batch_size": 5, "xi": 0.05, "weight_step": 0.1}
 # Steps so long that every one ends on the surface, and enough of them to turn to the maximiser.
@@ -50,7 +46,7 @@ def linear_worst(
 
 
 @given(grey=st.floats(0.3, 0.9), xi=st.floats(0, 0.4), eps=st.floats(0.001, 0.1))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=5, deadline=None)
 def test_linear_network_agrees_with_the_closed_form(grey, xi, eps):
     images, labels = torch.full((3, 1, 4, 4), grey, dtype=torch.float64), torch.ones(3).long()
     found = worst_case_flatness(
@@ -147,9 +143,7 @@ def test_xi_zero_is_the_plain_attack(norm):
     # Each restart is that of the attack by its number, with its last iterate.
     pgd = PGD(0.05, steps=3, norm=norm, keep="last")
     for restart, losses in enumerate(found.perturbed_losses):
-        starts = example_starts(
-            images, range(12), eps=0.05, norm=norm, start="paper", seed=0, restart=restart
-        )
+        starts = pgd.starts(images, range(12), seed=0, restart=restart)
         adversarial = pgd.attack(network, images.double(), labels, starts).images
         plain = cross_entropy(network.eval()(adversarial), labels, reduction="none")
         torch.testing.assert_close(losses, plain.detach(), rtol=0, atol=1e-9)
@@ -168,32 +162,21 @@ def test_beats_random_directions_by_far():
 
 
 @pytest.mark.parametrize("loss", ["robust", "clean"])
-def test_perturbations_stay_on_the_ball_and_start_inside(monkeypatch, loss):
+def test_perturbations_stay_on_the_ball_and_start_inside(loss):
     images, labels = images_and_labels(12)
-    network = tiny_network()
+    network, ratios, reaches = tiny_network(), [], []
     weights = {name: w.detach().clone() for name, w in perturbed_parameters(network).items()}
-    ratios, reaches = [], []
-    module = import_module("robust_flatness.functional.worst_case_flatness")
-    original = module.perturbed_weights
 
-    def spy(model, nu):
-        ratios.append([(nu[name].norm() / w.norm()).item() for name, w in weights.items()])
-        return original(model, nu)
+    def record(module, inputs):
+        moved = perturbed_parameters(module)
+        ratios.append([((moved[name] - w).norm() / w.norm()).item() for name, w in weights.items()])
+        reaches.append((inputs[0] - images).abs().max().item())
 
-    def watch(module, inputs):
-        reaches.append(
-            min(
-                (inputs[0] - batch).abs().max()
-                for batch in images.split(5)
-                if batch.shape == inputs[0].shape
-            ).item()
-        )
-
-    monkeypatch.setattr(module, "perturbed_weights", spy)
-    network.register_forward_pre_hook(watch)
-    worst_case_flatness(network, images, labels, loss=loss, **LIGHT)
-    assert len(ratios) == 2 * (3 + 1)
-    starts, ends = torch.tensor(ratios[0::4]), torch.tensor([*ratios[1::4], *ratios[3::4]])
+    network.register_forward_pre_hook(record)
+    worst_case_flatness(network, images, labels, loss=loss, **{**LIGHT, "batch_size": 12})
+    # Four forwards for each of two restarts, after those of the reference.
+    ascents = torch.tensor(ratios[-8:])
+    starts, ends = ascents[0::4], torch.cat([ascents[1::4], ascents[3::4]])
     assert (starts < 0.05).all()
     # A length of its own for each layer.
     assert starts.flatten().unique().numel() == starts.numel()
@@ -210,28 +193,23 @@ def test_perturbations_stay_on_the_ball_and_start_inside(monkeypatch, loss):
         ({"loss": "clean", "keep": "last"}, "last"),
     ],
 )
-def test_keeps_the_last_or_the_best_iterate(monkeypatch, choice, kept):
+def test_keeps_the_last_or_the_best_iterate(choice, kept):
     images, labels = images_and_labels(12)
-    network, passes = tiny_network().double(), []
-    original = JointAscent._pass
+    network, means = tiny_network().double(), []
+    # The third pass of the ascent, after those of the reference, has a higher loss than the last.
+    highest = 3 + (1 if choice.get("loss") == "clean" else 4)
 
-    def spy(*args, **kwargs):
-        passes.append(original(*args, **kwargs))
-        return passes[-1]
+    def record(module, inputs, logits):
+        logits = logits * 10 if len(means) + 1 == highest else logits
+        means.append(cross_entropy(logits, labels).item())
+        return logits
 
-    # Steps in random directions, so that the last iterate is not the best.
-    monkeypatch.setattr(
-        JointAscent,
-        "_moved",
-        lambda self, *_: sample_weight_perturbation(network, xi=2.0, direction=len(passes)),
-    )
-    monkeypatch.setattr(JointAscent, "_pass", spy)
-    given = {**LIGHT, "steps": 6, "restarts": 1}
+    network.register_forward_hook(record)
+    given = {**LIGHT, "batch_size": 12, "restarts": 1}
     found = worst_case_flatness(network, images.double(), labels, **given, **choice)
-    heights = [losses.mean().item() for _, losses, _ in passes]
-    assert len(heights) == 7
-    assert max(heights) > heights[-1] + 0.01
-    expected = heights[-1] if kept == "last" else max(heights)
+    iterates = means[-4:]
+    assert max(iterates) > iterates[-1] + 0.01
+    expected = iterates[-1] if kept == "last" else max(iterates)
     assert found.perturbed_losses.mean().item() == pytest.approx(expected, abs=1e-12)
 
 
@@ -286,8 +264,10 @@ def on_ranks(world: int, count: int, chunk: int, measure):
     return results
 
 
-@pytest.mark.parametrize("world", [2, 3, 5])
-@pytest.mark.parametrize("choice", [{}, {"loss": "clean"}, {"keep": "best"}, {"per_batch": True}])
+@pytest.mark.parametrize(
+    ("world", "choice"),
+    [(2, {}), (3, {"loss": "clean"}), (2, {"keep": "best"}), (5, {"per_batch": True}), (5, {})],
+)
 def test_ranks_share_one_perturbation_bit_for_bit(world, choice):
     images, labels = images_and_labels(13)
     given = {**LIGHT, "batch_size": 4, **choice}
@@ -308,34 +288,6 @@ def test_ranks_share_one_perturbation_bit_for_bit(world, choice):
     assert sorted(index for mine, _ in parts for index in mine) == list(range(13))
 
 
-def test_leaves_no_trace_also_after_an_exception_and_moves_frozen_weights():
-    images, labels = images_and_labels(12)
-    network = tiny_network(dropout=True).train()
-    network[4].eval()
-    network[0].requires_grad_(False)
-    network[3].weight.grad = torch.ones_like(network[3].weight)
-    before, state = snapshot(network), torch.get_rng_state()
-    modes = [module.training for module in network.modules()]
-    seen, calls = [], []
-    network[0].register_forward_pre_hook(lambda m, _: seen.append(m.weight.detach().clone()))
-
-    def interrupted():
-        calls.append(None)
-        if len(calls) == 8:
-            raise KeyboardInterrupt
-
-    worst_case_flatness(network, images, labels, **LIGHT)
-    with pytest.raises(KeyboardInterrupt):
-        worst_case_flatness(network, images, labels, on_attack=interrupted, **LIGHT)
-    assert any(not torch.equal(weight, before["0.weight"]) for weight in seen)
-    assert same(before, snapshot(network))
-    assert torch.equal(state, torch.get_rng_state())
-    assert modes == [module.training for module in network.modules()]
-    assert [p.requires_grad for p in network.parameters()][:3] == [False, False, True]
-    assert torch.equal(network[3].weight.grad, torch.ones_like(network[3].weight))
-    assert network[8].weight.grad is None
-
-
 def test_a_network_that_fails_at_perturbed_weights_gets_them_back():
     images, labels = images_and_labels(12)
     network = tiny_network()
@@ -351,18 +303,6 @@ def test_a_network_that_fails_at_perturbed_weights_gets_them_back():
         worst_case_flatness(network, images, labels, **LIGHT)
     assert same(before, snapshot(network))
     assert not network[0].weight.requires_grad
-
-
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("loss", ["robust", "clean"])
-def test_works_without_gradients_outside(context, loss):
-    images, labels = images_and_labels(12)
-    expected = worst_case_flatness(tiny_network(), images, labels, loss=loss, **LIGHT)
-    network = tiny_network()
-    with context():
-        found = worst_case_flatness(network, images + 0, labels + 0, loss=loss, **LIGHT)
-    assert torch.equal(found.perturbed_losses, expected.perturbed_losses)
-    assert not found.perturbed_losses.requires_grad
 
 
 def test_works_under_autocast():

@@ -1,0 +1,312 @@
+"""Callbacks that measure at the end of epochs."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.trainer.states import TrainerFn
+
+from robust_flatness import measures
+from robust_flatness.callbacks.measuring import HoldsMeasure, MeasuringCallback, averaged_weights
+from robust_flatness.functional.checks import check_count
+
+
+class EpochMeasure(MeasuringCallback, HoldsMeasure):
+    """Logs a measure at the end of epochs, without touching training.
+
+    It serves any LightningModule whose `forward` maps images to logits and whose batches are
+    `(images, labels)`. Measuring is in float32 (float64 if the weights are), outside autocast, in
+    eval mode, divided among the processes by global index. If training averages weights, the
+    averaged ones are measured. The last epoch is measured however training ends: if it turns out
+    to be the last only afterwards, its metrics are logged when training has ended. A metric that is
+    not finite is logged as it is.
+
+    Args:
+        every_n_epochs: Epochs 0, n, 2n, … are measured, and the last one.
+        **kwargs: `measure`, such as `measures.AverageCaseFlatness(xi=0.3)`, and arguments of
+            `FixedImages`.
+
+    Attributes:
+        measure: The measure.
+        metrics: Metrics of the last measurement in `fit`, by logged name.
+        arrays: Values `(N,)` of each image in the last measurement, by name; may be empty.
+        measured_step: Number of optimizer steps before the last measurement, -1 if there was none.
+        measured_late: Whether it came when training had ended.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> flatness = measures.AverageCaseFlatness(num_perturbations=3)
+        >>> EpochMeasure(measure=flatness, split="val").metric_names
+        ('flatness/average/val', 'flatness/average/val_sem')
+    """
+
+    def __init__(self, *, every_n_epochs: int = 1, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        check_count("every_n_epochs", every_n_epochs, low=1)
+        self.every_n_epochs = every_n_epochs
+        self.arrays: dict[str, torch.Tensor] = {}
+        self._begin()
+
+    def _begin(self) -> None:
+        self.metrics: dict[str, float] = {}
+        self.measured_step, self.measured_late = -1, False
+        self._unmeasured_epoch: int | None = None
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Logged names, of which those that are not defined are left out."""
+        return self.measure.metric_names(self.split)
+
+    @property
+    def state_key(self) -> str:
+        """Distinguishes the callbacks of a class in checkpoints, by their split."""
+        kind = type(self).__name__
+        measure = f"{type(self.measure).__name__}, " if type(self) is EpochMeasure else ""
+        return f"{kind}[{measure}{self.split}]"
+
+    def evaluate(self, trainer: Trainer, pl_module: LightningModule) -> Any:
+        """Returns the result of the measure, a dataclass, on every process."""
+        with averaged_weights(trainer, pl_module):
+            return self.measure_split(trainer, pl_module, self.split, self.measure)
+
+    def compute(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+        """Measures the weights that the module holds.
+
+        Returns:
+            Metrics by logged name, the same on every process.
+        """
+        result = self.measure_split(trainer, pl_module, self.split, self.measure)
+        self.arrays = self.measure.arrays(result, self.split)
+        return self.measure.metrics(result, self.split)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forgets the metrics of an earlier run."""
+        super().setup(trainer, pl_module, stage)
+        self._begin()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Reads the images, so that bad ones are refused before training.
+
+        Raises:
+            ValueError: See `prepare`.
+        """
+        self.prepare(trainer, pl_module, self.split, [self.measure])
+        others = [c for c in trainer.callbacks if isinstance(c, EpochMeasure)]  # type: ignore[attr-defined]
+        if trainer.state.fn == TrainerFn.FITTING and others and others[-1] is self:
+            announce_cost(trainer, pl_module, others)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Reads the images, so that bad ones are refused before the test."""
+        self.on_train_start(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measures and logs, if this epoch is one to measure."""
+        if self.is_due(trainer):
+            self._unmeasured_epoch = None
+            _log(pl_module, self.measure_epoch(trainer, pl_module, trainer.current_epoch))
+        else:
+            self._unmeasured_epoch = trainer.current_epoch
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measures the last epoch, if it was not known at its end that it was the last."""
+        epoch, self._unmeasured_epoch = self._unmeasured_epoch, None
+        if epoch is None:
+            return
+        self.measured_late = True
+        metrics = self.measure_epoch(trainer, pl_module, epoch)
+        # The module can no longer log.
+        trainer.callback_metrics.update({name: torch.tensor(v) for name, v in metrics.items()})
+        for logger in trainer.loggers if trainer.is_global_zero else []:
+            logger.log_metrics({**metrics, "epoch": epoch}, step=trainer.global_step)
+            logger.save()
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measures and logs in `trainer.test`."""
+        _log(pl_module, self.compute(trainer, pl_module))
+
+    def measure_epoch(
+        self, trainer: Trainer, pl_module: LightningModule, epoch: int
+    ) -> dict[str, float]:
+        """Measures the weights at the end of an epoch.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The module.
+            epoch: The epoch; the trainer's own is the next one when training has ended.
+
+        Returns:
+            Metrics by logged name.
+        """
+        with averaged_weights(trainer, pl_module):
+            self.metrics = self.compute(trainer, pl_module)
+            self.on_measured(trainer, pl_module, epoch)
+        self.measured_step = trainer.global_step
+        return self.metrics
+
+    def on_measured(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> None:
+        """Called when `metrics` are known, while the module holds the measured weights."""
+
+    def is_due(self, trainer: Trainer) -> bool:
+        """Returns whether the current epoch is measured: every n-th from 0 on, and the last."""
+        epoch, steps = trainer.current_epoch, trainer.global_step
+        stops = trainer.should_stop and (
+            epoch + 1 >= (trainer.min_epochs or 0) and steps >= (trainer.min_steps or 0)
+        )
+        last = epoch + 1 == trainer.max_epochs or steps >= trainer.max_steps > -1 or stops
+        return epoch % self.every_n_epochs == 0 or last
+
+
+class _HoldsRobustLoss(HoldsMeasure):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(measures.RobustLoss(**kwargs))
+
+
+class RobustEvaluation(EpochMeasure, _HoldsRobustLoss):
+    """Logs error, RLoss and RErr of a split, and RLoss of its correct and incorrect examples.
+
+    The paper's Fig. 2 over epochs, see `measures.RobustLoss`.
+
+    Args:
+        **kwargs: Arguments of `EpochMeasure` and of `measures.RobustLoss`.
+
+    Example:
+        >>> RobustEvaluation(split="train", steps=20, restarts=10).state_key
+        'RobustEvaluation[train]'
+    """
+
+
+class _HoldsFlatness(HoldsMeasure):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(measures.AverageCaseFlatness(**kwargs))
+
+
+class Flatness(EpochMeasure, _HoldsFlatness):
+    """Logs how much RLoss rises if weights move in random directions (Eq. 1); lower is flatter.
+
+    Logs `flatness/average/test` and its standard error over directions,
+    `flatness/average/test_sem`, see `measures.AverageCaseFlatness`. The defaults are the paper's,
+    every epoch.
+
+    Args:
+        **kwargs: Arguments of `EpochMeasure` and of `measures.AverageCaseFlatness`.
+
+    Example:
+        >>> Flatness(num_perturbations=3, every_n_epochs=5).state_key
+        'Flatness[test]'
+    """
+
+
+class _HoldsWorstCaseFlatness(HoldsMeasure):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(measures.WorstCaseFlatness(**kwargs))
+
+
+class WorstCaseFlatness(EpochMeasure, _HoldsWorstCaseFlatness):
+    """Logs how much RLoss rises if weights move in the worst direction; lower is flatter.
+
+    Logs `flatness/worst/test`, see `measures.WorstCaseFlatness`. It costs about twice what
+    `Flatness` does, so it is usually measured every few epochs, or once in `trainer.test`.
+
+    Args:
+        **kwargs: Arguments of `EpochMeasure` and of `measures.WorstCaseFlatness`.
+
+    Example:
+        >>> WorstCaseFlatness(restarts=2, every_n_epochs=10).state_key
+        'WorstCaseFlatness[test]'
+    """
+
+
+class _HoldsCurvature(HoldsMeasure):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(measures.Curvature(**kwargs))
+
+
+class Curvature(EpochMeasure, _HoldsCurvature):
+    """Logs the extreme eigenvalues of the Hessian of the mean clean loss.
+
+    Logs `hessian/max_eigenvalue`, `hessian/min_eigenvalue` and `hessian/convexity`, see
+    `measures.Curvature`. The paper takes the last 500 test images, `split="val"` of this package's
+    datamodules.
+
+    Args:
+        num_examples: The first so many images are used, or all if there are fewer.
+        **kwargs: Arguments of `EpochMeasure` and of `measures.Curvature`.
+
+    Example:
+        >>> Curvature(num_examples=128, every_n_epochs=5).state_key
+        'Curvature[test]'
+    """
+
+    def __init__(self, *, num_examples: int = 500, **kwargs: Any) -> None:
+        super().__init__(num_examples=num_examples, **kwargs)
+
+
+def announce_cost(
+    trainer: Trainer, pl_module: LightningModule, callbacks: Sequence[EpochMeasure]
+) -> None:
+    """Prints what measuring costs in an epoch, unless this package's command line trains.
+
+    Args:
+        trainer: About to train.
+        pl_module: What it trains.
+        callbacks: All that measure at the end of epochs, with their images read.
+    """
+    if not trainer.is_global_zero or _is_own_run(trainer, pl_module):
+        return
+    totals, unknown = [0.0, 0.0], []
+    for callback in callbacks:
+        passes = callback.measure.passes()
+        if passes is None:
+            unknown.append(type(callback).__name__)
+        images = len(callback.examples(trainer, pl_module))
+        for i, number in enumerate(passes or ()):
+            totals[i] += number * images / callback.every_n_epochs
+    forward, backward = map(_rounded, totals)
+    line = (
+        f"Watching costs about {forward} forward and {backward} backward passes of images an epoch"
+    )
+    training_images = _training_images(trainer)
+    if training_images is not None:
+        line += f", beside {_rounded(training_images)} of each for training without attacks"
+    if unknown:
+        line += f"; {', '.join(unknown)} comes on top, at a cost that depends on the network"
+    print(f"{line}.")
+
+
+def _rounded(number: float) -> str:
+    """Two digits of a number, as a third would be of no use."""
+    return f"{float(f'{number:.2g}'):,.0f}"
+
+
+def _training_images(trainer: Trainer) -> int | None:
+    """Number of images in an epoch of training, if the loader has one."""
+    loader: Any = trainer.train_dataloader
+    batches = trainer.num_training_batches
+    batch_size = getattr(loader, "batch_size", None)
+    if batch_size is None or math.isinf(batches):
+        return None
+    images = int(batches) * batch_size * trainer.world_size
+    try:
+        return min(images, len(loader.dataset))
+    except (AttributeError, TypeError):
+        return images
+
+
+def _is_own_run(trainer: Trainer, pl_module: LightningModule) -> bool:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    command_line = [c for c in callbacks if isinstance(c, SaveConfigCallback)]
+    parts = [pl_module, *command_line]
+    return bool(command_line) and all(
+        type(p).__module__.startswith("robust_flatness.") for p in parts
+    )
+
+
+def _log(pl_module: LightningModule, metrics: Mapping[str, float]) -> None:
+    """Logs metrics that every process knows, also those that are not finite."""
+    # The largest of equal values is exact for any number of processes; their mean is not.
+    pl_module.log_dict(metrics, sync_dist=True, reduce_fx="max")

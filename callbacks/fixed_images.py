@@ -1,0 +1,338 @@
+"""Which images a callback looks at: the same in all epochs, on all processes, after a resume."""
+
+import hashlib
+from collections.abc import Sequence, Sized
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, get_args
+from weakref import WeakKeyDictionary
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from robust_flatness.callbacks.delivery import (
+    Delivery,
+    changing,
+    has_loader,
+    has_own_hooks,
+    read_delivery,
+    source_of,
+)
+from robust_flatness.callbacks.loader_order import Batches, seed_all
+from robust_flatness.functional.checks import (
+    check_choice,
+    check_count,
+    check_examples,
+    errors_on_all_ranks,
+)
+from robust_flatness.measures.base import Examples, Split
+
+Normalization = tuple[Sequence[float], Sequence[float]]
+# How far pixels may be outside of [0, 1] after a normalisation was undone.
+ROUNDING = 1e-3
+CHECKPOINT_KEY = "robust_flatness_measured_images"
+# Number of training images that are read again in the second epoch.
+FEW = 64
+
+
+@dataclass
+class _Read:
+    """What a run has read from its loaders, by split and number of images.
+
+    Attributes:
+        batches: Indices, if the loader draws them at random.
+        digests: Hashes of the images and labels.
+        unchecked: Epoch and a few training images, to be read again in a later epoch.
+    """
+
+    batches: dict[str, Batches] = field(default_factory=dict)
+    digests: dict[str, list[str]] = field(default_factory=dict)
+    unchecked: tuple[int, Delivery] | None = None
+
+
+_READ: WeakKeyDictionary[Trainer, _Read] = WeakKeyDictionary()
+
+
+class FixedImages(Callback):
+    """Reads the images of a split once for a run; a resumed run has the same ones.
+
+    The images are those of `dataset`, else of the datamodule's `split_dataset(split)`, else those
+    that the trainer's loader of that stage delivers first: its sampler or batch sampler, its
+    `collate_fn`, the transfer hooks of module and datamodule, `limit_*_batches` and
+    `overfit_batches` apply. A shuffled set counts in its own order; a part that is drawn at random
+    is drawn once for a run and kept in its checkpoints. A loader is read in a fork of the process,
+    so that training does not notice. What is not sure is refused: sampling with replacement,
+    iterable datasets, training images that change (random augmentation), processes that read
+    different images.
+
+    Args:
+        split: `train`, `val` or `test`.
+        dataset: Items `(image, label)`, read as they are; None takes the images of the data. In
+            `trainer.test` after `fit`, a split that the test does not have is that of `fit`.
+        num_examples: The first so many images are used, or all if there are fewer.
+        normalization: `(mean, std)` if module and dataset use normalised images; attacks act on
+            pixels in [0, 1] all the same.
+        **kwargs: Arguments of the next class.
+
+    Attributes:
+        images_must_stay: Whether training images that change are refused.
+
+    Raises:
+        ValueError: If an argument is out of range; before training, if the images are not sure, or
+            labels are not one class index for each image.
+    """
+
+    images_must_stay: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        *,
+        split: Split = "test",
+        dataset: Dataset[Any] | None = None,
+        num_examples: int = 1000,
+        normalization: Normalization | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        check_choice("split", split, get_args(Split))
+        check_count("num_examples", num_examples, low=1)
+        if normalization is not None:
+            _channels(normalization)  # Checks it.
+        self.split, self.dataset = split, dataset
+        self.num_examples, self.normalization = num_examples, normalization
+        self._examples: dict[str, Examples] = {}
+        self._examples_of_fit: dict[str, Examples] = {}
+
+    def dataset_of(self, split: str) -> Dataset[Any] | None:
+        """Where the images of a split come from; None takes those of the data."""
+        return self.dataset
+
+    def examples(
+        self, trainer: Trainer, pl_module: LightningModule, split: str | None = None
+    ) -> Examples:
+        """Returns the images of a split, read once, on the CPU."""
+        split = split or self.split
+        if split not in self._examples:
+            dataset = self.dataset_of(split)
+            earlier = self._examples_of_fit.get(split)
+            # `trainer.test` forgets the loaders of `fit`.
+            if earlier is None or dataset is not None or has_examples(trainer, split):
+                # Inference tensors could not take part in an attack.
+                with isolate_rng(), torch.inference_mode(False), torch.no_grad():
+                    earlier = self._read(trainer, pl_module, split, dataset)
+            self._examples[split] = earlier
+        return self._examples[split]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forgets what an earlier fit read; what a checkpoint holds comes afterwards."""
+        super().setup(trainer, pl_module, stage)
+        self._examples_of_fit = {} if stage == "fit" else self._examples_of_fit | self._examples
+        self._examples = {}
+        if stage == "fit":
+            _READ[trainer] = _Read()
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Reads some training images again in the second epoch, which may augment otherwise.
+
+        Raises:
+            ValueError: If they are not the same.
+        """
+        read = _READ.get(trainer)
+        if read is None or read.unchecked is None or trainer.current_epoch <= read.unchecked[0]:
+            return
+        first, read.unchecked = read.unchecked[1], None
+        count = len(first.images)
+        now = read_delivery(trainer, pl_module, "train", count, batches=first.batches)
+        if _digest(now) != _digest(first):
+            raise ValueError(changing("train"))
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Adds which images are used, if a loader delivers them."""
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        read = _READ.get(trainer)
+        if read is not None and read.digests:
+            checkpoint[CHECKPOINT_KEY] = {
+                "batches": dict(read.batches),
+                "digests": dict(read.digests),
+            }
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Takes the images of the run that is resumed."""
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        _READ[trainer] = _Read(**checkpoint.get(CHECKPOINT_KEY, {}))
+
+    def _read(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        split: str,
+        dataset: Dataset[Any] | None,
+    ) -> Examples:
+        """The images, if all processes read the same; an error of one is one of all."""
+        with errors_on_all_ranks():
+            examples = self._read_here(trainer, module, split, dataset)
+        if trainer.world_size > 1 and torch.distributed.is_initialized():
+            digests: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(digests, _digest(examples))
+            for rank, digest in enumerate(digests):
+                if digest != digests[0]:
+                    raise ValueError(
+                        "Expected all ranks to measure the same images but those of rank "
+                        f"{rank} are not those of rank 0; pass `dataset=`."
+                    )
+        return examples
+
+    def _read_here(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        split: str,
+        dataset: Dataset[Any] | None,
+    ) -> Examples:
+        count, own_hooks = self.num_examples, False
+        if dataset is None and _has_split_dataset(trainer, split):
+            # Transfer hooks of the user apply to what its datamodule delivers.
+            dataset = source_of(trainer, split).instance.split_dataset(split)
+            own_hooks = has_own_hooks(trainer)
+        if dataset is not None and not own_hooks:
+            return self._make(*_read_items(dataset, count))
+        if not has_examples(trainer, split):
+            raise ValueError(
+                f"Expected a DataLoader for `split` {split} but got NoneType; pass `dataset=`, or "
+                "another `split`."
+            )
+        if dataset is not None:
+            delivery = read_delivery(trainer, module, split, count, dataset=dataset)
+            return self._make(delivery.images, delivery.labels)
+        earlier, key = _READ.setdefault(trainer, _Read()), f"{split}/{count}"
+        fixed = self.images_must_stay and split == "train"
+        batches = earlier.batches.get(key)
+        delivery = read_delivery(trainer, module, split, count, batches=batches, fixed=fixed)
+        examples = self._make(delivery.images, delivery.labels)
+        if delivery.batches is not None:
+            earlier.batches[key] = delivery.batches
+        if trainer.state.fn == TrainerFn.FITTING:
+            digest = _digest(delivery)
+            if earlier.digests.setdefault(key, digest) != digest:
+                rank_zero_warn(
+                    f"The {len(examples)} measured images of split {split} are not those that this "
+                    "run measured before: metrics before and after are of different images."
+                )
+            if fixed:
+                images, labels = delivery.images[:FEW].clone(), delivery.labels[:FEW]
+                few = Delivery(images, labels, delivery.batches)
+                earlier.unchecked = trainer.current_epoch, few
+        return examples
+
+    def _make(self, images: Tensor, labels: Tensor) -> Examples:
+        """Checks images and labels and undoes a normalisation."""
+        if self.normalization is not None:
+            mean, std = (channels.to(images) for channels in _channels(self.normalization))
+            images = images * std + mean
+            if images.min() >= -ROUNDING and images.max() <= 1 + ROUNDING:
+                images = images.clamp(0, 1)
+        labels = _class_indices(labels)
+        check_examples(images, labels)
+        return Examples(images, labels, range(len(labels)))
+
+
+class PixelInput(nn.Module):
+    """Feeds pixels in [0, 1] to a module that expects normalised images.
+
+    Args:
+        module: Takes `(images - mean) / std`.
+        normalization: Mean and standard deviation of each channel.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, module: nn.Module, normalization: Normalization) -> None:
+        super().__init__()
+        self.module = module
+        for name, values in zip(("mean", "std"), _channels(normalization)):
+            self.register_buffer(name, values)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of images in [0, 1]."""
+        logits: Tensor = self.module((images - self.mean.to(images)) / self.std.to(images))
+        return logits
+
+
+def has_examples(trainer: Trainer, split: str) -> bool:
+    """Returns whether the trainer's data has a split, by a loader or by `split_dataset`."""
+    return _has_split_dataset(trainer, split) or has_loader(trainer, split)
+
+
+def warn_of_one_class(examples: Examples, num_classes: int, split: str) -> None:
+    """Warns if all images are of one class although the network has more."""
+    if len(examples) > 1 and num_classes > 1 and len(examples.labels.unique()) == 1:
+        rank_zero_warn(
+            f"All {len(examples)} measured images of split {split} are of class "
+            f"{int(examples.labels[0])} although the network has {num_classes} classes. If the "
+            "data are sorted by class, raise `num_examples` or pass a shuffled `dataset=`."
+        )
+
+
+def _has_split_dataset(trainer: Trainer, split: str) -> bool:
+    source = source_of(trainer, split).instance
+    return isinstance(source, LightningDataModule) and hasattr(source, "split_dataset")
+
+
+def _channels(normalization: Normalization) -> list[Tensor]:
+    """Mean and standard deviation, `(C, 1, 1)` each, float64."""
+    mean, std = (torch.tensor(list(v), dtype=torch.float64).view(-1, 1, 1) for v in normalization)
+    if mean.shape != std.shape or not mean.isfinite().all() or not (std > 0).all():
+        raise ValueError(
+            "Expected `normalization` to be (mean, std), a finite number and one > 0 for each "
+            f"channel, but got {normalization}."
+        )
+    return [mean, std]
+
+
+def _digest(examples: Examples | Delivery) -> list[str]:
+    parts = (examples.images, examples.labels)
+    return [hashlib.sha256(part.contiguous().numpy().data).hexdigest() for part in parts]
+
+
+def _read_items(dataset: Dataset[Any], count: int) -> tuple[Tensor, Tensor]:
+    """The first images and labels of a dataset, in order, on the CPU."""
+    size = min(count, len(dataset)) if isinstance(dataset, Sized) else count
+    if size == 0:
+        raise ValueError("Expected `dataset` to have images but got an empty one.")
+    # Random transforms give the same images in every run.
+    seed_all(0)
+    try:
+        items = [dataset[i] for i in range(size)]
+        images = torch.stack([item[0] for item in items]).cpu()
+        return images, torch.stack([torch.as_tensor(item[1]).cpu() for item in items])
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            "Expected `dataset` to have items that begin with an image tensor, all of one shape, "
+            f"and a label, but got {type(dataset).__name__} ({error})."
+        ) from error
+
+
+def _class_indices(labels: Tensor) -> Tensor:
+    """Labels `(N,)` from `(N,)` or `(N, 1)`; several or soft labels of an image are an error."""
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels.squeeze(1)
+    whole = not labels.is_complex() and torch.equal(labels, labels.long().to(labels))
+    if labels.ndim == 1 and whole:
+        return labels.long()
+    came = f"{labels.dtype} of shape {tuple(labels.shape)}" + ("" if whole else " with fractions")
+    raise ValueError(
+        f"Expected `labels` to be one class index for each image, of shape (N,) or (N, 1), but got "
+        f"{came}; soft and multiple labels have no robust error, pass `dataset=` with class "
+        "indices."
+    )

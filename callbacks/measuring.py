@@ -1,0 +1,281 @@
+"""Measuring a network in the middle of training, so that training does not notice."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar, WeightAveraging
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.utilities import rank_zero_warn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from torch import Tensor, nn
+
+from robust_flatness.callbacks.fixed_images import FixedImages, PixelInput, warn_of_one_class
+from robust_flatness.functional import evaluation
+from robust_flatness.functional.checks import check_examples, errors_on_all_ranks
+from robust_flatness.measures.base import DEFAULT_EPS, Measure, Processes
+
+Weights = dict[str, Tensor]
+
+# Number of images whose logits are checked before training.
+FIRST_IMAGES = 8
+# The own weights of modules that hold others at the moment, averaged or early-stopped.
+_OWN_WEIGHTS: WeakKeyDictionary[nn.Module, Weights] = WeakKeyDictionary()
+# Lightning uses a task's number as its place in the list, so none of its tasks may move: the task
+# added here is hidden between measures, not removed.
+_TASKS: WeakKeyDictionary[Progress, TaskID] = WeakKeyDictionary()
+
+
+class HoldsMeasure:
+    """Holds a measure. As the last base class it gets the arguments that callbacks leave over.
+
+    Args:
+        measure: What is measured.
+    """
+
+    def __init__(self, measure: Measure) -> None:
+        self.measure = measure
+
+
+class MeasuringCallback(FixedImages):
+    """Measures a network in training, on fixed images, without touching training."""
+
+    def prepare(
+        self, trainer: Trainer, pl_module: LightningModule, split: str, measures: Sequence[Measure]
+    ) -> None:
+        """Reads the images of a split, so that what does not fit is refused before training.
+
+        Raises:
+            ValueError: On all processes, if there are no images, if they do not fit the network, if
+                it does not return logits, or if a measure does not work with it.
+        """
+        examples = self.examples(trainer, pl_module, split)
+        images = examples.images[:FIRST_IMAGES].to(pl_module.device)
+        network = self._network(pl_module)
+        with evaluation_context(trainer, pl_module), torch.no_grad(), errors_on_all_ranks():
+            classes = evaluation.first_logits(network, images).shape[1]
+            check_examples(examples.images, examples.labels, classes)
+            for measure in measures:
+                measure.with_default_eps(data_eps(trainer)).check(network, images, classes)
+        warn_of_one_class(examples, classes, split)
+
+    def measure_split(
+        self, trainer: Trainer, pl_module: LightningModule, split: str, measure: Measure
+    ) -> Any:
+        """Measures the weights that the module holds, on all processes together.
+
+        Returns:
+            The result for all images, on every process.
+        """
+
+        def progress(text: str, total: int) -> Any:
+            return _progress_bar(trainer, f"{split}: {text}", total)
+
+        examples = self.examples(trainer, pl_module, split)
+        processes = Processes(trainer.global_rank, trainer.world_size, pl_module.device, progress)
+        measure = measure.with_default_eps(data_eps(trainer))
+        with evaluation_context(trainer, pl_module):
+            return measure.measure_set(self._network(pl_module), examples, processes)
+
+    def _network(self, module: LightningModule) -> nn.Module:
+        """The module as a map from pixels in [0, 1] to logits."""
+        return PixelInput(module, self.normalization) if self.normalization else module
+
+
+@contextmanager
+def evaluation_context(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """Eval mode with gradients, after which nothing in training has changed.
+
+    Modes, weights, buffers, `.grad`, `requires_grad` and random states are restored, see
+    `functional.evaluation_context`. All processes have rank 0's buffers: after a step their
+    BatchNorm statistics differ, and a measure must be that of one network. Forwards are in float32,
+    or in float64 if the trainer's precision is 64-true.
+
+    Args:
+        trainer: The trainer.
+        module: The module.
+    """
+    with (
+        evaluation.evaluation_context(module),
+        _default_type_of_training(trainer, module),
+        evaluation.full_float32(module.device),
+    ):
+        if trainer.world_size > 1:
+            for buffer in module.buffers():
+                torch.distributed.broadcast(buffer, src=0)
+        yield
+
+
+@contextmanager
+def averaged_weights(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """Gives a module in training the averaged weights, and its own back bit for bit.
+
+    Averages are those of a `WeightAveraging` callback, Lightning's or this package's, anywhere
+    among the trainer's callbacks. Nothing changes outside of `fit`, before the first update, or if
+    the module holds other weights already.
+
+    Args:
+        trainer: The trainer.
+        module: The module.
+    """
+    average = None if module in _OWN_WEIGHTS else _average(trainer, module)
+    if average is None:
+        yield
+        return
+    with _weights_restored(module):
+        copy_weights(average, module)
+        yield
+
+
+@contextmanager
+def swapped_weights(module: LightningModule, weights: Weights) -> Iterator[None]:
+    """Gives a module other weights and buffers, and its own back bit for bit.
+
+    Args:
+        module: The module.
+        weights: A state dict of it, on any device.
+    """
+    with _weights_restored(module):
+        module.load_state_dict(weights)
+        yield
+
+
+def own_weights(module: nn.Module) -> Weights | None:
+    """Returns a module's own weights and buffers while it holds others, else None."""
+    return _OWN_WEIGHTS.get(module)
+
+
+@torch.no_grad()
+def copy_weights(source: nn.Module, target: nn.Module) -> None:
+    """Copies parameters and buffers into a module of the same structure, on any device."""
+    tensors = _tensors(source)
+    for name, tensor in _tensors(target).items():
+        tensor.copy_(tensors[name])
+
+
+def is_finite(trainer: Trainer, module: LightningModule) -> bool:
+    """Returns whether all weights are finite, on all processes, and no buffer holds NaN."""
+    # Masks and minima begin at infinity.
+    finite = all(bool(weight.isfinite().all()) for weight in module.parameters())
+    finite = finite and not any(bool(buffer.isnan().any()) for buffer in module.buffers())
+    # Buffers of the processes differ, and processes must decide alike.
+    return bool(trainer.strategy.reduce_boolean_decision(finite))
+
+
+def _average(trainer: Trainer, module: LightningModule) -> nn.Module | None:
+    if trainer.state.fn != TrainerFn.FITTING or trainer.state.status != TrainerStatus.RUNNING:
+        return None
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        average = callback._average_model if isinstance(callback, WeightAveraging) else None
+        if average is None or average.n_averaged == 0:
+            continue
+        if hasattr(callback, "refresh_average"):
+            callback.refresh_average(trainer, module)
+        elif trainer.validating:
+            # Lightning's callback has exchanged the two, and holds the module's own weights.
+            return None
+        return average.module
+    return None
+
+
+@contextmanager
+def _weights_restored(module: nn.Module) -> Iterator[None]:
+    tensors, outer = _tensors(module), _OWN_WEIGHTS.get(module)
+    before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    _OWN_WEIGHTS[module] = before
+    try:
+        yield
+    finally:
+        if outer is None:
+            del _OWN_WEIGHTS[module]
+        else:
+            _OWN_WEIGHTS[module] = outer
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                tensor.copy_(before[name])
+
+
+@contextmanager
+def _default_type_of_training(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """Has forwards create tensors of the type that they have in training, if that is float64."""
+    if trainer.precision != "64-true":
+        yield
+        return
+    default = torch.get_default_dtype()
+    hooks = (
+        module.register_forward_pre_hook(lambda *_: torch.set_default_dtype(torch.float64)),
+        module.register_forward_hook(lambda *_: torch.set_default_dtype(default), always_call=True),
+    )
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _tensors(module: nn.Module) -> Weights:
+    """All parameters and buffers, also those that no state dict has, under all of their names."""
+    parameters = module.named_parameters(remove_duplicate=False)
+    return {**dict(parameters), **dict(module.named_buffers(remove_duplicate=False))}
+
+
+def data_eps(trainer: Trainer) -> float:
+    """Returns the radius of the attack that the datamodule suggests, or 8/255."""
+    return float(getattr(getattr(trainer, "datamodule", None), "eps", DEFAULT_EPS))
+
+
+def warn_if_results_stay(trainer: Trainer, callback: Callback, *attributes: str) -> None:
+    """Warns if results of a callback stay in the processes that are spawned to compute them.
+
+    Args:
+        trainer: The trainer. Lightning brings weights and logged metrics back from `ddp_spawn` and
+            the like, but not its callbacks.
+        callback: The callback.
+        attributes: Where it keeps its results.
+    """
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        rank_zero_warn(
+            f"{', '.join(attributes)} of {type(callback).__name__} will be empty after training, "
+            "as this strategy measures in other processes: use `ddp`, or "
+            "`trainer.callback_metrics`."
+        )
+
+
+@contextmanager
+def _progress_bar(trainer: Trainer, text: str, total: int) -> Iterator[Callable[[], None]]:
+    """Shows a bar if the trainer shows Rich bars, and yields the function that advances it."""
+    bar = trainer.progress_bar_callback
+    if not isinstance(bar, RichProgressBar) or not bar.is_enabled or total == 0:
+        yield lambda: None
+        return
+    # A terminal has one live display, so a running one of Lightning's is used.
+    running = bar.progress if bar.progress and bar.progress.live.is_started else None
+    columns = (MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    progress: Progress = running or Progress(
+        TextColumn("{task.description}"), BarColumn(), *columns, transient=True
+    )
+    if not running:
+        progress.start()
+    if progress in _TASKS:
+        progress.reset(_TASKS[progress], description=text, total=total, visible=True)
+    else:
+        _TASKS[progress] = progress.add_task(text, total=total)
+    task = _TASKS[progress]
+    try:
+        yield lambda: progress.update(task, advance=1, refresh=True)
+    finally:
+        progress.update(task, visible=False, refresh=True)
+        if not running:
+            progress.stop()

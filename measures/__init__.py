@@ -1,0 +1,29 @@
+"""Properties of a network on fixed images, as plain objects; no Lightning.
+
+Example:
+    >>> network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    >>> images, labels = torch.rand(4, 1, 8, 8), torch.arange(4)
+    >>> AverageCaseFlatness(eps=0.1, steps=2)(network, images, labels).increases.shape
+    torch.Size([10, 4])
+"""
+
+from robust_flatness.measures.autoattack import AutoAttackError
+from robust_flatness.measures.average_case_flatness import AverageCaseFlatness
+from robust_flatness.measures.base import AttackMeasure, Examples, Measure, Processes
+from robust_flatness.measures.curvature import Curvature
+from robust_flatness.measures.landscape import LossLandscape
+from robust_flatness.measures.robust_loss import RobustLoss
+from robust_flatness.measures.worst_case_flatness import WorstCaseFlatness
+
+__all__ = [
+    "AttackMeasure",
+    "AutoAttackError",
+    "AverageCaseFlatness",
+    "Curvature",
+    "Examples",
+    "LossLandscape",
+    "Measure",
+    "Processes",
+    "RobustLoss",
+    "WorstCaseFlatness",
+]

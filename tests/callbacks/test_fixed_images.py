@@ -1,0 +1,215 @@
+"""Promise 14: measures look at the images that the trainer delivers to the module."""
+
+import pytest
+import torch
+from foreign_project import MEAN, NORMALIZATION, STD, Foreign, fitted, normalised, watch
+from lightning.pytorch import LightningDataModule
+from networks_for_tests import images_and_labels, same, snapshot
+from torch.utils.data import (
+    DataLoader,
+    TensorDataset,
+)
+from trainers import ToyData, dataset, loader, quiet_trainer
+
+from robust_flatness.callbacks import RobustEarlyStopping
+from robust_flatness.datamodules import Digits
+
+
+def collate(items):
+    images, labels = zip(*items)
+    return normalised((torch.stack(images), torch.tensor(labels)))
+
+
+class BeforeTransfer(Foreign):
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        return normalised(batch)
+
+
+class AfterTransfer(Foreign):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(MEAN))
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return (batch[0] - self.mean) / STD, *batch[1:]
+
+
+class Transfer(Foreign):
+    def transfer_batch_to_device(self, batch, device, dataloader_idx):
+        return super().transfer_batch_to_device(normalised(batch), device, dataloader_idx)
+
+
+class ForeignData(LightningDataModule):
+    """Somebody else's datamodule, which sets up its test set late."""
+
+    def setup(self, stage):
+        if stage == "test":
+            self.test = dataset(9, seed=7)
+
+    def train_dataloader(self):
+        return loader()
+
+    def val_dataloader(self):
+        return loader(12)
+
+    def test_dataloader(self):
+        return DataLoader(self.test, 4)
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return normalised(batch)
+
+
+class OwnHook(ToyData):
+    """A `split_dataset`, and a hook of the user behind it."""
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return normalised(batch)
+
+
+@pytest.mark.parametrize("how", ["collate", BeforeTransfer, AfterTransfer, Transfer])
+@pytest.mark.parametrize("split", ["val", "train"])
+def test_normalisation_on_the_way_to_the_module_is_seen(how, split):
+    module = Foreign() if how == "collate" else how()
+    made = DataLoader(dataset(12), 5, collate_fn=collate if how == "collate" else None)
+    measure = watch(split=split, normalization=NORMALIZATION)
+    assert torch.allclose(fitted(measure, made, made, module).images, dataset(12).tensors[0])
+    with pytest.raises(ValueError, match=r"pixels in \[0, 1\] but got .*normalization="):
+        fitted(watch(split=split), made, made, module)
+
+
+@pytest.mark.parametrize(("data", "seed"), [(ForeignData, 1), (OwnHook, 5)])
+def test_hooks_of_a_datamodule_are_seen(data, seed):
+    measure = watch(normalization=NORMALIZATION)
+    trainer = quiet_trainer(callbacks=[measure])
+    trainer.fit(Foreign(), datamodule=data())
+    images = measure.examples(trainer, trainer.lightning_module).images
+    assert torch.allclose(images, dataset(len(images), seed=seed).tensors[0])
+
+
+def test_the_logged_error_is_that_of_the_delivered_images():
+    class Turned(Foreign):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return batch[0].flip(-1), (batch[1] + 3) % 10
+
+    module, trainer = Turned(), quiet_trainer(callbacks=[watch()], max_epochs=2)
+    trainer.fit(module, loader(40), loader(40))
+    images, labels = dataset(40).tensors
+    wrong = module.eval()(images.flip(-1)).argmax(1) != (labels + 3) % 10
+    assert float(trainer.callback_metrics["val/error"]) == pytest.approx(wrong.float().mean())
+
+
+def test_a_test_after_a_fit_has_the_images_of_the_fit():
+    measure, module = watch(), Foreign()
+    trainer = quiet_trainer(callbacks=[measure], limit_val_batches=0)
+    trainer.fit(module, loader(), loader(12, seed=3))
+    (logged,) = trainer.test(module, loader(8), verbose=False)
+    images = measure.examples(trainer, module).images
+    assert torch.equal(images, dataset(12, seed=3).tensors[0])
+    assert logged["val/error"] == trainer.callback_metrics["val/error"]
+    # Another trainer, as for a test on a single device; and a test that brings the split itself.
+    other = quiet_trainer(callbacks=[measure])
+    other.test(module, loader(8), verbose=False)
+    assert torch.equal(measure.examples(other, module).images, images)
+    other.test(module, datamodule=ToyData(), verbose=False)
+    assert torch.equal(measure.examples(other, module).images, ToyData().measured.tensors[0])
+
+
+def test_a_test_has_the_images_of_its_own_loader():
+    measure, module = watch(split="test"), Foreign()
+    trainer = quiet_trainer(callbacks=[measure])
+    trainer.fit(module, datamodule=ToyData())
+    trainer.test(module, loader(8, seed=3), verbose=False)
+    assert torch.equal(measure.examples(trainer, module).images, dataset(8, seed=3).tensors[0])
+
+
+def test_a_missing_split_is_refused_before_it_begins():
+    module = Foreign()
+    before = snapshot(module)
+    with pytest.raises(ValueError, match="DataLoader for `split` test but got NoneType"):
+        quiet_trainer(callbacks=[watch(split="test")]).fit(module, loader())
+    assert same(before, snapshot(module))
+    with pytest.raises(ValueError, match="DataLoader for `split` val but got NoneType"):
+        quiet_trainer(callbacks=[watch()]).test(Foreign(), loader(8), verbose=False)
+    # There is nothing to select on in a test.
+    stopping = RobustEarlyStopping(num_examples=8, steps=1)
+    quiet_trainer(callbacks=[stopping]).test(Foreign(), loader(8), verbose=False)
+
+
+def test_the_test_set_of_a_datamodule_is_set_up_for_a_measure_in_fit():
+    measure, data = watch(split="test", normalization=NORMALIZATION), ForeignData()
+    trainer = quiet_trainer(callbacks=[measure])
+    trainer.fit(Foreign(), datamodule=data)
+    images = measure.examples(trainer, trainer.lightning_module).images
+    assert torch.allclose(images, dataset(9, seed=7).tensors[0])
+    assert not hasattr(data, "test")
+
+
+def test_own_datamodules_are_read_without_a_fork(monkeypatch):
+    def forbidden(*_):
+        raise AssertionError
+
+    monkeypatch.setattr("robust_flatness.callbacks.delivery.in_fork", forbidden)
+    measure = watch(num_examples=6)
+    module = Foreign()
+    module.net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    trainer = quiet_trainer(callbacks=[measure], limit_train_batches=1)
+    trainer.fit(module, datamodule=Digits(batch_size=20))
+    assert len(measure.examples(trainer, module)) == 6
+
+
+IMAGES, LABELS = images_and_labels(8)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (dataset(0), "`dataset` to have images but got an empty one"),
+        ([{"image": 1}], "begin with an image tensor, all of one shape"),
+        ([("a picture", 1)], "begin with an image tensor, all of one shape"),
+        ([(torch.rand(3, 8, 8), "cat")], "begin with an image tensor, all of one shape"),
+        (TensorDataset(IMAGES * 2 - 1, LABELS), r"pixels in \[0, 1\] but got .*normalization="),
+        (TensorDataset(IMAGES, LABELS + 10), "below the 10 classes but got"),
+    ],
+)
+def test_datasets_that_are_something_else_are_refused_before_training(data, message):
+    module = Foreign()
+    before = snapshot(module)
+    with pytest.raises(ValueError, match=message):
+        fitted(watch(dataset=data), module=module)
+    assert same(before, snapshot(module))
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_images_of_a_single_class_are_a_warning(split):
+    images, _ = images_and_labels(12)
+    made = DataLoader(TensorDataset(images, torch.arange(12) // 6), 4)
+    trainer = quiet_trainer(callbacks=[watch(split=split, num_examples=6)])
+    run = trainer.test if split == "test" else lambda m, val: trainer.fit(m, loader(), val)
+    with pytest.warns(UserWarning, match="All 6 measured images of split .* class 0 .* 10 classes"):
+        run(Foreign(), made)
+
+
+@pytest.mark.parametrize("through_loader", [True, False])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda y: y[:, None], None),
+        (lambda y: y.float()[:, None], None),
+        (lambda y: y.to(torch.uint8), None),
+        (lambda y: torch.nn.functional.one_hot(y, 10), r"torch.int64 of shape \(12, 10\)"),
+        (lambda y: torch.rand(12, 10).softmax(1), r"torch.float32 of shape \(12, 10\)"),
+        (lambda y: y + 0.5, r"torch.float32 of shape \(12,\) with fractions"),
+        (lambda y: torch.rand(12, 1), r"torch.float32 of shape \(12,\) with fractions"),
+    ],
+)
+def test_labels_are_one_class_of_each_image(through_loader, make, message):
+    images, labels = images_and_labels(12)
+    data = TensorDataset(images, make(labels))
+    # One image is a batch of its own, whose labels must not be taken for another dimension.
+    measure = watch() if through_loader else watch(dataset=data)
+    if message is None:
+        found = fitted(measure, None, DataLoader(data, 11)).labels
+        assert torch.equal(found, labels)
+    else:
+        with pytest.raises(ValueError, match=f"one class index for each image, .*{message}"):
+            fitted(measure, None, DataLoader(data, 11))

@@ -1,0 +1,121 @@
+"""What is shown of measuring: the line that says what it costs, and the progress bar."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.cli import SaveConfigCallback
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from trainers import quiet_trainer
+
+from robust_flatness.callbacks import (
+    Curvature,
+    FinalEvaluation,
+    Flatness,
+    RobustEarlyStopping,
+    RobustEvaluation,
+)
+from robust_flatness.callbacks.measuring import _progress_bar
+from robust_flatness.command_line.run_start import RunStart
+
+SMALL: dict[str, Any] = {"num_examples": 5, "batch_size": 2}
+
+
+class Foreign(LightningModule):
+    """Somebody else's module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.network(images)
+        return logits
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Nothing."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def loader() -> DataLoader:
+    images = torch.rand(12, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    return DataLoader(TensorDataset(images, torch.arange(12) % 3), batch_size=4)
+
+
+def fit(*callbacks: Any) -> None:
+    quiet_trainer(callbacks=list(callbacks)).fit(Foreign(), loader(), loader())
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return re.findall("Watching costs .*", capsys.readouterr().out)
+
+
+def test_one_line_before_training_adds_up_what_an_epoch_costs(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    callbacks = [
+        Flatness(split="val", steps=9, num_perturbations=3, num_examples=10),
+        RobustEarlyStopping(steps=4, num_examples=10, every_n_epochs=2),
+        # At the end of the run alone.
+        FinalEvaluation(splits=["val"], steps=1, restarts=1, num_perturbations=1, num_examples=4),
+    ]
+    fit(*callbacks)
+    # 4 attacks of 10 and 9 passes, and half of one of 5 + 1 and 4, on 10 images.
+    assert said(capsys) == [
+        "Watching costs about 430 forward and 380 backward passes of images an epoch, beside 12 of "
+        "each for training without attacks."
+    ]
+
+
+def test_what_depends_on_the_network_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    fit(RobustEvaluation(split="val", steps=1, **SMALL), Curvature(split="val", **SMALL))
+    (line,) = said(capsys)
+    assert line.endswith("; Curvature comes on top, at a cost that depends on the network.")
+
+
+def test_measures_of_the_end_alone_and_runs_of_our_command_line_say_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit(FinalEvaluation(splits=["val"], steps=1, restarts=1, num_perturbations=1, **SMALL))
+    assert said(capsys) == []
+    for callback, module, lines in (
+        (RunStart, "robust_flatness.lightning_modules.at", 0),
+        (RunStart, "theirs", 1),
+        (SaveConfigCallback, "robust_flatness.lightning_modules.at", 1),
+    ):
+        monkeypatch.setattr(callback, "setup", lambda *args, **kwargs: None)
+        monkeypatch.setattr(Foreign, "__module__", module)
+        command_line = callback(None, None)  # type: ignore[arg-type]
+        command_line.already_saved = True
+        fit(command_line, RobustEvaluation(split="val", steps=1, **SMALL))
+        assert len(said(capsys)) == lines
+
+
+def test_the_tasks_of_lightnings_bar_keep_their_places() -> None:
+    bar = RichProgressBar()
+    trainer = Trainer(callbacks=[bar], logger=False, enable_checkpointing=False, max_epochs=1)
+    bar.setup(trainer, trainer, "fit")
+    bar.on_train_start(trainer, trainer)
+    assert bar.progress is not None
+    first = bar.progress.add_task("training", total=1)
+    for what in ("flatness", "robust loss"):
+        with _progress_bar(trainer, what, total=2) as on_attack:
+            on_attack()
+            shown = [task for task in bar.progress.tasks if task.visible]
+            assert [(task.description, task.completed) for task in shown] == [
+                ("training", 0),
+                (what, 1),
+            ]
+    second = bar.progress.add_task("validation", total=1)
+    for task in (first, second):
+        assert bar.progress.tasks[task].id == task
+    bar.progress.stop()

@@ -20,7 +20,7 @@ from robust_flatness.datamodules.images import LabeledImages, ResidentImages
 
 _KINDS = (
     "the pickle `ti_500K_pseudo_labeled.pickle` of Carmon et al., an .npz with `image` and `label`,"
-    " or a folder with one folder a class"
+    " or a folder with one folder per class"
 )
 
 
@@ -65,7 +65,7 @@ def _read_folder(path: Path, num_classes: int, class_names: Sequence[str] | None
         class_names = names
         if len(names) != num_classes:
             raise ValueError(
-                f"Expected {num_classes} folders, one a class, in {path} but got {len(names)}."
+                f"Expected {num_classes} folders, one per class, in {path} but got {len(names)}."
             )
     if unknown := sorted(set(names) - set(class_names)):
         raise ValueError(

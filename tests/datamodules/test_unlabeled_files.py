@@ -81,7 +81,7 @@ def test_folders_are_numbered_by_name_or_as_the_labeled_ones(tmp_path):
     part = save_folder(tmp_path / "part", ("cat", "emu"))
     images = read_unlabeled(part, num_classes=4, class_names=names)
     assert images.labels.tolist() == [1, 1, 3, 3]
-    with pytest.raises(ValueError, match="Expected 3 folders, one a class, in .*part but got 2"):
+    with pytest.raises(ValueError, match="Expected 3 folders, one per class, in .*part but got 2"):
         read_unlabeled(part, num_classes=3)
     with pytest.raises(ValueError, match="named as the 2 classes of the labeled .* but got 'cat'"):
         read_unlabeled(part, num_classes=2, class_names=["dog", "emu"])

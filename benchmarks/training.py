@@ -151,16 +151,18 @@ def overhead(count: int = 1000, rounds: int = 7) -> None:
     timing.compare("Linear(16, 10), batches of 32", {"CPU time of a step": column}, rounds)
 
 
-def scaling(rounds: int = 3, options: Sequence[str] = ()) -> None:
+JOBS = {
+    "training": ["--trainer.max_epochs=5", "--model.network.width=64"],
+    "flatness": ["--flatness.num_examples=384", "--flatness.steps=20"],
+    "autoattack": ["--autoattack.num_examples=80", "--autoattack.chunk_size=20"],
+}
+
+
+def scaling(jobs: Sequence[str] = (*JOBS,), rounds: int = 3, options: Sequence[str] = ()) -> None:
     """Times training, flatness and AutoAttack in one process and in two, with a core each.
 
     Wall-clock time is that of `results.json`, which begins after the processes have started.
     """
-    jobs = {
-        "training": ["--trainer.max_epochs=5", "--model.network.width=64"],
-        "flatness": ["--flatness.num_examples=384", "--flatness.steps=20"],
-        "autoattack": ["--autoattack.num_examples=80", "--autoattack.chunk_size=20"],
-    }
 
     def run(job: str, processes: int) -> float:
         without = f"--without=[{','.join(name for name in SWITCHED_OFF if name != job)}]"
@@ -169,7 +171,7 @@ def scaling(rounds: int = 3, options: Sequence[str] = ()) -> None:
         common = ["--trainer.max_epochs=1", "--flatness.every_n_epochs=1", without, QUIET, *devices]
         with tempfile.TemporaryDirectory() as root:
             command = [sys.executable, "-m", "robust_flatness.cli", "fit", f"--folder={root}/run"]
-            command += [*common, *jobs[job], *options]
+            command += [*common, *JOBS[job], *options]
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
             results = json.loads(Path(root, "run", "results.json").read_text())

@@ -12,13 +12,14 @@ from robust_flatness.functional.checks import check_choice, check_count, check_n
 from robust_flatness.functional.evaluation import evaluation_context
 from robust_flatness.functional.hessian import hessian_extreme_eigenvalues, weight_gradients
 from robust_flatness.functional.layer_weights import (
+    LayerTensor,
     differentiable_weights,
     layer_tensor,
     layer_tensors,
     perturbed_weights,
 )
 from robust_flatness.functional.noise import Norm, Start
-from robust_flatness.functional.robust_loss import batches, check_set
+from robust_flatness.functional.robust_loss import AttackedSet
 from robust_flatness.functional.weight_perturbation import (
     Perturbation,
     RelativeTo,
@@ -73,16 +74,11 @@ def weight_directions(
         num_directions: Number of directions; `None` is 10, or 1 for `hessian`, which has at most 2.
         relative_to: `layer`, `filter` (Li et al., 2018) or `network`, see `normalize_direction`.
         length: Relative length; `None` is the paper's 0.5, or 0.025 for `adversarial`.
-        eps: Radius of the attack, for adversarial directions.
-        steps: Steps of the attack.
+        eps, steps, step_size, norm, start: The attack of adversarial directions, as in
+            `evaluate_robustness`.
         ascent_steps: Steps in weight space of an adversarial direction.
-        step_size: Length of a step, as in `PGD`, like the next two.
-        norm: `linf` or `l2`.
-        start: Where the attack starts.
         seed: Seed of all random numbers.
-        batch_size: Images measured at once.
-        indices: Global index of each image in the whole measured set; `None` numbers them.
-        on_attack: Called after each attack on each batch, for progress.
+        batch_size, indices, on_attack: As in `evaluate_robustness`.
 
     Returns:
         The directions by parameter name, computed one after the other.
@@ -98,23 +94,15 @@ def weight_directions(
         True
     """
     pgd = PGD(eps, steps, step_size, norm, start=start)
-    check_set(images, labels, restarts=1, batch_size=batch_size)
-    check_count("ascent_steps", ascent_steps, low=1)
-    check_direction_kind(kind, num_directions, relative_to, length)
+    attacked = AttackedSet(images, labels, pgd, 1, seed, batch_size, indices, on_attack)
     return make_directions(
         model,
-        images,
-        labels,
-        pgd,
-        kind=kind,
+        attacked,
+        kind,
         num_directions=num_directions,
         relative_to=relative_to,
         length=length,
         ascent_steps=ascent_steps,
-        seed=seed,
-        batch_size=batch_size,
-        indices=indices,
-        on_attack=on_attack,
     )
 
 
@@ -133,21 +121,17 @@ def check_direction_kind(
 
 def make_directions(
     model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    pgd: PGD,
-    *,
+    attacked: AttackedSet,
     kind: DirectionKind,
+    *,
     num_directions: int | None,
     relative_to: RelativeTo,
     length: float | None,
     ascent_steps: int = ASCENT_STEPS,
-    seed: int,
-    batch_size: int,
-    indices: Sequence[int] | None = None,
-    on_attack: Callable[[], None] | None = None,
 ) -> Iterator[Perturbation]:
-    """`weight_directions` with checked arguments."""
+    """`weight_directions` of an attacked set."""
+    check_direction_kind(kind, num_directions, relative_to, length)
+    check_count("ascent_steps", ascent_steps, low=1)
     length = LENGTH[kind] if length is None else length
     count = COUNT[kind] if num_directions is None else num_directions
     tensors = layer_tensors(model)
@@ -156,48 +140,52 @@ def make_directions(
     def random(relative_to: RelativeTo) -> Iterator[Perturbation]:
         for k in range(count):
             yield random_direction(
-                weights, xi=length, seed=seed, direction=k, relative_to=relative_to
+                weights, xi=length, seed=attacked.seed, direction=k, relative_to=relative_to
             )
 
     def adversarial() -> Iterator[Perturbation]:
         for k, direction in enumerate(random("layer")):
             for _ in range(ascent_steps):
                 with perturbed_weights(model, direction, tensors):
-                    gradient = mean_loss_gradient(k)
+                    gradient = _robust_loss_gradient(model, attacked, tensors, k)
                 # The gradient is scaled to the weights w, not to the perturbed ones.
                 for (name, weight), part in zip(weights.items(), gradient):
                     moved = direction[name] + scale_to(part, weight, length)
                     direction[name] = scale_to(moved, weight, length)
             yield direction
 
-    def mean_loss_gradient(k: int) -> list[Tensor]:
-        """Gradient of the robust loss, up to a factor, from the starts of direction k."""
-        where = range(len(images)) if indices is None else indices
-        with evaluation_context(model), differentiable_weights(model, tensors) as leaves:
-            total = [torch.zeros_like(leaf) for leaf in leaves.values()]
-            for part in batches(len(images), batch_size):
-                starts = pgd.starts(images[part], where[part], seed=seed, restart=k)
-                # Tensors made under inference mode cannot be saved for backward, clones can.
-                targets = labels[part].clone()
-                attacked = pgd.attack(model, images[part], targets, starts).images
-                if on_attack is not None:
-                    on_attack()
-                gradient = weight_gradients(model, list(leaves.values()), attacked, targets)
-                total = [summand + more for summand, more in zip(total, gradient)]
-        return total
-
     if kind == "random":
         return random(relative_to)
     directions = adversarial()
     if kind == "hessian":
         result = hessian_extreme_eigenvalues(
-            model, images, labels, seed=seed, batch_size=batch_size
+            model,
+            attacked.images,
+            attacked.labels,
+            seed=attacked.seed,
+            batch_size=attacked.batch_size,
         )
         directions = iter([result.max_eigenvector, result.min_eigenvector][:count])
-    return (
-        normalize_direction(model, direction, length=length, relative_to=relative_to)
-        for direction in directions
-    )
+    return (scale_direction(direction, weights, length, relative_to) for direction in directions)
+
+
+def _robust_loss_gradient(
+    model: nn.Module, attacked: AttackedSet, tensors: Mapping[str, LayerTensor], restart: int
+) -> list[Tensor]:
+    """Gradient for the weights of the summed loss on the adversarial examples of one restart."""
+    with evaluation_context(model), differentiable_weights(model, tensors) as leaves:
+        weights = list(leaves.values())
+        total = [torch.zeros_like(weight) for weight in weights]
+        for part in attacked.batches:
+            # Tensors made under inference mode cannot be saved for backward, clones can.
+            images, labels = attacked.images[part], attacked.labels[part].clone()
+            starts = attacked.starts(part, restart)
+            adversarial = attacked.pgd.attack(model, images, labels, starts).images
+            if attacked.on_attack is not None:
+                attacked.on_attack()
+            gradient = weight_gradients(model, weights, adversarial, labels)
+            total = [summand + more for summand, more in zip(total, gradient)]
+    return total
 
 
 def normalize_direction(

@@ -3,25 +3,22 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from robust_flatness.functional.attack import PGD
-from robust_flatness.functional.checks import check_choice, check_count
+from robust_flatness.functional.checks import check_count
 from robust_flatness.functional.directions import (
     Direction,
     DirectionKind,
     check_direction,
-    check_direction_kind,
     make_directions,
 )
 from robust_flatness.functional.evaluation import evaluation_context
-from robust_flatness.functional.flatness import LossKind
 from robust_flatness.functional.layer_weights import perturbed_weights
 from robust_flatness.functional.noise import Norm, Start
-from robust_flatness.functional.robust_loss import NO_ATTACK, batched_losses, batches, check_set
+from robust_flatness.functional.robust_loss import AttackedSet, LossKind
 from robust_flatness.functional.weight_perturbation import RelativeTo
 
 Directions = DirectionKind | Direction | Sequence[Direction]
@@ -114,22 +111,13 @@ def loss_landscape(
         labels: `(N,)` true classes.
         directions: A kind of `weight_directions`, or directions by parameter name, which are not
             scaled.
-        num_directions: Of a kind, as in `weight_directions`, like the next two.
-        relative_to: `layer`, `filter` or `network`.
-        length: Relative length.
+        num_directions, relative_to, length: Of a kind, as in `weight_directions`.
         num_steps: Number S of steps, both ends of `extent` included.
         extent: First and last s; `None` is (0, 1) for `adversarial`, else (-1, 1).
         loss: `robust`, or `clean` without an attack, also on adversarial directions.
-        eps: Radius of the attack.
-        steps: Steps of the attack.
-        restarts: Restarts of the attack.
-        step_size: Length of a step, as in `PGD`, like the next two.
-        norm: `linf` or `l2`.
-        start: Where the attack starts.
+        eps, steps, restarts, step_size, norm, start: The attack, as in `evaluate_robustness`.
         seed: Seed of all random numbers.
-        batch_size: Images measured at once.
-        indices: Global index of each image in the whole measured set; `None` numbers them.
-        on_attack: Called after each restart on each batch, for progress.
+        batch_size, indices, on_attack: As in `evaluate_robustness`.
 
     Raises:
         ValueError: If pixels, shapes, or an argument are out of range.
@@ -141,26 +129,13 @@ def loss_landscape(
         >>> result.coordinates.tolist(), result.losses.shape
         ([-1.0, -0.5, 0.0, 0.5, 1.0], torch.Size([10, 5, 4]))
     """
-    pgd = attack_of(loss, PGD(eps, steps, step_size, norm, start=start))
-    check_set(images, labels, restarts, batch_size)
+    pgd = PGD(eps, steps, step_size, norm, start=start)
+    attacked = AttackedSet(images, labels, pgd, restarts, seed, batch_size, indices, on_attack)
+    attacked = attacked.for_loss(loss)
     coordinates = steps_along(directions, num_steps, extent)
-    data = model, images, labels, pgd
-    kind: dict[str, Any] = {
-        "num_directions": num_directions,
-        "relative_to": relative_to,
-        "length": length,
-    }
-    shared: dict[str, Any] = {
-        "seed": seed,
-        "batch_size": batch_size,
-        "indices": indices,
-        "on_attack": on_attack,
-    }
     with evaluation_context(model):
-        lines = _directions(directions, *data, kind, shared)
-        return measure_landscape(
-            *data, directions=lines, coordinates=coordinates, restarts=restarts, **shared
-        )
+        lines = _directions(model, attacked, directions, num_directions, relative_to, length)
+        return measure_landscape(model, attacked, lines, coordinates)
 
 
 def loss_surface(
@@ -197,30 +172,15 @@ def loss_surface(
         >>> loss_surface(model, images, torch.arange(4), num_steps=3, steps=2).mean.shape
         torch.Size([3, 3])
     """
-    pgd = attack_of(loss, PGD(eps, steps, step_size, norm, start=start))
-    check_set(images, labels, restarts, batch_size)
+    pgd = PGD(eps, steps, step_size, norm, start=start)
+    attacked = AttackedSet(images, labels, pgd, restarts, seed, batch_size, indices, on_attack)
+    attacked = attacked.for_loss(loss)
     coordinates = steps_along(directions, num_steps, extent)
-    data = model, images, labels, pgd
-    kind = {"num_directions": 2, "relative_to": relative_to, "length": length}
-    shared: dict[str, Any] = {
-        "seed": seed,
-        "batch_size": batch_size,
-        "indices": indices,
-        "on_attack": on_attack,
-    }
     with evaluation_context(model):
-        pair = list(_directions(directions, *data, kind, shared))
+        pair = list(_directions(model, attacked, directions, 2, relative_to, length))
         if len(pair) != 2:
             raise ValueError(f"Expected `directions` to be two for a surface but got {len(pair)}.")
-        return measure_surface(
-            *data, directions=pair, coordinates=coordinates, restarts=restarts, **shared
-        )
-
-
-def attack_of(loss: LossKind, pgd: PGD) -> PGD:
-    """Returns the attack for a loss: `NO_ATTACK` for the clean one."""
-    check_choice("loss", loss, get_args(LossKind))
-    return pgd if loss == "robust" else NO_ATTACK
+        return measure_surface(model, attacked, pair, coordinates)
 
 
 def steps_along(directions: Directions, num_steps: int, extent: Extent | None) -> list[float]:
@@ -242,18 +202,23 @@ def steps_along(directions: Directions, num_steps: int, extent: Extent | None) -
 
 
 def _directions(
-    directions: Directions,
     model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    pgd: PGD,
-    kind: dict[str, Any],
-    shared: dict[str, Any],
+    attacked: AttackedSet,
+    directions: Directions,
+    num_directions: int | None,
+    relative_to: RelativeTo,
+    length: float | None,
 ) -> Iterable[Direction]:
     """Directions of a kind, or those of the caller after a check."""
     if isinstance(directions, str):
-        check_direction_kind(directions, **kind)
-        return make_directions(model, images, labels, pgd, kind=directions, **kind, **shared)
+        return make_directions(
+            model,
+            attacked,
+            directions,
+            num_directions=num_directions,
+            relative_to=relative_to,
+            length=length,
+        )
     directions = [directions] if isinstance(directions, Mapping) else list(directions)
     if not directions:
         raise ValueError("Expected `directions` to hold a direction at least but got none.")
@@ -264,63 +229,34 @@ def _directions(
 
 def measure_landscape(
     model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    pgd: PGD,
-    *,
+    attacked: AttackedSet,
     directions: Iterable[Direction],
     coordinates: Sequence[float],
-    **settings: Any,
 ) -> LandscapeResult:
-    """`loss_landscape` with checked arguments, inside `evaluation_context`.
-
-    Args:
-        model: Maps images in [0, 1] to logits.
-        images: `(N, C, H, W)`.
-        labels: `(N,)`.
-        pgd: The attack, see `attack_of`.
-        directions: At least one, for example of `make_directions`.
-        coordinates: The steps s, see `steps_along`.
-        **settings: `restarts`, `seed`, `batch_size`, `indices` and `on_attack` of `loss_landscape`.
-    """
+    """`loss_landscape` along at least one direction, inside `evaluation_context`."""
     points = (((s, direction),) for direction in directions for s in coordinates)
-    losses = _losses(model, images, labels, pgd, points, **settings)
-    steps = torch.tensor(coordinates, dtype=torch.float64)
-    return LandscapeResult(steps, losses.unflatten(0, (-1, len(coordinates))))
+    return LandscapeResult(*_losses(model, attacked, points, coordinates))
 
 
 def measure_surface(
     model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    pgd: PGD,
-    *,
-    directions: Sequence[Direction],
+    attacked: AttackedSet,
+    directions: Iterable[Direction],
     coordinates: Sequence[float],
-    **settings: Any,
 ) -> SurfaceResult:
-    """`loss_surface` with checked arguments, see `measure_landscape`."""
+    """`loss_surface` along two directions, inside `evaluation_context`."""
     first, second = directions
     points = (((s, first), (t, second)) for s in coordinates for t in coordinates)
-    losses = _losses(model, images, labels, pgd, points, **settings)
-    steps = torch.tensor(coordinates, dtype=torch.float64)
-    return SurfaceResult(steps, losses.unflatten(0, (-1, len(coordinates))))
+    return SurfaceResult(*_losses(model, attacked, points, coordinates))
 
 
 def _losses(
     model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    pgd: PGD,
+    attacked: AttackedSet,
     points: Iterable[Sequence[tuple[float, Direction]]],
-    *,
-    restarts: int,
-    seed: int,
-    batch_size: int,
-    indices: Sequence[int] | None = None,
-    on_attack: Callable[[], None] | None = None,
-) -> Tensor:
-    """Losses `(P, N)` at the weights plus combinations of directions, attacked anew at each."""
+    coordinates: Sequence[float],
+) -> tuple[Tensor, Tensor]:
+    """The coordinates `(S,)` and the losses `(..., S, N)` at combinations of directions."""
     rows = []
     for terms in points:
         perturbation: dict[str, Tensor] = {}
@@ -329,17 +265,6 @@ def _losses(
                 moved = step * value
                 perturbation[name] = perturbation[name] + moved if name in perturbation else moved
         with perturbed_weights(model, perturbation):
-            losses = batched_losses(
-                model,
-                images,
-                labels,
-                pgd,
-                # Without steps all restarts are the image itself.
-                restarts=range(restarts if pgd.steps else 1),
-                seed=seed,
-                indices=range(len(images)) if indices is None else indices,
-                parts=batches(len(images), batch_size),
-                on_attack=on_attack,
-            )
-        rows.append(losses)
-    return torch.stack(rows)
+            rows.append(attacked.losses(model))
+    losses = torch.stack(rows).unflatten(0, (-1, len(coordinates)))
+    return torch.tensor(coordinates, dtype=torch.float64), losses

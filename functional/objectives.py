@@ -62,10 +62,7 @@ def trades_loss(
         model: Maps images in [0, 1] to logits `(N, K)`.
         images: `(N, C, H, W)` in [0, 1].
         labels: `(N,)` true classes.
-        eps: Radius of the attack; as in `pgd_attack`, like the next three.
-        steps: Steps of the attack.
-        step_size: Length of a step.
-        norm: `linf` or `l2`.
+        eps, steps, step_size, norm: The attack, as in `PGD`.
         start: `paper` (Stutz et al.), `uniform` or `gaussian` (Zhang et al.); at `zero` the
             divergence has no gradient.
         lam: Weight λ of the divergence.

@@ -10,18 +10,16 @@ from torch import nn
 from typing_extensions import override
 
 from robust_flatness.functional.checks import check_choice, check_count
-from robust_flatness.functional.directions import (
+from robust_flatness.functional.landscape import (
     ASCENT_STEPS,
     COUNT,
     LENGTH,
     Direction,
     DirectionKind,
-    check_direction_kind,
-    make_directions,
-)
-from robust_flatness.functional.landscape import (
     LandscapeResult,
     SurfaceResult,
+    check_direction_kind,
+    make_directions,
     measure_landscape,
     measure_surface,
     steps_along,
@@ -160,7 +158,7 @@ class LossLandscape(AttackMeasure):
             network,
             self.attacked(examples).for_loss(self.loss),
             kind,
-            num_directions=count,
+            count,
             relative_to=self.relative_to,
             length=self.length,
         )

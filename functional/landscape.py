@@ -303,9 +303,7 @@ def weight_directions(
     the eigenvectors of λ_max and, as a second one, λ_min of the clean loss, without biases.
 
     Args:
-        model: Maps images in [0, 1] to logits.
-        images: `(N, C, H, W)` in [0, 1]; random directions do not depend on them.
-        labels: `(N,)` true classes.
+        model, images, labels: As in `loss_landscape`; random directions need no images.
         kind: `random`, `adversarial` or `hessian`.
         num_directions: Number of directions; `None` is 10, or 1 for `hessian`, which has at most 2.
         relative_to: `layer`, `filter` (Li et al., 2018) or `network`, see `normalize_direction`.

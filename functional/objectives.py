@@ -126,12 +126,7 @@ def weighted_divergences(
 def mart_objective(
     clean_logits: Tensor, adversarial_logits: Tensor, labels: Tensor, *, lam: float = 6.0
 ) -> Tensor:
-    """Boosted cross-entropy under attack plus λ times the mean weighted divergence, a scalar.
-
-    Example:
-        >>> mart_objective(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([0]))
-        tensor(1.3861)
-    """
+    """Boosted cross-entropy under attack plus λ times the mean weighted divergence, a scalar."""
     boosted = cross_entropy(adversarial_logits, labels) + margins(adversarial_logits, labels).mean()
     return boosted + lam * weighted_divergences(clean_logits, adversarial_logits, labels).mean()
 
@@ -212,11 +207,6 @@ class TrainingLabels:
         """Returns labels `(N,)` of which about the share `noise` is random.
 
         `draws` are `(N, 2)` uniform in [0, 1): whether a label is drawn anew, and what it becomes.
-
-        Example:
-            >>> draws = torch.tensor([[0.1, 0.99], [0.9, 0.99]])
-            >>> TrainingLabels(noise=0.3).resample(torch.tensor([0, 0]), draws, 4)
-            tensor([3, 0])
         """
         drawn = (draws[:, 1] * num_classes).long().clamp_max(num_classes - 1)
         return torch.where(draws[:, 0] < self.noise, drawn, labels)

@@ -72,16 +72,7 @@ class AttackedSet:
     def units(self, per_batch: bool) -> list[tuple[int | None, list[slice]]]:
         """The units that share a weight perturbation: the set, or each batch by global index.
 
-        Returns:
-            Number of the batch, `None` for the set, and the positions of its images.
-
-        Example:
-            >>> images, labels = torch.zeros(3, 1, 2, 2), torch.zeros(3, dtype=torch.long)
-            >>> some = AttackedSet(images, labels, NO_ATTACK, batch_size=2, indices=[0, 1, 4])
-            >>> some.units(per_batch=False)
-            [(None, [slice(0, 2, None), slice(2, 3, None)])]
-            >>> some.units(per_batch=True)
-            [(0, [slice(0, 2, None)]), (2, [slice(2, 3, None)])]
+        A unit is the number of the batch, `None` for the set, and the positions of its images.
         """
         if not per_batch:
             return [(None, self.batches)]
@@ -106,12 +97,7 @@ class AttackedSet:
     def attack(
         self, model: Model, part: slice, restarts: Iterable[int] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Attacks one batch several times.
-
-        Args:
-            model: Maps images in [0, 1] to logits.
-            part: Positions of the images of the batch.
-            restarts: Numbers of the restarts, which select their starts; `None` takes all.
+        """Attacks one batch by restarts of these numbers, which select their starts, or by all.
 
         Returns:
             Highest loss over restarts, and whether none changed the class, `(N,)` each.

@@ -271,10 +271,10 @@ def scale_direction(
 
 
 def split_like(vector: Tensor, weights: Mapping[str, Tensor]) -> Perturbation:
-    """Splits a vector into tensors of the shapes and dtypes of the weights."""
+    """Splits a vector into tensors of the shapes, dtypes and devices of the weights."""
     pieces = vector.split([weight.numel() for weight in weights.values()])
     return {
-        name: piece.view(weight.shape).to(weight.dtype)
+        name: piece.view(weight.shape).to(weight)
         for (name, weight), piece in zip(weights.items(), pieces)
     }
 
@@ -286,10 +286,6 @@ def scale_to(
     """Scales a direction to length ξ‖w‖; zero if it, or the weight, is zero or not finite.
 
     With `per_filter` each slice along the first dimension is scaled to ξ times the weight's.
-
-    Example:
-        >>> scale_to(torch.tensor([0.0, 2.0]), torch.tensor([3.0, 4.0]), 0.5)
-        tensor([0.0000, 2.5000])
     """
     direction = _at_least_float32(direction)
     length = _norm(direction, per_filter)

@@ -121,7 +121,7 @@ def check_examples(images: Tensor, labels: Tensor, num_classes: int | None = Non
     if not (low >= 0 and high <= 1):
         raise ValueError(
             f"Expected `images` to have pixels in [0, 1] but got [{low:.3g}, {high:.3g}]; "
-            "normalisation belongs into the network, or into `normalization=(mean, std)`."
+            "normalization belongs in the network, or in `normalization=(mean, std)`."
         )
     first, last = int(labels.min()), int(labels.max())
     if first < 0 or (num_classes is not None and last >= num_classes):

@@ -96,7 +96,7 @@ def hessian_extreme_eigenvalues(
     check_count("batch_size", batch_size, low=1)
     check_number("tolerance", tolerance, low=1e-12, high=1)
     if len(images) == 0:
-        raise ValueError("Expected `images` to hold an image at least but got none.")
+        raise ValueError("Expected `images` to hold at least one image but got none.")
     tensors = _hessian_tensors(model, names)
     weights = {name: tensor.value() for name, tensor in tensors.items()}
     # Fused attention has no second derivative.

@@ -266,7 +266,7 @@ def _directions(
         )
     directions = [directions] if isinstance(directions, Mapping) else list(directions)
     if not directions:
-        raise ValueError("Expected `directions` to hold a direction at least but got none.")
+        raise ValueError("Expected `directions` to hold at least one direction but got none.")
     for direction in directions:
         _check_direction(model, direction)
     return directions

@@ -364,7 +364,7 @@ def _check_layer(prefix: str, layer: nn.Module, computed: Container[str]) -> Non
     what = f"`{prefix}` ({type(layer).__name__})"
     if uses_weight is None:
         warnings.warn(
-            f"Whether layer {what} computes with its `weight` as it is could not be seen; the "
+            f"Could not check that layer {what} computes with its `weight` as it is; this "
             "parameter is perturbed.",
             stacklevel=4,
         )

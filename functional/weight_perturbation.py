@@ -211,7 +211,7 @@ def adversarial_perturbation(
     values = {name: tensor.value() for name, tensor in tensors.items()}
     weights = {name: value for name, value in values.items() if value.requires_grad}
     if not weights:
-        raise ValueError("Expected weights that are trained, to perturb, but got frozen ones only.")
+        raise ValueError("Expected `model` to have trained weights to perturb but got frozen ones.")
     trained = {name: tensors[name] for name in weights}
     perturbation: Perturbation = {}
     for step in range(steps):

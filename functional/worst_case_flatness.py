@@ -172,30 +172,18 @@ def measure_worst_case_flatness(
     sharing: Sharing | None = None,
 ) -> WorstCaseFlatnessResult:
     """`worst_case_flatness` with checked arguments, inside `evaluation_context`."""
-    # Raises, before anything is measured, if a weight cannot be perturbed.
-    tensors = layer_tensors(model)
+    keep = keep or ("best" if loss == "clean" else "last")
     ascended = attacked
     if loss == "clean":
         ascended = replace(attacked, pgd=PGD(0.0, attacked.pgd.steps, start="zero"))
+    # Raises, before anything is measured, if a weight cannot be perturbed.
+    ascent = _JointAscent(model, layer_tensors(model), ascended, xi, weight_step, keep)
     reference, perturbed = [], []
     for number, parts in attacked.units(per_batch):
         reference.append(attacked.for_loss(loss).losses(model, parts))
         losses = []
         for restart in range(attacked.restarts):
-            losses.append(
-                _joint_ascent(
-                    model,
-                    tensors,
-                    ascended,
-                    parts,
-                    xi=xi,
-                    weight_step=weight_step,
-                    keep=keep or ("best" if loss == "clean" else "last"),
-                    restart=restart,
-                    number=number,
-                    sharing=sharing,
-                )
-            )
+            losses.append(ascent.losses(parts, restart, number, sharing))
             for _ in parts:
                 if attacked.on_attack is not None:
                     attacked.on_attack()
@@ -203,101 +191,103 @@ def measure_worst_case_flatness(
     return WorstCaseFlatnessResult(torch.cat(reference), torch.cat(perturbed, dim=1))
 
 
-def _joint_ascent(
-    model: nn.Module,
-    tensors: Mapping[str, LayerTensor],
-    attacked: AttackedSet,
-    parts: Sequence[slice],
-    *,
-    xi: float,
-    weight_step: float,
-    keep: Keep,
-    restart: int,
-    number: int | None,
-    sharing: Sharing | None,
-) -> Tensor:
-    """Increases the mean cross-entropy of batches in ν and δ together; returns the losses `(N,)`.
+@dataclass(frozen=True)
+class _JointAscent:
+    """Increases the mean cross-entropy of batches in ν and δ together.
 
     A step moves each example as the attack does and each layer by `weight_step · ‖w_l‖` along its
-    gradient, and projects both, ν onto ‖ν_l‖ ≤ ξ‖w_l‖. All batches share one ν, also with other
-    processes unless `number` is that of a batch with its own ν.
+    gradient, and projects both, ν onto ‖ν_l‖ ≤ ξ‖w_l‖.
     """
-    pgd = attacked.pgd
-    # Labels made under inference mode cannot be saved for backward, their clones can.
-    batches = [(attacked.images[part], attacked.labels[part].clone()) for part in parts]
-    starts = [attacked.starts(part, restart) for part in parts]
-    adversarial = [pgd.begin(to_float32(x), start) for (x, _), start in zip(batches, starts)]
-    if sharing is None or number is not None:
-        sharing = Sharing(len(batches), lambda total: [total])
-    weights = {name: tensor.value() for name, tensor in tensors.items()}
-    perturbation = {}
-    for position, (name, weight) in enumerate(weights.items()):
-        # Directions uniform, lengths U(0, 1) · ξ‖w_l‖: the start of the paper's code.
-        key = () if number is None else ("batch", number)
-        generator = keyed_generator(attacked.seed, "weight start", restart, position, *key)
-        direction = torch.randn(weight.shape, generator=generator).to(weight)
-        length = xi * torch.rand((), generator=generator).item()
-        perturbation[name] = scale_to(direction, weight, length)
-    iterates = []
-    for step in range(pgd.steps + 1):
-        ascend = step < pgd.steps
-        with (
-            perturbed_weights(model, perturbation, tensors),
-            differentiable_weights(model, tensors) as leaves,
-        ):
-            total, losses = _pass(
-                model, list(leaves.values()), batches, adversarial, pgd, sharing, ascend
-            )
-        iterates.append((total[0].item(), losses))
-        if ascend:
-            for name, gradient in split_like(total[1:], weights).items():
-                weight = weights[name]
-                moved = perturbation[name] + scale_to(gradient, weight, weight_step)
-                perturbation[name] = onto_ball(moved, weight, xi)
-    if keep == "last":
-        return losses
-    # An iterate whose loss is NaN is the worst.
-    return max(iterates, key=lambda item: math.inf if math.isnan(item[0]) else item[0])[1]
 
+    model: nn.Module
+    tensors: Mapping[str, LayerTensor]
+    attacked: AttackedSet
+    xi: float
+    weight_step: float
+    keep: Keep
 
-def _pass(
-    model: nn.Module,
-    weights: Sequence[Tensor],
-    batches: Sequence[tuple[Tensor, Tensor]],
-    adversarial: list[Tensor],
-    pgd: PGD,
-    sharing: Sharing,
-    ascend: bool,
-) -> tuple[Tensor, Tensor]:
-    """One pass over the set at w + ν, which moves the adversarial examples if it ascends.
+    def losses(
+        self, parts: Sequence[slice], restart: int, number: int | None, sharing: Sharing | None
+    ) -> Tensor:
+        """Losses of the examples of some batches, `(N,)`.
 
-    Returns:
-        Sum of the losses over the whole set and, if it ascends, its gradient for all weights as
-        one vector; and this process's losses `(N,)`.
-    """
-    exact = any(weight.dtype == torch.float64 for weight in weights)
-    total = weights[0].new_zeros(
-        1 + sum(weight.numel() for weight in weights) * ascend,
-        dtype=torch.float64 if exact else torch.float32,
-    )
-    losses = []
-    for turn in range(sharing.rounds):
-        summand = torch.zeros_like(total)
-        if turn < len(batches):
-            images, labels = batches[turn]
-            gradients: list[Tensor] = []
-            with torch.set_grad_enabled(ascend):
-                moving = adversarial[turn].detach().requires_grad_(ascend)
-                logits = logits_function(model, images)(moving)
-                batch_losses = nan_unless_finite(example_losses(logits, labels), logits)
-            if ascend:
-                gradient, *gradients = torch.autograd.grad(
-                    batch_losses.sum(), [moving, *weights], materialize_grads=True
+        All batches share one ν, also with other processes unless `number` is that of a batch with
+        its own ν.
+        """
+        attacked, pgd = self.attacked, self.attacked.pgd
+        # Labels made under inference mode cannot be saved for backward, their clones can.
+        batches = [(attacked.images[part], attacked.labels[part].clone()) for part in parts]
+        starts = [attacked.starts(part, restart) for part in parts]
+        adversarial = [pgd.begin(to_float32(x), start) for (x, _), start in zip(batches, starts)]
+        if sharing is None or number is not None:
+            sharing = Sharing(len(batches), lambda total: [total])
+        weights = {name: tensor.value() for name, tensor in self.tensors.items()}
+        perturbation = {}
+        for position, (name, weight) in enumerate(weights.items()):
+            # Directions uniform, lengths U(0, 1) · ξ‖w_l‖: the start of the paper's code.
+            key = () if number is None else ("batch", number)
+            generator = keyed_generator(attacked.seed, "weight start", restart, position, *key)
+            direction = torch.randn(weight.shape, generator=generator).to(weight)
+            length = self.xi * torch.rand((), generator=generator).item()
+            perturbation[name] = scale_to(direction, weight, length)
+        iterates = []
+        for step in range(pgd.steps + 1):
+            ascend = step < pgd.steps
+            with (
+                perturbed_weights(self.model, perturbation, self.tensors),
+                differentiable_weights(self.model, self.tensors) as leaves,
+            ):
+                total, losses = self._pass(
+                    [*leaves.values()], batches, adversarial, sharing, ascend
                 )
-                adversarial[turn] = pgd.move(moving.detach(), gradient, images)
-            losses.append(batch_losses.detach())
-            parts = [losses[-1].sum()[None], *(gradient.flatten() for gradient in gradients)]
-            summand = torch.cat(parts).to(total)
-        for other in sharing.gather(summand):
-            total += other
-    return total, torch.cat(losses) if losses else total.new_zeros(0)
+            iterates.append((total[0].item(), losses))
+            if ascend:
+                for name, gradient in split_like(total[1:], weights).items():
+                    weight = weights[name]
+                    moved = perturbation[name] + scale_to(gradient, weight, self.weight_step)
+                    perturbation[name] = onto_ball(moved, weight, self.xi)
+        if self.keep == "last":
+            return losses
+        # An iterate whose loss is NaN is the worst.
+        return max(iterates, key=lambda item: math.inf if math.isnan(item[0]) else item[0])[1]
+
+    def _pass(
+        self,
+        weights: Sequence[Tensor],
+        batches: Sequence[tuple[Tensor, Tensor]],
+        adversarial: list[Tensor],
+        sharing: Sharing,
+        ascend: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """One pass over the set at w + ν, which moves the adversarial examples if it ascends.
+
+        Returns:
+            Sum of the losses over the whole set and, if it ascends, its gradient for all weights as
+            one vector; and this process's losses `(N,)`.
+        """
+        exact = any(weight.dtype == torch.float64 for weight in weights)
+        total = weights[0].new_zeros(
+            1 + sum(weight.numel() for weight in weights) * ascend,
+            dtype=torch.float64 if exact else torch.float32,
+        )
+        losses = []
+        for turn in range(sharing.rounds):
+            summand = torch.zeros_like(total)
+            if turn < len(batches):
+                images, labels = batches[turn]
+                gradients: list[Tensor] = []
+                with torch.set_grad_enabled(ascend):
+                    moving = adversarial[turn].detach().requires_grad_(ascend)
+                    logits = logits_function(self.model, images)(moving)
+                    batch_losses = nan_unless_finite(example_losses(logits, labels), logits)
+                if ascend:
+                    gradient, *gradients = torch.autograd.grad(
+                        batch_losses.sum(), [moving, *weights], materialize_grads=True
+                    )
+                    adversarial[turn] = self.attacked.pgd.move(moving.detach(), gradient, images)
+                losses.append(batch_losses.detach())
+                parts = [losses[-1].sum()[None], *(gradient.flatten() for gradient in gradients)]
+                summand = torch.cat(parts).to(total)
+            for other in sharing.gather(summand):
+                total += other
+        return total, torch.cat(losses) if losses else total.new_zeros(0)

@@ -15,7 +15,7 @@ from torch import Tensor, distributed, nn
 from typing_extensions import override
 
 from robust_flatness.functional.attack import PGD, Precision
-from robust_flatness.functional.checks import Eps, check_count, check_radius
+from robust_flatness.functional.checks import Eps, check_count, check_examples, check_radius
 from robust_flatness.functional.evaluation import evaluation_context
 from robust_flatness.functional.layer_weights import perturbed_parameters
 from robust_flatness.functional.noise import Norm
@@ -101,7 +101,11 @@ class Measure(ABC):
 
         Returns:
             The result, with tensors in float64, or bool, on the CPU.
+
+        Raises:
+            ValueError: If pixels or shapes are not as above.
         """
+        check_examples(images, labels)
         with evaluation_context(network):
             examples = Examples(images, labels, range(len(labels)))
             return self.measure_set(network, examples, Processes())

@@ -57,7 +57,7 @@ def test_is_as_strong_as_torchattacks_at_equal_settings(trained):
                 seed=seed,
             )
             values[keep].append(robust_loss(module, ours, labels))
-    means = {name: sum(found) / len(found) for name, found in values.items()}
+    means = {name: sum(errors) / len(errors) for name, errors in values.items()}
     # Random starts move a single value by one per cent, theirs and ours alike.
     assert means["last"] == pytest.approx(means["theirs"], rel=0.01)
     assert means["best"] >= means["theirs"] * 0.99

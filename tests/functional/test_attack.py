@@ -253,11 +253,11 @@ def test_friendly_pgd_stays_in_ball_and_box_and_spends_as_much_as_pgd():
     images, labels = images_and_labels()
     passes = PassCounter(model)
     start = torch.full_like(images, 0.5)
-    found = FriendlyPGD(eps=0.1, steps=4, tau=1).attack(model, images, labels, start)
+    result = FriendlyPGD(eps=0.1, steps=4, tau=1).attack(model, images, labels, start)
     assert (passes.forwards, passes.backwards) == (8 * 5, 8 * 4)
-    assert (found.images - images).abs().max() <= 0.1 + 1e-6
-    assert found.images.min() >= 0
-    assert found.images.max() <= 1
-    assert not found.images.requires_grad
+    assert (result.images - images).abs().max() <= 0.1 + 1e-6
+    assert result.images.min() >= 0
+    assert result.images.max() <= 1
+    assert not result.images.requires_grad
     with pytest.raises(ValueError, match="`tau` to be >= 0 but got -1"):
         FriendlyPGD(eps=0.1, tau=-1)

@@ -165,9 +165,9 @@ def test_every_type_of_weights_is_measured_like_float32(measure, dtype):
     # Weights that all types hold exactly, so that the networks are equal.
     network = tiny_network().to(torch.float16).to(torch.bfloat16)
     expected = MEASURES[measure](network.float(), images, labels)
-    found = MEASURES[measure](network.to(dtype), images, labels)
-    assert found.dtype in (torch.float32, torch.float64)
-    torch.testing.assert_close(found.double(), expected.double(), rtol=2e-2, atol=1e-3)
+    result = MEASURES[measure](network.to(dtype), images, labels)
+    assert result.dtype in (torch.float32, torch.float64)
+    torch.testing.assert_close(result.double(), expected.double(), rtol=2e-2, atol=1e-3)
     assert all(p.dtype == dtype for p in network.parameters())
 
 
@@ -175,9 +175,9 @@ def test_images_of_another_type_than_the_weights_are_measured():
     images, labels = images_and_labels(4)
     expected = evaluate_robustness(tiny_network(), images, labels, restarts=1, **SHORT)
     for dtype in (torch.float64, torch.bfloat16):
-        found = evaluate_robustness(tiny_network(), images.to(dtype), labels, restarts=1, **SHORT)
+        result = evaluate_robustness(tiny_network(), images.to(dtype), labels, restarts=1, **SHORT)
         torch.testing.assert_close(
-            found.losses.double(), expected.losses.double(), rtol=1e-1, atol=1e-2
+            result.losses.double(), expected.losses.double(), rtol=1e-1, atol=1e-2
         )
 
 
@@ -186,9 +186,9 @@ def test_small_perturbations_of_half_precision_weights_are_not_rounded_away():
     network = tiny_network().to(torch.bfloat16)
     # 0.1 % of a weight is below what bfloat16 resolves, 0.4 %.
     settings = {"xi": 0.001, "restarts": 1, "steps": 2, "eps": 0.1}
-    found = worst_case_flatness(network, images, labels, **settings).value
+    result = worst_case_flatness(network, images, labels, **settings).value
     expected = worst_case_flatness(network.float(), images, labels, **settings).value
-    assert found == pytest.approx(expected, rel=1e-6)
+    assert result == pytest.approx(expected, rel=1e-6)
 
 
 def test_state_comes_back_after_an_exception():

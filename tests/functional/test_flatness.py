@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy, softplus
 from robust_flatness.functional import (
     average_case_flatness,
     perturbed_weights,
+    pgd_attack,
     sample_weight_perturbation,
 )
 
@@ -21,9 +22,9 @@ SETTINGS = {"eps": 0.05, "steps": 3, "num_perturbations": 3}
 
 def test_xi_zero_is_exactly_zero():
     images, labels = images_and_labels(8)
-    found = average_case_flatness(tiny_network(), images, labels, xi=0.0, restarts=2, **SETTINGS)
-    assert found.value == 0.0
-    assert found.standard_error == 0.0
+    result = average_case_flatness(tiny_network(), images, labels, xi=0.0, restarts=2, **SETTINGS)
+    assert result.value == 0.0
+    assert result.standard_error == 0.0
 
 
 def test_paper_protocol_compares_ten_restarts_with_one():
@@ -50,22 +51,22 @@ def test_adversarial_examples_are_computed_anew_at_the_perturbed_weights():
 def test_values_and_errors_are_those_of_the_losses():
     images, labels = images_and_labels(12)
     network = tiny_network().double()
-    found = average_case_flatness(network, images.double(), labels, **SETTINGS)
-    rises = found.perturbed_losses - found.reference_losses
-    assert found.perturbed_losses.shape == (3, 12)
-    assert found.value == pytest.approx(rises.mean().item())
+    result = average_case_flatness(network, images.double(), labels, **SETTINGS)
+    rises = result.perturbed_losses - result.reference_losses
+    assert result.perturbed_losses.shape == (3, 12)
+    assert result.value == pytest.approx(rises.mean().item())
     over_directions = rises.mean(1).std().item() / math.sqrt(3)
-    assert found.standard_error == pytest.approx(over_directions)
+    assert result.standard_error == pytest.approx(over_directions)
     over_examples = rises.mean(0).std().item() / math.sqrt(12)
-    assert found.standard_error_examples == pytest.approx(over_examples)
+    assert result.standard_error_examples == pytest.approx(over_examples)
 
 
 def test_without_steps_it_is_the_flatness_of_the_clean_loss():
     images, labels = images_and_labels(8)
     network = tiny_network().eval()
-    found = average_case_flatness(network, images, labels, steps=0, num_perturbations=1)
+    result = average_case_flatness(network, images, labels, steps=0, num_perturbations=1)
     clean = cross_entropy(network(images), labels, reduction="none").detach()
-    torch.testing.assert_close(found.reference_losses, clean)
+    torch.testing.assert_close(result.reference_losses, clean)
 
 
 def test_spends_the_minimum_of_passes():
@@ -121,12 +122,12 @@ def test_two_layer_network_agrees_with_the_closed_form(choice, per_batch):
             with perturbed_weights(network, nu):
                 expected[k, part] = worst_losses_of(network, images[part], labels[part], 0.1)
     settings = {"num_perturbations": 3, "eps": 0.1, "steps": 40, "batch_size": 5}
-    found = average_case_flatness(
+    result = average_case_flatness(
         network, images, labels, xi=0.4, per_batch=per_batch, **settings, **choice
     )
-    torch.testing.assert_close(found.reference_losses, reference, rtol=0, atol=1e-9)
-    torch.testing.assert_close(found.perturbed_losses, expected, rtol=0, atol=1e-9)
-    assert found.value == pytest.approx((expected - reference).mean().item(), abs=1e-9)
+    torch.testing.assert_close(result.reference_losses, reference, rtol=0, atol=1e-9)
+    torch.testing.assert_close(result.perturbed_losses, expected, rtol=0, atol=1e-9)
+    assert result.value == pytest.approx((expected - reference).mean().item(), abs=1e-9)
 
 
 @pytest.mark.parametrize(("distribution", "power"), [("sphere", 0.5), ("ball", 1.5)])
@@ -143,7 +144,7 @@ def test_the_expectation_is_that_of_the_distribution(distribution, power):
     density = (1 - t**2) ** power
     rises = np.logaddexp(0, -(margin + reach * t)) - np.logaddexp(0, -margin)
     expected = (rises * density).sum() / density.sum()
-    found = average_case_flatness(
+    result = average_case_flatness(
         network,
         images,
         labels,
@@ -152,11 +153,11 @@ def test_the_expectation_is_that_of_the_distribution(distribution, power):
         loss="clean",
         distribution=distribution,
     )
-    assert found.value == pytest.approx(expected, abs=3 * found.standard_error)
+    assert result.value == pytest.approx(expected, abs=3 * result.standard_error)
     # The two expectations are far enough apart for the test to tell them.
     other = (1 - t**2) ** (2 - power)
     gap = abs((rises * other).sum() / other.sum() - expected)
-    assert gap > 6 * found.standard_error
+    assert gap > 6 * result.standard_error
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -210,13 +211,13 @@ def test_clean_loss_spends_one_forward_for_each_direction_and_knows_no_attack():
     images, labels = images_and_labels(8)
     network = tiny_network().eval()
     passes = PassCounter(network)
-    found = average_case_flatness(
+    result = average_case_flatness(
         network, images, labels, loss="clean", num_perturbations=3, restarts=4, protocol="paper"
     )
     assert (passes.forwards, passes.backwards) == (8 * (3 + 1), 0)
     with perturbed_weights(network, sample_weight_perturbation(network, direction=2)):
         expected = cross_entropy(network(images), labels, reduction="none")
-    torch.testing.assert_close(found.perturbed_losses[2], expected.detach())
+    torch.testing.assert_close(result.perturbed_losses[2], expected.detach())
 
 
 @pytest.mark.parametrize("loss", ["robust", "clean"])
@@ -243,3 +244,55 @@ def test_unknown_choices_are_named(name):
     images, labels = images_and_labels(2)
     with pytest.raises(ValueError, match=f"Expected `{name}` to be one of .* but got cube"):
         average_case_flatness(tiny_network(), images, labels, steps=1, **{name: "cube"})
+
+
+# The measure's own noise: what the standard error says against what 20 seeds show.
+SEEDS = 20
+QUICK = {"eps": 0.03, "steps": 2}
+
+
+@pytest.fixture(scope="module")
+def trained() -> nn.Module:
+    """A network that adversarial training has fitted to 64 images."""
+    images, labels = images_and_labels(64, classes=4)
+    network = tiny_network(classes=4)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+    for step in range(60):
+        adversarial = pgd_attack(network, images, labels, seed=step, **QUICK)
+        loss = cross_entropy(network(adversarial), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.7
+    return network
+
+
+@pytest.mark.parametrize("choice", [{"steps": 1}, {"loss": "clean", "per_batch": True}])
+def test_the_standard_error_is_the_spread_over_seeds_of_directions(trained, choice):
+    images, labels = images_and_labels(64, classes=4)
+    settings = {"batch_size": 32, **QUICK, **choice}
+    results = [
+        average_case_flatness(trained, images, labels, seed=seed, **settings)
+        for seed in range(SEEDS)
+    ]
+    spread = torch.tensor([result.value for result in results]).std().item()
+    reported = sum(result.standard_error for result in results) / SEEDS
+    assert spread > 0.01
+    assert reported / 1.5 < spread < reported * 1.5
+
+
+def test_the_standard_error_over_examples_is_the_spread_over_sets(trained):
+    # Sets of 64 out of 1920 images whose labels are those that the network gives.
+    images, _ = images_and_labels(64 * SEEDS, classes=4, seed=7)
+    with torch.no_grad():
+        labels = trained.eval()(images).argmax(1)
+    results = [
+        average_case_flatness(
+            trained, part, part_labels, loss="clean", num_perturbations=20, indices=range(64)
+        )
+        for part, part_labels in zip(images.split(64), labels.split(64))
+    ]
+    # The directions are the same for all sets.
+    spread = torch.tensor([result.value for result in results]).std().item()
+    reported = sum(result.standard_error_examples for result in results) / SEEDS
+    assert reported / 1.5 < spread < reported * 1.5

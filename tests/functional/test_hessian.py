@@ -46,17 +46,17 @@ def dense(network: nn.Module, names: list[str], images, labels) -> torch.Tensor:
 def test_agrees_with_the_dense_hessian(names):
     images, labels = images_and_labels(12, classes=3, channels=1)
     network = small().eval()
-    found = hessian_extreme_eigenvalues(
+    result = hessian_extreme_eigenvalues(
         network, images.double(), labels, names=names, batch_size=5, **EXACT
     )
     matrix = dense(network, names, images.double(), labels)
     values, _ = torch.linalg.eigh(matrix)
-    assert found.max_eigenvalue == pytest.approx(values[-1].item(), abs=1e-10)
-    assert found.min_eigenvalue == pytest.approx(values[0].item(), abs=1e-10)
-    assert found.convexity_ratio == pytest.approx(abs(values[0] / values[-1]).item(), abs=1e-9)
+    assert result.max_eigenvalue == pytest.approx(values[-1].item(), abs=1e-10)
+    assert result.min_eigenvalue == pytest.approx(values[0].item(), abs=1e-10)
+    assert result.convexity_ratio == pytest.approx(abs(values[0] / values[-1]).item(), abs=1e-9)
     for vector, value in (
-        (found.max_eigenvector, found.max_eigenvalue),
-        (found.min_eigenvector, found.min_eigenvalue),
+        (result.max_eigenvector, result.max_eigenvalue),
+        (result.min_eigenvector, result.min_eigenvalue),
     ):
         assert list(vector) == names
         flat = torch.cat([vector[name].flatten() for name in names])
@@ -66,9 +66,9 @@ def test_agrees_with_the_dense_hessian(names):
 
 def test_has_a_negative_eigenvalue_where_the_loss_is_not_convex():
     images, labels = images_and_labels(12, classes=3, channels=1)
-    found = hessian_extreme_eigenvalues(small(), images.double(), labels, **EXACT)
-    assert found.min_eigenvalue < -1e-4
-    assert 0 < found.convexity_ratio < 1
+    result = hessian_extreme_eigenvalues(small(), images.double(), labels, **EXACT)
+    assert result.min_eigenvalue < -1e-4
+    assert 0 < result.convexity_ratio < 1
 
 
 def test_linear_network_agrees_with_the_closed_form():
@@ -81,9 +81,9 @@ def test_linear_network_agrees_with_the_closed_form():
     x = images.flatten(1)
     inner = (x * (probability * (1 - probability)).unsqueeze(1)).T @ x / 20
     expected = 2 * torch.linalg.eigvalsh(inner)[-1].item()
-    found = hessian_extreme_eigenvalues(network, images, labels, **EXACT)
-    assert found.max_eigenvalue == pytest.approx(expected, rel=1e-9)
-    assert found.min_eigenvalue == pytest.approx(0, abs=1e-9)
+    result = hessian_extreme_eigenvalues(network, images, labels, **EXACT)
+    assert result.max_eigenvalue == pytest.approx(expected, rel=1e-9)
+    assert result.min_eigenvalue == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize("factor", [0.5, 3.7])
@@ -117,8 +117,8 @@ def test_converges_in_float32_though_the_smallest_eigenvalue_is_zero():
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     products = []
     network.register_forward_hook(lambda *_: products.append(1))
-    found = hessian_extreme_eigenvalues(network, images, labels)
-    assert abs(found.min_eigenvalue) < 1e-3 * found.max_eigenvalue
+    result = hessian_extreme_eigenvalues(network, images, labels)
+    assert abs(result.min_eigenvalue) < 1e-3 * result.max_eigenvalue
     assert len(products) < 200
 
 
@@ -140,9 +140,9 @@ def test_is_that_of_the_mean_whatever_the_batch():
 def test_two_weights_or_one_are_enough():
     images, labels = images_and_labels(4, classes=2, channels=1)
     network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1, 2)).double()
-    found = hessian_extreme_eigenvalues(network, images.double(), labels)
+    result = hessian_extreme_eigenvalues(network, images.double(), labels)
     matrix = dense(network, ["2.weight"], images.double(), labels)
-    assert found.max_eigenvalue == pytest.approx(torch.linalg.eigvalsh(matrix)[-1].item())
+    assert result.max_eigenvalue == pytest.approx(torch.linalg.eigvalsh(matrix)[-1].item())
 
 
 def test_frozen_flags_come_back_after_an_exception():
@@ -164,9 +164,9 @@ def test_attention_has_a_second_derivative():
             return self.head(self.attend(rows, rows, rows, need_weights=False)[0].mean(1))
 
     images, labels = images_and_labels(4, classes=3, channels=1)
-    found = hessian_extreme_eigenvalues(Attention(), images, labels)
-    assert found.max_eigenvalue > 0
-    assert "attend.in_proj_weight" in found.max_eigenvector
+    result = hessian_extreme_eigenvalues(Attention(), images, labels)
+    assert result.max_eigenvalue > 0
+    assert "attend.in_proj_weight" in result.max_eigenvector
 
 
 def test_a_diverged_network_has_no_eigenvalues():
@@ -175,10 +175,10 @@ def test_a_diverged_network_has_no_eigenvalues():
     with torch.no_grad():
         network[0].weight.fill_(math.nan)
     with pytest.warns(UserWarning, match="the loss or its derivatives are not finite"):
-        found = hessian_extreme_eigenvalues(network, images, labels)
-    assert math.isnan(found.max_eigenvalue)
-    assert math.isnan(found.min_eigenvalue)
-    assert math.isnan(found.convexity_ratio)
+        result = hessian_extreme_eigenvalues(network, images, labels)
+    assert math.isnan(result.max_eigenvalue)
+    assert math.isnan(result.min_eigenvalue)
+    assert math.isnan(result.convexity_ratio)
 
 
 def test_a_flat_loss_has_zero_curvature():
@@ -186,9 +186,9 @@ def test_a_flat_loss_has_zero_curvature():
     network = tiny_network()
     with torch.no_grad():
         network[8].weight.zero_()
-    found = hessian_extreme_eigenvalues(network, images, labels, names=["0.weight"])
-    assert found.max_eigenvalue == pytest.approx(0, abs=1e-12)
-    assert found.min_eigenvalue == pytest.approx(0, abs=1e-12)
+    result = hessian_extreme_eigenvalues(network, images, labels, names=["0.weight"])
+    assert result.max_eigenvalue == pytest.approx(0, abs=1e-12)
+    assert result.min_eigenvalue == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -206,5 +206,5 @@ def test_bad_arguments_are_named(kwargs, message):
 
 
 def test_an_empty_set_is_refused():
-    with pytest.raises(ValueError, match="`images` to hold an image"):
+    with pytest.raises(ValueError, match="`images` to hold at least one image"):
         hessian_extreme_eigenvalues(tiny_network(), *images_and_labels(0))

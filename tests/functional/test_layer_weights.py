@@ -134,15 +134,15 @@ def test_measures_are_those_of_the_same_function_with_plain_weights(kind):
     before = snapshot(parametrised)
     assert list(perturbed_parameters(parametrised)) == list(perturbed_parameters(plain))
     for name, measure in MEASURES.items():
-        found, expected = (measure(net, IMAGES, LABELS) for net in (parametrised, plain))
-        assert found.value == pytest.approx(expected.value, abs=1e-9), name
+        result, expected = (measure(net, IMAGES, LABELS) for net in (parametrised, plain))
+        assert result.value == pytest.approx(expected.value, abs=1e-9), name
         assert abs(expected.value) > 1e-4
     for name, measure in CURVES.items() if "hook" in kind or kind == "own" else ():
-        found, expected = (measure(net, IMAGES, LABELS) for net in (parametrised, plain))
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9, msg=name)
+        result, expected = (measure(net, IMAGES, LABELS) for net in (parametrised, plain))
+        torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-9, msg=name)
     with torch.inference_mode():
-        found = MEASURES["average"](parametrised, IMAGES, LABELS).value
-    assert found == pytest.approx(MEASURES["average"](plain, IMAGES, LABELS).value, abs=1e-9)
+        result = MEASURES["average"](parametrised, IMAGES, LABELS).value
+    assert result == pytest.approx(MEASURES["average"](plain, IMAGES, LABELS).value, abs=1e-9)
     assert same(snapshot(parametrised), before)
     assert all(parameter.grad is None for parameter in parametrised.parameters())
 
@@ -248,8 +248,8 @@ def test_attention_computes_with_a_parametrised_projection():
             return self.head(self.attend(*[images[:, 0]] * 3)[0].mean(1))
 
     parametrised, plain = Attends(parametrizations.weight_norm).double(), Attends().double()
-    found, expected = (MEASURES["average"](n, IMAGES, LABELS).value for n in (parametrised, plain))
-    assert found == pytest.approx(expected, abs=1e-9)
+    result, expected = (MEASURES["average"](n, IMAGES, LABELS).value for n in (parametrised, plain))
+    assert result == pytest.approx(expected, abs=1e-9)
     # AWP leaves biases out, also those with several dimensions.
     weights = ["attend.in_proj_weight", "attend.out_proj.weight", "head.weight"]
     assert list(perturbed_parameters(plain, biases=False)) == weights
@@ -379,7 +379,7 @@ def test_what_is_not_perturbed_or_not_certain_is_named_in_a_warning():
 
 def test_a_network_without_trained_weights_has_no_adversarial_perturbation():
     net = network().requires_grad_(False)
-    with pytest.raises(ValueError, match="weights that are trained, to perturb, but got frozen"):
+    with pytest.raises(ValueError, match="trained weights to perturb but got frozen ones"):
         adversarial_weight_perturbation(net, IMAGES, LABELS)
 
 

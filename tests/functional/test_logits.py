@@ -57,11 +57,11 @@ def test_other_outputs_are_refused_in_a_sentence(call, what):
 
 @pytest.mark.parametrize("call", CALLS)
 def test_probabilities_cause_one_warning(call):
-    network, given = Returns(lambda z: z.softmax(1)), images_and_labels(3)
+    network, data = Returns(lambda z: z.softmax(1)), images_and_labels(3)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         for wrapped in (network, nn.Sequential(network)):
-            CALLS[call](wrapped, *given)
+            CALLS[call](wrapped, *data)
     assert sum("probabilities" in str(warning.message) for warning in seen) == 1
 
 

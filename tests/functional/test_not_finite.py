@@ -67,13 +67,13 @@ def test_clean_and_attacked_examples_count_as_wrong(value, label):
         network.net[-1].weight.zero_()
         network.net[-1].bias.copy_(10.0 * nn.functional.one_hot(labels[0], 10))
     attack = {"eps": 0.1, "steps": 1, "restarts": 8, "start": "uniform"}
-    found = evaluate_robustness(network, images, labels, **attack)
-    assert found.clean_correct.tolist() == [False, True, True, True]
-    assert found.robust_correct.tolist() == [False, False, True, True]
-    assert found.losses.isfinite().tolist() == [False, False, True, True]
-    assert found.clean_losses.isfinite().tolist() == [False, True, True, True]
-    assert not math.isfinite(found.robust_loss)
-    assert not math.isfinite(found.robust_loss_correct)
+    result = evaluate_robustness(network, images, labels, **attack)
+    assert result.clean_correct.tolist() == [False, True, True, True]
+    assert result.robust_correct.tolist() == [False, False, True, True]
+    assert result.losses.isfinite().tolist() == [False, False, True, True]
+    assert result.clean_losses.isfinite().tolist() == [False, True, True, True]
+    assert not math.isfinite(result.robust_loss)
+    assert not math.isfinite(result.robust_loss_correct)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -92,9 +92,9 @@ def test_one_broken_example_does_not_touch_the_others():
     broken = Broken(math.nan, threshold=0.97)
     images = corner(images, 1.0, *images[1:, 0, 0, 0].clamp(max=0.8))
     expected = evaluate_robustness(tiny_network(), images, labels, eps=0.1, steps=2, norm="l2")
-    found = evaluate_robustness(broken, images, labels, eps=0.1, steps=2, norm="l2")
-    assert found.losses.isnan().tolist() == [True, False, False, False]
-    torch.testing.assert_close(found.losses[1:], expected.losses[1:])
+    result = evaluate_robustness(broken, images, labels, eps=0.1, steps=2, norm="l2")
+    assert result.losses.isnan().tolist() == [True, False, False, False]
+    torch.testing.assert_close(result.losses[1:], expected.losses[1:])
 
 
 def test_friendly_pgd_takes_it_for_misclassified():
@@ -104,8 +104,10 @@ def test_friendly_pgd_takes_it_for_misclassified():
     # Also where the prediction to leave is that of logits which are not finite.
     for target in (labels, torch.full((2, 10), math.nan)):
         criterion = (lambda z, y: z.sum(1)) if target.ndim > 1 else None
-        given = (images, target, start) if criterion is None else (images, target, start, criterion)
-        kept = FriendlyPGD(eps=0.1, steps=2).attack(network, *given).images
+        criteria = () if criterion is None else (criterion,)
+        kept = (
+            FriendlyPGD(eps=0.1, steps=2).attack(network, images, target, start, *criteria).images
+        )
         assert torch.equal(kept, PGD(eps=0.1).begin(images, start))
 
 
@@ -113,10 +115,10 @@ def test_friendly_pgd_takes_it_for_misclassified():
 def test_flatness_is_not_finite_if_an_example_is_not(measure):
     images, labels = images_and_labels(4)
     network = Broken(math.nan, threshold=0.9)
-    found = measure(network, corner(images, 1.0, 0, 0, 0), labels, eps=0.05, steps=1, restarts=1)
-    assert not math.isfinite(found.value)
-    assert not math.isfinite(found.reference_loss)
-    assert found.reference_losses.isfinite().tolist() == [False, True, True, True]
+    result = measure(network, corner(images, 1.0, 0, 0, 0), labels, eps=0.05, steps=1, restarts=1)
+    assert not math.isfinite(result.value)
+    assert not math.isfinite(result.reference_loss)
+    assert result.reference_losses.isfinite().tolist() == [False, True, True, True]
 
 
 def test_an_iterate_of_the_weights_whose_loss_is_nan_is_the_worst():

@@ -57,18 +57,18 @@ def test_clean_errors_count_as_robust_errors(monkeypatch):
         return Iterate(inputs, torch.zeros(len(targets)), targets)
 
     monkeypatch.setattr(PGD, "attack", harmless)
-    found = evaluate_robustness(network, images, labels, eps=0.1)
-    assert found.robust_error == found.error > 0
+    result = evaluate_robustness(network, images, labels, eps=0.1)
+    assert result.robust_error == result.error > 0
 
 
 def test_splits_the_loss_by_clean_correctness():
     images, labels = images_and_labels(32)
-    found = evaluate_robustness(tiny_network(), images, labels, eps=0.05, steps=2, restarts=1)
-    right = found.clean_correct.double()
+    result = evaluate_robustness(tiny_network(), images, labels, eps=0.05, steps=2, restarts=1)
+    right = result.clean_correct.double()
     share = right.mean().item()
-    mixed = share * found.robust_loss_correct + (1 - share) * found.robust_loss_incorrect
-    assert mixed == pytest.approx(found.robust_loss, abs=1e-9)
-    assert found.robust_loss_incorrect > found.robust_loss_correct
+    mixed = share * result.robust_loss_correct + (1 - share) * result.robust_loss_incorrect
+    assert mixed == pytest.approx(result.robust_loss, abs=1e-9)
+    assert result.robust_loss_incorrect > result.robust_loss_correct
 
 
 def test_chunks_and_indices_do_not_change_the_value():
@@ -105,6 +105,6 @@ def test_spends_the_minimum_of_passes():
 
 def test_nothing_to_measure_gives_empty_tensors():
     images, labels = images_and_labels(4)
-    found = evaluate_robustness(tiny_network(), images[:0], labels[:0], eps=0.1)
-    assert found.losses.shape == (0,)
-    assert math.isnan(found.robust_loss)
+    result = evaluate_robustness(tiny_network(), images[:0], labels[:0], eps=0.1)
+    assert result.losses.shape == (0,)
+    assert math.isnan(result.robust_loss)

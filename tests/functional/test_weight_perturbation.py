@@ -5,10 +5,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks_for_tests import same, snapshot, tiny_network
+from networks_for_tests import images_and_labels, same, snapshot, tiny_network
 from torch import nn
+from torch.nn.functional import cross_entropy
 
-from robust_flatness.functional import perturbed_weights, sample_weight_perturbation
+from robust_flatness.functional import (
+    adversarial_weight_perturbation,
+    perturbed_weights,
+    sample_weight_perturbation,
+)
 from robust_flatness.functional.layer_weights import perturbed_parameters
 from robust_flatness.functional.noise import keyed_generator
 from robust_flatness.functional.weight_perturbation import onto_ball, scale_to
@@ -46,11 +51,11 @@ def test_directions_and_seeds_are_independent_and_repeatable():
 
 def test_defaults_are_the_sphere_of_each_layer_drawn_as_ever():
     network = tiny_network()
-    found = sample_weight_perturbation(network, xi=0.5, seed=3, direction=2)
+    result = sample_weight_perturbation(network, xi=0.5, seed=3, direction=2)
     for position, (name, weight) in enumerate(perturbed_parameters(network).items()):
-        # The stream's key is part of what makes old and new values comparable.
+        # The generator's key is part of what makes old and new values comparable.
         noise = torch.randn(weight.shape, generator=keyed_generator(3, "direction", 2, position))
-        assert torch.equal(found[name], noise * (0.5 * weight.norm() / noise.norm()))
+        assert torch.equal(result[name], noise * (0.5 * weight.norm() / noise.norm()))
 
 
 @given(seed=st.integers(0, 9), xi=st.floats(0.01, 3))
@@ -59,30 +64,30 @@ def test_every_filter_moves_by_xi_of_its_norm(seed, xi):
     network = tiny_network().double()
     with torch.no_grad():
         network[3].weight[1] = 0
-    found = sample_weight_perturbation(network, xi=xi, seed=seed, relative_to="filter")
+    result = sample_weight_perturbation(network, xi=xi, seed=seed, relative_to="filter")
     for name, weight in perturbed_parameters(network).items():
         rows = (1, -1) if weight.ndim == 1 else (len(weight), -1)
-        lengths, norms = (t.detach().reshape(rows).norm(dim=1) for t in (found[name], weight))
+        lengths, norms = (t.detach().reshape(rows).norm(dim=1) for t in (result[name], weight))
         torch.testing.assert_close(lengths, xi * norms)
-    assert (found["3.weight"][1] == 0).all()
+    assert (result["3.weight"][1] == 0).all()
     # The directions of filters are those of layers.
     layer = sample_weight_perturbation(network, xi=xi, seed=seed)["0.weight"][0].flatten()
-    cosine = torch.cosine_similarity(layer, found["0.weight"][0].flatten(), dim=0)
+    cosine = torch.cosine_similarity(layer, result["0.weight"][0].flatten(), dim=0)
     assert cosine.item() == pytest.approx(1)
 
 
 def test_relative_to_the_network_there_is_one_length():
     network = tiny_network().double()
     nn.init.zeros_(network[8].bias)
-    found = sample_weight_perturbation(network, xi=0.3, relative_to="network")
-    length = torch.stack([nu.norm() for nu in found.values()]).norm()
+    result = sample_weight_perturbation(network, xi=0.3, relative_to="network")
+    length = torch.stack([nu.norm() for nu in result.values()]).norm()
     weights = perturbed_parameters(network).values()
     torch.testing.assert_close(
         length, 0.3 * torch.stack([w.detach().norm() for w in weights]).norm()
     )
-    assert found["8.bias"].norm() > 0
+    assert result["8.bias"].norm() > 0
     # One scale for all: what is drawn is one Gaussian vector.
-    spread = [nu.std().item() for name, nu in found.items() if nu.numel() > 100]
+    spread = [nu.std().item() for name, nu in result.items() if nu.numel() > 100]
     assert max(spread) < 1.2 * min(spread)
 
 
@@ -134,8 +139,8 @@ def test_batches_have_directions_of_their_own():
 def test_onto_the_ball_is_the_shortest_way(length, xi):
     weight = torch.tensor([3.0, 4.0], dtype=torch.float64)
     direction = torch.tensor([0.6, -0.8], dtype=torch.float64)
-    found = onto_ball(length * direction, weight, xi)
-    torch.testing.assert_close(found, min(length, 5 * xi) * direction)
+    result = onto_ball(length * direction, weight, xi)
+    torch.testing.assert_close(result, min(length, 5 * xi) * direction)
 
 
 def test_half_precision_does_not_overflow():
@@ -200,3 +205,99 @@ def test_torchscript_is_perturbed_as_what_it_was_made_from(make):
 def test_a_network_without_layers_is_refused():
     with pytest.raises(ValueError, match="convolution or linear layers to perturb but got ReLU"):
         sample_weight_perturbation(nn.ReLU())
+
+
+def test_one_step_of_awp_is_the_closed_form():
+    images, labels = images_and_labels(8)
+    network = tiny_network().double().eval()
+    results = adversarial_weight_perturbation(network, images.double(), labels, xi=0.02)
+    weights = {f"{i}.weight": network[i].weight for i in (0, 3, 8)}
+    loss = cross_entropy(network(images.double()), labels)
+    gradients = torch.autograd.grad(loss, list(weights.values()))
+    assert results.keys() == weights.keys()
+    for (name, weight), gradient in zip(weights.items(), gradients):
+        expected = 0.02 * weight.norm() * gradient / gradient.norm()
+        torch.testing.assert_close(results[name], expected.detach())
+        # The public code returns the unperturbed model after one step.
+        assert results[name].norm() > 0
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_awp_raises_the_loss_and_stays_in_the_ball(steps):
+    images, labels = images_and_labels(16)
+    images, network = images.double(), tiny_network().double().eval()
+    nu = adversarial_weight_perturbation(network, images, labels, xi=1e-3, steps=steps)
+    before = cross_entropy(network(images), labels)
+    with perturbed_weights(network, nu):
+        after = cross_entropy(network(images), labels)
+    assert after > before
+    for name, value in nu.items():
+        weight = network.get_parameter(name)
+        assert value.norm() <= 1e-3 * weight.norm() * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_awp_leaves_weights_buffers_gradients_and_modes_alone(mode):
+    images, labels = images_and_labels(8)
+    network = tiny_network()
+    network[1].eval()
+    before = snapshot(network)
+    adversarial_weight_perturbation(network, images, labels, steps=2, mode=mode)
+    assert same(before, snapshot(network))
+    assert all(parameter.grad is None for parameter in network.parameters())
+    assert not network[1].training
+    assert network[4].training
+
+
+def test_train_mode_ascends_on_batch_statistics():
+    images, labels = images_and_labels(8)
+    network = tiny_network()
+    results = [
+        adversarial_weight_perturbation(network, images, labels, mode=mode)["0.weight"]
+        for mode in ("eval", "train")
+    ]
+    assert not torch.allclose(results[0], results[1])
+
+
+def test_unused_and_zero_weights_do_not_move():
+    class Unused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused, self.zero = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+            nn.init.zeros_(self.zero.weight)
+
+        def forward(self, x):
+            return self.zero(self.used(x.flatten(1)))
+
+    nu = adversarial_weight_perturbation(Unused(), torch.rand(2, 1, 2, 2), torch.tensor([0, 1]))
+    assert nu["unused.weight"].eq(0).all()
+    assert nu["zero.weight"].eq(0).all()
+    assert nu["used.weight"].isfinite().all()
+
+
+def test_a_loss_of_nan_leaves_the_perturbation_finite():
+    images, labels = images_and_labels(4)
+    network = tiny_network()
+    with torch.no_grad():
+        network[8].bias.fill_(torch.nan)
+    nu = adversarial_weight_perturbation(network, images, labels)
+    assert all(value.isfinite().all() for value in nu.values())
+
+
+def test_gradients_are_handed_over_ranks():
+    images, labels = images_and_labels(8)
+    network = tiny_network().double()
+    opposite = adversarial_weight_perturbation(
+        network, images.double(), labels, reduce=lambda gradients: [-g for g in gradients]
+    )
+    plain = adversarial_weight_perturbation(network, images.double(), labels)
+    for name in plain:
+        torch.testing.assert_close(opposite[name], -plain[name])
+
+
+def test_bad_arguments_of_awp_are_named():
+    images, labels = images_and_labels(4)
+    with pytest.raises(ValueError, match="`xi` to be >= 0 but got -1"):
+        adversarial_weight_perturbation(tiny_network(), images, labels, xi=-1)
+    with pytest.raises(ValueError, match="`steps` to be >= 1 but got 0"):
+        adversarial_weight_perturbation(tiny_network(), images, labels, steps=0)

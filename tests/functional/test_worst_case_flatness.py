@@ -49,12 +49,12 @@ def linear_worst(
 @settings(max_examples=5, deadline=None)
 def test_linear_network_agrees_with_the_closed_form(grey, xi, eps):
     images, labels = torch.full((3, 1, 4, 4), grey, dtype=torch.float64), torch.ones(3).long()
-    found = worst_case_flatness(
+    result = worst_case_flatness(
         linear_network(), images, labels, xi=xi, eps=eps, batch_size=2, **TO_THE_END
     )
-    assert found.reference_loss == pytest.approx(linear_worst(grey, 0, eps), abs=1e-9)
+    assert result.reference_loss == pytest.approx(linear_worst(grey, 0, eps), abs=1e-9)
     expected = linear_worst(grey, xi, eps) - linear_worst(grey, 0, eps)
-    assert found.value == pytest.approx(expected, abs=1e-9)
+    assert result.value == pytest.approx(expected, abs=1e-9)
 
 
 def test_one_perturbation_serves_the_whole_set():
@@ -62,9 +62,9 @@ def test_one_perturbation_serves_the_whole_set():
     images = torch.full((2, 1, 4, 4), 0.5).double()
     labels = torch.tensor([0, 1])
     network = linear_network(bias=0.0)
-    given = {"xi": 0.3, "eps": 0.0, "batch_size": 1, **TO_THE_END}
+    arguments = {"xi": 0.3, "eps": 0.0, "batch_size": 1, **TO_THE_END}
     shared, apart = (
-        worst_case_flatness(network, images, labels, per_batch=per_batch, **given).value
+        worst_case_flatness(network, images, labels, per_batch=per_batch, **arguments).value
         for per_batch in (False, True)
     )
 
@@ -95,10 +95,10 @@ def test_two_layer_network_agrees_with_the_closed_form(loss, xi):
         network[3].weight.copy_(read)
     margin = 2 * hidden.square().sum() * 0.5 * x.norm()
     expected = (softplus(-margin * (1 - xi) ** 2) - softplus(-margin)).item()
-    found = worst_case_flatness(
+    result = worst_case_flatness(
         network, x.view(1, 1, 4, 4), torch.tensor([1]), xi=xi, eps=0.0, loss=loss, **TO_THE_END
     )
-    assert found.value == pytest.approx(expected, abs=1e-9)
+    assert result.value == pytest.approx(expected, abs=1e-9)
 
 
 def test_grows_with_xi():
@@ -132,33 +132,33 @@ def test_is_invariant_to_the_scale_of_normalised_layers(factor, choice):
 def test_xi_zero_is_the_plain_attack(norm):
     images, labels = images_and_labels(12)
     network = tiny_network().double()
-    given = {**LIGHT, "xi": 0.0, "norm": norm}
-    found = worst_case_flatness(network, images.double(), labels, **given)
+    arguments = {**LIGHT, "xi": 0.0, "norm": norm}
+    result = worst_case_flatness(network, images.double(), labels, **arguments)
     # The reference keeps the best iterate and restart of each example, from the same starts.
-    assert (found.perturbed_losses <= found.reference_losses + 1e-12).all()
-    assert -1 < found.value < 0
-    attack = {name: given[name] for name in ("eps", "steps", "restarts", "norm")}
+    assert (result.perturbed_losses <= result.reference_losses + 1e-12).all()
+    assert -1 < result.value < 0
+    attack = {name: arguments[name] for name in ("eps", "steps", "restarts", "norm")}
     expected = evaluate_robustness(network, images.double(), labels, **attack).losses
-    torch.testing.assert_close(found.reference_losses, expected)
+    torch.testing.assert_close(result.reference_losses, expected)
     # Each restart is that of the attack by its number, with its last iterate.
     pgd = PGD(0.05, steps=3, norm=norm, keep="last")
-    for restart, losses in enumerate(found.perturbed_losses):
+    for restart, losses in enumerate(result.perturbed_losses):
         starts = pgd.starts(images, range(12), seed=0, restart=restart)
         adversarial = pgd.attack(network, images.double(), labels, starts).images
         plain = cross_entropy(network.eval()(adversarial), labels, reduction="none")
         torch.testing.assert_close(losses, plain.detach(), rtol=0, atol=1e-9)
-    clean = worst_case_flatness(network, images.double(), labels, **given, loss="clean")
+    clean = worst_case_flatness(network, images.double(), labels, **arguments, loss="clean")
     assert clean.value == 0
 
 
 def test_beats_random_directions_by_far():
     images, labels = images_and_labels(12)
     network = tiny_network().eval()
-    found = worst_case_flatness(network, images, labels, loss="clean", **LIGHT)
+    result = worst_case_flatness(network, images, labels, loss="clean", **LIGHT)
     random = worst_case_flatness(
         network, images, labels, loss="clean", **{**LIGHT, "weight_step": 0.0, "restarts": 5}
     )
-    assert found.value > 5 * abs(random.value)
+    assert result.value > 5 * abs(random.value)
 
 
 @pytest.mark.parametrize("loss", ["robust", "clean"])
@@ -205,29 +205,29 @@ def test_keeps_the_last_or_the_best_iterate(choice, kept):
         return logits
 
     network.register_forward_hook(record)
-    given = {**LIGHT, "batch_size": 12, "restarts": 1}
-    found = worst_case_flatness(network, images.double(), labels, **given, **choice)
+    arguments = {**LIGHT, "batch_size": 12, "restarts": 1}
+    result = worst_case_flatness(network, images.double(), labels, **arguments, **choice)
     iterates = means[-4:]
     assert max(iterates) > iterates[-1] + 0.01
     expected = iterates[-1] if kept == "last" else max(iterates)
-    assert found.perturbed_losses.mean().item() == pytest.approx(expected, abs=1e-12)
+    assert result.perturbed_losses.mean().item() == pytest.approx(expected, abs=1e-12)
 
 
 def test_result_is_that_of_the_worst_restart():
     images, labels = images_and_labels(12)
-    found = worst_case_flatness(tiny_network(), images, labels, **{**LIGHT, "restarts": 4})
-    rises = found.perturbed_losses.double() - found.reference_losses.double()
-    assert found.perturbed_losses.shape == (4, 12)
-    assert found.value == rises.mean(1).max().item()
-    assert found.worst_restart == rises.mean(1).argmax()
-    assert torch.equal(found.worst_losses, found.perturbed_losses[found.worst_restart])
-    assert found.standard_error_examples == pytest.approx(
-        rises[found.worst_restart].std().item() / math.sqrt(12)
+    result = worst_case_flatness(tiny_network(), images, labels, **{**LIGHT, "restarts": 4})
+    rises = result.perturbed_losses.double() - result.reference_losses.double()
+    assert result.perturbed_losses.shape == (4, 12)
+    assert result.value == rises.mean(1).max().item()
+    assert result.worst_restart == rises.mean(1).argmax()
+    assert torch.equal(result.worst_losses, result.perturbed_losses[result.worst_restart])
+    assert result.standard_error_examples == pytest.approx(
+        rises[result.worst_restart].std().item() / math.sqrt(12)
     )
     again = worst_case_flatness(tiny_network(), images, labels, **{**LIGHT, "restarts": 4})
-    assert torch.equal(found.perturbed_losses, again.perturbed_losses)
+    assert torch.equal(result.perturbed_losses, again.perturbed_losses)
     fewer = worst_case_flatness(tiny_network(), images, labels, **{**LIGHT, "restarts": 2})
-    assert torch.equal(found.perturbed_losses[:2], fewer.perturbed_losses)
+    assert torch.equal(result.perturbed_losses[:2], fewer.perturbed_losses)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
@@ -270,8 +270,8 @@ def on_ranks(world: int, count: int, chunk: int, measure):
 )
 def test_ranks_share_one_perturbation_bit_for_bit(world, choice):
     images, labels = images_and_labels(13)
-    given = {**LIGHT, "batch_size": 4, **choice}
-    alone = worst_case_flatness(tiny_network(), images, labels, **given)
+    arguments = {**LIGHT, "batch_size": 4, **choice}
+    alone = worst_case_flatness(tiny_network(), images, labels, **arguments)
     # Networks are built in turn, as threads share the global generator.
     networks = [tiny_network() for _ in range(world)]
     parts = on_ranks(
@@ -279,12 +279,12 @@ def test_ranks_share_one_perturbation_bit_for_bit(world, choice):
         13,
         4,
         lambda mine, sharing: worst_case_flatness(
-            networks.pop(), images[mine], labels[mine], indices=mine, sharing=sharing, **given
+            networks.pop(), images[mine], labels[mine], indices=mine, sharing=sharing, **arguments
         ),
     )
-    for mine, found in parts:
-        assert torch.equal(found.reference_losses, alone.reference_losses[mine])
-        assert torch.equal(found.perturbed_losses, alone.perturbed_losses[:, mine])
+    for mine, result in parts:
+        assert torch.equal(result.reference_losses, alone.reference_losses[mine])
+        assert torch.equal(result.perturbed_losses, alone.perturbed_losses[:, mine])
     assert sorted(index for mine, _ in parts for index in mine) == list(range(13))
 
 
@@ -309,21 +309,21 @@ def test_works_under_autocast():
     images, labels = images_and_labels(12)
     expected = worst_case_flatness(tiny_network(), images, labels, **LIGHT)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = worst_case_flatness(tiny_network(), images, labels, **LIGHT)
-    assert found.value == pytest.approx(expected.value, abs=0.1)
-    assert found.perturbed_losses.dtype == torch.float32
+        result = worst_case_flatness(tiny_network(), images, labels, **LIGHT)
+    assert result.value == pytest.approx(expected.value, abs=0.1)
+    assert result.perturbed_losses.dtype == torch.float32
 
 
 def test_spends_what_it_says():
     images, labels = images_and_labels(8)
     network, calls = tiny_network(), []
     passes = PassCounter(network)
-    given = {"eps": 0.1, "steps": 5, "restarts": 3}
-    worst_case_flatness(network, images, labels, on_attack=lambda: calls.append(0), **given)
+    arguments = {"eps": 0.1, "steps": 5, "restarts": 3}
+    worst_case_flatness(network, images, labels, on_attack=lambda: calls.append(0), **arguments)
     assert (passes.forwards, passes.backwards) == (8 * 2 * 3 * (5 + 1), 8 * 2 * 3 * 5)
     assert len(calls) == 2 * 3
     passes.forwards = passes.backwards = 0
-    worst_case_flatness(network, images, labels, loss="clean", **given)
+    worst_case_flatness(network, images, labels, loss="clean", **arguments)
     assert (passes.forwards, passes.backwards) == (8 * (3 * (5 + 1) + 1), 8 * 3 * 5)
 
 
@@ -335,17 +335,17 @@ def test_layers_without_a_gradient_or_a_norm_break_nothing():
     network[8].register_forward_pre_hook(lambda m, _: biases.append(m.bias.abs().max().item()))
     unused = nn.ModuleDict({"used": network, "unused": nn.Linear(3, 3)})
     unused.forward = unused["used"].forward
-    found = worst_case_flatness(unused, images, labels, **LIGHT)
-    assert math.isfinite(found.value)
+    result = worst_case_flatness(unused, images, labels, **LIGHT)
+    assert math.isfinite(result.value)
     assert max(biases) == 0
 
 
 def test_the_clean_loss_is_that_of_the_images():
     images, labels = images_and_labels(8)
     network = tiny_network().eval()
-    found = worst_case_flatness(network, images, labels, loss="clean", **LIGHT)
+    result = worst_case_flatness(network, images, labels, loss="clean", **LIGHT)
     expected = cross_entropy(network(images), labels, reduction="none").detach()
-    torch.testing.assert_close(found.reference_losses, expected)
+    torch.testing.assert_close(result.reference_losses, expected)
 
 
 @pytest.mark.parametrize(

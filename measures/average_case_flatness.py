@@ -40,6 +40,7 @@ class AverageCaseFlatness(AttackMeasure):
         ValueError: If an argument is out of range.
 
     Example:
+        >>> import torch
         >>> images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
         >>> network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
         >>> AverageCaseFlatness(xi=0.0, eps=0.1)(network, images, torch.arange(4)).value

@@ -22,6 +22,7 @@ class RobustLoss(AttackMeasure):
         **kwargs: Arguments of `AttackMeasure`.
 
     Example:
+        >>> import torch
         >>> images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
         >>> network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
         >>> result = RobustLoss(eps=0.1)(network, images, torch.arange(4))

@@ -36,6 +36,7 @@ class WorstCaseFlatness(AttackMeasure):
         ValueError: If an argument is out of range.
 
     Example:
+        >>> import torch
         >>> images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
         >>> network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
         >>> flat = WorstCaseFlatness(xi=0.1, eps=0.1, steps=5, restarts=2)

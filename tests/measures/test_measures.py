@@ -178,6 +178,20 @@ def test_shares_of_processes_are_measured_as_the_whole_set(world):
     assert torch.equal(total.double(), expected.losses)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_search_may_be_in_bfloat16_and_losses_are_in_float32(precision, cpu_as_gpu):
+    network, types = tiny_network(), []
+    network.register_forward_hook(lambda *given: types.append(given[-1].dtype))
+    measure = RobustLoss(**ATTACK, precision=precision)
+    result = measure(network, *data())
+    searched = {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
+    assert set(types) == {searched, torch.float32}
+    assert types[-1] == torch.float32
+    exact = RobustLoss(**ATTACK)(tiny_network(), *data())
+    assert result.robust_loss == pytest.approx(exact.robust_loss, rel=0.05)
+    assert torch.equal(result.clean_losses, exact.clean_losses)
+
+
 def test_the_radius_of_the_data_is_used_if_a_measure_names_none():
     assert AverageCaseFlatness().with_default_eps(0.25).pgd.eps == 0.25
     assert AverageCaseFlatness(eps=0.3).with_default_eps(0.25).pgd.eps == 0.3

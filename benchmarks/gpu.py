@@ -1,235 +1,135 @@
 """What training and measuring cost on a GPU, as one JSON file.
 
-python benchmarks/gpu.py gpu.json
-python benchmarks/gpu.py gpu.json --images FOLDER --epochs 60   # trains for real, too
+python benchmarks/gpu.py gpu.json --seconds 600
 
-Needs torch, torchvision, lightning, torchmetrics, rich and matplotlib; the package itself need not
-be installed. Without images, random ones of CIFAR-10's size and number are trained on: an epoch
-costs the same. `FOLDER` is one for `ImageFolder`. Under 8 minutes on an H200, by estimate.
+The first line is an estimate of the time. A part that would end after `--seconds` is left out; one
+that fails is recorded with its error, and the others go on. The file is written after each part.
+Needs torch, torchvision, lightning, torchmetrics and rich; the package need not be installed.
 """
 
 import argparse
 import json
-import logging
 import sys
+import time
 import types
-import warnings
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
+from torch.nn.functional import cross_entropy
 
-try:
-    import robust_flatness  # noqa: F401
-except ImportError:
-    # A package's folder is all that Python needs to find its modules.
+if find_spec("robust_flatness") is None:
+    # A package's folder is all that Python needs to import its modules.
     package = types.ModuleType("robust_flatness")
     package.__path__ = [str(Path(__file__).resolve().parent.parent)]
     sys.modules["robust_flatness"] = package
 
-from gpu_ways import Way, constant, timed, ways
-from lightning.pytorch import Callback
-from rounds import Goal, Rounds, print_goals, setting
-from timed_trainers import quiet_trainer
-from torch import Tensor
+from timing import RandomImages, StepTimer, quiet_trainer, random_images
 
-from robust_flatness.callbacks import AutoAttack, Flatness, RobustEvaluation
-from robust_flatness.datamodules import ImageFolder
-from robust_flatness.functional.attack import PGD
-from robust_flatness.functional.evaluation import evaluation_context, full_float32
-from robust_flatness.functional.flatness import measure_flatness
-from robust_flatness.functional.robust_loss import measure_robustness
-from robust_flatness.lightning_modules import AT
-from robust_flatness.loggers import EpochCSVLogger
+from robust_flatness.lightning_modules import AT, ATAWP
 from robust_flatness.networks import ResNet18
-from robust_flatness.reporting.published import published_models, published_trajectories
 
-EPS, EPOCH = 8 / 255, 50_000
-# FLOP of a forward of an image: 0.5554 GMAC at width 64, counted with hooks.
-FORWARD = 1.111e9
-# Seven forwards and backwards to the input, one more forward, and the update's three.
-PGD_7_STEP = (7 * 2 + 1 + 3) * FORWARD
-
-
-def peak(device: torch.device, size: int) -> float:
-    """TFLOP/s of a product of two bfloat16 matrices, the best of five."""
-    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
-    seconds = [timed(device, lambda: a @ a)[0] for _ in range(6)]
-    return 2 * size**3 / min(seconds[1:]) / 1e12
+BFLOAT16: dict[str, Any] = {"tf32": True, "precision": "bf16-mixed"}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "AT, float32": {},
+    "AT, TF32": {"tf32": True},
+    "AT, bfloat16": BFLOAT16,
+    "AT, bfloat16, cudnn benchmark": {**BFLOAT16, "benchmark": True},
+    "AT, bfloat16, compiled": {**BFLOAT16, "compiled": True},
+    "AT-AWP, bfloat16": {**BFLOAT16, "module": ATAWP},
+}
+STEPS_OF_EPOCH = 390
 
 
-def measures(module: AT, device: torch.device, given: argparse.Namespace) -> dict[str, Any]:
-    """Flatness and RLoss on 1000 images, fast and in float32: seconds and values."""
-    module = module.to(device).eval()
-    generator = torch.Generator().manual_seed(0)
-    images = torch.rand(given.measured, 3, 32, 32, generator=generator).to(device)
-    labels = torch.randint(10, (given.measured,), generator=generator).to(device)
-    settings = {"seed": 0, "batch_size": given.measure_batch}
-
-    def flatness(pgd: PGD) -> float:
-        found = measure_flatness(
-            module,
-            images,
-            labels,
-            pgd,
-            xi=0.5,
-            num_perturbations=10,
-            restarts=1,
-            protocol="shared",
-            loss="robust",
-            distribution="sphere",
-            relative_to="layer",
-            per_batch=False,
-            **settings,
-        )
-        return found.value
-
-    def loss(pgd: PGD) -> float:
-        found = measure_robustness(module, images, labels, pgd, restarts=10, **settings)
-        return found.robust_loss
-
-    results: dict[str, Any] = {}
-    for name, measure in {"flatness": flatness, "robust_loss": loss}.items():
-        for way, precision in {"fast": "bfloat16", "float32": "float32"}.items():
-            pgd = PGD(EPS, given.measure_steps, precision=precision)
-            with evaluation_context(module), full_float32(device):
-                if way == "fast":
-                    measure(pgd)
-                seconds, value = timed(device, partial(measure, pgd))
-            results[name] = results.get(name, {}) | {way: {"seconds": seconds, "value": value}}
-    return results
+def clock() -> float:
+    """Wall-clock time after all work of the GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
-def waits(given: argparse.Namespace) -> list[str]:
-    """Where a step waits for the GPU, as PyTorch warns; empty if nowhere."""
+def train(
+    options: argparse.Namespace,
+    module: type[AT] = AT,
+    precision: Any = "32-true",
+    tf32: bool = False,
+    benchmark: bool = False,
+    compiled: bool = False,
+) -> dict[str, Any]:
+    """Times steps of training with PGD-7."""
+    timer, model = StepTimer(options.warm_up, clock), module(partial(ResNet18, width=options.width))
+    if compiled:
+        model.network.compile()
+    data = RandomImages(options.batch * (options.warm_up + options.steps), batch_size=options.batch)
+    settings = {"accelerator": options.device, "max_epochs": options.rounds, "callbacks": [timer]}
+    # It restores PyTorch's global flags afterwards.
+    with torch.backends.cudnn.flags(enabled=True, benchmark=benchmark, allow_tf32=tf32):
+        quiet_trainer(precision=precision, **settings).fit(model, datamodule=data)
+    epochs = [STEPS_OF_EPOCH * seconds for seconds in timer.seconds]
+    return {"seconds_a_step": timer.seconds, "seconds_an_epoch_of_50000": epochs}
 
-    class Watched(AT):
-        def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
-            # The first batch is checked, which waits.
-            torch.cuda.set_sync_debug_mode("warn" if batch_idx > given.warm_up else "default")
-            return super().training_step(batch, batch_idx)
 
-        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-            torch.cuda.set_sync_debug_mode("default")
-
-    if given.device != "cuda":
-        return []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        Way(Watched(partial(ResNet18, width=given.width), lr_scheduler=constant), given)()
-    return sorted({str(w.message) for w in caught if "synchroniz" in str(w.message)})
+def measure(options: argparse.Namespace, name: str, **kwargs: Any) -> dict[str, Any]:
+    """Times a measure of a new network on random images."""
+    kwargs |= {"steps": options.measure_steps, "batch_size": options.measure_batch}
+    made = getattr(import_module("robust_flatness.measures"), name)(**kwargs)
+    network = AT(partial(ResNet18, width=options.width)).to(options.device).eval()
+    images, labels = (part.to(options.device) for part in random_images(options.measured))
+    made(network, images[:2], labels[:2])
+    begin = clock()
+    metrics = made.metrics(made(network, images, labels), "test")
+    return {"seconds": clock() - begin, **metrics}
 
 
-def trained(given: argparse.Namespace) -> dict[str, Any]:
-    """Trains on real images with measures every fifth epoch, and AutoAttack if it is installed."""
-    every = {"every_n_epochs": 5, "steps": given.measure_steps, "num_examples": given.measured}
-    callbacks: list[Callback] = [
-        *(RobustEvaluation(split=split, **every) for split in ("train", "test")),
-        Flatness(split="test", **every),
-    ]
-    if find_spec("pyautoattack"):
-        callbacks.append(AutoAttack(num_examples=given.measured))
-    count = given.measured
-    sizes = {"num_test": count, "num_train_eval": count, "num_val": count // 2}
-    data = ImageFolder(given.images, batch_size=given.batch, **sizes)
-    module = AT(partial(ResNet18, width=given.width), fast="graph" if given.graph else True)
-    table = EpochCSVLogger(given.file.parent, write=False)
-    settings = {"accelerator": given.device, "max_epochs": given.epochs, "callbacks": callbacks}
-    trainer = quiet_trainer(**settings, logger=table)
-    seconds, _ = timed(torch.device(given.device), lambda: trainer.fit(module, datamodule=data))
-    final = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    paper = next(model for model in published_models() if model.method == "at")
-    return {
-        "epochs": given.epochs,
-        "seconds": seconds,
-        "trajectory": table.rows,
-        "final": final,
-        "paper": asdict(paper),
-        "paper_trajectory": published_trajectories()["at"],
+def parts(options: argparse.Namespace) -> dict[str, tuple[float, Callable[[], dict[str, Any]]]]:
+    """Function and estimated seconds of each part."""
+    model = ResNet18(10, width=options.width).to(options.device)
+    images, labels = (part.to(options.device) for part in random_images(options.batch))
+    for _ in range(3):
+        begin = clock()
+        cross_entropy(model(images), labels).backward()
+    one_pass = clock() - begin
+    training = 10 + options.rounds * (options.warm_up + options.steps) * 9 * one_pass
+    chosen: dict[str, tuple[float, Callable[[], dict[str, Any]]]] = {
+        name: (training + 90 * ("compiled" in kwargs), partial(train, options, **kwargs))
+        for name, kwargs in VARIANTS.items()
     }
+    attack = options.measured / options.batch * options.measure_steps * one_pass
+    for precision in ("float32", "bfloat16"):
+        flatness = partial(measure, options, "AverageCaseFlatness", precision=precision)
+        loss = partial(measure, options, "RobustLoss", precision=precision, restarts=10)
+        chosen |= {f"flatness, {precision}": (11 * attack, flatness)}
+        chosen |= {f"robust loss, {precision}": (10 * attack, loss)}
+    return chosen
 
 
-def measure(given: argparse.Namespace, found: dict[str, Any]) -> None:
-    """Puts all measurements into `found`, one after another, and what was to be reached."""
-    device = torch.device(given.device)
-    found |= {"setting": setting(), "arguments": vars(given)}
-    if device.type == "cuda":
-        found["gpu"] = torch.cuda.get_device_name(device)
-    print(found["setting"], found.get("gpu", "no GPU"))
-    found["peak_tflops"] = peak(device, 8192 if device.type == "cuda" else 256)
-    print(f"bfloat16 product: {found['peak_tflops']:.1f} TFLOP/s")
-    tried = ways(given)
-    rounds = Rounds.told(tried, given.rounds)
-    epochs = EPOCH // given.batch
-    rounds.print_table(
-        f"AT, PGD-7, ResNet-18 of width {given.width}, an epoch of {epochs} steps of {given.batch}",
-        "wall-clock s",
-        lambda seconds: epochs * seconds,
-        digits=2,
-    )
-    found["seconds_a_step"] = dict(rounds.seconds)
-    plain = [name for name in tried if "AWP" not in name]
-    best = min(plain, key=lambda name: median(rounds.seconds[name]))
-    found["fastest"] = best
-    epoch = [epochs * seconds for seconds in rounds.seconds[best]]
-    share = given.batch * PGD_7_STEP / (found["peak_tflops"] * 1e12 * median(rounds.seconds[best]))
-    found["share_of_peak"] = share
-    print(f"\nfastest: {best}, {100 * share:.0f} % of the product's rate")
-    found["waits"] = waits(given)
-    print(f"places where a step waits for the GPU: {found['waits'] or 'none'}")
-    found["measures"] = measures(tried["fast"].module, device, given)
-    print(json.dumps(found["measures"], indent=1))
-    awp = "AT-AWP, fast, graph" if "graph" in best else "AT-AWP, fast"
-    against = "fast, graph" if "graph" in best else "fast"
-    flat = found["measures"]["flatness"]["fast"]["seconds"]
-    losses = {way: value["value"] for way, value in found["measures"]["robust_loss"].items()}
-    goals = [
-        Goal(f"s an epoch, {best}", epoch, 4.0),
-        Goal(f"{awp} / {against}", rounds.ratios(awp, against), 1.25),
-        Goal("flatness / epoch", [flat / median(epoch)], 0.6),
-        Goal("|RLoss fast / float32 - 1|", [abs(losses["fast"] / losses["float32"] - 1)], 0.01),
-    ]
-    if given.images:
-        found["training"] = trained(given)
-        minutes = found["training"]["seconds"] / 60 * 150 / given.epochs
-        goals.append(Goal("minutes of 150 epochs, by proportion", [minutes], 20.0))
-    print_goals(goals)
-    found["goals"] = [str(goal) for goal in goals]
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures, prints, and writes the file."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(arguments: list[str] | None = None) -> None:
+    """Runs all parts that fit into the time."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("file", type=Path, help="the JSON file to write")
-    parser.add_argument("--images", type=Path, help="a folder with train and test")
-    parser.add_argument("--epochs", type=int, default=30, help="of training on these")
-    parser.add_argument("--graph", action="store_true", help="a CUDA graph in that training")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=100, help="timed in each round")
-    parser.add_argument("--warm_up", type=int, default=10, help="steps before these")
-    parser.add_argument("--width", type=int, default=64, help="of ResNet-18")
-    parser.add_argument("--measured", type=int, default=1000, help="images that are measured")
-    parser.add_argument("--measure_steps", type=int, default=20, help="of the measures' attacks")
-    parser.add_argument("--measure_batch", type=int, default=500)
-    parser.add_argument("--no_compile", dest="compile", action="store_false")
-    given = parser.parse_args(arguments)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
-    torch.manual_seed(0)
-    found: dict[str, Any] = {}
-    try:
-        measure(given, found)
-    finally:
-        given.file.write_text(json.dumps(found, default=str, indent=1))
+    sizes = {"seconds": 600, "rounds": 3, "steps": 100, "warm_up": 10, "batch": 128}
+    sizes |= {"width": 64, "measured": 1000, "measure_steps": 20, "measure_batch": 500}
+    for name, value in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    options = parser.parse_args(arguments)
+    begin, chosen = time.perf_counter(), parts(options)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    estimate = f"about {sum(seconds for seconds, _ in chosen.values()):.0f} s"
+    print(f"{gpu}, torch {torch.__version__}: {estimate}", flush=True)
+    found: dict[str, Any] = {"gpu": gpu, "torch": torch.__version__, "options": vars(options)}
+    for name, (seconds, run) in chosen.items():
+        left = options.seconds - (time.perf_counter() - begin)
+        try:
+            found[name] = run() if seconds <= left else {"left out": f"{left:.0f} s are left"}
+        except Exception as error:
+            found[name] = {"error": f"{type(error).__name__}: {error}"}
+        print(f"{name}: {json.dumps(found[name])[:200]}", flush=True)
+        options.file.write_text(json.dumps(found, default=str, indent=1))
 
 
 if __name__ == "__main__":

@@ -12,11 +12,11 @@ from robust_flatness.callbacks.final_evaluation import FinalMeasure, Metrics
 from robust_flatness.callbacks.measuring import HoldsMeasure, data_eps
 from robust_flatness.callbacks.trajectory import run_folder, run_title, save_figure
 from robust_flatness.functional.layer_weights import perturbed_parameters
-from robust_flatness.loggers.failures import warn_on_failure
+from robust_flatness.loggers.wandb import warn_on_failure
 from robust_flatness.measures import LossLandscape, Measure
 from robust_flatness.measures.landscape import SURFACE
-from robust_flatness.run_folder.landscape_file import Landscape as SavedLandscape
-from robust_flatness.run_folder.landscape_file import write_landscapes
+from robust_flatness.run_folder.files import Landscape as SavedLandscape
+from robust_flatness.run_folder.files import write_landscapes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -26,11 +26,9 @@ from robust_flatness.callbacks.trajectory import (
     run_folder,
 )
 from robust_flatness.loggers.epoch_csv import EpochCSVLogger
-from robust_flatness.loggers.failures import warn_on_failure
-from robust_flatness.loggers.wandb import log_summary
-from robust_flatness.run_folder.atomic_write import write_arrays
+from robust_flatness.loggers.wandb import log_summary, warn_on_failure
 from robust_flatness.run_folder.environment import hardware, versions
-from robust_flatness.run_folder.json_file import write_json
+from robust_flatness.run_folder.files import write_arrays, write_json
 from robust_flatness.run_folder.metrics import LOSSES, metric
 from robust_flatness.run_folder.summary import summary_table
 

@@ -21,9 +21,8 @@ from typing_extensions import override
 
 from robust_flatness.callbacks.measuring import warn_if_results_stay
 from robust_flatness.loggers.epoch_csv import EpochCSVLogger
-from robust_flatness.loggers.failures import warn_on_failure
-from robust_flatness.loggers.wandb import log_trajectory
-from robust_flatness.run_folder.atomic_write import whole_file
+from robust_flatness.loggers.wandb import log_trajectory, warn_on_failure
+from robust_flatness.run_folder.files import atomic_write
 from robust_flatness.run_folder.metrics import LOSSES, logged_split
 
 if TYPE_CHECKING:
@@ -236,6 +235,6 @@ def run_title(trainer: Trainer, pl_module: LightningModule, method: str | None) 
 
 def save_figure(figure: "Figure", path: Path) -> Path:
     """Writes a figure as PNG and returns its path."""
-    with whole_file(path) as beside:
+    with atomic_write(path) as beside:
         figure.savefig(beside, format="png")
     return path

@@ -1,14 +1,16 @@
-"""Adversarial training."""
+"""Adversarial training, and AT-AWP."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torchmetrics import MeanMetric
 
-from robust_flatness.functional.attack import PGD, FriendlyPGD, Keep
+from robust_flatness.functional.attack import PGD, FriendlyPGD, Keep, example_losses
 from robust_flatness.functional.checks import (
     Eps,
     check_choice,
@@ -19,50 +21,50 @@ from robust_flatness.functional.checks import (
 )
 from robust_flatness.functional.evaluation import (
     Mode,
-    evaluation_context,
-    first_logits,
     nan_unless_finite,
     predicted_classes,
     to_float32,
 )
 from robust_flatness.functional.noise import Norm, Start
 from robust_flatness.functional.objectives import Smoothing, TrainingLabels
-from robust_flatness.lightning_modules.epoch_means import EpochMeans
-from robust_flatness.lightning_modules.fast_mixin import Fast, FastMixin
-from robust_flatness.lightning_modules.network_of_checkpoint import (
+from robust_flatness.lightning_modules.awp_mixin import AWPMixin
+from robust_flatness.lightning_modules.checkpoints import (
+    CLASS_KEY,
     LAYERS_KEY,
+    SEED_KEY,
     check_network_of,
     plain_layers,
+    warn_of_fast,
 )
-from robust_flatness.lightning_modules.pgd_mixin import PGDMixin
+from robust_flatness.lightning_modules.entropy_sgd import EndOfWalk
+from robust_flatness.lightning_modules.pgd_mixin import Objective, PGDMixin
 from robust_flatness.lightning_modules.schedules import MultiStep, prepare_schedule
-from robust_flatness.lightning_modules.walk_mixin import WalkMixin
 from robust_flatness.networks import Normalize, ResNet18, build_network, channels_last
 from robust_flatness.networks.layers import channel_values
 from robust_flatness.networks.user_network import Network
 
 Incorrect = Literal["attack", "ignore", "predicted"]
-CLASS_KEY, SEED_KEY = "robust_flatness_class", "robust_flatness_seed"
 
 
-class AT(FastMixin, PGDMixin, WalkMixin):
+class AT(PGDMixin):
     """Adversarial training (Madry et al., 2018): minimises cross-entropy on PGD examples alone.
 
-    The base of all variants: a variant overrides `objective`, `attack`, or `perturb`, which comes
-    between them. Defaults are the paper's baseline (Sec. 3): ResNet-18, PGD-7 at 8/255, SGD with
-    Nesterov momentum, drops at 40, 60 and 80 %. Weight decay is 5e-4 as in the paper's code and
-    tables; its text prints 0.005.
+    The base of all variants: a variant overrides `objective`, and `attack` if it attacks another
+    loss. Defaults are the paper's baseline (Sec. 3): ResNet-18, PGD-7 at 8/255, SGD with Nesterov
+    momentum, drops at 40, 60 and 80 %. Weight decay is 5e-4 as in the paper's code and tables; its
+    text prints 0.005. With the trainer's `precision` bf16-mixed, forwards are autocast to bfloat16;
+    perturbations, logits and losses stay float32.
 
     Args:
         network: Takes normalised images `(N, C, H, W)` and returns logits `(N, num_classes)`: a
             class or function that builds it, see `build_network`; or a module, which is trained as
-            it is: two variants of one module share its weights. A checkpoint does not hold what was
-            built in Python: load it with `network=`.
-        num_classes: Number of classes, linked from the data on the command line.
-        in_channels: Number of image channels, linked likewise.
-        mean: Per-channel mean for the normalisation in front of the network, linked likewise: a
-            sequence of numbers, a tensor or an array.
-        std: Per-channel standard deviation, linked likewise.
+            it is: two variants of one module share its weights. A checkpoint does not hold a
+            network that was built in Python: load it with `network=`.
+        num_classes: Number of classes; the command line takes it from the data.
+        in_channels: Number of image channels, likewise.
+        mean: Per-channel mean for the normalisation in front of the network, likewise: a sequence
+            of numbers, a tensor or an array.
+        std: Per-channel standard deviation, likewise.
         eps: Radius of the training attack, in pixel units of images in [0, 1].
         eps_scale: Factor on the radius, but not on the step; 9/8 is the paper's larger ε.
         steps: Steps of the training attack.
@@ -81,12 +83,12 @@ class AT(FastMixin, PGDMixin, WalkMixin):
         optimizer: Builds the optimizer from the parameters.
         lr_scheduler: Builds the schedule from the optimizer; stepped once an epoch, `Cyclic` after
             each step.
-        fast: bfloat16 and fused steps on GPUs that have them, see `FastMixin`; `graph` is the same
-            as `True`.
+        fast: Deprecated, without effect: the trainer's `precision` decides.
 
     Raises:
-        ValueError: If an argument is out of range; before the first step, if the network does not
-            take the images or has not as many outputs as there are classes.
+        ValueError: If an argument is out of range; before training, if it is endless and the
+            schedule counts in shares of it; in the first step, if the network does not take the
+            images or has another number of outputs than there are classes.
 
     Example:
         >>> from functools import partial
@@ -120,12 +122,14 @@ class AT(FastMixin, PGDMixin, WalkMixin):
             params, lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4
         ),
         lr_scheduler: LRSchedulerCallable = MultiStep,
-        fast: Fast = True,
+        fast: bool | Literal["graph"] | None = None,
     ) -> None:
         super().__init__()
+        warn_of_fast(fast)
         mean, std = channel_values("mean", mean), channel_values("std", std)
-        self.save_hyperparameters(ignore=["network"] if isinstance(network, nn.Module) else None)
-        self._keep_plain_arguments({"mean": mean, "std": std})
+        built = isinstance(network, nn.Module)
+        self.save_hyperparameters(ignore=["fast", "network"] if built else ["fast"])
+        self._keep_plain_hyperparameters({"mean": mean, "std": std})
         check_count("num_classes", num_classes, low=2)
         check_number("eps_scale", eps_scale)
         check_radius("eps", eps, norm)
@@ -143,9 +147,9 @@ class AT(FastMixin, PGDMixin, WalkMixin):
             name = type(self.network).__name__
             raise ValueError(f"Expected `network` to have weights to train but {name} has none.")
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
-        self.means, self.fast = EpochMeans(), fast
+        self.means = EpochMeans()
 
-    def _keep_plain_arguments(self, checked: Mapping[str, Any]) -> None:
+    def _keep_plain_hyperparameters(self, checked: Mapping[str, Any]) -> None:
         """Leaves in the hyperparameters what a checkpoint can hold and give back."""
         for name, value in dict(self.hparams).items():
             # The command line records how to build these; a Python callable cannot be stored.
@@ -162,66 +166,26 @@ class AT(FastMixin, PGDMixin, WalkMixin):
         return logits
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
-        """One step: craft, draw label noise, perturb weights (nothing here), take the objective.
-
-        Raises:
-            ValueError: In the first step, if the network does not take the images, or if it has
-                another number of outputs than there are classes.
-        """
+        """Crafts, draws label noise, perturbs the weights (`AWPMixin`), and takes the objective."""
         images, labels = batch[:2]
-        self._learning_rate = float(self.trainer.optimizers[0].param_groups[0]["lr"])
-        try:
-            with self.own_dropout(), self.arithmetic():
-                adversarial = self._attacked(images, labels)
-                noisy = self._noisy(labels)
-                # Older versions of PyTorch keep casts of the weights made without a graph.
-                torch.clear_autocast_cache()
-                self.perturb(images, adversarial, noisy)
-                loss, logits = self.objective(images, adversarial, noisy)
-        except Exception:
-            # The network may be at fault, which is not worth a pass unless something failed.
-            if self.batches_seen == 0:
-                with evaluation_context(self), torch.no_grad():
-                    check_outputs(first_logits(self, images[:1]), self.num_classes)
-            raise
-        if self.batches_seen == 0:
+        with self.network_checked(images), self.noise.dropout(self, self.device):
+            adversarial = self._attack_unless_incorrect(images, labels)
+            noisy = self._noisy_labels(labels)
+            # Older versions of PyTorch keep casts of the weights that were made without a graph.
+            torch.clear_autocast_cache()
+            self.perturb(images, adversarial, noisy)
+            loss, logits, terms = self.objective(images, adversarial, noisy)
+        if self.noise.step == 0:
             check_outputs(logits, self.num_classes)
-        self._record(loss.detach(), logits.detach(), labels[: len(logits)])
+        self._record(loss.detach(), logits.detach(), labels[: len(logits)], terms)
         return loss
 
-    def attack(self, images: Tensor, labels: Tensor) -> Tensor:
-        """The examples that a step trains on.
-
-        Args:
-            images: `(N, C, H, W)` clean images in [0, 1].
-            labels: `(N,)` classes to be left.
-
-        Returns:
-            `(N, C, H, W)`, adversarial, without a graph.
-        """
-        return self.craft(images, labels)
-
-    def perturb(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> None:
-        """Comes before the objective; variants that perturb weights do it here."""
-
-    def objective(
-        self, images: Tensor, adversarial: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The loss to minimise, and the logits of the adversarial examples.
-
-        Args:
-            images: `(N, C, H, W)` clean images in [0, 1].
-            adversarial: `(N, C, H, W)` adversarial examples.
-            labels: `(N,)` classes, with label noise where there is any.
-
-        Returns:
-            Scalar loss and logits `(M, num_classes)` of the first M examples, all that are
-            adversarial and have labels.
-        """
+    def objective(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> Objective:
+        """Cross-entropy of adversarial examples."""
         logits = to_float32(self(adversarial))
-        return self.training_labels.loss(logits, labels), logits
+        return self.training_labels.loss(logits, labels), logits, {}
 
-    def _attacked(self, images: Tensor, labels: Tensor) -> Tensor:
+    def _attack_unless_incorrect(self, images: Tensor, labels: Tensor) -> Tensor:
         if self.incorrect == "attack":
             return self.attack(images, labels)
         predicted = predicted_classes(self.clean_logits(images))
@@ -231,43 +195,50 @@ class AT(FastMixin, PGDMixin, WalkMixin):
         correct = (predicted == labels).view(-1, 1, 1, 1)
         return torch.where(correct, self.attack(images, labels), images)
 
-    def _noisy(self, labels: Tensor) -> Tensor:
+    def _noisy_labels(self, labels: Tensor) -> Tensor:
         if self.training_labels.noise == 0:
             return labels
-        draws = self.draws("label noise", len(labels), 2, labels.device)
+        draws = self.noise.uniform("label noise", len(labels), 2, labels.device)
         noisy = self.training_labels.resample(labels, draws, self.num_classes)
-        self.means.add("label_noise/changed", noisy != labels)
+        self.means.add({"label_noise/changed": noisy != labels})
         return noisy
 
-    def _record(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        # Once for each example, so that every example weighs the same in the epoch's mean.
-        self.means.add("train/loss", loss.expand(len(labels)))
-        losses = cross_entropy(logits, labels, reduction="none")
-        self.means.add("train/robust_loss", nan_unless_finite(losses, logits))
-        self.means.add("train/robust_error", predicted_classes(logits) != labels)
+    def _record(
+        self, loss: Tensor, logits: Tensor, labels: Tensor, terms: Mapping[str, Tensor]
+    ) -> None:
+        self._learning_rate = float(self.trainer.optimizers[0].param_groups[0]["lr"])
+        self.means.add(
+            {
+                **terms,
+                # Once for each example, so that every example weighs the same in the mean.
+                "train/loss": loss.expand(len(labels)),
+                "train/robust_loss": nan_unless_finite(example_losses(logits, labels), logits),
+                "train/robust_error": predicted_classes(logits) != labels,
+            }
+        )
 
     def on_train_start(self) -> None:
-        """Tells a schedule that counts steps how many there are."""
-        super().on_train_start()
-        self.means.reset()
+        """Sets the length of a schedule that counts steps."""
+        self.means.sums.clear()
         prepare_schedule(self.lr_schedulers(), self.trainer)
 
     def on_train_epoch_end(self) -> None:
-        """Logs what the training batches gave; once an epoch, as each `log` call costs time."""
-        self.means.log(self)
+        """Logs the means over the examples of the training batches."""
+        for name, mean in self.means.compute().items():
+            self.log(name, mean, prog_bar=name == "train/robust_loss", sync_dist=True)
         # That of the epoch's last step: schedules have moved on already.
         self.log("train/learning_rate", self._learning_rate)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Does nothing: `trainer.test` is measured by callbacks, on fixed sets of images."""
 
-    def configure_optimizers(self) -> Any:
-        """Optimizer and schedule from the module's arguments.
+    def configure_callbacks(self) -> list[Callback]:
+        """A callback that ends the walks of `EntropySGD` with the epoch."""
+        return [EndOfWalk()]
 
-        Raises:
-            ValueError: If the schedule counts in shares and the number of epochs is unlimited.
-        """
-        optimizer = self.fused(self._optimizer(self.parameters()))
+    def configure_optimizers(self) -> Any:
+        """Optimizer and schedule from the module's arguments."""
+        optimizer = self._optimizer(self.parameters())
         scheduler = self._lr_scheduler(optimizer)
         prepare_schedule(scheduler, self.trainer)
         return {
@@ -280,22 +251,64 @@ class AT(FastMixin, PGDMixin, WalkMixin):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Writes down which class made the checkpoint, and the seed of its noise."""
+        """Adds the class that wrote the checkpoint, its network's layers, and the seed."""
         checkpoint[CLASS_KEY] = type(self).__name__
-        checkpoint[SEED_KEY] = self._run_seed
+        checkpoint[SEED_KEY] = self.run_seed
         checkpoint[LAYERS_KEY] = plain_layers(self.network)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses the checkpoint of another variant, or of another network.
-
-        Raises:
-            ValueError: If another class wrote the checkpoint, or if it was trained with a network
-                of other weights or other layers.
-        """
+        """Refuses the checkpoint of another variant, or of another network."""
         written = checkpoint.get(CLASS_KEY, type(self).__name__)
         if written != type(self).__name__:
             raise ValueError(
                 f"Expected a checkpoint written by {type(self).__name__} but got one of {written}."
             )
         check_network_of(checkpoint, self.network)
-        self._run_seed = checkpoint.get(SEED_KEY)
+        self.run_seed = checkpoint.get(SEED_KEY)
+
+
+class ATAWP(AWPMixin, AT):
+    """Adversarial training at adversarially perturbed weights (Wu et al., 2020; Table 1, AT-AWP).
+
+    Args are those of `AWPMixin` and of `AT`.
+
+    Example:
+        >>> ATAWP(xi=0.005).xi
+        0.005
+    """
+
+
+class EpochMeans:
+    """Means over the examples of an epoch, summed on the device.
+
+    `Metric.update` and `LightningModule.log` cost time and may wait for the device, so they are
+    called once an epoch.
+
+    Example:
+        >>> means = EpochMeans()
+        >>> means.add({"train/loss": torch.tensor([1.0, 2.0])})
+        >>> means.compute()
+        {'train/loss': tensor(1.5000)}
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[str, tuple[Tensor, int]] = {}
+
+    def add(self, terms: Mapping[str, Tensor]) -> None:
+        """Adds values of any shape and type, one for each example, by the name of their mean."""
+        for name, values in terms.items():
+            if values.numel():
+                total, count = self.sums.get(name, (0.0, 0))
+                total = values.detach().sum(dtype=torch.float32) + total
+                self.sums[name] = total, count + values.numel()
+
+    def compute(self) -> dict[str, Tensor]:
+        """The means over the examples of all processes, after which sums start at zero."""
+        means = {}
+        for name, (total, count) in self.sums.items():
+            # NaN stays NaN; the strategy `disable` would ignore weights (torchmetrics 1.9).
+            mean = MeanMetric(nan_strategy=math.nan).to(total.device)
+            mean.update(total / count, count)
+            means[name] = mean.compute()
+        self.sums.clear()
+        return means

@@ -11,8 +11,8 @@ from robust_flatness.lightning_modules.entropy_sgd import EntropySGD
 class ATEntropySGD(AT):
     """Adversarial training whose optimizer is `EntropySGD` (Chaudhari et al., 2017).
 
-    Every batch is attacked once, at the weights of the walk. `EntropySGD` goes with every other
-    variant as well; this one has it as its default.
+    Every batch is attacked once, at the weights of the walk. `EntropySGD` can be the optimizer of
+    every other variant as well; for this one it is the default.
 
     The paper's text takes the baseline's schedule, as this class does; in its code schedules do not
     reach the optimizer, and its curves look so. `--model.lr_scheduler.milestones []` is that, and
@@ -20,8 +20,7 @@ class ATEntropySGD(AT):
 
     Args:
         optimizer: Builds an `EntropySGD`; `--model.optimizer.langevin_steps 2` sets L.
-        args: The network, as the first argument of `AT`.
-        kwargs: Arguments of `AT`.
+        args, kwargs: Arguments of `AT`.
 
     Raises:
         ValueError: If the optimizer is another; before training starts.
@@ -37,11 +36,7 @@ class ATEntropySGD(AT):
         super().__init__(*args, optimizer=optimizer, **kwargs)
 
     def configure_optimizers(self) -> Any:
-        """Optimizer and schedule from the module's arguments.
-
-        Raises:
-            ValueError: If the optimizer is no `EntropySGD`.
-        """
+        """Optimizer and schedule from the module's arguments."""
         configured = super().configure_optimizers()
         optimizer = configured["optimizer"]
         if not isinstance(optimizer, EntropySGD):
@@ -52,7 +47,8 @@ class ATEntropySGD(AT):
         return configured
 
     def on_train_epoch_end(self) -> None:
-        """Logs the epoch, and the pull γ that it ended with."""
+        """Logs the means of the epoch, and the pull γ that it ended with."""
         super().on_train_epoch_end()
-        if self.walk is not None:
-            self.log("entropy_sgd/pull", self.walk.pull)
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        if isinstance(optimizer, EntropySGD):
+            self.log("entropy_sgd/pull", optimizer.pull)

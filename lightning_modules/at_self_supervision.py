@@ -1,6 +1,5 @@
 """Adversarial training with rotation prediction as a second task."""
 
-from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -12,51 +11,31 @@ from robust_flatness.functional.checks import check_choice, check_count, check_n
 from robust_flatness.functional.evaluation import module_modes, predicted_classes, to_float32
 from robust_flatness.functional.objectives import rotate
 from robust_flatness.lightning_modules.at import AT
+from robust_flatness.lightning_modules.pgd_mixin import Objective
 from robust_flatness.networks import RotationHead
 
 Rotations = Literal["half", "all"]
 
 
-class _Parts(NamedTuple):
-    """How a rank's part of a batch is split.
-
-    Attributes:
-        classified: Images that are classified, the first ones.
-        hit: Attacked ones among these.
-        hit_turned: Attacked ones among the turned ones.
-        weight: Of the mean over this rank's classified images in the mean over ranks.
-        turned_weight: Of the mean over its turned images.
-    """
-
-    classified: int
-    hit: int
-    hit_turned: int
-    weight: float
-    turned_weight: float
-
-
 class ATSelfSupervision(AT):
     """Adversarial training on labels and on rotations (Hendrycks et al., 2019; the paper, Sec. 3).
 
-    Loss is cross-entropy on labels plus λ times that of a second head on rotations, both on
-    examples attacked against their own loss, rotated before the attack. All examples go through
-    the network and the second head as one batch, so that BatchNorm sees their mixture, as in the
-    code of both papers. The head shares the network's features; it takes no part in what is
-    measured, nor in weight perturbations. The data's augmentation comes before the rotation; in the
-    paper's code it comes after.
+    The loss is cross-entropy on labels plus λ times that of a second head on rotations. Each is
+    attacked on its own, images being rotated before the attack. All examples pass the network and
+    the second head as one batch, so that BatchNorm sees their mixture, as in the code of both
+    papers. The head shares the network's features; measures and weight perturbations leave it out.
+    Augmentation comes before the rotation; in the paper's code it comes after.
 
     Args:
         lam: Weight λ of the rotation loss; 4 in Table 1, swept over 0.5, 1, 2, 4 and 8.
-        rotations: `half` classifies the batch's first half and turns each image of its second half
-            by one random multiple of 90° (the paper), so an epoch sees half of the labels; `all`
-            classifies all and turns all by each multiple, as Hendrycks et al. do with λ = 0.5.
-            Theirs has a linear head and one attack on both losses in train mode, which this has
-            not.
-        adversarial_fraction: Share of each half, or of each rotation, that is attacked, the rest
-            staying clean: 1 is the paper's text, 0.5 its code and, by its clean errors, its table.
+        rotations: `half` classifies the batch's first half and rotates each image of its second
+            half by a random multiple of 90° (the paper), so an epoch sees half of the labels; `all`
+            classifies all and rotates all by each multiple, as Hendrycks et al. do with λ = 0.5,
+            but they have a linear head and one attack on both losses in train mode.
+        adversarial_fraction: Share of each half, or of each rotation, that is attacked; the rest
+            stays clean. 1 is the paper's text, 0.5 its code and, by its clean errors, its table.
         hidden: Units of the rotation head's hidden layer.
-        args: The network, as the first argument of `AT`.
-        kwargs: Arguments of `AT`; `incorrect` has no meaning here.
+        args, kwargs: Arguments of `AT`; `incorrect` has no meaning here.
 
     Raises:
         ValueError: If an argument is out of range, or the network lacks `features`,
@@ -104,88 +83,100 @@ class ATSelfSupervision(AT):
         return features
 
     def rotation_logits(self, images: Tensor) -> Tensor:
-        """Logits `(N, 4)` of how far images `(N, C, S, S)` in [0, 1] are turned."""
+        """Logits `(N, 4)` of the rotation of images `(N, C, S, S)` in [0, 1]."""
         return to_float32(self.rotation_head(self.features(images)))
 
     def attack(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Images to classify, attacked ones first, then turned ones likewise."""
-        count = len(images)
-        classified, hit, hit_turned, *_ = self._parts(count)
-        adversarial = self.craft(images[:hit], labels[:hit], rows=(range(hit), count))
-        turns = self._turns(images)
-        turned = rotate(self._to_turn(images), turns)
+        """Images to classify, attacked ones first, then rotated ones likewise."""
+        split, (rows, turns) = self._split(len(images)), self._rotations(images)
+        attacked = slice(split.attacked)
+        starts = self.noise.starts(self.pgd, images.shape, "start", images.device)
+        adversarial = self.craft(images[attacked], labels[attacked], start=starts[attacked])
+        rotated = rotate(images[rows % len(images)], turns)
+        attacked = slice(split.attacked_rotated)
+        shape = (len(images) * (1 if self.rotations == "half" else 4), *images.shape[1:])
+        starts = self.noise.starts(self.pgd, shape, "start of rotated", images.device)[rows]
         # A bound method has no modes of its own, so network and head get theirs here.
         with module_modes(self, self.pgd.mode):
             against_turns = self.craft(
-                turned[:hit_turned],
-                turns[:hit_turned],
+                rotated[attacked],
+                turns[attacked],
                 model=self.rotation_logits,
-                purpose="start of rotated",
-                rows=self._turned_rows(count),
+                start=starts[attacked],
             )
-        return torch.cat([adversarial, images[hit:classified], against_turns, turned[hit_turned:]])
+        clean = images[split.attacked : split.classified]
+        return torch.cat([adversarial, clean, against_turns, rotated[split.attacked_rotated :]])
 
-    def objective(
-        self, images: Tensor, adversarial: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Cross-entropy on labels plus λ times that on rotations; logits of attacked examples."""
-        classified, hit, _, weight, turned_weight = self._parts(len(images))
+    def objective(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> Objective:
+        """Cross-entropy on labels plus λ times that on rotations."""
+        split = self._split(len(images))
         features = self.features(adversarial)
-        logits = to_float32(self.network.classifier(features[:classified]))  # type: ignore[operator]
-        loss = weight * self.training_labels.loss(logits, labels[:classified])
-        if len(adversarial) > classified:
-            turns = self._turns(images)
-            turn_logits = to_float32(self.rotation_head(features))[classified:]
-            self.means.add("train/rotation_loss", example_losses(turn_logits, turns))
-            self.means.add("train/rotation_error", predicted_classes(turn_logits) != turns)
-            loss = loss + self.lam * turned_weight * cross_entropy(turn_logits, turns)
-        return loss, logits[:hit]
+        classified = features[: split.classified]
+        logits = to_float32(self.network.classifier(classified))  # type: ignore[operator]
+        loss = split.weight * self.training_labels.loss(logits, labels[: split.classified])
+        if len(adversarial) == split.classified:
+            return loss, logits[: split.attacked], {}
+        _, turns = self._rotations(images)
+        turn_logits = to_float32(self.rotation_head(features))[split.classified :]
+        terms = {
+            "train/rotation_loss": example_losses(turn_logits, turns),
+            "train/rotation_error": predicted_classes(turn_logits) != turns,
+        }
+        loss = loss + self.lam * split.rotated_weight * cross_entropy(turn_logits, turns)
+        return loss, logits[: split.attacked], terms
 
-    def _parts(self, count: int) -> _Parts:
-        """How this rank's `count` images of a batch, every world-th of all, are split.
+    def _split(self, count: int) -> "_Split":
+        """How this process's `count` images of a batch, every N-th of all, are split.
 
-        The whole batch is split first, so that any number of processes does the same with it.
+        The global batch is split first, so that any number of processes does the same with it.
         """
         world, rank = self.trainer.world_size, self.trainer.global_rank
         total = world * count
         # Halves of one image have no batch statistics: a rest that small is classified.
-        turned = total // 2 if self.rotations == "half" and total >= 4 else 0
-        classified = total - turned
+        rotated = total // 2 if self.rotations == "half" and total >= 4 else 0
+        classified = total - rotated
         ends = (
             classified,
             round(self.fraction * classified),
-            classified + round(self.fraction * turned),
+            classified + round(self.fraction * rotated),
         )
-        mine, hit, end = (len(range(rank, end, world)) for end in ends)
-        return _Parts(
+        mine, attacked, end = (len(range(rank, end, world)) for end in ends)
+        return _Split(
             mine,
-            hit,
-            end - mine if self.rotations == "half" else 4 * hit,
+            attacked,
+            end - mine if self.rotations == "half" else 4 * attacked,
             mine * world / classified,
-            (count - mine) * world / turned if turned else 1.0,
+            (count - mine) * world / rotated if rotated else 1.0,
         )
 
-    def _turns(self, images: Tensor) -> Tensor:
-        """How far the turned images of a batch are turned, the same whenever it is asked."""
-        count, parts = len(images), self._parts(len(images))
-        if self.rotations == "half":
-            draws = self.draws("rotation", count, 1, images.device)[parts.classified :]
-            return (draws[:, 0] * 4).long()
-        directions = torch.arange(4, device=images.device)
-        counts = (parts.hit, count - parts.hit)
-        return torch.cat([directions.repeat_interleave(part) for part in counts])
+    def _rotations(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Which images are rotated, attacked ones first, and by how many quarter turns.
 
-    def _to_turn(self, images: Tensor) -> Tensor:
-        """The images of a batch that are turned, attacked ones first, in the order of `_turns`."""
-        parts = self._parts(len(images))
+        The same whenever it is called for a batch. With `all`, row `turn * N + i` is image i.
+        """
+        count, split = len(images), self._split(len(images))
         if self.rotations == "half":
-            return images[parts.classified :]
-        split = (images[: parts.hit], images[parts.hit :])
-        return torch.cat([part.repeat(4, 1, 1, 1) for part in split])
+            rows = torch.arange(split.classified, count, device=images.device)
+            draws = self.noise.uniform("rotation", count, 1, images.device)
+            return rows, (draws[split.classified :, 0] * 4).long()
+        rows = torch.arange(4 * count, device=images.device).view(4, count)
+        rows = torch.cat([part.flatten() for part in rows.tensor_split([split.attacked], dim=1)])
+        return rows, rows // count
 
-    def _turned_rows(self, count: int) -> tuple[Sequence[int], int]:
-        """Whose starts the attacked ones among the turned images take, as `craft` wants it."""
-        parts = self._parts(count)
-        if self.rotations == "half":
-            return range(parts.classified, parts.classified + parts.hit_turned), count
-        return [turn * count + row for turn in range(4) for row in range(parts.hit)], 4 * count
+
+class _Split(NamedTuple):
+    """How a process's part of a batch is split.
+
+    Attributes:
+        classified: Number of images that are classified, the first ones.
+        attacked: Number of attacked ones among these.
+        attacked_rotated: Number of attacked ones among the rotated ones.
+        weight: Weight of this process's mean over classified images in the mean over processes.
+        rotated_weight: Likewise of its mean over rotated images.
+    """
+
+    classified: int
+    attacked: int
+    attacked_rotated: int
+    weight: float
+    rotated_weight: float

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from robust_flatness.functional.checks import check_choice
 from robust_flatness.lightning_modules.at import AT
+from robust_flatness.lightning_modules.pgd_mixin import Objective
 from robust_flatness.lightning_modules.trades import TRADES
 
 Loss = Literal["at", "trades"]
@@ -15,15 +16,13 @@ Loss = Literal["at", "trades"]
 class ATUnlabeled(TRADES):
     """Robust self-training (Carmon et al., 2019): batches are mixed of labels and pseudo-labels.
 
-    The data mixes them (`--data.unlabeled_share 0.5`) and any variant can be trained on such
-    batches; this one holds the data to it, logs the share as `unlabeled/share`, and has the two
-    losses of the literature.
+    The data mixes them (`--data.unlabeled_share 0.5`). Any variant trains on such batches; this one
+    requires them, logs the share as `unlabeled/share`, and has the two losses of the literature.
 
     Args:
         loss: `at` treats pseudo-labels as labels in plain AT (the paper), `trades` takes TRADES'
             loss and attack (Carmon et al.).
-        args: The network, as the first argument of `AT`.
-        kwargs: Arguments of `TRADES`; `lam` is used with `loss="trades"` only.
+        args, kwargs: Arguments of `TRADES`; `lam` is used with `loss="trades"` only.
 
     Raises:
         ValueError: If `loss` is unknown; before the first step, if the data mixes nothing in.
@@ -39,16 +38,12 @@ class ATUnlabeled(TRADES):
         super().__init__(*args, **kwargs)
 
     def check_attack(self) -> None:
-        """Refuses what means nothing to TRADES' attack, where that is the attack."""
+        """Refuses what means nothing to TRADES' attack, if that is the attack."""
         if self.loss == "trades":
             super().check_attack()
 
     def on_train_batch_start(self, batch: Sequence[Tensor], batch_idx: int) -> None:
-        """Looks at the first batch before anything is trained on it.
-
-        Raises:
-            ValueError: If batches do not tell which images are pseudo-labelled.
-        """
+        """Checks that batches contain which images are pseudo-labelled."""
         super().on_train_batch_start(batch, batch_idx)
         if len(batch) < 3:
             raise ValueError(
@@ -58,19 +53,15 @@ class ATUnlabeled(TRADES):
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """A step on the whole batch, pseudo-labels as labels."""
-        self.means.add("unlabeled/share", batch[2])
+        self.means.add({"unlabeled/share": batch[2]})
         return super().training_step(batch, batch_idx)
 
     def attack(self, images: Tensor, labels: Tensor) -> Tensor:
         """PGD on cross-entropy, or on TRADES' divergence."""
-        if self.loss == "trades":
-            return super().attack(images, labels)
-        return AT.attack(self, images, labels)
+        variant = TRADES if self.loss == "trades" else AT
+        return variant.attack(self, images, labels)
 
-    def objective(
-        self, images: Tensor, adversarial: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Cross-entropy under attack, or TRADES' objective; adversarial logits."""
-        if self.loss == "trades":
-            return super().objective(images, adversarial, labels)
-        return AT.objective(self, images, adversarial, labels)
+    def objective(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> Objective:
+        """Cross-entropy under attack, or TRADES' objective."""
+        variant = TRADES if self.loss == "trades" else AT
+        return variant.objective(self, images, adversarial, labels)

@@ -1,13 +1,12 @@
 """Adversarial weight perturbation for any variant of adversarial training."""
 
 from contextlib import ExitStack
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.optim import Optimizer
-from torchmetrics import MaxMetric, MinMetric
 
 from robust_flatness.functional.checks import check_choice, check_count, check_number
 from robust_flatness.functional.evaluation import Mode
@@ -16,28 +15,19 @@ from robust_flatness.functional.weight_perturbation import (
     adversarial_perturbation,
     random_perturbation,
 )
-from robust_flatness.lightning_modules.at import AT
+from robust_flatness.lightning_modules.pgd_mixin import PGDMixin
 from robust_flatness.lightning_modules.schedules import epochs_of_share
 
 Order = Literal["sam", "awp"]
 Direction = Literal["adversarial", "random"]
 
 
-class _GiveWeightsBack(Callback):
-    """Ends the perturbation before anybody saves the weights of a training that failed."""
+class AWPMixin(PGDMixin):
+    """Takes the gradient of a variant's objective at adversarially perturbed weights.
 
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        cast(AWPMixin, pl_module).restore_weights()
-
-
-class AWPMixin(AT):
-    """Takes the gradient of the variant's objective at adversarially perturbed weights.
-
-    Put it before the variant: `class TRADESAWP(AWPMixin, TRADES)`. In each step, after crafting,
+    It comes before the variant: `class TRADESAWP(AWPMixin, TRADES)`. In each step, after crafting,
     weights move to w + ν with ν_l = ξ‖w_l‖ g_l / ‖g_l‖, g the gradient of the variant's objective;
-    the loss is differentiated there, and the weights come back bit for bit before the optimizer
+    the loss is differentiated there, and the weights are restored bit for bit before the optimizer
     moves them. If a layer has spectral norm, weight norm or another parametrization, the tensor
     that it computes with is moved, and the gradient goes on to the parameters behind it, which the
     optimizer moves and decays. `awp/relative_norm_min` and `_max` log ‖ν_l‖ / ‖w_l‖ over layers and
@@ -53,11 +43,12 @@ class AWPMixin(AT):
         awp_mode: `eval` ascends on running BatchNorm statistics (the paper's code), `train` on
             those of the batch (the original's).
         direction: `adversarial`, or `random` for one drawn on the sphere in each step.
-        args: The network, as the first argument of `AT`.
-        kwargs: Arguments of the variant.
+        args, kwargs: Arguments of the variant.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range; before training, if the warm-up is a share of
+            endless training, if `order` is awp and the optimizer decouples weight decay from
+            gradients, or if it is not certain what tensors a layer computes with.
     """
 
     def __init__(
@@ -79,96 +70,51 @@ class AWPMixin(AT):
         check_choice("direction", direction, get_args(Direction))
         self.xi, self.awp_steps, self.awp_mode = xi, awp_steps, awp_mode
         self.order, self.warmup, self.direction = order, warmup, direction
-        self.relative_norm_min = MinMetric(nan_strategy="disable")
-        self.relative_norm_max = MaxMetric(nan_strategy="disable")
-        self._perturbed = ExitStack()
         self._tensors: dict[str, LayerTensor] = {}
+        self._perturbed = ExitStack()
+        # ν by parameter, of the steps since the last update, and ‖ν_l‖ / ‖w_l‖, of the epoch.
         self._decay_shifts: list[dict[int, Tensor]] = []
+        self._relative_norms: list[Tensor] = []
 
     def perturb(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> None:
         """Moves the weights to w + ν until the backward is done."""
-        if self._warming_up:
+        if self.current_epoch < epochs_of_share(self.warmup, self.trainer.max_epochs or 0):
             return
+        weights = {name: tensor.value() for name, tensor in self._tensors.items()}
         if self.direction == "random":
-            generator = self.generator("weights", self.device)
-            weights = {name: tensor.value() for name, tensor in self._tensors.items()}
+            generator = self.noise.generator("weights", self.device)
             perturbation = random_perturbation(weights, self.xi, generator)
         else:
-            with self.means.paused():
-                perturbation = adversarial_perturbation(
-                    self,
-                    self._tensors,
-                    lambda: self.objective(images, adversarial, labels)[0],
-                    xi=self.xi,
-                    steps=self.awp_steps,
-                    mode=self.awp_mode,
-                    reduce=self._mean_over_ranks,
-                )
-        self._record_norms(perturbation)
+            perturbation = adversarial_perturbation(
+                self,
+                self._tensors,
+                lambda: self.objective(images, adversarial, labels)[0],
+                xi=self.xi,
+                steps=self.awp_steps,
+                mode=self.awp_mode,
+                reduce=mean_over_ranks,
+            )
+        ratios = [
+            nu.norm() / weights[name].detach().norm().clamp_min(torch.finfo(nu.dtype).tiny)
+            for name, nu in perturbation.items()
+        ]
+        self._relative_norms.append(torch.stack(ratios))
         if self.order == "awp":
             shifts = ((self._tensors[name].own(), nu) for name, nu in perturbation.items())
             # What is computed decays only through the parameters behind it, which are not moved.
-            self._decay_shifts += [{id(w): nu for w, nu in shifts if w is not None}]
+            self._decay_shifts.append({id(w): nu for w, nu in shifts if w is not None})
         self._perturbed.enter_context(perturbed_weights(self, perturbation, self._tensors))
 
-    def _find_tensors(self) -> None:
-        # The network's own: an auxiliary head beside it is left alone, as in the paper's code.
-        tensors = layer_tensors(self.network, biases=False)
-        self._tensors = {f"network.{name}": tensor for name, tensor in tensors.items()}
-
-    def on_train_start(self) -> None:
-        """Refuses a network that cannot be perturbed, also if a warm-up comes first.
-
-        Raises:
-            ValueError: If a layer's weight is not certain.
-        """
-        super().on_train_start()
-        self._find_tensors()
-
-    def on_train_epoch_start(self) -> None:
-        """Finds the perturbed weights again, as a callback may have pruned layers."""
-        super().on_train_epoch_start()
-        self._find_tensors()
-
-    @property
-    def _warming_up(self) -> bool:
-        return self.current_epoch < epochs_of_share(self.warmup, self.trainer.max_epochs or 0)
-
-    def configure_callbacks(self) -> list[Callback]:
-        """A callback that gives the weights back where training ends with an exception."""
-        return [_GiveWeightsBack()]
-
-    def restore_weights(self) -> None:
-        """Ends the perturbation, bit for bit; nothing where there is none."""
-        self._perturbed.close()
-
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Differentiates at w + ν and gives w back, whatever happens."""
+        """Differentiates at w + ν and restores w, whatever happens."""
         try:
             super().backward(loss, *args, **kwargs)
         finally:
             self.restore_weights()
 
-    def configure_optimizers(self) -> Any:
-        """The variant's optimizer and schedule.
-
-        Raises:
-            ValueError: If `order` is awp and the optimizer decouples weight decay from gradients,
-                or if the warm-up is a share of endless training.
-        """
-        configured = super().configure_optimizers()
-        if self.warmup and (self.trainer.max_epochs or 0) < 1:
-            raise ValueError(
-                "Expected `trainer.max_epochs` to be >= 1, as `warmup` is a share of training, but "
-                f"got {self.trainer.max_epochs}."
-            )
-        optimizer = configured["optimizer"]
-        if self.order == "awp" and any(map(_decouples_decay, optimizer.param_groups)):
-            raise ValueError(
-                "Expected an optimizer with coupled weight decay for `order` awp but got "
-                f"{type(optimizer).__name__}."
-            )
-        return configured
+    def restore_weights(self) -> None:
+        """Ends the perturbation, bit for bit; without one nothing happens."""
+        self._perturbed.close()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """With `order: awp`, turns the decay of w into that of w + ν by adding wd · ν."""
@@ -182,34 +128,72 @@ class AWPMixin(AT):
                     if id(parameter) in shift and parameter.grad is not None:
                         parameter.grad.add_(shift[id(parameter)], alpha=decay / len(shifts))
 
+    def on_train_start(self) -> None:
+        """Refuses a network that cannot be perturbed, also if a warm-up comes first."""
+        super().on_train_start()
+        self._decay_shifts, self._relative_norms = [], []
+        self._find_weights()
+
+    def on_train_epoch_start(self) -> None:
+        """Finds the weights again, as a callback may have replaced layers."""
+        super().on_train_epoch_start()
+        self._find_weights()
+
+    def _find_weights(self) -> None:
+        # The network's own: an auxiliary head beside it is left alone, as in the paper's code.
+        self._tensors = layer_tensors(self.network, biases=False)
+
     def on_train_epoch_end(self) -> None:
-        """Logs the variant's metrics, and that the perturbation had its length."""
+        """Logs the variant's metrics, and the extremes of ‖ν_l‖ / ‖w_l‖."""
         super().on_train_epoch_end()
-        if not self._warming_up:
-            self.log("awp/relative_norm_min", self.relative_norm_min)
-            self.log("awp/relative_norm_max", self.relative_norm_max)
+        if self._relative_norms:
+            low, high = torch.cat(self._relative_norms).aminmax()
+            self.log("awp/relative_norm_min", low, reduce_fx="min", sync_dist=True)
+            self.log("awp/relative_norm_max", high, reduce_fx="max", sync_dist=True)
+            self._relative_norms = []
 
-    def _record_norms(self, perturbation: dict[str, Tensor]) -> None:
-        weights = {name: self._tensors[name].value().detach() for name in perturbation}
-        ratios = torch.stack(
-            [
-                nu.norm() / weights[name].norm().clamp_min(torch.finfo(nu.dtype).tiny)
-                for name, nu in perturbation.items()
-            ]
+    def configure_callbacks(self) -> list[Callback]:
+        """The variant's callbacks, and one that restores the weights if training fails."""
+        callbacks: Any = super().configure_callbacks()
+        return [*callbacks, RestoreWeights()]
+
+    def configure_optimizers(self) -> Any:
+        """The variant's optimizer and schedule, if `order` and `warmup` suit them."""
+        configured: Any = super().configure_optimizers()
+        if self.warmup and (self.trainer.max_epochs or 0) < 1:
+            raise ValueError(
+                "Expected `trainer.max_epochs` to be >= 1, as `warmup` is a share of training, but "
+                f"got {self.trainer.max_epochs}."
+            )
+        optimizer = configured["optimizer"]
+        decoupled = any(
+            group.get("weight_decay") and group.get("decoupled_weight_decay")
+            for group in optimizer.param_groups
         )
-        self.relative_norm_min.update(ratios)
-        self.relative_norm_max.update(ratios)
-
-    def _mean_over_ranks(self, gradients: list[Tensor]) -> list[Tensor]:
-        """One all-reduce for all gradients, so that every rank climbs in the same direction."""
-        if self.trainer.world_size == 1:
-            return gradients
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        # The strategy's own reduction waits for all ranks first.
-        torch.distributed.all_reduce(flat)
-        parts = (flat / self.trainer.world_size).split([gradient.numel() for gradient in gradients])
-        return [part.view_as(gradient) for part, gradient in zip(parts, gradients)]
+        if self.order == "awp" and decoupled:
+            raise ValueError(
+                "Expected an optimizer with coupled weight decay for `order` awp but got "
+                f"{type(optimizer).__name__}."
+            )
+        return configured
 
 
-def _decouples_decay(group: dict[str, Any]) -> bool:
-    return bool(group.get("weight_decay") and group.get("decoupled_weight_decay"))
+def mean_over_ranks(gradients: list[Tensor]) -> list[Tensor]:
+    """Gradients averaged over all processes in one all-reduce, so that ν is the same on each."""
+    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return gradients
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    distributed.all_reduce(flat)
+    means = (flat / distributed.get_world_size()).split([g.numel() for g in gradients])
+    return [mean.view_as(gradient) for mean, gradient in zip(means, gradients)]
+
+
+class RestoreWeights(Callback):
+    """Ends the perturbation before other callbacks save the weights of a training that failed."""
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Restores the weights."""
+        if isinstance(pl_module, AWPMixin):
+            pl_module.restore_weights()

@@ -1,135 +1,145 @@
-"""Crafting adversarial examples inside a training step."""
+"""Adversarial examples in a training step."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import cast
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from robust_flatness.functional.attack import PGD, Criterion, example_losses
-from robust_flatness.functional.checks import check_examples, errors_on_all_ranks
-from robust_flatness.functional.evaluation import Model, module_modes, to_float32
+from robust_flatness.functional.checks import check_examples, check_outputs, errors_on_all_ranks
+from robust_flatness.functional.evaluation import (
+    Model,
+    evaluation_context,
+    first_logits,
+    module_modes,
+    to_float32,
+)
 from robust_flatness.functional.noise import keyed_generator, keyed_seed, random_start
 
+# Loss, logits of adversarial examples, and further terms to log, one value for each example.
+Objective = tuple[Tensor, Tensor, Mapping[str, Tensor]]
 
-class PGDMixin:
-    """Gives a LightningModule `craft`: PGD on its own `forward`, with noise of the global batch.
 
-    Random starts are drawn for the batch of all processes together, from the run's seed and the
-    number of batches seen, and each process takes its share: so two processes train as one, and a
-    resumed run goes on exactly. The order fits Lightning's `DistributedSampler`, which deals
-    examples out to ranks in turn.
+@dataclass(frozen=True)
+class BatchNoise:
+    """Random numbers of one training step, the same on any number of processes.
 
-    Attributes:
-        pgd: How the attack is run.
-        num_classes: Number of classes, to which labels are held on the first batch.
+    They are drawn for the global batch, from the seed, a purpose and the number of batches before,
+    and each process takes every `world_size`-th row, as Lightning's `DistributedSampler` assigns
+    examples. So two processes train as one, and a resumed run continues exactly.
+
+    Args:
+        seed: The run's seed.
+        step: Number of training batches before this one, over all epochs.
+        rank: Number of this process.
+        world_size: Number of processes.
+
+    Example:
+        >>> whole = BatchNoise(seed=0, step=3).uniform("labels", 4, 1)
+        >>> half = BatchNoise(seed=0, step=3, rank=1, world_size=2).uniform("labels", 2, 1)
+        >>> torch.equal(half, whole[1::2])
+        True
     """
 
-    pgd: PGD
-    num_classes: int
-    _run_seed: int | None = None
+    seed: int
+    step: int
+    rank: int = 0
+    world_size: int = 1
 
-    def on_fit_start(self) -> None:
-        """Agrees on one seed for the noise of all processes, or keeps that of the checkpoint."""
-        strategy = cast(LightningModule, self).trainer.strategy
-        own = torch.initial_seed() if self._run_seed is None else self._run_seed
-        self._run_seed = int(strategy.broadcast(own))
+    @classmethod
+    def of(cls, trainer: Trainer, seed: int) -> "BatchNoise":
+        """The noise of the trainer's current batch; Lightning's checkpoints hold its number."""
+        step = trainer.fit_loop.epoch_loop.total_batch_idx
+        return cls(seed, step, trainer.global_rank, trainer.world_size)
 
-    def on_train_batch_start(self, batch: Sequence[Tensor], batch_idx: int) -> None:
-        """Looks at the first batch before anything is trained on it.
+    def generator(self, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
+        """A generator that gives the same numbers on every process."""
+        return keyed_generator(self.seed, purpose, self.step, device=device)
 
-        Raises:
-            ValueError: On all processes, if pixels are outside [0, 1] or labels outside the classes
-                on any, or if the last batch of an epoch is one image that the network cannot train
-                on.
-        """
-        # Once only: the check waits for the device.
-        if self.batches_seen == 0:
-            with errors_on_all_ranks():
-                check_examples(batch[0], batch[1], self.num_classes)
-            self._check_last_batch(batch[0][:1])
+    def uniform(
+        self, purpose: str, count: int, columns: int, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """This process's rows `(count, columns)` of uniform numbers in [0, 1)."""
+        shape, generator = (self.world_size * count, columns), self.generator(purpose, device)
+        numbers = torch.rand(shape, generator=generator, device=device)
+        return numbers[self.rank :: self.world_size]
 
-    def _check_last_batch(self, image: Tensor) -> None:
-        """Tries a single image if an epoch ends with one: BatchNorm may have one value of it."""
-        module = cast(LightningModule, self)
-        loader = module.trainer.train_dataloader
-        sampler, size = getattr(loader, "sampler", ()), getattr(loader, "batch_size", None) or 1
-        if getattr(loader, "drop_last", True) or len(sampler) % size != 1:
-            return
-        buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-        devices = [module.device] if module.device.type == "cuda" else []
-        try:
-            with torch.no_grad(), torch.random.fork_rng(devices=devices):
-                module(image)
-        except ValueError as error:
-            raise ValueError(
-                f"Expected the last batch of an epoch to have more than one image for the network "
-                f"to train on but got {len(sampler)} images in batches of {size} ({error})."
-            ) from error
-        finally:
-            with torch.no_grad():
-                for name, buffer in module.named_buffers():
-                    buffer.copy_(buffers[name])
-
-    @property
-    def batches_seen(self) -> int:
-        """Training batches before the current one, over all epochs; checkpointed by Lightning."""
-        return cast(LightningModule, self).trainer.fit_loop.epoch_loop.total_batch_idx
-
-    def generator(self, purpose: str, device: torch.device) -> torch.Generator:
-        """Numbers that are the same on every rank, and others for each batch and purpose.
-
-        Args:
-            purpose: What the numbers are for.
-            device: Where they are drawn.
-        """
-        return keyed_generator(self._run_seed or 0, purpose, self.batches_seen, device=device)
-
-    def draws(self, purpose: str, count: int, columns: int, device: torch.device) -> Tensor:
-        """This rank's rows of uniform numbers that are drawn for the global batch.
-
-        Args:
-            purpose: What the numbers are for.
-            count: Rows of this rank.
-            columns: Numbers for each row.
-            device: Where they are drawn.
-
-        Returns:
-            `(count, columns)` in [0, 1).
-        """
-        trainer = cast(LightningModule, self).trainer
-        shape, generator = (trainer.world_size * count, columns), self.generator(purpose, device)
-        every = torch.rand(shape, generator=generator, device=device)
-        return every[trainer.global_rank :: trainer.world_size]
+    def starts(self, pgd: PGD, shape: Sequence[int], purpose: str, device: torch.device) -> Tensor:
+        """This process's random starts of an attack, of shape `(N, C, H, W)`."""
+        starts = random_start(
+            (self.world_size * shape[0], *shape[1:]),
+            eps=pgd.eps,
+            norm=pgd.norm,
+            start=pgd.start,
+            generator=self.generator(purpose, device),
+        )
+        return starts[self.rank :: self.world_size]
 
     @contextmanager
-    def own_dropout(self) -> Iterator[None]:
-        """Dropout inside draws from the run's seed, batch and rank, so that a resumed run goes on.
-
-        Global random state is left as it was, and untouched where there is no Dropout.
-        """
-        module = cast(LightningModule, self)
-        if not any(isinstance(m, _DropoutNd) and m.p > 0 for m in module.modules()):
+    def dropout(self, network: nn.Module, device: torch.device) -> Iterator[None]:
+        """Seeds what Dropout draws inside; without Dropout the random state is not touched."""
+        if not any(isinstance(m, _DropoutNd) and m.p > 0 for m in network.modules()):
             yield
             return
-        devices = [module.device] if module.device.type == "cuda" else []
-        key = ("dropout", self.batches_seen, module.global_rank)
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(keyed_seed(self._run_seed or 0, *key))
+        with forked_random_state(device):
+            torch.manual_seed(keyed_seed(self.seed, "dropout", self.step, self.rank))
             yield
 
-    def clean_logits(self, images: Tensor) -> Tensor:
-        """Logits of clean images in eval mode, without a graph.
+
+def forked_random_state(device: torch.device) -> AbstractContextManager[None]:
+    """Restores the random states of the CPU and of one device afterwards."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
+class PGDMixin(LightningModule):
+    """A LightningModule that is trained on adversarial examples of its own `forward`.
+
+    Attributes:
+        network: Maps normalised images to logits.
+        pgd: The attack on the images.
+        num_classes: Number of classes.
+        run_seed: Seed of all noise, the same on all processes and after a resume; `None` before
+            the first `fit`.
+    """
+
+    network: nn.Module
+    pgd: PGD
+    num_classes: int
+    run_seed: int | None = None
+
+    def attack(self, images: Tensor, labels: Tensor) -> Tensor:
+        """The examples that a step trains on.
 
         Args:
-            images: `(N, C, H, W)` in [0, 1].
+            images: `(N, C, H, W)` clean images in [0, 1].
+            labels: `(N,)` classes to leave.
+
+        Returns:
+            `(N, C, H, W)`, adversarial, without a graph.
         """
-        module = cast(nn.Module, self)
-        with torch.no_grad(), module_modes(module, "eval"):
-            return to_float32(module(images))
+        return self.craft(images, labels)
+
+    def perturb(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> None:
+        """Comes before the objective; `AWPMixin` perturbs the weights here."""
+
+    def objective(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> Objective:
+        """The loss to minimise.
+
+        Args:
+            images: `(N, C, H, W)` clean images in [0, 1].
+            adversarial: `(N, C, H, W)` adversarial examples.
+            labels: `(N,)` classes, after label noise.
+
+        Returns:
+            Scalar loss; logits `(M, num_classes)` of the first M examples, all that are adversarial
+            and have labels; and further terms to log, one value for each example, by the name that
+            their mean over an epoch gets.
+        """
+        raise NotImplementedError
 
     def craft(
         self,
@@ -138,40 +148,85 @@ class PGDMixin:
         criterion: Criterion = example_losses,
         *,
         model: Model | None = None,
-        purpose: str = "start",
-        rows: tuple[Sequence[int], int] | None = None,
+        start: Tensor | None = None,
     ) -> Tensor:
-        """Adversarial examples for this rank's part of the batch.
+        """Adversarial examples for this process's part of the batch.
 
         Args:
             images: `(N, C, H, W)` in [0, 1].
             labels: `(N,)`, or any target with N rows that `criterion` takes.
-            criterion: Maps logits and labels to the losses `(N,)` to be raised.
+            criterion: Maps logits and labels to the losses `(N,)` to increase.
             model: What is attacked; `None` for the module itself.
-            purpose: Of the random starts; a second attack in a step needs one of its own.
-            rows: Which rows the images are of how many that this rank has of the batch; `None` for
-                all of it. A row has the same start on any number of processes.
+            start: Perturbations `(N, C, H, W)` to start from; `None` draws them. A second attack in
+                a step needs starts of another purpose, see `BatchNoise.starts`.
 
         Returns:
             `(N, C, H, W)` in [0, 1], without a graph, in the type of `images`.
         """
         if len(images) == 0:
             return images
-        trainer = cast(LightningModule, self).trainer
-        chosen, count = (range(len(images)), len(images)) if rows is None else rows
-        start = random_start(
-            (trainer.world_size * count, *images.shape[1:]),
-            eps=self.pgd.eps,
-            norm=self.pgd.norm,
-            start=self.pgd.start,
-            generator=self.generator(purpose, images.device),
-        )[trainer.global_rank :: trainer.world_size][list(chosen)]
-        attacked = cast(nn.Module, self) if model is None else model
+        if start is None:
+            start = self.noise.starts(self.pgd, images.shape, "start", images.device)
+        attacked = self if model is None else model
         # The attack is in float32 at least; training may be in half precision.
-        return self.search(attacked, images, labels, start, criterion).to(images.dtype)
+        return self.pgd.attack(attacked, images, labels, start, criterion).images.to(images.dtype)
 
-    def search(
-        self, model: Model, images: Tensor, labels: Tensor, start: Tensor, criterion: Criterion
-    ) -> Tensor:
-        """Runs the attack; arguments and result are those of `PGD.attack`."""
-        return self.pgd.attack(model, images, labels, start, criterion).images
+    @property
+    def noise(self) -> BatchNoise:
+        """Random numbers of the current batch."""
+        return BatchNoise.of(self.trainer, self.run_seed or 0)
+
+    def clean_logits(self, images: Tensor) -> Tensor:
+        """Logits `(N, K)` of clean images `(N, C, H, W)` in eval mode, without a graph."""
+        with torch.no_grad(), module_modes(self, "eval"):
+            return to_float32(self(images))
+
+    def on_fit_start(self) -> None:
+        """Agrees on one seed for the noise of all processes, or keeps that of the checkpoint."""
+        own = torch.initial_seed() if self.run_seed is None else self.run_seed
+        self.run_seed = int(self.trainer.strategy.broadcast(own))
+
+    def on_train_batch_start(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+        """Checks images and labels of the first batch, and the size of the last one.
+
+        Raises:
+            ValueError: On all processes, if pixels are outside [0, 1] or labels outside the classes
+                on any, or if the last batch of an epoch is one image that the network cannot train
+                on.
+        """
+        # Once only: the check waits for the device.
+        if self.noise.step == 0:
+            with errors_on_all_ranks():
+                check_examples(batch[0], batch[1], self.num_classes)
+            self._check_last_batch(batch[0][:1])
+
+    def _check_last_batch(self, image: Tensor) -> None:
+        """Tries a single image if an epoch ends with one: BatchNorm may have one value of it."""
+        loader = self.trainer.train_dataloader
+        sampler, size = getattr(loader, "sampler", ()), getattr(loader, "batch_size", None) or 1
+        if getattr(loader, "drop_last", True) or len(sampler) % size != 1:
+            return
+        buffers = [(buffer, buffer.clone()) for buffer in self.buffers()]
+        try:
+            with torch.no_grad(), forked_random_state(self.device):
+                self(image)
+        except ValueError as error:
+            raise ValueError(
+                f"Expected the last batch of an epoch to have more than one image for the network "
+                f"to train on but got {len(sampler)} images in batches of {size} ({error})."
+            ) from error
+        finally:
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+
+    @contextmanager
+    def network_checked(self, images: Tensor) -> Iterator[None]:
+        """If the first step fails, raises a ValueError if the network does not take the images."""
+        try:
+            yield
+        except Exception:
+            if self.noise.step == 0:
+                with evaluation_context(self), torch.no_grad():
+                    check_outputs(first_logits(self, images[:1]), self.num_classes)
+            raise

@@ -1,4 +1,4 @@
-"""Where the figures of a run go: a table in the run folder, and Weights & Biases."""
+"""Loggers: the table of epochs in the run folder, and Weights & Biases."""
 
 from robust_flatness.loggers.epoch_csv import EpochCSVLogger
 from robust_flatness.loggers.wandb import (
@@ -6,6 +6,7 @@ from robust_flatness.loggers.wandb import (
     log_summary,
     log_trajectory,
     make_wandb_logger,
+    warn_on_failure,
 )
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "log_summary",
     "log_trajectory",
     "make_wandb_logger",
+    "warn_on_failure",
 ]

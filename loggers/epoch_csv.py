@@ -1,8 +1,7 @@
-"""A table of a run that grows by one row an epoch and survives being killed.
+"""A table of a run with one row for each epoch, which is complete after a kill and a resume.
 
-Lightning's own `CSVLogger` writes the validation and the training figures of an epoch into two
-rows, and deletes the file when a run is resumed. Here everything that belongs to an epoch meets in
-one row, and a run that goes on in its folder goes on in its table.
+Lightning's own `CSVLogger` writes the validation and the training metrics of an epoch to two rows,
+and deletes the file if a run is resumed.
 
 Example:
     >>> from robust_flatness.loggers.epoch_csv import EpochCSVLogger
@@ -25,31 +24,32 @@ from lightning.pytorch.loggers.logger import DummyExperiment  # type: ignore[att
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
-from robust_flatness.run_folder.atomic_write import whole_file
+from robust_flatness.run_folder.files import atomic_write
 
 
 class EpochCSVLogger(Logger):
-    """Keeps one row an epoch and writes them to `<folder>/metrics.csv`.
+    """Writes one row for each epoch to `<folder>/metrics.csv`.
 
-    The column `epoch` comes first, the others follow in alphabetical order. Rows that are in the
-    file already are read, so that nothing is missing after a resume. `Trajectory` calls `truncate`
-    and `refill` when a run starts or goes on; a project without it can call them itself. Only rank
-    0 keeps and writes rows.
+    The column `epoch` comes first, the others follow in alphabetical order. A table that exists is
+    read, so that a resumed run continues it. `Trajectory` calls `truncate` and `refill` when a run
+    starts or resumes; a project without it can call them itself. Only rank 0 keeps and writes rows.
 
     Args:
-        folder: The run folder, which is created where it does not exist. With None, rows are kept
-            in memory only.
-        write: Whether the folder is read and written. Without, `folder` is only what `save_dir`
-            says.
+        folder: The run folder, which is created. With `None`, rows are kept in memory only.
+        write: Whether to read and write the file. If not, `folder` is only the `save_dir`.
 
     Attributes:
-        recording: Whether figures are taken in. `Trajectory` turns it off outside `fit`, where
-            Lightning counts epochs from 0 again and would overwrite the row of the first.
+        recording: Whether `log_metrics` keeps metrics. `Trajectory` sets it to False outside `fit`,
+            because Lightning counts epochs from 0 there.
 
     Raises:
-        ValueError: If the folder cannot be created or written to, or if its `metrics.csv` is no
+        ValueError: If the folder cannot be created or written to, or if its `metrics.csv` is not a
             table of this class.
     """
+
+    name = ""
+    # Empty, so that checkpoints are saved in `<folder>/checkpoints`.
+    version = ""
 
     def __init__(self, folder: str | Path | None, *, write: bool = True) -> None:
         super().__init__()
@@ -61,64 +61,49 @@ class EpochCSVLogger(Logger):
         self._open()
 
     @property
-    def name(self) -> str:
-        """Is empty, since the folder of the run is named in full."""
-        return ""
-
-    @property
-    def version(self) -> str:
-        """Is empty, so that checkpoints go to `<folder>/checkpoints`."""
-        return ""
-
-    @property
     def save_dir(self) -> str | None:
         """The run folder."""
         return self._save_dir
 
-    @property
-    def log_dir(self) -> str | None:
-        """The run folder."""
-        return self._save_dir
+    log_dir = save_dir
 
     @property
     def experiment(self) -> DummyExperiment:
-        """Takes any call and does nothing, for modules that draw to `self.logger.experiment`."""
+        """Accepts any call and does nothing, for modules that call `self.logger.experiment`."""
         return DummyExperiment()
 
     @property
     def rows(self) -> list[dict[str, float]]:
-        """A copy of the rows in the order of their epochs: `epoch`, then the figures by name."""
-        return [
-            {"epoch": epoch} | dict(sorted(self._rows[epoch].items()))
-            for epoch in sorted(self._rows)
-        ]
+        """A copy of the rows, sorted by epoch: `epoch`, then the metrics by name."""
+        rows = sorted(self._rows.items())
+        return [{"epoch": epoch} | dict(sorted(metrics.items())) for epoch, metrics in rows]
 
     @override
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Adds figures to the row of their epoch.
+        """Adds metrics to the row of their epoch.
 
         Args:
-            metrics: Names and numbers, `epoch` among them. Without `epoch` nothing is kept, and
-                what is no number (an image, a table) is left to other loggers.
+            metrics: Numbers by name, with `epoch`. Without `epoch`, nothing is kept. Values that
+                are not numbers, such as images, are left to other loggers.
             step: Ignored.
         """
-        if self.recording and "epoch" in metrics and (figures := _numbers(metrics)):
-            self._rows.setdefault(int(metrics["epoch"]), {}).update(figures)
+        if self.recording and "epoch" in metrics and (numbers := _numbers(metrics)):
+            self._rows.setdefault(int(metrics["epoch"]), {}).update(numbers)
             self._write()
 
     @override
     def log_hyperparams(
         self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any
     ) -> None:
-        """Keeps nothing, since the run folder holds a `config.yaml`."""
+        """Does nothing, because the run folder has a `config.yaml`."""
 
     @rank_zero_only
     def refill(self, rows: Iterable[Mapping[str, float]]) -> None:
-        """Fills in epochs and figures that are missing; what is there stays as it is.
+        """Adds epochs and metrics that are missing. Existing values do not change.
 
         Args:
-            rows: Rows with an `epoch`, as `rows` gives them.
+            rows: Rows with an `epoch`, as in `rows`.
         """
         for row in rows:
             epoch = int(row["epoch"])
@@ -127,24 +112,24 @@ class EpochCSVLogger(Logger):
 
     @rank_zero_only
     def truncate(self, epoch: int) -> None:
-        """Drops the rows of `epoch` and of all later ones.
+        """Removes the rows of `epoch` and of all later epochs.
 
-        A run that was killed may have logged epochs that its checkpoint does not know. It goes
-        through them again, and would leave figures of two different trainings in one row.
+        A run that was killed may have logged epochs after its last checkpoint. It repeats them, and
+        the rows would mix metrics of two trainings.
 
         Args:
-            epoch: The epoch that training starts with, counted from 0.
+            epoch: The first epoch of this training, counted from 0.
         """
         self._rows = {known: row for known, row in self._rows.items() if known < epoch}
         self._write()
 
     def hold(self) -> None:
-        """Leaves the file as it is until `release`; rows are kept in memory."""
+        """Keeps rows in memory until `release`."""
         self._held = True
 
     @rank_zero_only
     def release(self) -> None:
-        """Writes the rows that `hold` kept, and all later ones as they come."""
+        """Writes the table, from now on after each change."""
         self._held = False
         self._write()
 
@@ -154,7 +139,7 @@ class EpochCSVLogger(Logger):
             return
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            # Asking for permissions is not enough: a file system may be mounted read-only.
+            # Permissions do not say whether a file system is mounted read-only.
             with tempfile.TemporaryFile(dir=self._path.parent):
                 pass
         except OSError as error:
@@ -162,16 +147,26 @@ class EpochCSVLogger(Logger):
                 "Expected `folder` to be a folder that can be written to but got "
                 f"{self._path.parent} ({error.strerror})."
             ) from error
-        if self._path.exists():
-            self._rows = _read(self._path)
+        if not self._path.exists():
+            return
+        try:
+            with self._path.open(newline="", encoding="utf-8") as file:
+                for row in csv.DictReader(file):
+                    epoch = int(row.pop("epoch"))
+                    self._rows[epoch] = {name: float(value) for name, value in row.items() if value}
+        except (KeyError, TypeError, ValueError, csv.Error) as error:
+            raise ValueError(
+                f"Expected `{self._path}` to be a table of numbers with a column `epoch` but got a "
+                f"row that is not ({type(error).__name__}: {error})."
+            ) from error
 
     def _write(self) -> None:
         if self._path is None or self._held:
             return
         columns = ["epoch", *sorted({name for row in self._rows.values() for name in row})]
         with (
-            whole_file(self._path) as beside,
-            beside.open("w", newline="", encoding="utf-8") as file,
+            atomic_write(self._path) as temporary,
+            temporary.open("w", newline="", encoding="utf-8") as file,
         ):
             table = csv.DictWriter(file, columns)
             table.writeheader()
@@ -187,20 +182,3 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
             continue
     numbers.pop("epoch", None)
     return numbers
-
-
-def _read(path: Path) -> dict[int, dict[str, float]]:
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        return {
-            int(row["epoch"]): {
-                name: float(value) for name, value in row.items() if name != "epoch" and value
-            }
-            for row in rows
-        }
-    except (KeyError, TypeError, ValueError, csv.Error) as error:
-        raise ValueError(
-            f"Expected `{path}` to be a table of numbers with a column `epoch` but got a row that "
-            f"is not ({type(error).__name__}: {error})."
-        ) from error

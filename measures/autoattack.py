@@ -21,7 +21,7 @@ from robust_flatness.functional.checks import Eps, check_choice, check_count, ch
 from robust_flatness.functional.evaluation import logits_function, predicted_classes
 from robust_flatness.functional.noise import Norm
 from robust_flatness.measures.base import DEFAULT_EPS, Examples, Measure
-from robust_flatness.run_folder.atomic_write import write_arrays
+from robust_flatness.run_folder.files import write_arrays
 
 # The fewest classes that each attack works with: the DLR loss divides by the gap between the first
 # and third largest logits, the targeted one by that to the fourth.

@@ -1,4 +1,4 @@
-"""What all figures share: size, colours, legend.
+"""Size, colours, and legend of all figures.
 
 Example:
     >>> figure, all_axes = make_canvas(6.8, 3.3, panels=2)
@@ -6,6 +6,7 @@ Example:
     2
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import matplotlib as mpl
@@ -16,29 +17,30 @@ from matplotlib.colors import Colormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from robust_flatness.plotting.method_labels import METHOD_LABELS
+from robust_flatness.run_folder.metrics import METHOD_LABELS
 
-# Okabe and Ito's colours, which stay apart for colour-blind readers and in grey.
+# Okabe and Ito's colours, which colour-blind readers and grey prints keep apart.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
 AMBER, SKY, BLACK = "#E69F00", "#56B4E9", "#000000"
 FONT = 9  # points, at the printed width
 
-_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY, BLACK)
+# Colours of methods, readable on white and on dark pages.
+_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY, "#7B61FF", "#A6761D")
 _MARKERS = ("o", "s", "^", "D", "v")
 
 
 class PlainFigure(Figure):
-    """A figure whose texts are shown as they are: a `$` in the name of a method is no formula."""
+    """A figure that shows its texts as they are: `$` in a name starts no formula."""
 
     def draw(self, renderer: RendererBase) -> None:
-        """Draws the figure, also to find out how large its parts are."""
+        """Draws the figure, also to measure its parts."""
         for text in self.findobj(Text):
             text.set_parse_math(False)
         super().draw(renderer)
 
 
 class MethodStyle(NamedTuple):
-    """How a method looks in every figure.
+    """The look of a method in all figures of a report.
 
     Attributes:
         colour: As `#rrggbb`.
@@ -49,41 +51,46 @@ class MethodStyle(NamedTuple):
     marker: str
 
 
-def method_style(method: str) -> MethodStyle:
-    """Colour and marker of a method, the same in all figures of all reports.
-
-    The methods of the paper all look different; others share their looks by name.
+def method_styles(methods: Iterable[str], others: Iterable[str] = ()) -> dict[str, MethodStyle]:
+    """Assigns colours and markers: the first eight methods differ in colour, 40 in both.
 
     Args:
-        method: Such as `at_awp`.
+        methods: Methods that come first, in the order of Table 1 and then by name.
+        others: Methods that take what is left, such as those that only a paper has.
 
     Example:
-        >>> len({method_style(method) for method in METHOD_LABELS})
-        28
+        >>> styles = method_styles(["trades", "at"], ["mart"])
+        >>> list(styles), len({style.colour for style in styles.values()})
+        (['at', 'trades', 'mart'], 3)
     """
     known = list(METHOD_LABELS)
-    index = known.index(method) if method in known else len(known) + sum(map(ord, method))
-    return MethodStyle(_COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)])
+
+    def place(method: str) -> tuple[int, str]:
+        return known.index(method) if method in known else len(known), method
+
+    ordered = dict.fromkeys([*sorted(set(methods), key=place), *sorted(set(others), key=place)])
+    # 8 and 5 have no common factor, so pairs repeat after 40.
+    return {
+        method: MethodStyle(_COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)])
+        for i, method in enumerate(ordered)
+    }
 
 
 def sequential() -> Colormap:
-    """Colours of epochs and losses, from dark to light.
-
-    Without the last tenth of viridis, which is too pale on paper.
-    """
+    """The colour map of epochs and losses: viridis without its pale end."""
     return ListedColormap(mpl.colormaps["viridis"].resampled(256)([i / 284 for i in range(256)]))
 
 
 def make_canvas(
     width: float, height: float, panels: int = 1, *, rows: int = 1
 ) -> tuple[Figure, list[Axes]]:
-    """Makes a figure without pyplot, which keeps every figure alive and may want a display.
+    """Makes a figure without pyplot, which keeps figures alive and may need a display.
 
     Args:
         width: In inches.
         height: In inches.
-        panels: In all.
-        rows: That they are laid out in.
+        panels: Number of panels.
+        rows: Number of rows.
 
     Returns:
         The figure, and its panels row by row.
@@ -104,7 +111,7 @@ def make_canvas(
 
 
 def add_legend(figure: Figure, columns: int = 4) -> None:
-    """Puts one legend below all panels, where it covers no line."""
+    """Puts one legend below all panels."""
     entries: dict[str, Any] = {}
     for axes in figure.axes:
         handles, labels = axes.get_legend_handles_labels()
@@ -114,7 +121,7 @@ def add_legend(figure: Figure, columns: int = 4) -> None:
 
 
 def set_title(figure: Figure, title: str | None) -> None:
-    """Puts a line above the figure, if there is one."""
+    """Puts a title above the figure, if it is not empty."""
     if title:
         # A name may hold what Matplotlib would read as mathematics, such as $\\foo$.
         figure.suptitle(title, fontsize=FONT + 1, parse_math=False)

@@ -1,7 +1,7 @@
-"""The two figures of one run: its path to sharp minima, and its robust overfitting.
+"""The two figures of one run: its trajectory, and its robust overfitting.
 
-Both read the rows of `metrics.csv` or `results.json`, a dictionary an epoch, and use what is there:
-rows without a figure, and figures that are NaN, are left out.
+Both take the rows of `metrics.csv` or `results.json`, a mapping for each epoch. Missing metrics and
+NaN are left out.
 
 Example:
     >>> names = ("epoch", "flatness/average/test", "test/robust_loss")
@@ -39,13 +39,13 @@ def trajectory_figure(
     """Draws robust loss against flatness, a point for each measured epoch (Fig. 5 of the paper).
 
     Args:
-        rows: Rows with `epoch`, `flatness/average/<split>` and the split's robust loss; where they
-            hold `flatness/average/<split>_sem`, it is drawn as a faint bar of one standard error.
+        rows: Rows with `epoch`, `flatness/average/<split>` and the split's robust loss. If they
+            have `flatness/average/<split>_sem`, it is drawn as a faint bar of one standard error.
         title: A line above the figure.
         split: `test`, `val` or `train`.
 
     Returns:
-        A figure of 5.2 x 3.6 inches, or None where no row holds both figures.
+        A figure of 5.2 x 3.6 inches, or None if no row has both metrics.
     """
     points = _points(rows, split)
     if not points:
@@ -79,7 +79,7 @@ def overfitting_figure(
     """Draws robust loss and robust error throughout training (Fig. 2 of the paper).
 
     Left, RLoss on training and test images, and on test images that are correct or incorrect when
-    clean; right, RErr. Where nothing was measured on test images, those of `val` take their place.
+    clean; right, RErr. If nothing was measured on test images, those of `val` are drawn.
 
     Args:
         rows: Rows with `epoch` and any of `train/robust_loss`, `train_eval/robust_loss`,
@@ -88,10 +88,10 @@ def overfitting_figure(
             `val/robust_error`.
         title: A line above the figure.
         num_classes: Number K of classes, for a line at ln K, the loss of guessing.
-        best_epoch: The epoch that early stopping takes, for a line in both panels.
+        best_epoch: The early-stopped epoch, for a line in both panels.
 
     Returns:
-        A figure of 6.8 x 3.3 inches, or None where there is nothing to draw.
+        A figure of 6.8 x 3.3 inches, or None if there is nothing to draw.
     """
     figure, (left, right) = make_canvas(6.8, 3.3, 2)
     drawn = [_draw_losses(left, rows), _draw_errors(right, rows)]
@@ -146,7 +146,7 @@ def _draw_lines(axes: Axes, rows: Rows, lines: Mapping[str, tuple[str, str, str,
     for name, (label, colour, style, width) in lines.items():
         points = series(rows, name)
         if points:
-            # A single epoch is no line, and a few are easier to read with their points.
+            # A single epoch is not a line, and a few are easier to read with markers.
             marker: dict[str, Any] = {"marker": "o", "markersize": 2.5} if len(points) <= 20 else {}
             axes.plot(
                 *zip(*points), color=colour, linestyle=style, linewidth=width, label=label, **marker

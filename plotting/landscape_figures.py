@@ -31,7 +31,7 @@ from robust_flatness.plotting.canvas import (
     sequential,
     set_title,
 )
-from robust_flatness.run_folder.landscape_file import Array, Landscape
+from robust_flatness.run_folder.files import Array, Landscape
 
 _COLOURS = (BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY, BLACK)
 # The paper cuts its figures at a loss of 15.
@@ -56,13 +56,12 @@ def landscape_figure(
     band reaches from the lowest direction to the highest.
 
     Args:
-        panels: By kind of direction, landscapes with losses `(D, S, N)` by label, such as the
-            method.
+        panels: By kind of direction, landscapes with losses `(D, S, N)` by label.
         title: A line above the figure.
         loss_name: What the loss is called on its axis.
 
     Returns:
-        A figure of 3.3 inches in height, or None where there is nothing finite to draw.
+        A figure of 3.3 inches in height, or None if there is nothing finite to draw.
     """
     shown = {kind: lines for kind, lines in panels.items() if any(map(_finite, lines.values()))}
     if not shown:
@@ -76,7 +75,7 @@ def landscape_figure(
         axes.axvline(0, color=GREY, linewidth=0.6, linestyle=":", zorder=1)
         axes.set_xlabel(f"step s along {NAMES.get(kind, kind)}")
         axes.margins(x=0)
-    set_loss_axes(all_axes, [_curves(line) for lines in shown.values() for line in lines.values()])
+    set_loss_axes(all_axes, [line.curves for lines in shown.values() for line in lines.values()])
     all_axes[0].set_ylabel(loss_name)
     add_legend(figure)
     set_title(figure, title)
@@ -94,9 +93,9 @@ def surface_figure(
         loss_name: What the loss is called.
 
     Returns:
-        A figure of 4.4 x 3.6 inches, or None where there is nothing finite to draw.
+        A figure of 4.4 x 3.6 inches, or None if there is nothing finite to draw.
     """
-    losses = np.clip(surface.losses.mean(axis=2), _LOWEST, _HIGHEST)
+    losses = np.clip(surface.curves, _LOWEST, _HIGHEST)
     if not np.isfinite(losses).all():
         return None
     low, high = losses.min(), max(losses.max(), losses.min() * 1.01)
@@ -123,7 +122,7 @@ def surface_figure(
 
 
 def drawn_line(kind: str, landscape: Landscape) -> Array:
-    """The line that stands for all directions: their mean, or the highest of adversarial ones.
+    """The mean over directions, or the highest of adversarial ones.
 
     Args:
         kind: Of the directions, such as `random`.
@@ -132,7 +131,7 @@ def drawn_line(kind: str, landscape: Landscape) -> Array:
     Returns:
         A loss for each step, `(S,)`.
     """
-    curves = _curves(landscape)
+    curves = landscape.curves
     return np.asarray(curves.max(axis=0) if kind == "adversarial" else curves.mean(axis=0))
 
 
@@ -143,11 +142,11 @@ def set_loss_axes(all_axes: Sequence[Axes], curves: Sequence[Array]) -> None:
         all_axes: The panels.
         curves: All losses in them, some of them finite.
     """
-    values = np.concatenate([found[np.isfinite(found)] for found in curves])
+    values = np.concatenate([losses[np.isfinite(losses)] for losses in curves])
     low, high = max(values.min() / 1.15, _LOWEST), min(values.max() * 1.15, _HIGHEST)
     for axes in all_axes:
         axes.set_yscale("log")
-        # Weights so bad that all losses lie above the cut are shown all the same.
+        # If all losses lie above the cut, they are shown all the same.
         axes.set_ylim(low, high if high > 1.2 * low else 1.3 * max(values.max(), low))
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
         axes.yaxis.set_major_formatter(FuncFormatter(_plain))
@@ -156,7 +155,7 @@ def set_loss_axes(all_axes: Sequence[Axes], curves: Sequence[Array]) -> None:
 
 
 def _draw_line(axes: Axes, kind: str, label: str, landscape: Landscape, colour: str) -> None:
-    curves, steps = _curves(landscape), landscape.coordinates
+    curves, steps = landscape.curves, landscape.coordinates
     line = drawn_line(kind, landscape)
     axes.plot(steps, line, color=colour, linewidth=1.6, label=label, zorder=3)
     if len(curves) > 1:
@@ -173,9 +172,5 @@ def _plain(value: float, _: object = None) -> str:
     return f"{value:.3g}"
 
 
-def _curves(landscape: Landscape) -> Array:
-    return np.asarray(landscape.losses.mean(axis=2))
-
-
 def _finite(landscape: Landscape) -> bool:
-    return bool(np.isfinite(_curves(landscape)).any())
+    return bool(np.isfinite(landscape.curves).any())

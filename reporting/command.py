@@ -1,11 +1,12 @@
-"""`python cli.py report`: what a folder of runs shows."""
+"""`python cli.py report` and `python cli.py dashboard`.
 
+The functions import what they need, so that `--help` is fast and `report` loads no torch.
+"""
+
+import shlex
 from pathlib import Path
 
 from rich.console import Console
-
-from robust_flatness.reporting.report import write_report
-from robust_flatness.reporting.table1_text import terminal_table
 
 
 def report(
@@ -16,38 +17,73 @@ def report(
 ) -> None:
     """Turns finished runs into Table 1, every figure of the paper, and one HTML page.
 
-    It reads run folders only, so that folders copied from a cluster will do.
+    It reads run folders only, so that folders copied from a cluster work as well.
 
     Args:
-        runs: A folder with run folders, at any depth.
-        folder: Where the report goes.
+        runs: A folder that contains run folders, at any depth.
+        folder: Folder of the report.
         data: Class of the data to report, by default that of most runs.
-        published: Whether the paper's numbers stand beside yours.
+        published: Whether to show the paper's numbers beside yours.
     """
+    from robust_flatness.reporting.report import write_report
+    from robust_flatness.reporting.table1 import terminal_table
+
     console = Console()
-    made = write_report(runs, folder, data=data, published=published)
-    console.print(terminal_table(made.table, console.width))
-    for model in made.models:
-        if model.untold:
-            console.print(f"{model.label}: {model.untold}", highlight=False, markup=False)
-    if made.correlation is not None:
-        found = made.correlation
-        interval = found.pearson_interval
-        bounds = " [{:.2f}, {:.2f}]".format(*interval) if interval else ""
+    written = write_report(runs, folder, data=data, published=published)
+    models = written.models
+    console.print(terminal_table(written.table, console.width))
+    for label in models.labels:
+        if settings := models.settings(label):
+            console.print(f"{label}: {settings}", highlight=False, markup=False)
+    if (result := written.correlation) is not None:
         console.print(
-            f"RLoss and flatness: Pearson {found.pearson:.2f}{bounds}, "
-            f"Spearman {found.spearman:.2f}; {found.over}",
-            highlight=False,
+            f"RLoss and flatness: {result.text}; {result.over}", highlight=False, markup=False
         )
-    for left_out, reason in made.left_out:
-        # A folder's name may be in bytes that are no text, and a reason have several lines.
+    for left_out, reason in written.left_out:
+        # A folder's name may not be valid text, and a reason may have several lines.
         line = " ".join(f"left out: {left_out} {reason}".splitlines()).encode(errors="replace")
         console.print(line.decode(), markup=False, highlight=False, soft_wrap=True)
-    count = sum(len(model.runs) for model in made.models)
+    count = sum(map(len, models.runs.values()))
     console.print(
-        f"{count} runs, {len(made.models)} models, {len(made.figures)} figures: "
-        f"{made.folder / 'index.html'}",
+        f"{count} runs, {len(models)} models, {len(written.figures)} figures: "
+        f"{written.folder / 'index.html'}",
         markup=False,
         highlight=False,
         soft_wrap=True,
     )
+
+
+def dashboard(
+    project: str = "robust-flatness",
+    entity: str | None = None,
+    folder: Path = Path("dashboard"),
+) -> None:
+    """Sets up a W&B workspace and report page of a project; without network, writes them as files.
+
+    Both show curves of robust overfitting and flatness, RLoss against flatness over all runs, and
+    the final metrics, grouped by method with seeds as replicas. Without API key or network, both
+    are written to files, with the command that uploads them later. Needs the extra `dashboard`.
+
+    Args:
+        project: The W&B project of the runs.
+        entity: The W&B user or team, by default that of the API key.
+        folder: Folder of workspace.json and report.json, if they are written as files.
+    """
+    from robust_flatness.loggers.wandb_login import offline_mode
+    from robust_flatness.reporting.dashboard import save_dashboard
+
+    saved = save_dashboard(project, entity, folder)
+    console = Console()
+    for name, url in saved.urls.items():
+        console.print(f"{name}: {url}", soft_wrap=True, highlight=False, markup=False)
+    if saved.files:
+        later = ["python", "cli.py", "dashboard", "--project", project]
+        later += ["--entity", entity] if entity else []
+        written = " and ".join(map(str, saved.files.values()))
+        console.print(
+            f"Weights & Biases {saved.reason}, so the dashboard is written to {written}. To upload "
+            f"it: {'WANDB_MODE=online ' * offline_mode()}{shlex.join(later)}",
+            soft_wrap=True,
+            highlight=False,
+            markup=False,
+        )

@@ -1,27 +1,28 @@
-"""A W&B workspace and a W&B report page of a project, from code.
+"""A W&B workspace and a W&B report page of a project.
 
-Both show the same sections: robust overfitting, flatness, final figures, training. Runs are grouped
-by their W&B group, which is the method, so that seeds count as replicas.
+Both show the same sections of panels. Every panel draws a metric of all methods. Runs are grouped
+by their W&B group, which is the method: curves show the mean and range over seeds, bars their mean.
+`wandb_workspaces` is an extra, imported when it is first needed.
 
 Example:
     >>> save_dashboard("robust-flatness", folder="dashboard").urls  # doctest: +SKIP
     {'workspace': 'https://wandb.ai/…', 'report': 'https://wandb.ai/…'}
 """
 
+import importlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from robust_flatness.loggers.wandb_login import offline_mode, why_no_login
-from robust_flatness.reporting.dashboard_panels import (
-    MOST_RUNS,
-    dashboard_library,
-    dashboard_sections,
-)
-from robust_flatness.run_folder.json_file import write_json
+from robust_flatness.run_folder.files import write_json
+from robust_flatness.run_folder.metrics import metric
 
+# W&B shows ten runs in a panel by default, and Table 1 with three seeds has 57.
+MOST_RUNS = 300
 _TITLE = "Robust overfitting and flat minima"
 _INTRODUCTION = (
     "Adversarial training of several methods, after Stutz, Hein, Schiele, Robust Generalization "
@@ -30,7 +31,7 @@ _INTRODUCTION = (
     "perturbations of the weights. A colour is a method, and its runs with different seeds are "
     "replicas: curves show their mean and range."
 )
-# Columns of the table of runs that stay in sight, behind the run's name.
+# Pinned columns of the table of runs, after the run's name.
 _COLUMNS = (
     "summary:final/test/robust_loss",
     "summary:final/test/robust_error",
@@ -38,16 +39,32 @@ _COLUMNS = (
     "summary:final/flatness/average/test",
     "config:seed_everything.value",
 )
+_OVERFITTING = tuple(
+    f"{split}/{name}"
+    for name in ("robust_loss", "robust_error")
+    for split in ("test", "train_eval", "val")
+)
+_FLATNESS = ("flatness/average/test", "flatness/average/train", "flatness/worst/test")
+_FINAL = (
+    "final/test/robust_loss",
+    "final/test/robust_error",
+    "test/autoattack_error",
+    "final/flatness/average/test",
+    "early_stopped/test/robust_loss",
+    "early_stopped/test/robust_error",
+    "test/autoattack_error_early_stopped",
+    "early_stopped/flatness/average/test",
+)
+_TRAINING = ("train/loss", "train/robust_loss", "train/robust_error", "train/learning_rate")
 
 
 class Dashboard(NamedTuple):
-    """Where a dashboard went: to W&B, or into files.
+    """Where a dashboard was saved: in W&B or in files.
 
     Attributes:
-        urls: Addresses of `workspace` and `report`; none where they went into files.
-        files: The files by the same names; none where it went to W&B.
-        reason: What stood in the way of W&B, in words that follow "Weights & Biases"; empty where
-            nothing did.
+        urls: Addresses of `workspace` and `report`; empty if they were written to files.
+        files: The files by the same names; empty if W&B has them.
+        reason: Why W&B does not have them, in words that follow "Weights & Biases".
     """
 
     urls: Mapping[str, str]
@@ -55,12 +72,21 @@ class Dashboard(NamedTuple):
     reason: str
 
 
+class DashboardSection(NamedTuple):
+    """Panels of `wandb_workspaces` under one heading, with a text, `columns` side by side."""
+
+    name: str
+    text: str
+    panels: list[Any]
+    columns: int = 3
+
+
 def build_workspace(project: str, entity: str | None = None) -> Any:
     """Builds the workspace without saving it; needs no network.
 
     Args:
         project: The W&B project.
-        entity: The W&B user or team; `None` leaves it open, which is good for a file only.
+        entity: The W&B user or team; `None` leaves it empty, which is enough for a file.
 
     Returns:
         A `wandb_workspaces.workspaces.Workspace`.
@@ -68,7 +94,7 @@ def build_workspace(project: str, entity: str | None = None) -> Any:
     Raises:
         ValueError: If the extra `dashboard` is not installed.
     """
-    library = dashboard_library("workspaces")
+    library = _library("workspaces")
     sections = [
         library.Section(
             name=section.name,
@@ -94,30 +120,22 @@ def build_workspace(project: str, entity: str | None = None) -> Any:
 
 
 def build_report(project: str, entity: str | None = None) -> Any:
-    """Builds the report page without saving it; needs no network.
+    """Builds the report page without saving it, a `wandb_workspaces.reports.v2.Report`.
 
-    Args:
-        project: The W&B project.
-        entity: The W&B user or team; `None` leaves it open, which is good for a file only.
-
-    Returns:
-        A `wandb_workspaces.reports.v2.Report`.
-
-    Raises:
-        ValueError: If the extra `dashboard` is not installed.
+    Arguments and errors are those of `build_workspace`.
     """
-    library = dashboard_library("reports.v2")
+    library = _library("reports.v2")
     blocks = [library.P(_INTRODUCTION)]
     for section in dashboard_sections():
         for panel in section.panels:
-            # A page is 24 units wide; the grid puts panels side by side itself.
+            # A page is 24 units wide; the grid places panels side by side itself.
             panel.layout = library.Layout(w=24 // section.columns, h=6)
-        # Without entity and project a set of runs is that of the report's own project; with them,
+        # Without entity and project, a set of runs is that of the report's own project; with them,
         # wandb_workspaces would ask the server for it as soon as the page becomes a spec.
         runs = library.Runset(name="Runs by method", groupby=["group"])
         grid = library.PanelGrid(runsets=[runs], panels=section.panels)
         blocks += [library.H2(section.name), library.P(section.text), grid]
-    # An entity must be given, or wandb_workspaces asks the server whose key this is.
+    # Without an entity, wandb_workspaces asks the server for the owner of the API key.
     return library.Report(
         project=project,
         entity=entity or "",
@@ -131,51 +149,148 @@ def build_report(project: str, entity: str | None = None) -> Any:
 def save_dashboard(
     project: str, entity: str | None = None, folder: str | Path = "dashboard"
 ) -> Dashboard:
-    """Saves workspace and report to W&B, or as files where W&B cannot be reached.
+    """Saves workspace and report to W&B, or to files if W&B cannot be reached.
 
     Asks no question. Each call that reaches W&B saves a new view and a new page.
 
     Args:
         project: The W&B project.
         entity: The W&B user or team, by default that of the API key.
-        folder: Where `workspace.json` and `report.json` are written without W&B.
-
-    Returns:
-        Where it went.
+        folder: Folder of `workspace.json` and `report.json` without W&B.
 
     Raises:
         ValueError: If `project` is empty or the extra `dashboard` is not installed.
     """
     if not project:
         raise ValueError("Expected `project` to name a W&B project but got an empty name.")
-    dashboard_library("workspaces")
-    reason = _why_not_online()
+    _library("workspaces")
+    if offline_mode():
+        reason = f"is kept offline by WANDB_MODE={os.environ['WANDB_MODE']}"
+    else:
+        reason = why_no_login()
     if not reason:
         try:
             return Dashboard(_upload(project, entity), {}, "")
-        except Exception as error:  # of W&B's own classes, some of them private
+        except Exception as error:  # W&B's own classes, some of them private
             reason = f"did not take the dashboard ({error})"
     return Dashboard({}, _write(project, entity, Path(folder)), reason)
 
 
-def _why_not_online() -> str:
-    if offline_mode():
-        return f"is kept offline by WANDB_MODE={os.environ['WANDB_MODE']}"
-    return why_no_login()
+def dashboard_sections() -> list[DashboardSection]:
+    """Builds all sections anew, because panels remember their place.
+
+    Raises:
+        ValueError: If the extra `dashboard` is not installed.
+    """
+    return [
+        DashboardSection(
+            "Robust overfitting",
+            "If a method overfits robustly, RLoss on training images falls towards 0 while RLoss "
+            "on test images rises again (Fig. 2). Training images are measured with fixed weights; "
+            "the early-stopping images choose the early-stopped weights.",
+            _curves(_OVERFITTING),
+        ),
+        DashboardSection(
+            "Flatness",
+            "How much RLoss rises if the weights move by a share of each layer's norm: smaller is "
+            "flatter. In the paper, flatter minima go with lower RLoss across methods (Fig. 1). "
+            "Worst-case flatness is shown for runs that measured it.",
+            [
+                *_curves(_FLATNESS),
+                _scatter("RLoss against flatness, final weights", "final"),
+                _scatter("RLoss against flatness, early-stopped weights", "early_stopped"),
+                _trajectories(),
+            ],
+        ),
+        DashboardSection(
+            "Final metrics",
+            "The full protocol, once at the end of each run: on the last weights, and on the "
+            "early-stopped ones. Means over the runs of a method.",
+            [
+                _panel("BarPlot", name, metrics=[name], max_bars_to_show=MOST_RUNS)
+                for name in _FINAL
+            ],
+            columns=4,
+        ),
+        DashboardSection(
+            "Training",
+            "Metrics of the training batches, measured while the weights changed, and the figures "
+            "that each run drew of itself.",
+            [
+                *_curves(_TRAINING),
+                _images("Trajectory", "figures/trajectory"),
+                _images("Robust overfitting", "figures/overfitting"),
+            ],
+        ),
+    ]
+
+
+def _library(name: str) -> ModuleType:
+    """Imports `wandb_workspaces.workspaces` or `wandb_workspaces.reports.v2`."""
+    try:
+        return importlib.import_module(f"wandb_workspaces.{name}")
+    except ImportError as error:
+        raise ValueError(
+            "Expected wandb-workspaces to be installed for a W&B dashboard: "
+            f"`pip install 'robust-flatness[dashboard]'`; {error}."
+        ) from error
+
+
+def _panel(kind: str, name: str, **options: Any) -> Any:
+    return getattr(_library("reports.v2"), kind)(
+        title=metric(name).title,
+        groupby="Group",
+        groupby_aggfunc="mean",
+        groupby_rangefunc="minmax",
+        max_runs_to_show=MOST_RUNS,
+        **options,
+    )
+
+
+def _curves(names: Sequence[str]) -> list[Any]:
+    return [_panel("LinePlot", name, x="epoch", title_x="epoch", y=[name]) for name in names]
+
+
+def _scatter(title: str, weights: str) -> Any:
+    """A point for each run in the colour of its group."""
+    library = _library("reports.v2")
+    return library.ScatterPlot(
+        title=title,
+        x=library.SummaryMetric(f"{weights}/flatness/average/test"),
+        y=library.SummaryMetric(f"{weights}/test/robust_loss"),
+        legend_template="${run:group} ${run:displayName}",
+        regression=True,
+    )
+
+
+def _trajectories() -> Any:
+    """The chart that each run logs of its own trajectory, of all runs at once (Fig. 5)."""
+    # The query of a run's own chart; the library's default asks for neither name nor id.
+    query = {"id": {}, "name": {}, "summaryTable": {"tableKey": "trajectory_table"}}
+    return _library("reports.v2").CustomChart(
+        query=query,
+        chart_name="wandb/scatter/v0",
+        chart_fields={"x": "flatness", "y": "robust_loss"},
+        chart_strings={"title": "Trajectories: flatness (x) and RLoss (y) of each epoch"},
+    )
+
+
+def _images(title: str, name: str) -> Any:
+    return _library("reports.v2").MediaBrowser(title=title, media_keys=[name], num_columns=3)
 
 
 def _upload(project: str, entity: str | None) -> dict[str, str]:
     import wandb
 
     entity = entity or wandb.Api().default_entity
-    # The report first, as saving it makes a project that does not exist yet.
+    # The report first: saving it creates the project if it does not exist yet.
     report = build_report(project, entity).save()
     workspace = build_workspace(project, entity).save()
     return {"workspace": workspace.url, "report": report.url}
 
 
 def _write(project: str, entity: str | None, folder: Path) -> dict[str, Path]:
-    """Writes the arguments of W&B's mutation `upsertView`, of which `spec` is sent as a string."""
+    """Writes the arguments of W&B's mutation `upsertView`, which takes `spec` as a string."""
     views = {
         "workspace": ("project-view", build_workspace(project, entity)),
         "report": ("runs", build_report(project, entity)),

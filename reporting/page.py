@@ -1,123 +1,308 @@
-"""One HTML page with all figures and the table, interactive, which needs no network.
+"""One HTML page with interactive figures and the table, which needs no network.
 
 Example:
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     path = write_page(Path(folder) / "index.html", models=[])
+    ...     path = write_page(Path(folder) / "index.html", models=group_runs([]))
     ...     "Robust generalization" in path.read_text(encoding="utf-8")
     True
 """
 
 import base64
+import gzip
 import json
-import mimetypes
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
-from robust_flatness.reporting.models import Model, Point
-from robust_flatness.reporting.page_data import page_data
-from robust_flatness.reporting.runs import LeftOut, Run
-from robust_flatness.run_folder.atomic_write import whole_file
+from robust_flatness.plotting.canvas import MethodStyle
+from robust_flatness.reporting.frame import Models, group_runs, natural_key
+from robust_flatness.reporting.page_figures import (
+    ERRORS,
+    MARKS,
+    X_AXES,
+    Y_AXES,
+    PageFigures,
+    schematic,
+    templates,
+)
+from robust_flatness.reporting.table1 import group_thresholds
+from robust_flatness.run_folder.files import write_text
+from robust_flatness.run_folder.metrics import Weights, method_label, metric
+from robust_flatness.run_folder.runs import LeftOut, Run
 
-_FOLDER = Path(__file__).parent
-_SLOT = re.compile(r"\{\{(\w+)\}\}")
 _PACKAGES = ("robust-flatness", "torch", "lightning")
+_COLUMNS: tuple[tuple[str, Weights], ...] = (
+    ("test/autoattack_error", "final"),
+    ("test/robust_error", "final"),
+    ("train/autoattack_error", "final"),
+    ("train_eval/robust_error", "final"),
+    ("flatness/average/test", "final"),
+    ("flatness/worst/test", "final"),
+    ("test/autoattack_error", "early_stopped"),
+    ("test/robust_error", "early_stopped"),
+    ("test/robust_loss", "final"),
+    ("test/error", "final"),
+)
+# Files of the report that a section of the page links to, if they were written.
+_FILES = {
+    "relation": ("flatness", "flatness-own", "worst-flatness", "error-flatness"),
+    "paths": ("trajectories",),
+    "curves": ("curves", "epochs"),
+    "views": ("early-stopping", "loss-and-error", "hyperparameters", "train-flatness", "gaps"),
+    "landscapes": ("landscapes",),
+    "schematic": ("schematic",),
+}
 
 
 def write_page(
     path: Path,
     *,
-    models: Sequence[Model],
-    published: Sequence[Point] = (),
-    trajectories: Mapping[str, list[dict[str, float]]] | None = None,
+    models: Models,
+    published: Models | None = None,
+    trajectories: pd.DataFrame | None = None,
     left_out: Sequence[LeftOut] = (),
     title: str = "Robust generalization and flat minima",
-    images: Mapping[str, Path] | None = None,
+    files: Collection[str] = (),
+    schematic_run: Run | None = None,
 ) -> Path:
-    """Writes the page; a reader finds the old or the new one, never half of one.
+    """Writes the page atomically.
 
-    The page holds plotly.js (about 5 MB), so that it opens anywhere and still does in years.
+    It contains plotly.js, compressed, so that it opens without network: 2 MB instead of 5 MB, for
+    browsers since 2023.
 
     Args:
-        path: The HTML file. Its folder is created where it does not exist.
+        path: The HTML file. Its folder is created if it does not exist.
         models: Of one data set. There may be none.
         published: The paper's models, drawn faint.
-        trajectories: The paper's trajectories by method: rows with `progress` in [0, 1] and figures
-            by name.
+        trajectories: The paper's trajectories, as `published_trajectories` returns them.
         left_out: Folders that hold no usable run.
         title: The heading.
-        images: Pictures that are shown as they are, by caption.
+        files: Figures that are in `figures/` beside the page, for links to their PDF files; with
+            any, the page also links to the tables.
+        schematic_run: The run whose landscape shows how flatness is measured.
 
     Returns:
         `path`.
-
-    Raises:
-        ValueError: If a picture does not exist.
     """
-    data = page_data(models, published, trajectories, left_out)
-    runs = [run for model in models for run in model.runs]
-    parts = {
-        "title": escape(title),
-        "facts": "".join(
-            f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>"
-            for name, text in _facts(models, runs)
-        ),
-        "images": _images(images or {}),
-        "data": _json(data),
-        "plotly": get_plotlyjs(),
-        "style": _asset("page.css"),
-        "figures_script": _asset("page_figures.js"),
-        "script": _asset("page.js"),
+    published = group_runs([]) if published is None else published
+    trajectories = pd.DataFrame({"method": []}) if trajectories is None else trajectories
+    figures = PageFigures(models, published, trajectories)
+    sections = _sections(figures, schematic_run)
+    methods = _methods(models, figures.styles)
+    payload = {
+        "figures": {
+            section: {key: figure.to_plotly_json() for key, figure in drawn.items()}
+            for section, drawn in sections.items()
+        },
+        "hovers": figures.hovers(),
+        "templates": {n: template.to_plotly_json() for n, template in templates().items()},
     }
-    # In one pass, so that nothing inside a part is taken for a slot.
-    page = _SLOT.sub(lambda slot: parts[slot[1]], _asset("page_template.html"))
-    with whole_file(path) as beside:
-        beside.write_text(page, encoding="utf-8")
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("page.html.jinja").render(
+        title=title,
+        facts=_facts(models),
+        methods=list(methods.values()),
+        sections=sections,
+        links={name: [f for f in wanted if f in files] for name, wanted in _FILES.items()},
+        has_files=bool(files),
+        x_axes=_options(X_AXES, sections["relation"], 0),
+        y_axes=_options(Y_AXES, sections["relation"], 1),
+        landscapes={name: _landscape_name(name) for name in sections["landscapes"]},
+        curve_models=[label for label in models.labels if _has_curves(models, label)],
+        chosen=_first_curves(models),
+        has_published=bool(len(published) or len(trajectories)),
+        guessing=figures.guessing,
+        **_table(models, published, methods),
+        # Parent folders on this machine are private.
+        left_out=[("/".join(folder.parts[-2:]), reason) for folder, reason in left_out],
+        plotly=_plotly(),
+        payload=_compressed(
+            json.dumps(payload, allow_nan=False, separators=(",", ":"), default=_plain)
+        ),
+    )
+    write_text(path, page)
     return path
 
 
-def _asset(name: str) -> str:
-    return (_FOLDER / name).read_text(encoding="utf-8")
+def _sections(figures: PageFigures, run: Run | None) -> dict[str, dict[str, Any]]:
+    """The figures of each section, by the values of its selectors."""
+    single = {
+        "paths": figures.paths(),
+        "losses": figures.curves("losses"),
+        "errors": figures.curves("errors"),
+        "schematic": None if run is None else schematic(run),
+    }
+    return {
+        "relation": figures.scatters(),
+        "views": figures.views(),
+        "landscapes": figures.landscapes(),
+        **{name: {} if figure is None else {"": figure} for name, figure in single.items()},
+    }
 
 
-def _json(data: Mapping[str, object]) -> str:
-    """JSON that no name in it can end or leave; ASCII, so that every reader agrees on it."""
-    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c")
+@lru_cache(maxsize=1)
+def _plotly() -> str:
+    return _compressed(get_plotlyjs())
 
 
-def _images(images: Mapping[str, Path]) -> str:
-    if not images:
-        return ""
-    figures = "".join(_image(caption, path) for caption, path in images.items())
-    return f'<section><h2>More figures</h2><div class="images">{figures}</div></section>'
+def _compressed(text: str) -> str:
+    # Without a time, so that equal runs give equal pages.
+    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
 
 
-def _image(caption: str, path: Path) -> str:
-    if not path.is_file():
-        raise ValueError(f"Expected `images` to hold files that exist but got {path}.")
-    kind = mimetypes.guess_type(path.name)[0] or "image/png"
-    source = f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
-    text = escape(caption)
-    return f'<figure><img src="{source}" alt="{text}"><figcaption>{text}</figcaption></figure>'
+def _plain(value: Any) -> Any:
+    """Arrays and templates in figures as JSON types."""
+    return value.to_plotly_json() if hasattr(value, "to_plotly_json") else value.tolist()
 
 
-def _facts(models: Sequence[Model], runs: Sequence[Run]) -> list[tuple[str, str]]:
+def _options(names: Iterable[str], drawn: Mapping[str, Any], part: int) -> dict[str, str]:
+    """Titles of the metrics that a selector offers."""
+    used = {key.split("|")[part] for key in drawn}
+    return {name: metric(name).title for name in names if name in used}
+
+
+def _landscape_name(key: str) -> str:
+    name, _, label = key.partition("|")
+    weights, _, kind = name.partition("/")
+    kinds = {
+        "random": "random directions",
+        "adversarial": "adversarial directions",
+        "hessian": "the Hessian's first eigenvector",
+        "surface": "a plane",
+    }
+    whose = {"final": "last weights", "early_stopped": "early-stopped weights"}
+    text = f"{kinds.get(kind, kind)}, {whose.get(weights, weights)}"
+    return f"{text}: {label}" if label else text
+
+
+def _methods(models: Models, styles: Mapping[str, MethodStyle]) -> dict[str, dict[str, Any]]:
+    return {
+        method: {
+            "id": method,
+            "label": method_label(method),
+            "is_own": method in models.methods,
+            "colour": style.colour,
+            "path": MARKS[style.marker],
+        }
+        for method, style in styles.items()
+    }
+
+
+def _has_curves(models: Models, label: str) -> bool:
+    names = ("test/robust_loss", "train/robust_loss", "train_eval/robust_loss")
+    errors = ("test/robust_error", "train/robust_error", "val/robust_error")
+    return models.series(label, *names, *errors) is not None
+
+
+def _first_curves(models: Models) -> list[str]:
+    """The models whose curves are shown first: AT and AT-AWP, or else any two."""
+    able = [label for label in models.labels if _has_curves(models, label)]
+    first = [label for label in able if models.frame.at[label, "method"] in ("at", "at_awp")]
+    return (first or able)[:2]
+
+
+def _table(
+    models: Models, published: Models, methods: Mapping[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """The rows of the table of all models, and its columns."""
+    columns = [
+        (name, weights)
+        for name, weights in _COLUMNS
+        if len(models.column(name, weights)) or len(published.column(name, weights))
+    ]
+    limits = [_limits(models, name, weights) for name, weights in columns]
+    rows = []
+    for source in (models, published):
+        values = [source.column(name, weights) for name, weights in columns]
+        is_published = source is published
+        for label, method in source.frame["method"].items():
+            cells = [
+                _cell(column, str(label), name, None if is_published else limit)
+                for column, (name, _), limit in zip(values, columns, limits)
+            ]
+            runs = source.runs.get(str(label), ())
+            rows.append(
+                {
+                    "label": label,
+                    "key": natural_key(str(label)),
+                    "method": methods[method],
+                    "is_published": is_published,
+                    "settings": source.settings(str(label)) if runs else "",
+                    "seeds": len(runs),
+                    "cells": cells,
+                }
+            )
+    # By label until the script sorts them, so that the page reads well without it.
+    rows.sort(key=lambda row: (row["is_published"], row["key"]))
+    first = next((i for i, (n, w) in enumerate(columns) if len(models.column(n, w))), -1)
+    unmeasured = [
+        metric(f"{weights}/{name}").title
+        for name, weights in _COLUMNS
+        if len(models) and models.column(name, weights).empty
+    ]
+    return {
+        "columns": [metric(f"{weights}/{name}").axis_label for name, weights in columns],
+        "rows": rows,
+        "sorted_by": first,
+        "unmeasured": unmeasured,
+        "has_groups": any(limits),
+        "has_seeds": any(len(runs) > 1 for runs in models.runs.values()),
+    }
+
+
+def _limits(models: Models, name: str, weights: Weights) -> tuple[float, float] | None:
+    """Test errors between good, average and poor models, as in Table 1."""
+    if name not in ERRORS or weights != "final":
+        return None
+    return group_thresholds(models.column(name)["mean"].tolist())
+
+
+def _cell(
+    column: pd.DataFrame, label: str, name: str, limits: tuple[float, float] | None
+) -> dict[str, Any]:
+    if label not in column.index:
+        return {"value": "", "text": "–", "spread": "", "group": ""}
+    mean, deviation = column.at[label, "mean"], column.at[label, "sd"]
+
+    def text(value: float) -> str:
+        if metric(name).is_share:
+            return f"{100 * value:.1f}"
+        return f"{value:.0f}" if abs(value) >= 100 else f"{value:.2f}"
+
+    low, high = limits or (-math.inf, math.inf)
+    return {
+        "value": float(mean),
+        "text": text(mean),
+        "spread": "" if math.isnan(deviation) else f"± {text(deviation)}",
+        "group": "good" if mean < low else "poor" if mean >= high else "",
+    }
+
+
+def _facts(models: Models) -> list[tuple[str, str]]:
     """What the page is about: names and texts, only of what is known."""
+    runs = [run for own in models.runs.values() for run in own]
     if not runs:
         return [("Runs", "none that finished")]
     seeds = sorted({run.seed for run in runs if run.seed is not None})
-    methods = len({model.method for model in models})
     facts = [
         ("Data", _list(run.data for run in runs)),
-        ("Runs", f"{len(runs)} ({len(models)} models, {methods} methods)"),
+        ("Runs", f"{len(runs)} ({len(models)} models, {len(models.methods)} methods)"),
         ("Seeds", ", ".join(map(str, seeds))),
         ("Epochs", _range([run.epochs for run in runs])),
-        ("Diverged", ", ".join(model.diverged for model in models if model.diverged)),
+        ("Diverged", ", ".join(filter(None, map(models.diverged, models.labels)))),
         ("Test images", _num_images(runs)),
         ("Hardware", _list(map(_hardware, runs))),
         ("Versions", _list(map(_versions, runs))),
@@ -144,7 +329,7 @@ def _num_images(runs: Sequence[Run]) -> str:
         label: [run.num_examples[name] for run in runs if name in run.num_examples]
         for label, name in names.items()
     }
-    return ", ".join(f"{_range(found)} ({label})" for label, found in counts.items() if found)
+    return ", ".join(f"{_range(images)} ({label})" for label, images in counts.items() if images)
 
 
 def _hardware(run: Run) -> str:
@@ -155,5 +340,5 @@ def _hardware(run: Run) -> str:
 
 
 def _versions(run: Run) -> str:
-    found = ((name, run.versions.get(name)) for name in _PACKAGES)
-    return ", ".join(f"{name} {version}" for name, version in found if version)
+    named = ((name, run.versions.get(name)) for name in _PACKAGES)
+    return ", ".join(f"{name} {version}" for name, version in named if version)

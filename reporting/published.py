@@ -1,8 +1,8 @@
-"""The paper's own numbers, which a report puts beside a user's runs.
+"""The paper's own numbers, which a report shows beside a user's runs.
 
-They are read from `published_data/*.csv`, where each row says where it stands in the paper
-(`source`) and what its flatness is (`statistic`): tables give the mean over directions, figure 5
-the maximum, as it seems. All are of CIFAR-10; losses are in nats, errors shares of 1.
+They are in `published_data/*.csv`. Each row says where it stands in the paper (`source`) and what
+its flatness is (`statistic`): tables give the mean over directions, figure 5 apparently the
+maximum. All are of CIFAR-10; losses are in nats, errors are shares of 1.
 
 Names are those of a run. Beyond them, `test/clean_loss` and `train_eval/clean_loss` are the
 cross-entropy on clean images, and `test/autoattack_loss` and `train/autoattack_loss` that on
@@ -10,135 +10,92 @@ AutoAttack's images, which underestimates RLoss. `flatness/clean_worst/test` is 
 than in the paper's figures and its table of scaled networks (21.05 against 0.86 for AT).
 
 Example:
-    >>> next(model.mean("test/robust_loss") for model in published_models() if model.method == "at")
+    >>> published_models().mean("AT (baseline)", "test/robust_loss")
     3.91
 """
 
-import csv
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from robust_flatness.reporting.runs import Figures, Weights
+import pandas as pd
+
+from robust_flatness.reporting.frame import Models, metric_values
 
 _FOLDER = Path(__file__).with_name("published_data")
 _STOPPED = "early_stopped/"
-# Columns of words; all others are figures.
-_WORDS = {"method", "label", "figure", "source", "statistic", "note"}
+# Columns of text; all others are metrics.
+_WORDS = ["method", "label", "figure", "source", "statistic", "note"]
 
 
-@dataclass(frozen=True)
-class PublishedModel:
-    """A row of a published table; a `Point` like a model of our own.
-
-    Attributes:
-        method: Such as `trades`: the name of a preset or sweep where there is one.
-        label: As the paper writes it, such as `TRADES λ=9`.
-        source: The paper, and where in it.
-        statistic: What its flatness is: over what, at which ξ.
-        note: What else to know, such as that a figure is an outlier; mostly empty.
-        final: Figures of the last weights, only those that the paper states.
-        early_stopped: The same of the early-stopped weights.
-    """
-
-    method: str
-    label: str
-    source: str
-    statistic: str
-    note: str = ""
-    final: Figures = field(default_factory=dict)
-    early_stopped: Figures = field(default_factory=dict)
-
-    def figures(self, weights: Weights = "final") -> Figures:
-        """Figures of the last or of the early-stopped weights."""
-        return self.final if weights == "final" else self.early_stopped
-
-    def mean(self, name: str, weights: Weights = "final") -> float | None:
-        """A figure, None where the paper does not state it."""
-        return self.figures(weights).get(name)
-
-
-def published_models(
-    table: Literal["models", "table1", "robustbench"] = "models",
-) -> list[PublishedModel]:
-    """Reads the rows of a published table.
+@lru_cache
+def published_models(table: Literal["models", "table1", "robustbench"] = "models") -> Models:
+    """Reads a published table.
 
     Args:
         table: `models` are the 74 models of the supplement's tables of errors and losses, sorted by
             AutoAttack error; `table1` the 19 rows of Table 1; `robustbench` 8 networks of others,
-            which have figures of early-stopped weights alone.
+            which have metrics of early-stopped weights alone.
 
     Returns:
-        Its rows, in the paper's order.
+        Its rows in the paper's order, with labels as the paper writes them, such as `TRADES λ=9`.
+        `frame` has `method`, `source`, `statistic` and `note`.
 
     Raises:
         ValueError: If `table` is none of these.
 
     Example:
-        >>> row = published_models("table1")[-1]
-        >>> row.label, row.mean("test/autoattack_error", "early_stopped")
-        ('AT', 0.546)
+        >>> published_models("table1").mean("AT", "test/autoattack_error", "early_stopped")
+        0.546
     """
     if table not in ("models", "table1", "robustbench"):
         known = "`models`, `table1` or `robustbench`"
         raise ValueError(f"Expected `table` to be {known} but got {table!r}.")
-    return [_model(row) for row in _rows(table)]
+    frame = _read(table).set_index("label")
+    metrics = frame.drop(columns=_WORDS, errors="ignore")
+    rows: list[tuple[str, dict[str, float], dict[str, float], dict[str, int]]] = []
+    for label, row in metrics.iterrows():
+        stated = row.dropna().to_dict()
+        final = {name: x for name, x in stated.items() if not name.startswith(_STOPPED)}
+        stopped = {n.removeprefix(_STOPPED): x for n, x in stated.items() if n not in final}
+        rows.append((str(label), final, stopped, {}))
+    return Models(frame[["method", "source", "statistic", "note"]], metric_values(rows))
 
 
-def published_trajectories(
-    figure: Literal["points", "lines"] = "points",
-) -> dict[str, list[dict[str, float]]]:
-    """Reads how the paper's models moved in training, off its drawings and so within ±0.03.
+@lru_cache
+def published_trajectories(figure: Literal["points", "lines"] = "points") -> pd.DataFrame:
+    """Reads how the paper's models moved during training, from its figures, within ±0.03.
 
     Args:
         figure: `points` are flatness and RLoss of AT, AT-AWP, self-supervision and, without RLoss,
-            +Unlabeled (figure 5; the maximum over directions, as it seems); `lines` all that is
-            drawn for AT, with the mean over directions, worst-case flatness at ξ = 0.003 and
-            eigenvalues within ±30, which sum four batches.
+            +Unlabeled (figure 5; apparently the maximum over directions); `lines` all that is drawn
+            for AT, with the mean over directions, worst-case flatness at ξ = 0.003 and eigenvalues
+            within ±30, which sum four batches.
 
     Returns:
-        For each method 16 rows: `progress`, from 0 to 1 at the end of training, and figures by the
-        names that a run's trajectory has.
+        16 rows for each method: `method`, `progress`, which is 1 at the end of training, and
+        metrics by the names of a run's trajectory.
 
     Raises:
         ValueError: If `figure` is neither.
 
     Example:
-        >>> published_trajectories()["at_awp"][-1]
-        {'progress': 1.0, 'test/robust_loss': 1.3, 'flatness/average/test': 0.36}
+        >>> rows = published_trajectories()
+        >>> rows[rows["method"] == "at_awp"].iloc[-1]["test/robust_loss"]
+        np.float64(1.3)
     """
     if figure not in ("points", "lines"):
         raise ValueError(f"Expected `figure` to be `points` or `lines` but got {figure!r}.")
-    trajectories: dict[str, list[dict[str, float]]] = {}
-    for row in _rows("trajectories"):
-        if row["figure"] == figure:
-            trajectories.setdefault(row["method"], []).append(_figures(row))
-    return trajectories
-
-
-def _rows(name: str) -> list[dict[str, str]]:
-    with (_FOLDER / f"{name}.csv").open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def _model(row: Mapping[str, str]) -> PublishedModel:
-    figures = _figures(row)
-    return PublishedModel(
-        method=row["method"],
-        label=row["label"],
-        source=row["source"],
-        statistic=row["statistic"],
-        note=row["note"],
-        final={name: x for name, x in figures.items() if not name.startswith(_STOPPED)},
-        early_stopped={
-            name.removeprefix(_STOPPED): x
-            for name, x in figures.items()
-            if name.startswith(_STOPPED)
-        },
+    rows = _read("trajectories")
+    rows = rows[rows["figure"] == figure]
+    return rows.drop(columns=[name for name in _WORDS if name != "method"]).dropna(
+        axis=1, how="all"
     )
 
 
-def _figures(row: Mapping[str, str]) -> dict[str, float]:
-    """Figures of a row; an empty cell is one that the paper does not state."""
-    return {name: float(cell) for name, cell in row.items() if name not in _WORDS and cell}
+def _read(name: str) -> pd.DataFrame:
+    table = pd.read_csv(_FOLDER / f"{name}.csv", dtype=str)
+    words = [name for name in _WORDS if name in table]
+    # From text, because the parser of numbers may be off by the last digit.
+    metrics = table.drop(columns=words).astype(float)
+    return pd.concat([table[words].fillna(""), metrics], axis=1)

@@ -1,38 +1,41 @@
 """A folder of runs as tables, figures and one page."""
 
-import csv
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
+import pandas as pd
 from matplotlib.figure import Figure
 from rich.progress import track
 
-from robust_flatness.reporting.copies import without_copies
 from robust_flatness.reporting.correlation import Correlation, correlate
-from robust_flatness.reporting.measure_figure import schematic_figure
-from robust_flatness.reporting.method_landscapes import landscapes_figure
-from robust_flatness.reporting.models import Model, Point, group_models
+from robust_flatness.reporting.frame import Models, drop_duplicates, group_runs
+from robust_flatness.reporting.landscape_figures import (
+    landscapes_figure,
+    schematic_figure,
+    typical_direction,
+)
 from robust_flatness.reporting.page import write_page
+from robust_flatness.reporting.panel_figures import (
+    curves_figure,
+    epochs_figure,
+    trajectories_figure,
+)
 from robust_flatness.reporting.published import published_models, published_trajectories
-from robust_flatness.reporting.run_figures import curves_figure, epochs_figure
-from robust_flatness.reporting.runs import LeftOut, Run, read_runs
-from robust_flatness.reporting.study_figures import (
+from robust_flatness.reporting.scatter_figures import (
     early_stopping_figure,
     flatness_figure,
     gap_figure,
+    hyperparameter_figure,
     kink_figure,
     train_flatness_figure,
 )
-from robust_flatness.reporting.sweep_figure import hyperparameter_figure
-from robust_flatness.reporting.table1 import Table1, table1
-from robust_flatness.reporting.table1_files import write_table
-from robust_flatness.reporting.trajectory_figures import trajectories_figure
-from robust_flatness.run_folder.atomic_write import whole_file
+from robust_flatness.reporting.table1 import Table1, table1, write_table
+from robust_flatness.run_folder.files import atomic_write
+from robust_flatness.run_folder.runs import LeftOut, Run, find_runs
 
-# What the paper relates, and what robust overfitting would be judged by instead.
+# Measures that the paper relates to robustness.
 _FLATNESS = (
     "flatness/average/test",
     "flatness/worst/test",
@@ -41,27 +44,25 @@ _FLATNESS = (
     "hessian/max_eigenvalue",
 )
 _ROBUSTNESS = ("test/robust_loss", "test/robust_error", "test/autoattack_error")
-_T = TypeVar("_T")
-_MEASURED = "How average-case flatness is measured, drawn from the landscape of a run"
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a report was made of.
+    """A written report.
 
     Attributes:
-        folder: Where it is; `index.html` is the page.
-        data: Class of the data that its runs are on.
-        models: In it.
+        folder: Its folder; `index.html` is the page.
+        data: Class of the data of its runs.
+        models: Its models.
         left_out: Folders that are not in it, and why.
-        figures: Names of the figures.
+        figures: Names of its figures.
         table: Table 1.
-        correlation: Of RLoss and average-case flatness over models, if there are enough.
+        correlation: Of RLoss and average-case flatness over models, if they are enough.
     """
 
     folder: Path
     data: str
-    models: Sequence[Model]
+    models: Models
     left_out: Sequence[LeftOut]
     figures: Sequence[str]
     table: Table1
@@ -74,45 +75,50 @@ def write_report(
     """Writes `index.html`, `table1.md/.csv/.tex`, `correlations.csv` and `figures/`.
 
     Args:
-        runs: A folder with run folders, at any depth.
-        folder: Where the report goes; what an earlier one left there is replaced.
-        data: Class of the data that is reported; by default that of most runs.
-        published: Whether the paper's numbers stand beside those of the runs.
-
-    Returns:
-        What was written.
+        runs: A folder that contains run folders at any depth.
+        folder: The report's folder; files of an earlier report are replaced.
+        data: Class of the data to report; by default that of most runs.
+        published: Whether to show the paper's numbers as well.
 
     Raises:
         ValueError: If there is no finished run, or none on `data`.
     """
     folder = Path(folder)
-    found, left_out = read_runs(runs)
-    found, data, others = _on_data(found, data, Path(runs), left_out)
-    found, copies = without_copies(found)
-    left_out = [*left_out, *others, *copies]
-    models = group_models(found)
-    table = table1(models, published_models("table1") if published else [])
+    all_runs, left_out = find_runs(runs)
+    selected, data, others = _on_data(all_runs, data, Path(runs), left_out)
+    selected, duplicates = drop_duplicates(selected)
+    left_out = [*left_out, *others, *duplicates]
+    models = group_runs(selected)
+    table = table1(models, published_models("table1") if published else None)
     write_table(table, folder)
-    paper = published_models() if published else []
+    paper = published_models() if published else None
+    paths = published_trajectories() if published else None
     _write_correlations(folder / "correlations.csv", models, paper)
-    images = dict(_save(folder / "figures", models, data, published))
+    # The baseline, or else any model, for figures of one model.
+    ordered = sorted(models.labels, key=lambda label: models.frame.at[label, "method"] != "at")
+    example = next(
+        (run for label in ordered if typical_direction(run := models.runs[label][0])), None
+    )
+    figures = _draw(models, paper, paths, data, ordered, example)
+    names = _save(folder / "figures", figures)
     write_page(
         folder / "index.html",
         models=models,
         published=paper,
-        trajectories=published_trajectories() if published else {},
+        trajectories=paths,
         left_out=left_out,
         title=f"Robust generalization and flat minima on {data}",
-        images={_MEASURED: images["schematic"]} if "schematic" in images else {},
+        files=names,
+        schematic_run=example,
     )
     related = correlate(models, _FLATNESS[0], _ROBUSTNESS[0])
-    return Report(folder, data, models, left_out, list(images), table, related)
+    return Report(folder, data, models, left_out, names, table, related)
 
 
 def _on_data(
     runs: list[Run], data: str | None, root: Path, left_out: Sequence[LeftOut]
 ) -> tuple[list[Run], str, list[LeftOut]]:
-    """Runs on one data set, and those on others, as numbers of two data sets do not compare."""
+    """Runs on one data set, and those on others, which do not compare."""
     if not runs:
         reasons = "; ".join(f"{folder}: {reason}" for folder, reason in left_out[:3])
         raise ValueError(
@@ -131,12 +137,21 @@ def _on_data(
     return [run for run in runs if run.data == chosen], chosen, others
 
 
-def _figures(
-    models: Sequence[Model], data: str, published: bool
+def _draw(
+    models: Models,
+    paper: Models | None,
+    paths: pd.DataFrame | None,
+    data: str,
+    ordered: Sequence[str],
+    example: Run | None,
 ) -> dict[str, Callable[[], Figure | None]]:
-    """How each figure is drawn, by its file's name."""
-    paper: Sequence[Point] = published_models() if published else ()
-    title, listed = f"{len(models)} models on {data}", list(models)
+    """Functions that draw the figures, by file name."""
+    title = f"{len(models)} models on {data}"
+
+    def epochs() -> Figure | None:
+        drawn = (epochs_figure(models, label) for label in ordered)
+        return next((figure for figure in drawn if figure is not None), None)
+
     figures: dict[str, Callable[[], Figure | None]] = {
         "flatness": lambda: flatness_figure(models, published=paper),
         "flatness-own": lambda: flatness_figure(models, title=title),
@@ -146,67 +161,51 @@ def _figures(
         "gaps": lambda: gap_figure(models, title=title),
         "early-stopping": lambda: early_stopping_figure(models, title=title),
         "hyperparameters": lambda: hyperparameter_figure(models, title=title),
-        "curves": lambda: curves_figure(listed, title=title),
-        "landscapes": lambda: landscapes_figure(listed, title=title),
-        "trajectories": lambda: trajectories_figure(
-            listed, published_trajectories() if published else None, title=title
-        ),
-        "schematic": lambda: _first(schematic_figure, (m.runs[0] for m in _baseline_first(models))),
-        "epochs": lambda: _first(epochs_figure, _baseline_first(models)),
+        "curves": lambda: curves_figure(models, title=title),
+        "landscapes": lambda: landscapes_figure(models, title=title),
+        "trajectories": lambda: trajectories_figure(models, paths, title=title),
+        "schematic": lambda: None if example is None else schematic_figure(example),
+        "epochs": epochs,
     }
-    if (classes := models[0].runs[0].num_classes or 0) > 1:
+    classes = models.runs[models.labels[0]][0].num_classes or 0
+    if classes > 1:
         figures["loss-and-error"] = lambda: kink_figure(models, num_classes=classes, title=title)
     return figures
 
 
-def _baseline_first(models: Sequence[Model]) -> list[Model]:
-    return sorted(models, key=lambda model: model.method != "at")
-
-
-def _first(draw: Callable[[_T], Figure | None], given: Iterable[_T]) -> Figure | None:
-    """The figure of the first that can be drawn."""
-    return next((figure for one in given if (figure := draw(one)) is not None), None)
-
-
-def _save(
-    folder: Path, models: Sequence[Model], data: str, published: bool
-) -> Iterator[tuple[str, Path]]:
-    """Draws and saves each figure as PNG and PDF; an old one that is no longer drawn is removed."""
-    drawn = _figures(models, data, published)
-    for name, draw in track(drawn.items(), "figures", transient=True):
+def _save(folder: Path, figures: dict[str, Callable[[], Figure | None]]) -> list[str]:
+    """Saves each figure as PNG and PDF, and removes old ones that are no longer drawn."""
+    names = []
+    for name, draw in track(figures.items(), "figures", transient=True):
         figure = draw()
         for kind in ("pdf", "png"):
             path = folder / f"{name}.{kind}"
             if figure is None:
                 path.unlink(missing_ok=True)
                 continue
-            with whole_file(path) as beside:
-                figure.savefig(beside, format=kind)
-        if figure is not None:
-            yield name, folder / f"{name}.png"
+            with atomic_write(path) as temporary:
+                figure.savefig(temporary, format=kind)
+        names += [] if figure is None else [name]
+    return names
 
 
-def _write_correlations(path: Path, models: Sequence[Point], paper: Sequence[Point]) -> None:
+def _write_correlations(path: Path, models: Models, paper: Models | None) -> None:
     """A row for each measured pair of flatness and robustness, of the runs and of the paper."""
-    with whole_file(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        coefficients = ("pearson", "pearson_low", "pearson_high")
-        ranks = ("spearman", "spearman_low", "spearman_high")
-        table.writerow(["x", "y", "of", *coefficients, *ranks, "models", "methods"])
-        for x in _FLATNESS:
-            for y in _ROBUSTNESS:
-                for name, points in (("runs", models), ("paper, CIFAR-10", paper)):
-                    found = correlate(points, x, y)
-                    if found is not None:
-                        table.writerow([x, y, name, *_numbers(found)])
-
-
-def _numbers(found: Correlation) -> list[float | str]:
-    return [
-        found.pearson,
-        *(found.pearson_interval or ("", "")),
-        found.spearman,
-        *(found.spearman_interval or ("", "")),
-        found.num_models,
-        found.num_methods,
+    rows = []
+    for x in _FLATNESS:
+        for y in _ROBUSTNESS:
+            for of, source in (("runs", models), ("paper, CIFAR-10", paper)):
+                result = None if source is None else correlate(source, x, y)
+                if result is not None:
+                    pearson = result.pearson_interval or (None, None)
+                    spearman = result.spearman_interval or (None, None)
+                    numbers = (result.num_models, result.num_methods)
+                    rows.append(
+                        (x, y, of, result.pearson, *pearson, result.spearman, *spearman, *numbers)
+                    )
+    coefficients = [
+        f"{name}{end}" for name in ("pearson", "spearman") for end in ("", "_low", "_high")
     ]
+    frame = pd.DataFrame(rows, columns=["x", "y", "of", *coefficients, "models", "methods"])
+    with atomic_write(path) as temporary:
+        frame.to_csv(temporary, index=False, lineterminator="\r\n")

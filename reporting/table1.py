@@ -1,40 +1,106 @@
-"""Table 1 of the paper with rows of one's own: robust error beside flatness, sorted and grouped.
+"""Table 1 of the paper with rows of one's own: robust error and flatness, sorted and grouped.
 
 Example:
-    >>> runs, _ = read_runs("runs")  # doctest: +SKIP
-    >>> table = table1(group_models(runs), published_models("table1"))  # doctest: +SKIP
+    >>> table = table1(group_runs(runs), published_models("table1"))  # doctest: +SKIP
     >>> write_table(table, Path("report"))  # doctest: +SKIP
 """
 
 import math
-import statistics
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import numpy as np
+import pandas as pd
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
 
-from robust_flatness.reporting.models import Model, Point
-from robust_flatness.reporting.table1_rows import COLUMNS, Cell, Column, Row, make_rows
+from robust_flatness.reporting.frame import Models
+from robust_flatness.run_folder.files import atomic_write, write_text
+from robust_flatness.run_folder.metrics import Weights, metric
+from robust_flatness.run_folder.runs import is_number
 
-_SORTED_BY = COLUMNS[0].key
-# Below that many rows, 30 % of them are none.
-_FEWEST_ROWS = 4
+AUTOATTACK, PGD = "AutoAttack", "PGD"
+PAPER = "paper, CIFAR-10"
+DASH = "–"
+MARK = "†"  # of errors by PGD in a column that also has errors by AutoAttack
+_MIXED = (
+    f"{MARK} By PGD, because AutoAttack was not measured. PGD finds fewer errors: AutoAttack would "
+    "put such a row further down, and a group that has both has no mean."
+)
+# The strength that Table 1 is about, for methods with several models.
+_STRENGTHS: Mapping[str, tuple[str, float]] = {
+    "at_awp": ("model.xi", 0.01),
+    "cyclic": ("model.lr_scheduler.cycles", 2),
+    "entropy_sgd": ("model.optimizer.langevin_steps", 1),
+    "label_noise": ("model.label_noise", 0.3),
+    "label_smoothing": ("model.label_smoothing", 0.3),
+    "mart": ("model.lam", 6.0),
+    "self_supervision": ("model.lam", 4.0),
+    "trades": ("model.lam", 6.0),
+    "weight_averaging": ("weight_averaging.decay", 0.9975),
+    "weight_clipping": ("weight_clipping.w_max", 0.005),
+    "weight_decay": ("model.optimizer.weight_decay", 0.05),
+}
+_FEWEST_ROWS = 4  # for groups
+_WIDE = 100  # columns of a terminal with room for seeds and the paper's errors
+_LABEL = 16  # columns of a terminal that a label has at least
 
 
 @dataclass(frozen=True)
-class Group:
-    """Rows of about the same robustness, the most robust first.
+class Column:
+    """A column of the table.
 
     Attributes:
-        name: `good`, `average`, `poor`, `all` where rows are too few or too close to be grouped,
-            or `without RErr`.
-        rows: Sorted by test RErr.
-        means: Of each column over those rows that have it, only where all are by one attack.
+        key: Its name in the CSV.
+        heading: Its name in two lines.
+        names: Metrics with their attacks. A row shows the first one that was measured.
+        weights: Whose metrics.
+        importance: The terminal leaves out the least important columns; 0 never appears there.
+        published: The same as `names`, of a paper's row.
     """
 
-    name: str
-    rows: tuple[Row, ...]
-    means: Mapping[str, float]
+    key: str
+    heading: str
+    names: Mapping[str, str | None]
+    weights: Weights = "final"
+    importance: int = 0
+    published: Mapping[str, str | None] = field(default_factory=dict)
+
+    @property
+    def is_error(self) -> bool:
+        """Whether it is a share of 1, shown in percent; flatness is in nats."""
+        return metric(next(iter(self.names))).is_share
+
+    @property
+    def has_attack(self) -> bool:
+        """Whether its metrics depend on an attack on the images."""
+        return any(attack is not None for attack in self.names.values())
+
+
+_TEST = {"test/autoattack_error": AUTOATTACK, "test/robust_error": PGD}
+# `train/robust_error` is measured while the weights change and is the error of no network.
+_TRAIN = {"train_eval/robust_error": PGD}
+_PUBLISHED_TRAIN = {"train/autoattack_error": AUTOATTACK, "train_eval/robust_error": PGD}
+_AVERAGE, _WORST = {"flatness/average/test": None}, {"flatness/worst/test": None}
+_EARLY = "early_stopped_robust_error"
+COLUMNS = (
+    Column("test_robust_error", "test\nRErr", _TEST, importance=5),
+    Column("train_robust_error", "train\nRErr", _TRAIN, importance=3, published=_PUBLISHED_TRAIN),
+    Column("average_flatness", "average-case\nflatness", _AVERAGE, importance=4),
+    Column("worst_flatness", "worst-case\nflatness", _WORST, importance=2),
+    Column(_EARLY, "early-stopped\nRErr", _TEST, "early_stopped", importance=1),
+    Column("clean_error", "clean\nerror", {"test/error": None}),
+)
+_NARROW = {"average-case": "average", "worst-case": "worst", "early-stopped": "early stop"}
+_SORTED_BY = COLUMNS[0]
 
 
 @dataclass(frozen=True)
@@ -42,68 +108,102 @@ class Table1:
     """The table.
 
     Attributes:
-        data: Class of the data that all rows are of, such as `Digits`.
-        groups: None of them empty.
+        data: Class of the data of all rows, such as `Digits`.
+        frame: A row for each model, by label, as in `table1.csv`: `group` (`good`, `average`,
+            `poor`; `all` if rows are too few or too close for groups; `without RErr`), `model`,
+            `method`, `data`, `seeds`, and for each column its key with `_mean`, `_sd`, `_n`,
+            `_attack` and `_images`, and the paper's value as `paper_` and the key.
+        published: The attack of each of the paper's columns, by key.
         thresholds: Test RErr, as a share of 1, below which a row is good, and from which on poor;
-            None where there are no groups.
+            None without groups.
+        models: The models, by the same labels.
     """
 
     data: str
-    groups: tuple[Group, ...]
+    frame: pd.DataFrame
+    published: Mapping[str, str | None]
     thresholds: tuple[float, float] | None
+    models: Models
 
     @property
-    def rows(self) -> tuple[Row, ...]:
-        """All rows as they stand."""
-        return tuple(row for group in self.groups for row in group.rows)
+    def groups(self) -> dict[str, pd.DataFrame]:
+        """The rows of each group, in the order of the table."""
+        return {str(name): rows for name, rows in self.frame.groupby("group", sort=False)}
 
-    def cells(self, column: Column, *, published: bool = False) -> list[Cell]:
-        """All cells of a column, of the rows that have it."""
-        found = (row.published if published else row.cells for row in self.rows)
-        return [cells[column.key] for cells in found if column.key in cells]
+    @property
+    def notes(self) -> list[str]:
+        """Sentences below the table: how to read it, and its limits."""
+        return _notes(self)
 
-    def attacks(self, column: Column, *, published: bool = False) -> list[str]:
-        """The attacks that a column holds figures of, AutoAttack first."""
-        cells = self.cells(column, published=published)
-        return sorted({cell.attack for cell in cells if cell.attack is not None})
+    def attacks(self, column: Column) -> list[str]:
+        """The attacks of a column, AutoAttack first."""
+        name = f"{column.key}_attack"
+        return sorted(self.frame[name].dropna().unique()) if name in self.frame else []
+
+    def means(self, rows: pd.DataFrame) -> dict[str, float]:
+        """The mean of each column over rows, if all are by one attack."""
+        means: dict[str, float] = {}
+        for column in COLUMNS:
+            cells = rows.dropna(subset=[f"{column.key}_mean"])
+            is_mixed = column.has_attack and cells[f"{column.key}_attack"].nunique() > 1
+            if len(cells) and not is_mixed:
+                means[column.key] = fmean(cells[f"{column.key}_mean"])
+        return means
 
 
-def table1(models: Sequence[Model], published: Sequence[Point] = ()) -> Table1:
-    """Puts models into the paper's Table 1, a row each.
+def table1(models: Models, published: Models | None = None) -> Table1:
+    """Puts models into the paper's Table 1.
 
-    RErr on test images is by AutoAttack, or by PGD where that was not measured, and each cell knows
-    by which; on training images by PGD, with the weights at rest. As in the paper, rows are good,
+    RErr on test images is by AutoAttack, or by PGD if AutoAttack was not measured, and each cell
+    states which; on training images by PGD, with fixed weights. As in the paper, rows are good,
     average or poor by the 30 % and 70 % percentiles of test RErr, rounded to whole percents: the
     paper's own 19 rows give 57 % and 60 %.
 
     Args:
-        models: Of one data set, as `group_models` returns them.
-        published: Rows of a paper, such as `published_models("table1")`.
+        models: Of one data set.
+        published: Rows of a paper, such as `published_models("table1")`. A row stands beside the
+            only model of its method, or the one of its label, or, of several, the only one at the
+            strength that Table 1 is about.
 
     Raises:
         ValueError: If there are no models, or they are of several data sets.
     """
-    data = sorted({run.data for model in models for run in model.runs})
+    data = sorted({run.data for runs in models.runs.values() for run in runs})
     if len(data) != 1:
         raise ValueError(f"Expected `models` to be of one data set but got {data or 'no model'}.")
-    rows = make_rows(models, published)
-    measured = sorted((row for row in rows if _SORTED_BY in row.cells), key=_by_error)
-    rest = [row for row in rows if _SORTED_BY not in row.cells]
-    thresholds = group_thresholds([_error(row) for row in measured])
-    grouped = {name: _between(measured, *bounds) for name, bounds in _bounds(thresholds)}
-    grouped["without RErr"] = rest
-    groups = tuple(Group(name, tuple(of), _means(of)) for name, of in grouped.items() if of)
-    return Table1(data[0], groups, thresholds)
+    seeds = [len(models.runs[label]) for label in models.labels]
+    columns: dict[str, Any] = {
+        "model": models.labels,
+        "method": models.frame["method"],
+        "data": data[0],
+        "seeds": seeds,
+    }
+    frame = pd.DataFrame(columns, index=models.frame.index)
+    for column in COLUMNS:
+        cells = _cells(models, column.names, column.weights).reindex(frame.index)
+        for part in ("mean", "sd", "n", "attack", "images"):
+            if part != "attack" or column.has_attack:
+                frame[f"{column.key}_{part}"] = cells[part]
+        frame[f"{column.key}_n"] = cells["n"].fillna(0).astype(int)
+    attacks = _add_published(frame, models, published) if published is not None else {}
+    # Shares of images, whose sum over seeds may be off by the last digit.
+    errors = frame[f"{_SORTED_BY.key}_mean"].round(9)
+    thresholds = group_thresholds(errors.dropna().tolist())
+    frame.insert(0, "group", [_group(error, thresholds) for error in errors])
+    # Rows without RErr come last and keep their order.
+    measured = sorted(errors.dropna().index, key=lambda label: (errors[label], label))
+    frame = frame.loc[[*measured, *errors[errors.isna()].index]]
+    return Table1(data[0], frame, attacks, thresholds, models)
 
 
 def group_thresholds(errors: Sequence[float]) -> tuple[float, float] | None:
-    """The test errors that part good from average and average from poor rows.
+    """The test errors between good, average and poor rows.
 
     Args:
-        errors: As shares of 1, a row each.
+        errors: Of each row, as shares of 1.
 
     Returns:
-        The 30 % and 70 % percentiles in whole percents; None where rows are too few or too close.
+        The 30 % and 70 % percentiles in whole percents; None if rows are too few or too close.
 
     Example:
         >>> group_thresholds([0.5, 0.54, 0.6, 0.7])
@@ -115,30 +215,341 @@ def group_thresholds(errors: Sequence[float]) -> tuple[float, float] | None:
     return (low, high) if low < high else None
 
 
-def _bounds(thresholds: tuple[float, float] | None) -> list[tuple[str, tuple[float, float]]]:
-    if thresholds is None:
-        return [("all", (-math.inf, math.inf))]
-    low, high = thresholds
-    return [("good", (-math.inf, low)), ("average", (low, high)), ("poor", (high, math.inf))]
+def write_table(table: Table1, folder: Path) -> list[Path]:
+    r"""Writes `table1.md`, `table1.csv` and `table1.tex`.
+
+    The CSV has full numbers: errors as shares of 1, flatness in nats, an empty cell for what was
+    not measured. The LaTeX is a `tabular` for `\input`, which needs the package `booktabs`.
+
+    Args:
+        table: The table.
+        folder: Is created if it does not exist.
+
+    Returns:
+        The files.
+    """
+    with atomic_write(folder / "table1.csv") as temporary:
+        table.frame.to_csv(temporary, index=False, lineterminator="\r\n")
+    write_text(folder / "table1.md", _markdown(table))
+    write_text(folder / "table1.tex", _latex(table))
+    return [folder / f"table1.{suffix}" for suffix in ("md", "csv", "tex")]
 
 
-def _by_error(row: Row) -> tuple[float, str]:
-    return _error(row), row.model.label
+def terminal_table(table: Table1, width: int = 100) -> Table:
+    """Puts the table into a terminal.
+
+    Clean error and most of the paper's columns are left to the files; below 100 columns, so are
+    seeds and all of the paper's, and then the least important columns for which there is no room.
+    The caption names them.
+
+    Args:
+        table: The table.
+        width: Of the terminal.
+
+    Returns:
+        A table to be printed with `rich`.
+    """
+    columns = [column for column in COLUMNS if column.importance]
+    is_wide = width >= _WIDE
+    drawn = _terminal(table, columns, is_wide)
+    console = Console(width=10_000)
+    # The minimum is the width at which only labels fold.
+    while Measurement.get(console, console.options, drawn).minimum > width:
+        if not is_wide and len(columns) == 1:
+            break
+        if not is_wide:
+            columns.remove(min(columns, key=lambda column: column.importance))
+        is_wide = False
+        drawn = _terminal(table, columns, is_wide)
+    return drawn
 
 
-def _error(row: Row) -> float:
-    # Shares of images, of which a sum over seeds may be off by the last digit.
-    return round(row.cells[_SORTED_BY].mean, 9)
+def _cells(models: Models, names: Mapping[str, str | None], weights: Weights) -> pd.DataFrame:
+    """For each model the first metric that was measured, with its attack."""
+    columns = [models.column(name, weights).assign(attack=attack) for name, attack in names.items()]
+    # Empty frames have no types, which pandas 2 warns about.
+    cells = pd.concat([column for column in columns if len(column)] or columns[:1])
+    return cells[~cells.index.duplicated()]
 
 
-def _between(rows: Sequence[Row], low: float, high: float) -> list[Row]:
-    return [row for row in rows if low <= _error(row) < high]
-
-
-def _means(rows: Sequence[Row]) -> dict[str, float]:
-    means: dict[str, float] = {}
+def _add_published(frame: pd.DataFrame, models: Models, published: Models) -> dict[str, str | None]:
+    """Adds the paper's columns that have a value, and returns their attacks."""
+    matched = _match(models, published)
+    theirs = pd.Series(matched, dtype=object).reindex(frame.index)
+    attacks: dict[str, str | None] = {}
     for column in COLUMNS:
-        cells = [row.cells[column.key] for row in rows if column.key in row.cells]
-        if len({cell.attack for cell in cells}) == 1:
-            means[column.key] = statistics.fmean(cell.mean for cell in cells)
-    return means
+        cells = _cells(published, column.published or column.names, column.weights)
+        values = theirs.map(cells["mean"])
+        if values.notna().any():
+            frame[f"paper_{column.key}"] = values
+            kinds = sorted(theirs.map(cells["attack"]).dropna().unique())
+            attacks[column.key] = f" or {MARK}".join(map(_short, kinds)) or None
+    return attacks
+
+
+def _match(models: Models, published: Models) -> dict[str, str]:
+    """The paper's row of each model that it plainly belongs to, by labels."""
+    matched: dict[str, str] = {}
+    for method in models.methods:
+        ours = [label for label in models.labels if models.frame.at[label, "method"] == method]
+        theirs = list(published.frame.index[published.frame["method"] == method])
+        matched |= {label: label for label in ours if label in theirs}
+        if len(ours) > 1:
+            name, strength = _STRENGTHS.get(method, ("", math.nan))
+            values = {label: models.differs[label].get(name) for label in ours}
+            ours = [
+                label for label, x in values.items() if is_number(x) and math.isclose(x, strength)
+            ]
+        if len(theirs) == len(ours) == 1:
+            matched[ours[0]] = theirs[0]
+    return matched
+
+
+def _group(error: float, thresholds: tuple[float, float] | None) -> str:
+    if math.isnan(error):
+        return "without RErr"
+    if thresholds is None:
+        return "all"
+    low, high = thresholds
+    return "good" if error < low else "average" if error < high else "poor"
+
+
+def _short(attack: str) -> str:
+    return "AA" if attack == AUTOATTACK else attack
+
+
+def _attack(table: Table1, column: Column) -> str:
+    return f" or {MARK}".join(map(_short, table.attacks(column)))
+
+
+def _heading(column: Column, attack: str | None, *, is_short: bool = False) -> list[str]:
+    """The name of a column in lines, the last of them its attack and its unit."""
+    lines = column.heading.split("\n")
+    lines = [_NARROW.get(line, line) for line in lines] if is_short else lines
+    return [*lines, ", ".join(filter(None, (attack, "%" if column.is_error else "nats")))]
+
+
+def _number(value: float, column: Column) -> str:
+    return f"{100 * value:.1f}" if column.is_error else f"{value:.2f}"
+
+
+def _cell(table: Table1, row: pd.Series, column: Column) -> str:
+    """The mean and deviation, a mark for PGD beside AutoAttack, and n if it is not all seeds."""
+    mean, deviation, n = (row[f"{column.key}_{part}"] for part in ("mean", "sd", "n"))
+    if pd.isna(mean):
+        return DASH
+    text = _number(mean, column)
+    if not pd.isna(deviation):
+        text += f" ± {_number(deviation, column)}"
+    is_marked = len(table.attacks(column)) > 1 and row[f"{column.key}_attack"] == PGD
+    text += f" {MARK}" if is_marked else ""
+    return text if n == row["seeds"] else f"{text} (n={n})"
+
+
+def _group_name(table: Table1, name: str) -> str:
+    """A group's name and its bounds of test RErr."""
+    if table.thresholds is None:
+        return name
+    low, high = (f"{100 * threshold:.0f}" for threshold in table.thresholds)
+    bounds = {"good": f" (< {low} %)", "average": f" ({low} to {high} %)", "poor": f" (≥ {high} %)"}
+    return name + bounds.get(name, "")
+
+
+def _text_rows(table: Table1) -> list[tuple[bool, list[str]]]:
+    """The table as texts: whether a row names a group, and its cells."""
+    rows: list[tuple[bool, list[str]]] = []
+    num_empty = 1 + len(table.published)
+    for name, group in table.groups.items():
+        means = table.means(group)
+        texts = [_number(means[c.key], c) if c.key in means else DASH for c in COLUMNS]
+        rows.append((True, [_group_name(table, name), *texts, *[""] * num_empty]))
+        for _, row in group.iterrows():
+            cells = [row["model"], *(_cell(table, row, column) for column in COLUMNS)]
+            cells.append(str(row["seeds"]))
+            for column in COLUMNS:
+                if column.key in table.published:
+                    value = row[f"paper_{column.key}"]
+                    cells.append(DASH if pd.isna(value) else _number(value, column))
+            rows.append((False, cells))
+    return rows
+
+
+def _headings(table: Table1) -> list[list[str]]:
+    """The lines of each column's heading."""
+    own = [_heading(column, _attack(table, column)) for column in COLUMNS]
+    paper = [
+        [f"{PAPER}:", *_heading(column, table.published[column.key])]
+        for column in COLUMNS
+        if column.key in table.published
+    ]
+    return [["model"], *own, ["seeds"], *paper]
+
+
+def _markdown(table: Table1) -> str:
+    lines = [[" ".join(h[:-1]) + f" ({h[-1]})" if len(h) > 1 else h[0] for h in _headings(table)]]
+    for is_group, cells in _text_rows(table):
+        if is_group:
+            lines.append([f"**{cell}**" if cell else "" for cell in cells])
+        else:
+            lines.append([_escape_markdown(cell) for cell in cells])
+    widths = [max(3, *map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    text = "\n".join(
+        "| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |"
+        for row in lines
+    )
+    notes = "\n".join(f"- {_escape_markdown(note)}" for note in table.notes)
+    return f"# Table 1 on {table.data}\n\n{text}\n\n{notes}\n"
+
+
+def _escape_markdown(text: str) -> str:
+    return re.sub(r"([\\|`*_<\[\]])", r"\\\1", text)
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    **{special: f"\\{special}" for special in "%&_#${}"},
+    "[": "{[}",  # which a preceding `\\` would take as its option
+    "<": "$<$",
+    ">": "$>$",
+    "±": r"$\pm$",
+    "≥": r"$\geq$",
+    "≤": r"$\leq$",
+    "×": r"$\times$",
+    "†": r"\textdagger{}",
+    "–": "--",
+    "…": r"\dots{}",
+    "“": "``",
+    "”": "''",
+    "ε": r"$\varepsilon$",
+    "λ": r"$\lambda$",
+    "τ": r"$\tau$",
+    "ξ": r"$\xi$",
+}
+_LATEX_SPECIAL = re.compile("|".join(map(re.escape, _LATEX)))
+
+
+def _latex(table: Table1) -> str:
+    # The paper's columns have a common heading above theirs.
+    headings = [
+        r" \\ ".join(_escape_latex(line) for line in lines if line != f"{PAPER}:")
+        for lines in _headings(table)
+    ]
+    columns = [headings[0], *(rf"\shortstack[r]{{{heading}}}" for heading in headings[1:])]
+    rows: list[list[str]] = []
+    for is_group, cells in _text_rows(table):
+        texts = [_escape_latex(cell) for cell in cells]
+        if is_group:
+            texts = [rf"\textbf{{{text}}}" if text else "" for text in texts]
+            # `to_latex` draws the rule below the headings itself.
+            texts[0] = ("\\midrule\n" if rows else "") + texts[0]
+        rows.append(texts)
+    form = f"l*{{{len(columns) - 1}}}{{r}}"
+    text = pd.DataFrame(rows, columns=columns).to_latex(
+        index=False, column_format=form, escape=False
+    )
+    if table.published:
+        first, last = len(COLUMNS) + 3, len(columns)
+        over = rf"\multicolumn{{{len(table.published)}}}{{c}}{{{PAPER}}} \\"
+        over = f"{'& ' * (first - 1)}{over}\n\\cmidrule(l){{{first}-{last}}}\n"
+        text = text.replace("\\toprule\n", f"\\toprule\n{over}", 1)
+    notes = [f"% {note}" for note in (r"Needs \usepackage{booktabs}.", *table.notes)]
+    return "\n".join([*notes, text])
+
+
+def _escape_latex(text: str) -> str:
+    return _LATEX_SPECIAL.sub(lambda match: _LATEX[match[0]], text)
+
+
+def _terminal(table: Table1, columns: Sequence[Column], is_wide: bool) -> Table:
+    left = [column for column in COLUMNS if column.importance and column not in columns]
+    caption = [
+        *([_MIXED] if any(len(table.attacks(column)) > 1 for column in columns) else []),
+        *_diverged_note(table),
+        *([f"No room for {_names(left)}: see table1.md."] if left else []),
+    ]
+    drawn = Table(
+        title=escape(f"Table 1 on {table.data}"),
+        caption=" ".join(caption) or None,
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    drawn.add_column("", overflow="fold", min_width=_LABEL)
+    heads = ["\n".join(_heading(c, _attack(table, c), is_short=True)) for c in columns]
+    heads += ["seeds"] if is_wide else []
+    has_paper = is_wide and bool(table.published)
+    heads += ["\n".join([*PAPER.split(" "), "test RErr"])] if has_paper else []
+    for head in heads:
+        drawn.add_column(head, justify="right", no_wrap=True)
+    places = [1 + COLUMNS.index(column) for column in columns]
+    for is_group, cells in _text_rows(table):
+        if is_group and drawn.rows:
+            drawn.add_section()
+        texts = [cells[i] if is_group else cells[i].replace(" ", "") for i in places]
+        texts += [cells[1 + len(COLUMNS)]] if is_wide else []
+        # The paper's first column is test RErr, unless the paper has none for these rows.
+        has_error = _SORTED_BY.key in table.published
+        texts += [cells[2 + len(COLUMNS)] if has_error else DASH] if has_paper else []
+        label = Text(cells[0] if is_group else f"  {cells[0]}")
+        drawn.add_row(label, *texts, style="bold" if is_group else None)
+    return drawn
+
+
+def _names(columns: Sequence[Column]) -> str:
+    return ", ".join(column.heading.replace("\n", " ") for column in columns)
+
+
+def _notes(table: Table1) -> list[str]:
+    notes = [
+        f"Mean ± standard deviation over seeds, of n if fewer than were trained have it; {DASH} "
+        "is what was not measured. Flatness is of RLoss on test images, lower is flatter; train "
+        "RErr is on training images with the weights fixed. AA is AutoAttack.",
+        *_diverged_note(table),
+    ]
+    for label in table.frame.index:
+        if settings := table.models.settings(label):
+            notes.append(f"{label}: {settings}.")
+    notes.append(_groups_note(table))
+    if images := _images_note(table):
+        notes.append(images)
+    if any(len(table.attacks(column)) > 1 for column in COLUMNS):
+        notes.append(_MIXED)
+    if table.published:
+        notes.append(
+            f"{PAPER}: Table 1 of Stutz et al., ICCV 2021, one network a row, flatness at ξ = 0.5 "
+            f"and in the worst case at 0.003; all else is on {table.data}. Rows are beside each "
+            "other by their method, whatever their strength."
+        )
+    return notes
+
+
+def _diverged_note(table: Table1) -> list[str]:
+    runs = ", ".join(filter(None, map(table.models.diverged, table.frame.index)))
+    return [f"Diverged: {runs}; means leave out what is not finite there."] if runs else []
+
+
+def _groups_note(table: Table1) -> str:
+    if table.thresholds is None:
+        return "Too few rows, or too close ones, for groups; bold are means over rows."
+    low, high = (f"{100 * threshold:.0f} %" for threshold in table.thresholds)
+    errors = table.frame[f"{_SORTED_BY.key}_mean"]
+    note = (
+        f"Groups: good below {low} test RErr, poor from {high}: the 30 % and 70 % percentiles over "
+        f"{errors.count()} rows, in whole percents; bold are means over rows. In the paper they "
+        "are 57 % and 60 %, with AT at 62.8 %"
+    )
+    baseline = errors[(table.frame["method"] == "at") & (table.frame["model"] == "AT")].dropna()
+    here = f"; here AT is at {100 * baseline.iloc[0]:.1f} %" if len(baseline) == 1 else ""
+    return f"{note}{here}."
+
+
+def _images_note(table: Table1) -> str:
+    measured: dict[str, list[Column]] = {}
+    for column in COLUMNS:
+        images = sorted(table.frame[f"{column.key}_images"].dropna().unique())
+        if images:
+            measured.setdefault(" or ".join(map(str, images)), []).append(column)
+    parts = [f"{counts} for {_names(columns)}" for counts, columns in measured.items()]
+    return f"Images: {'; '.join(parts)}." if parts else ""

@@ -1,1 +1,1 @@
-"""The contract of a run folder: its files, written whole, and what they hold."""
+"""The contract of a run folder: its files, and the names of metrics and methods."""

@@ -1,4 +1,4 @@
-"""Checkpoints that are old or new at any moment, whatever is killed or switched off."""
+"""Checkpoints that are written atomically."""
 
 from pathlib import Path
 from typing import Any
@@ -8,16 +8,16 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from typing_extensions import override
 
 from robust_flatness.functional.checks import check_archive
-from robust_flatness.run_folder.atomic_write import whole_file
+from robust_flatness.run_folder.files import atomic_write
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside the file that it replaces, and compares checksums when it reads.
+    """Writes checkpoints atomically and compares checksums when it reads them.
 
     Lightning writes to the temporary folder and moves the file. If that folder is on another file
-    system, the move is a copy onto the checkpoint, and a kill in the middle leaves neither the old
-    nor the new one. Here the old checkpoint is whole until the new one is, which takes its name in
-    one step. A kill can leave `<name>.tmp`, which the next save of the same file replaces.
+    system, the move is a copy onto the checkpoint, and a kill during the copy leaves neither the
+    old nor the new one. Here the new file is written beside the old one and renamed. A kill can
+    leave `<name>.tmp`, which the next save of the same file replaces.
 
     Remote paths, such as `s3://…`, are written and read by Lightning.
 
@@ -38,7 +38,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Writes a checkpoint; a reader finds the old or the new one, never half of one."""
+        """Writes a checkpoint; a reader sees the old or the new one, never a part of one."""
         local = _local(path)
         if storage_options is not None or local is None:
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -46,7 +46,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if local.parent == self._folder:
             for left in local.parent.glob("*.ckpt.tmp"):
                 left.unlink()
-        with whole_file(local) as beside, beside.open("wb") as file:
+        with atomic_write(local) as temporary, temporary.open("wb") as file:
             torch.save(checkpoint, file)
 
     @override

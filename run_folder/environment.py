@@ -1,4 +1,4 @@
-"""What a run was made with: the versions and the machine that its figures may depend on."""
+"""Versions and hardware of a run, which its metrics may depend on."""
 
 import os
 import platform
@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 PACKAGES = (
     "robust-flatness",
@@ -35,17 +33,17 @@ def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str | None]:
         >>> sorted(versions(["torch"]))
         ['python', 'torch']
     """
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    installed: dict[str, str | None] = {"python": platform.python_version()}
     for package in packages:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
-            found[package] = None
-    return found
+            installed[package] = None
+    return installed
 
 
 def hardware(num_processes: int = 1) -> dict[str, Any]:
-    """Returns what the figures were computed on.
+    """Returns the machine that this process runs on.
 
     Args:
         num_processes: Number of processes that trained together.
@@ -54,6 +52,8 @@ def hardware(num_processes: int = 1) -> dict[str, Any]:
         The platform, the CPU's name and cores, the names of the GPUs that are visible, and the
         number of processes.
     """
+    import torch  # not at the top: reading runs needs no torch
+
     return {
         "platform": platform.platform(),
         "cpu": _cpu_name(),

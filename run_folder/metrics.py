@@ -97,8 +97,8 @@ class Metric:
 
 METRICS = (
     Metric("robust_loss", "RLoss", "nats"),
-    Metric("robust_loss_correct", "RLoss of images correct when clean", "nats"),
-    Metric("robust_loss_incorrect", "RLoss of images incorrect when clean", "nats"),
+    Metric("robust_loss_correct", "RLoss, correct when clean", "nats"),
+    Metric("robust_loss_incorrect", "RLoss, incorrect when clean", "nats"),
     Metric("robust_error", "RErr (PGD)", "%"),
     Metric("autoattack_error", "RErr (AutoAttack)", "%", once=True),
     Metric("autoattack_loss", "loss on AutoAttack's images", "nats", once=True),
@@ -123,6 +123,38 @@ METRICS = (
     Metric("unlabeled/share", "share of unlabeled images", "%", lower_is_better=None),
     Metric("label_noise/changed", "share of changed labels", "%", lower_is_better=None),
 )
+# Methods as the paper writes them. Other names are shown unchanged.
+METHOD_LABELS = {
+    "at": "AT",
+    "at_awp": "AT-AWP",
+    "autoaugment": "AutoAugment",
+    "cyclic": "Cyclic",
+    "entropy_sgd": "Entropy-SGD",
+    "gelu": "GeLU",
+    "label_noise": "Label noise",
+    "label_smoothing": "Label smoothing",
+    "larger_eps": "Larger ε",
+    "late_multi_step": "“Late” multi-step",
+    "mart": "MART",
+    "mish": "MiSH",
+    "self_supervision": "Self-supervision",
+    "silu": "SiLU",
+    "trades": "TRADES",
+    "unlabeled": "+Unlabeled",
+    "weight_averaging": "Weight averaging",
+    "weight_clipping": "Weight clipping",
+    "weight_decay": "Weight decay",
+    # Sweeps and the paper's other models, which are not in Table 1.
+    "adam": "Adam",
+    "attack_steps": "Attack steps",
+    "batch_size": "Batch size",
+    "constant_rate": "Constant learning rate",
+    "dropout": "Dropout",
+    "ignore_incorrect": "Ignore incorrect",
+    "learning_rate": "Learning rate",
+    "pgd_tau": "PGD-τ",
+    "prevent_label_leaking": "Prevent label leaking",
+}
 _BY_NAME = {entry.name: entry for entry in METRICS}
 
 
@@ -166,6 +198,16 @@ def metric(name: str) -> Metric:
         split=split or ("test" if key.startswith("hessian/") else ""),
         weights="early_stopped" if early_stopped else "final",
     )
+
+
+def method_label(method: str) -> str:
+    """A method's name as the paper writes it.
+
+    Example:
+        >>> method_label("at_awp"), method_label("my_method")
+        ('AT-AWP', 'my_method')
+    """
+    return METHOD_LABELS.get(method, method)
 
 
 def _default(key: str) -> Metric:

@@ -1,4 +1,4 @@
-"""The table that a run ends with.
+"""The table of metrics that a run prints at its end.
 
 Example:
     >>> import io
@@ -18,49 +18,52 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from robust_flatness.run_folder.intervals import error_interval
+from robust_flatness.run_folder.metrics import metric
 
 _DASH, _NOT_FINITE = "–", "not finite"
-# Label, and the names that may hold the figure, the most telling first: training images are best
-# judged with the weights at rest.
-_ERRORS = (
-    ("RErr PGD, test", ("test/robust_error",)),
-    ("RErr AutoAttack, test", ("test/autoattack_error",)),
-    ("RErr PGD, train", ("train_eval/robust_error", "train/robust_error")),
-    ("clean error, test", ("test/error",)),
+# Rows by section. A row shows the first of its names that was measured: on training images the one
+# with fixed weights.
+_SECTIONS = (
+    (
+        ("test/robust_error",),
+        ("test/autoattack_error",),
+        ("train_eval/robust_error", "train/robust_error"),
+        ("test/error",),
+    ),
+    (
+        ("test/robust_loss",),
+        ("test/robust_loss_correct",),
+        ("test/robust_loss_incorrect",),
+        ("train_eval/robust_loss", "train/robust_loss"),
+    ),
+    (
+        ("flatness/average/test",),
+        ("flatness/average/train",),
+        ("flatness/clean_average/test",),
+        ("flatness/worst/test",),
+        ("flatness/clean_worst/test",),
+        ("hessian/max_eigenvalue",),
+        ("hessian/min_eigenvalue",),
+    ),
 )
-_LOSSES = (
-    ("RLoss, test", ("test/robust_loss",)),
-    ("  correct when clean", ("test/robust_loss_correct",)),
-    ("  incorrect when clean", ("test/robust_loss_incorrect",)),
-    ("RLoss, train", ("train_eval/robust_loss", "train/robust_loss")),
-)
-_FLATNESS = (
-    ("average flatness, test", ("flatness/average/test",)),
-    ("average flatness, train", ("flatness/average/train",)),
-)
-# Shown where they were measured.
-_EXTRAS = (
-    ("  of the clean loss, test", ("flatness/clean_average/test",)),
-    ("worst-case flatness, test", ("flatness/worst/test",)),
-    ("  of the clean loss, test", ("flatness/clean_worst/test",)),
-    ("largest eigenvalue, test", ("hessian/max_eigenvalue",)),
-    ("smallest eigenvalue, test", ("hessian/min_eigenvalue",)),
-)
+# Other rows have a dash if their metric was not measured; these are left out.
+_OPTIONAL = _SECTIONS[2][2:]
+
+Column = Mapping[str, float | None]
 
 
 def summary_table(results: Mapping[str, Any], *, folder: str | Path | None = None) -> Table:
-    """Puts the figures of a finished run into a table that fits into 80 columns.
+    """Puts the metrics of a finished run into a table that fits 80 columns.
 
-    Errors stand in percent, behind them Wilson's 95 % interval where the number of images is known;
-    flatness stands with its standard error; a dash is what was not measured. Without early-stopped
-    weights there is no column of them. The title says if the network became not finite.
+    Errors are in percent, with Wilson's 95 % interval if the number of images is known; flatness
+    has its standard error; a dash marks what was not measured. The column of the early-stopped
+    weights is left out if there are none. The title says if the network diverged.
 
     Args:
-        results: The content of `results.json`: `final` and `early_stopped` (figures by name),
+        results: The content of `results.json`: `final` and `early_stopped` (metrics by name),
             `num_examples` (images by the same names), `early_stopped_epoch`, `diverged_epoch`,
             `method` and `data`. All of them may be missing.
-        folder: Where the files of the run are, for the caption.
+        folder: The run folder, for the caption.
 
     Returns:
         A table to be printed with `rich`.
@@ -78,71 +81,86 @@ def summary_table(results: Mapping[str, Any], *, folder: str | Path | None = Non
     tested = results.get("checkpoint") or "last"
     own = "final\nweights" if tested == "last" else f"weights of\n{tested}.ckpt"
     table.add_column(own, justify="right", no_wrap=True)
-    images = results.get("num_examples") or {}
     columns = _columns(results)
     if len(columns) > 1:
         note = "" if epoch is None else f"(epoch {epoch})"
         table.add_column(f"early-stopped\n{note}", justify="right", no_wrap=True)
-    for label, names in _ERRORS:
-        counts = [images[name] for column in columns if (name := _find(column, names)[0]) in images]
-        table.add_row(
-            f"{label} (n={counts[0]})" if counts else label,
-            *(_error(column, names, images) for column in columns),
-        )
-    table.add_section()
-    for label, names in _LOSSES:
-        table.add_row(label, *(_loss(column, names) for column in columns))
-    table.add_section()
-    for label, names in _FLATNESS:
-        table.add_row(label, *(_flatness(column, names) for column in columns))
-    for label, names in _EXTRAS:
-        if any(_find(column, names)[0] for column in columns):
-            table.add_row(label, *(_flatness(column, names) for column in columns))
+    images = results.get("num_examples") or {}
+    for section in _SECTIONS:
+        table.add_section()
+        for names in section:
+            measured = [name for column in columns if (name := _first(names, column))]
+            if measured or names not in _OPTIONAL:
+                label = _label(names[0], [images[name] for name in measured if name in images])
+                table.add_row(label, *(_cell(column, names, images) for column in columns))
     return table
 
 
-Column = Mapping[str, float | None]
+def error_interval(errors: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Returns Wilson's confidence interval of an error that was counted on `n` images.
+
+    It stays inside [0, 1] and keeps its level near both ends, unlike the usual
+    `p ± 1.96 sqrt(p (1 - p) / n)`.
+
+    Args:
+        errors: Number of misclassified images.
+        n: Number of images.
+        level: Confidence level.
+
+    Returns:
+        The lower and the upper end, as shares of 1.
+
+    Raises:
+        ValueError: If `n` is below 1, `errors` is outside `[0, n]` or `level` is not within (0, 1).
+
+    Example:
+        >>> low, high = error_interval(610, 1000)
+        >>> f"{low:.3f} to {high:.3f}"
+        '0.579 to 0.640'
+    """
+    if n < 1:
+        raise ValueError(f"Expected `n` to be >= 1 but got {n}.")
+    if not 0 <= errors <= n:
+        raise ValueError(f"Expected `errors` to be in [0, {n}] but got {errors}.")
+    if not 0 < level < 1:
+        raise ValueError(f"Expected `level` to be within (0, 1) but got {level}.")
+    from scipy.stats import binomtest  # not at the top: it takes a second to import
+
+    interval = binomtest(errors, n).proportion_ci(confidence_level=level, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def _columns(results: Mapping[str, Any]) -> list[Column]:
     final, stopped = results.get("final") or {}, results.get("early_stopped") or {}
-    # AutoAttack logs the figure of the early-stopped weights under a name of its own as well.
+    # AutoAttack logs the error of the early-stopped weights beside that of the last ones.
     own = "test/autoattack_error_early_stopped"
     logged = {"test/autoattack_error": final[own]} if own in final else {}
     kept = logged or stopped or results.get("early_stopped_epoch") is not None
     return [final, logged | stopped] if kept else [final]
 
 
-def _find(column: Column, names: tuple[str, ...]) -> tuple[str, float] | tuple[None, None]:
-    """The first of the figures that was measured; None in JSON is one that is not finite."""
-    for name in names:
-        if name in column:
-            value = column[name]
-            return name, math.nan if value is None else value
-    return None, None
+def _first(names: tuple[str, ...], column: Column) -> str | None:
+    return next((name for name in names if name in column), None)
 
 
-def _error(column: Column, names: tuple[str, ...], images: Mapping[str, int]) -> str:
-    name, value = _find(column, names)
-    if name is None or value is None:
+def _label(name: str, counts: list[int]) -> str:
+    """The title without brackets, indented for a part of the metric above it."""
+    label = metric(name).title.replace(" (", " ").replace(")", "")
+    if ", " in metric(name).label:
+        label = "  " + label.split(", ", 1)[1]
+    return f"{label} (n={counts[0]})" if counts and metric(name).is_share else label
+
+
+def _cell(column: Column, names: tuple[str, ...], images: Mapping[str, int]) -> str:
+    name = _first(names, column)
+    if name is None:
         return _DASH
-    if not math.isfinite(value):
+    value = column[name]
+    if value is None or not math.isfinite(value):  # None in JSON is a number that is not finite
         return _NOT_FINITE
-    if name not in images:
-        return f"{100 * value:.1f} %"
-    low, high = error_interval(round(value * images[name]), images[name])
-    return f"{100 * value:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
-
-
-def _loss(column: Column, names: tuple[str, ...]) -> str:
-    value = _find(column, names)[1]
-    if value is None:
-        return _DASH
-    return f"{value:.3f}" if math.isfinite(value) else _NOT_FINITE
-
-
-def _flatness(column: Column, names: tuple[str, ...]) -> str:
-    text, error = _loss(column, names), column.get(f"{names[0]}_sem")
-    if text in (_DASH, _NOT_FINITE) or error is None or not math.isfinite(error):
-        return text
-    return f"{text} ± {error:.3f}"
+    text = metric(name).text(value)
+    if metric(name).is_share and name in images:
+        low, high = error_interval(round(value * images[name]), images[name])
+        return f"{text} [{100 * low:.1f}, {100 * high:.1f}]"
+    error = column.get(f"{name}_sem")
+    return text if error is None or not math.isfinite(error) else f"{text} ± {error:.3f}"

@@ -1,24 +1,35 @@
-"""`python cli.py study`: trains a list of runs, and goes on where it was stopped."""
+"""`python cli.py study`: trains a list of runs, and continues after it was stopped."""
 
+import os
+import statistics
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
-from robust_flatness.functional.checks import check_count, check_number
-from robust_flatness.study.check import check_arguments
-from robust_flatness.study.devices import visible_devices
 from robust_flatness.study.elsewhere import submit, write_sweep
-from robust_flatness.study.estimate import plan_table
-from robust_flatness.study.plan import PlannedRun, counted, make_plan
-from robust_flatness.study.pool import Failure, Pool
-from robust_flatness.study.state import State, book_of, check_same_study, state_of
+from robust_flatness.study.plan import CommandLine, PlannedRun, counted, make_plan
+from robust_flatness.study.pool import Pool
+from robust_flatness.study.state import (
+    State,
+    check_same_study,
+    epochs_done,
+    results_of,
+    state_of,
+    study_file,
+)
 
-_MOST_SEEDS = 10_000
+_MAX_SEEDS = 10_000
+# To check the arguments of one run takes about half a second.
+_CHECKED = 3
 
 
 def study(
+    command_line: CommandLine,
     rows: list[str] | str = "",
     sweep: list[str] | str = "",
     configs: list[str] | str = "",
@@ -33,100 +44,172 @@ def study(
     sweep_file: Path | None = None,
     options: list[str] | None = None,
 ) -> None:
-    """Trains rows of Table 1, sweeps or your own configs, times seeds.
+    """Trains rows of Table 1, sweeps or your own config files, with one or more seeds.
 
-    What has finished is skipped, what was cut off goes on from its last checkpoint, and a run that
-    fails does not stop the others. Options of `fit` for all runs stand behind `--`, such as
-    `python cli.py study --rows all --seeds 3 -- --trainer.max_epochs=20`.
+    Runs that have finished are skipped, runs that were cut off resume from their last checkpoint,
+    and a run that fails does not stop the others. Options of `fit` for all runs follow `--`, such
+    as `python cli.py study --rows all --seeds 3 -- --trainer.max_epochs=20`.
 
     Args:
+        command_line: Functions of the command line.
         rows: Rows of Table 1: all, or names such as at,at_awp.
         sweep: Sweep files, by path or by name, such as trades,mart.
-        configs: Config files, each of them a run.
-        data: Class of the data, by default what a file names, else Digits.
-        seeds: How many seeds from 0, or which, such as [3,4].
-        root: Where the run folders are.
-        only: Names of runs in the plan to do alone, such as at-Digits-s0.
-        jobs: Runs at once; by default one, or one for each device.
-        devices: GPUs by number, such as [0,1]; each run gets one of them. By default all, where
-            several runs are at work at once.
-        dry_run: Say what there is to do and how long it takes, and end.
+        configs: Config files. Each is one run.
+        data: Class name of the datamodule. By default the one that a file names, else Digits.
+        seeds: Number of seeds, counted from 0, or a list such as [3,4].
+        root: The folder that contains the run folders.
+        only: Names of runs of the plan. Only these are trained, such as at-Digits-s0.
+        jobs: Number of runs at a time. By default one, or one for each device.
+        devices: GPUs by number, such as [0,1]. Each run gets one of them. By default all GPUs if
+            there are several jobs.
+        dry_run: Print what there is to do and how long it takes, and exit.
         slurm: Submit the runs as a SLURM array with these parameters of submitit, such as
             {slurm_partition: gpu, timeout_min: 600, gpus_per_node: 1, slurm_array_parallelism: 8},
-            and end.
-        sweep_file: Write the runs as a W&B sweep to this file, and end.
-        options: Options of `fit` for all runs, as behind `--`.
+            and exit.
+        sweep_file: Write the runs as a W&B sweep to this file, and exit.
+        options: Options of `fit` for all runs, as after `--`.
     """
     console = Console()
-    asked = {"rows": _names(rows), "sweep": _names(sweep), "configs": _names(configs)}
+    chosen = {"rows": _names(rows), "sweep": _names(sweep), "configs": _names(configs)}
     if isinstance(seeds, int):
-        check_number("seeds", seeds, low=1, high=_MOST_SEEDS)
-    chosen_seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    at_once = max(1, len(devices or [])) if jobs is None else jobs
-    check_count("jobs", at_once, low=1)
-    gpus = visible_devices(devices, at_once)
+        if not 1 <= seeds <= _MAX_SEEDS:
+            raise ValueError(f"Expected `--seeds` to be in [1, {_MAX_SEEDS}] but got {seeds}.")
+        seeds = list(range(seeds))
+    jobs = max(1, len(devices or [])) if jobs is None else jobs
+    if jobs < 1:
+        raise ValueError(f"Expected `--jobs` to be >= 1 but got {jobs}.")
+    gpus = visible_devices(devices, jobs)
+    folder = root.expanduser().resolve()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"Expected `--root` to be a folder but {existing} is a file.")
     plan = make_plan(
-        rows=asked["rows"],
-        sweeps=asked["sweep"],
-        configs=asked["configs"],
+        command_line,
+        rows=chosen["rows"],
+        sweeps=chosen["sweep"],
+        configs=chosen["configs"],
         data=data,
-        seeds=chosen_seeds,
-        root=_folder(root),
+        seeds=seeds,
+        root=folder,
         options=options or [],
     )
-    plan = _only(plan, _names(only))
-    for run in plan:
-        check_same_study(run)
-    check_arguments(plan)
-    if sweep_file is not None:
-        same: dict[str, Sequence[Any]] = {**asked, "seeds": chosen_seeds, "root": [root]}
-        same["data"] = _names(data or "")
-        write_sweep(sweep_file, plan, same, options or [], console)
-        return
-    console.print(plan_table(plan, at_once))
-    if dry_run:
-        return
-    if slurm is not None:
-        submit(plan, slurm, console)
-        return
-    pool = Pool(at_once, gpus, console)
-    try:
-        pool.run(plan)
-    except KeyboardInterrupt:
-        console.print("Stopped; the same command goes on.")
-        raise SystemExit(130) from None
-    _tell(console, plan, pool.failures)
-
-
-def _names(given: list[str] | str) -> list[str]:
-    names = given.split(",") if isinstance(given, str) else given
-    return [name.strip() for name in names if name.strip()]
-
-
-def _folder(root: Path) -> Path:
-    folder = root.expanduser().resolve()
-    above = next(path for path in (folder, *folder.parents) if path.exists())
-    if not above.is_dir():
-        raise ValueError(f"Expected `--root` to be a folder but {above} is a file.")
-    return folder
-
-
-def _only(plan: list[PlannedRun], names: Sequence[str]) -> list[PlannedRun]:
+    names = _names(only)
     unknown = sorted(set(names) - {run.name for run in plan})
     if unknown:
         raise ValueError(
             f"Expected `--only` to name runs of the plan, such as {plan[0].name}, but got "
             f"{', '.join(unknown)}."
         )
-    return [run for run in plan if run.name in names] if names else plan
-
-
-def _tell(console: Console, plan: Sequence[PlannedRun], failures: Sequence[Failure]) -> None:
+    plan = [run for run in plan if run.name in names] if names else plan
+    for run in plan:
+        check_same_study(run, command_line.read_options)
+    _check_arguments(plan, command_line)
+    if sweep_file is not None:
+        choice: dict[str, Sequence[Any]] = {**chosen, "seeds": seeds, "root": [root]}
+        choice["data"] = _names(data or "")
+        write_sweep(sweep_file, plan, choice, options or [], console)
+        return
+    console.print(plan_table(plan, jobs))
+    if dry_run:
+        return
+    if slurm is not None:
+        submit(plan, slurm, console)
+        return
+    pool = Pool(jobs, gpus, console)
+    try:
+        pool.run(plan)
+    except KeyboardInterrupt:
+        console.print("Stopped. The same command continues.")
+        raise SystemExit(130) from None
     finished = sum(state_of(run) is State.FINISHED for run in plan)
     console.print(f"{finished} of {counted(len(plan))} finished.")
-    if not failures:
-        return
-    for run, reason in failures:
-        text = f"  {run.name}: {reason}\n    {book_of(run, 'log')}"
+    for run, reason in pool.failures.items():
+        text = f"  {run.name}: {reason}\n    {study_file(run, 'log')}"
         console.print(text, markup=False, highlight=False, soft_wrap=True)
-    raise SystemExit(f"{len(failures)} failed; the same command tries them again.")
+    if pool.failures:
+        raise SystemExit(f"{len(pool.failures)} failed; the same command tries them again.")
+
+
+def visible_devices(devices: Sequence[int] | None, jobs: int) -> list[str]:
+    """Returns the names of GPUs for `CUDA_VISIBLE_DEVICES`, which may hide some already.
+
+    Args:
+        devices: Numbers of visible GPUs. `None` takes all of them if there are several jobs, and
+            otherwise none, which leaves the choice to the run.
+        jobs: Number of runs at a time.
+
+    Raises:
+        ValueError: If there is no such GPU.
+    """
+    # Only here, so that `study --help` does not wait for it.
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if devices is None:
+        devices = range(gpus) if jobs > 1 else []
+    if not all(0 <= device < gpus for device in devices):
+        raise ValueError(
+            f"Expected `--devices` to number some of this machine's {gpus} GPUs, from 0, but got "
+            f"{list(devices)}."
+        )
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(number) for number in range(gpus)]
+    return [names[device].strip() for device in devices]
+
+
+def plan_table(plan: Sequence[PlannedRun], jobs: int) -> Table:
+    """Makes a table of the runs by method and state.
+
+    Its caption estimates how long the rest takes: the epochs that are left at the median time of an
+    epoch in the finished runs of the plan.
+    """
+    states = {run: state_of(run) for run in plan}
+    # A run that starts anew repeats the epochs in its table.
+    done = {State.FINISHED: lambda run: run.epochs, State.CUT_OFF: epochs_done}
+    left = {run: run.epochs - done.get(states[run], lambda run: 0)(run) for run in plan}
+    data = ", ".join(sorted({run.data for run in plan}))
+    table = Table(title=escape(f"{counted(len(plan))} on {data}"))
+    table.add_column("method", no_wrap=True)
+    for column in ("runs", *(state.value for state in State), "epochs left"):
+        table.add_column(column, justify="right")
+    stems = list(dict.fromkeys(run.stem for run in plan))
+    for stem in [*stems, "all"]:
+        runs = [run for run in plan if stem in (run.stem, "all")]
+        own = [states[run] for run in runs]
+        counts = [len(runs), *(own.count(state) for state in State), sum(left[r] for r in runs)]
+        name = escape(stem.rsplit("-", 1)[0])
+        table.add_row(name, *map(str, counts), end_section=stem == stems[-1])
+    finished = [result for run in plan if (result := results_of(run))]
+    paces = [result.wall_time_seconds / result.epochs for result in finished]
+    table.caption = "The time left is known once a run has finished."
+    if paces:
+        seconds = sum(left.values()) * statistics.median(paces) / jobs
+        table.caption = (
+            f"About {timedelta(seconds=round(seconds))} with {jobs} at a time, at the median time "
+            "of an epoch in the finished runs."
+        )
+    return table
+
+
+def _names(names: list[str] | str) -> list[str]:
+    names = names.split(",") if isinstance(names, str) else names
+    return [name.strip() for name in names if name.strip()]
+
+
+def _check_arguments(plan: Sequence[PlannedRun], command_line: CommandLine) -> None:
+    """Raises a `ValueError` if `fit` would refuse the arguments of a run.
+
+    Checked is one run for each file and sweep. If there are many, only the first and the last ones
+    are checked, because the user's own files follow the rows of Table 1.
+    """
+    first: dict[tuple[str, ...], PlannedRun] = {}
+    for run in plan:
+        options = command_line.read_options(run.arguments[1:])
+        kind = (o.value if o.name == "config" else o.name for o in options)
+        first.setdefault(tuple(map(str, kind)), run)
+    runs = list(first.values())
+    for run in [runs[0], *runs[1:][1 - _CHECKED :]]:
+        try:
+            command_line.check_arguments(run.arguments)
+        except ValueError as error:
+            raise ValueError(f"{run.name}: {error}") from None

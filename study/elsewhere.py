@@ -1,4 +1,4 @@
-"""The same runs on more than one machine: as a SLURM array, or as a W&B sweep."""
+"""Trains the same runs on several machines: as a SLURM array, or as a W&B sweep."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,57 +7,45 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from robust_flatness.study.launch import Process, start
 from robust_flatness.study.plan import PlannedRun, counted
-from robust_flatness.study.state import State, state_of
+from robust_flatness.study.state import Process, State, start, state_of
 
-# Several tasks or nodes would train one run together; that is Lightning's own affair.
-_ONE = ("tasks_per_node", "nodes", "slurm_ntasks_per_node", "slurm_nodes")
+# With several tasks or nodes, each task would train the run. Lightning starts such runs itself.
+_MUST_BE_ONE = ("tasks_per_node", "nodes", "slurm_ntasks_per_node", "slurm_nodes")
 
 
-class Work:
-    """Trains one run and waits for it: what a node of the cluster does."""
+class TrainRun:
+    """The job of one run on a node of the cluster."""
 
     def __init__(self) -> None:
         self._process: Process | None = None
 
     def __call__(self, run: PlannedRun) -> None:
-        """Does nothing where another process trains the run, or it has finished.
-
-        Args:
-            run: Of a plan.
-
-        Raises:
-            RuntimeError: If the run failed, so that the job counts as failed.
-        """
+        """Trains a run, unless another process trains it or it has finished."""
         self._process = start(run)
         code = 0 if self._process is None else self._process.wait()
         if code and state_of(run) is not State.FINISHED:
+            # The job counts as failed.
             raise RuntimeError(f"{run.name} ended with code {code}.")
 
     def checkpoint(self, run: PlannedRun) -> Any:
-        """Ends the run at the job's time limit, and asks submitit for one more job of it."""
+        """Ends the run at the job's time limit, and returns what submitit submits next."""
         from submitit.helpers import DelayedSubmission
 
         if self._process is not None:
             self._process.terminate()
             self._process.wait()
-        return DelayedSubmission(Work(), run)
+        return DelayedSubmission(TrainRun(), run)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_process": None}
 
 
 def submit(plan: Sequence[PlannedRun], parameters: Mapping[str, Any], console: Console) -> None:
-    """Submits what has not finished as one SLURM array, through submitit.
+    """Submits the runs that have not finished as one SLURM array, through submitit.
 
-    Args:
-        plan: Runs, on a file system that the nodes share.
-        parameters: Of submitit's executor; `cluster: local` runs them all at once on this machine.
-        console: Where the jobs are told.
-
-    Raises:
-        ValueError: If submitit or SLURM is missing, or a parameter is refused.
+    The parameters are those of submitit's executor. `cluster: local` runs all jobs at once on this
+    machine. The nodes share the file system of the run folders.
     """
     try:
         import submitit
@@ -66,7 +54,7 @@ def submit(plan: Sequence[PlannedRun], parameters: Mapping[str, Any], console: C
             "Expected submitit to be installed for `--slurm` but it is not: "
             "pip install 'robust-flatness[slurm]'."
         ) from error
-    for name in _ONE:
+    for name in _MUST_BE_ONE:
         if parameters.get(name, 1) != 1:
             raise ValueError(
                 f"Expected `--slurm` to give a run one task but got {name}: {parameters[name]}; "
@@ -79,13 +67,14 @@ def submit(plan: Sequence[PlannedRun], parameters: Mapping[str, Any], console: C
     settings = dict(parameters)
     folder = left[0].folder.parent / "study" / "slurm"
     try:
-        # Left to itself, submitit takes this machine where there is no SLURM.
+        # By default, submitit runs jobs on this machine if there is no SLURM.
         executor = submitit.AutoExecutor(folder, cluster=settings.pop("cluster", "slurm"))
         executor.update_parameters(name="study", **settings)
-        jobs = executor.map_array(Work(), left)
+        jobs = executor.map_array(TrainRun(), left)
     except (NotImplementedError, NameError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"Expected `--slurm` to hold parameters of submitit but got {dict(parameters)}: {error}"
+            f"Expected `--slurm` to contain parameters of submitit but got {dict(parameters)}: "
+            f"{error}"
         ) from error
     text = f"Submitted {counted(len(jobs))} as {jobs[0].job_id.split('_')[0]}; logs: {folder}"
     console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -94,26 +83,25 @@ def submit(plan: Sequence[PlannedRun], parameters: Mapping[str, Any], console: C
 def write_sweep(
     path: Path,
     plan: Sequence[PlannedRun],
-    asked: Mapping[str, Sequence[Any]],
+    choice: Mapping[str, Sequence[Any]],
     options: Sequence[str],
     console: Console,
 ) -> None:
-    """Writes what has not finished as a W&B sweep, whose agents train one run each.
+    """Writes the runs that have not finished as a W&B sweep, whose agents train one run each.
 
     Args:
         path: The YAML file.
-        plan: Runs.
-        asked: Arguments of `study` that make the plan.
-        options: Of `fit`, for all runs.
-        console: Where is told how to start it.
-
-    Raises:
-        ValueError: If there is a folder in the file's place.
+        plan: The runs.
+        choice: Arguments of `study` that select the plan, as lists.
+        options: Options of `fit` for all runs.
+        console: Where the next command is printed.
     """
     if path.is_dir():
         raise ValueError(f"Expected `--sweep_file` to be a file to write but {path} is a folder.")
-    same = [f"--{name}={_written(name, values)}" for name, values in asked.items() if values]
-    command = ["${env}", "${interpreter}", "${program}", "study", *same, "${args}"]
+    texts = {name: ",".join(map(str, values)) for name, values in choice.items() if values}
+    texts["seeds"] = f"[{texts['seeds']}]"
+    arguments = [f"--{name}={text}" for name, text in texts.items()]
+    command = ["${env}", "${interpreter}", "${program}", "study", *arguments, "${args}"]
     left = [run.name for run in plan if state_of(run) is not State.FINISHED]
     content = {
         "program": "cli.py",
@@ -126,11 +114,7 @@ def write_sweep(
     path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     text = (
         f"Wrote {counted(len(left))} to {path}. Start it with: wandb sweep {path}\n"
-        "Agents try each run once; what is cut off, the same command without --sweep_file finishes."
+        "Agents try each run once. To finish runs that are cut off, run the same command without "
+        "--sweep_file."
     )
     console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _written(name: str, values: Sequence[Any]) -> str:
-    text = ",".join(str(value) for value in values)
-    return f"[{text}]" if name == "seeds" else text

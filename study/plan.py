@@ -1,31 +1,41 @@
-"""Which runs a study is made of: presets, sweeps and files of the user, times seeds.
+"""Which runs a study consists of: presets, sweep files and config files, each with its seeds."""
 
-Example:
-    >>> plan = make_plan(rows=["at", "trades"], seeds=[0, 1], root=Path("runs"))
-    >>> [run.name for run in plan]
-    ['at-Digits-s0', 'at-Digits-s1', 'trades-Digits-s0', 'trades-Digits-s1']
-"""
-
+import itertools
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
-from robust_flatness.configs.checks import check_seed
-from robust_flatness.configs.components import known_classes
-from robust_flatness.configs.compose import CONFIGS, compose
-from robust_flatness.configs.options import read_options
-from robust_flatness.study.sweeps import sweep_runs
-
+CONFIGS = Path(__file__).parents[1] / "configs"
 ROWS = sorted(path.stem for path in (CONFIGS / "table1").glob("*.yaml"))
-# Measures that a study adds at the end of each run; any file or option wins over them.
+# Measures that a study adds at the end of each run. Every other file and option overrides them.
 _EXTRAS = f"--config={CONFIGS / 'study.yaml'}"
-# What a plan says of each run itself.
-_OWN = ("name", "data", "seed_everything", "folder", "ckpt_path")
+# The plan sets these for each run.
+_SET_BY_PLAN = ("name", "data", "seed_everything", "folder", "ckpt_path")
+_MAX_SEED = 2**32 - 1
+
+
+class CommandLine(NamedTuple):
+    """The functions of the command line, a layer above, that a study calls.
+
+    Attributes:
+        read_options: Splits arguments into options with `name` (without dashes), `value` (`None`
+            for a switch) and `arguments` (the one or two arguments that it consists of).
+        merge_settings: Merges the presets and files in arguments of `fit`. Returns the settings
+            and the remaining arguments.
+        check_arguments: Raises a `ValueError` if `fit` refuses the arguments.
+        read_yaml: Reads the mapping in a YAML file, which error messages call by an option's name.
+    """
+
+    read_options: Callable[[Sequence[str]], Sequence[Any]]
+    merge_settings: Callable[[Sequence[str]], tuple[Mapping[str, Any], Sequence[str]]]
+    check_arguments: Callable[[Sequence[str]], None]
+    read_yaml: Callable[[str, str], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -33,19 +43,15 @@ class PlannedRun:
     """One run of a study.
 
     Attributes:
-        folder: Its run folder, whose name tells it from all others.
-        method: Name of what is trained.
-        data: Class of the data.
-        seed: Its seed.
-        epochs: That it trains.
-        arguments: Of `fit`.
-        settings: What these say once all files are read.
+        folder: The run folder. Its name identifies the run.
+        data: Class name of the datamodule.
+        epochs: Number of epochs to train.
+        arguments: Arguments of the command line, beginning with `fit`.
+        settings: `files`, the merged settings of all files, and `typed`, the remaining arguments.
     """
 
     folder: Path
-    method: str
     data: str
-    seed: int
     epochs: int
     arguments: tuple[str, ...]
     settings: Mapping[str, Any] = field(hash=False)
@@ -57,16 +63,12 @@ class PlannedRun:
 
     @property
     def stem(self) -> str:
-        """The name without the seed."""
-        return stem_of(self.name)
-
-
-class _Chosen(NamedTuple):
-    arguments: tuple[str, ...]
-    swept: str = ""
+        """The folder's name without the seed."""
+        return self.name.rsplit("-s", 1)[0]
 
 
 def make_plan(
+    command_line: CommandLine,
     *,
     rows: Sequence[str] = (),
     sweeps: Sequence[str] = (),
@@ -76,26 +78,18 @@ def make_plan(
     root: Path = Path("runs"),
     options: Sequence[str] = (),
 ) -> list[PlannedRun]:
-    """Lists the runs of a study, those of one preset together.
+    """Lists the runs of a study, with the seeds of one preset after each other.
 
-    Args:
-        rows: Rows of Table 1 by name, or `all`.
-        sweeps: Sweep files of W&B with the method `grid`, by path or by name, such as `trades`.
-        configs: Config files, each of them a run.
-        data: Class of the data; `None` is what a file names, else Digits.
-        seeds: That each run is repeated with.
-        root: Where the run folders are.
-        options: Of `fit`, for all runs. Files among them stand below the rows, so that a row may
-            still be shorter than a set-up such as `cifar10.yaml`; other options stand above.
+    Config files among the options are merged before those of the rows, so that a row may still
+    train shorter than `cifar10.yaml` says. All other options override the rows.
 
     Raises:
-        ValueError: If nothing is asked for, a name or file is unknown, an option belongs to each
-            run alone, or two runs would share a folder.
+        ValueError: If there is nothing to train, a name or file is unknown, an option cannot apply
+            to all runs, or two runs would share a folder.
     """
     chosen = [
-        *_rows(rows),
-        *(_Chosen(*run) for sweep in sweeps for run in sweep_runs(sweep)),
-        *_files(configs),
+        *(((f"--config={file}",), "") for file in _config_files(rows, configs)),
+        *itertools.chain(*(_sweep_runs(sweep, command_line.read_yaml) for sweep in sweeps)),
     ]
     if not chosen:
         raise ValueError(
@@ -104,114 +98,138 @@ def make_plan(
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"Expected `--seeds` to be different numbers but got {list(seeds)}.")
     for seed in seeds:
-        check_seed("--seeds", seed)
-    before, after = _split(options)
-    typed = [] if data is None else [f"--data={data}"]
-    known = known_classes()
+        if not 0 <= seed <= _MAX_SEED:
+            raise ValueError(f"Expected `--seeds` to be in [0, {_MAX_SEED}] but got {seed}.")
+    before: list[str] = [] if data is None else [f"--data={data}"]
+    after: list[str] = []
+    for option in command_line.read_options(options):
+        if option.name in _SET_BY_PLAN:
+            raise ValueError(
+                f"Expected options behind `--` to be for all runs but got --{option.name}, which "
+                "the plan sets for each run."
+            )
+        (before if option.name == "config" else after).extend(option.arguments)
     plan = []
-    for own in chosen:
-        arguments = ("fit", _EXTRAS, *typed, *before, *own.arguments, *after)
-        plan += [_planned(arguments, own.swept, seed, root, known) for seed in seeds]
+    for own, swept in chosen:
+        arguments = ("fit", _EXTRAS, *before, *own, *after)
+        plan += _seeded_runs(arguments, swept, seeds, root, command_line)
     doubled = [name for name, count in Counter(run.name for run in plan).items() if count > 1]
     if doubled:
         raise ValueError(
             "Expected runs to differ in method, swept value or seed but got several called "
-            f"{', '.join(doubled)}: name each once, or give their files a `name` each."
+            f"{', '.join(doubled)}: list each once, or set `name` in their files."
         )
     return plan
 
 
-def stem_of(name: str) -> str:
-    """The name of a run without its seed.
+def _seeded_runs(
+    arguments: tuple[str, ...],
+    swept: str,
+    seeds: Sequence[int],
+    root: Path,
+    command_line: CommandLine,
+) -> list[PlannedRun]:
+    files, rest = command_line.merge_settings(arguments)
+    typed = {option.name: option.value for option in command_line.read_options(rest)}
+    model, data = (files[key]["class_path"].rsplit(".", 1)[-1] for key in ("model", "data"))
+    method = str(typed.get("name") or files.get("name") or model)
+    if Path(method).name != method:
+        raise ValueError(f"Expected `--name` to be a folder's name but got {method!r}.")
+    epochs = typed.get("trainer.max_epochs", files["trainer"].get("max_epochs"))
+    with suppress(TypeError, ValueError):
+        epochs = int(epochs)
+    if not isinstance(epochs, int) or epochs < 1:
+        raise ValueError(f"Expected `trainer.max_epochs` to be >= 1 but got {epochs}.")
+    stem = "-".join(filter(None, (method, re.sub(r"[^\w.+-]+", "_", swept).strip("_"), data)))
+    settings = {"files": files, "typed": list(rest)}
+    return [
+        PlannedRun(
+            root / f"{stem}-s{seed}",
+            data,
+            epochs,
+            arguments=(*arguments, f"--seed_everything={seed}"),
+            settings=settings,
+        )
+        for seed in seeds
+    ]
 
-    Example:
-        >>> stem_of("at_awp-Digits-s0")
-        'at_awp-Digits'
-    """
-    return name.rsplit("-s", 1)[0]
 
-
-def counted(runs: int) -> str:
-    """A number of runs in words.
-
-    Example:
-        >>> counted(1), counted(57)
-        ('1 run', '57 runs')
-    """
-    return f"{runs} run{'' if runs == 1 else 's'}"
-
-
-def _rows(rows: Sequence[str]) -> Iterator[_Chosen]:
+def _config_files(rows: Sequence[str], configs: Sequence[str]) -> Iterator[str]:
     for row in ROWS if list(rows) == ["all"] else rows:
         if row not in ROWS:
             raise ValueError(
                 f"Expected `--rows` to be all, or some of {', '.join(ROWS)}, but got "
                 f"{', '.join(rows)}."
             )
-        yield _Chosen((f"--config={CONFIGS / 'table1' / f'{row}.yaml'}",))
-
-
-def _files(configs: Sequence[str]) -> Iterator[_Chosen]:
+        yield str(CONFIGS / "table1" / f"{row}.yaml")
     for file in configs:
-        inside = CONFIGS / file.removeprefix("configs/")
-        places = (Path(file).expanduser(), inside, inside.with_name(f"{inside.name}.yaml"))
-        if not any(place.is_file() for place in places):
+        preset = CONFIGS / file.removeprefix("configs/")
+        paths = (Path(file).expanduser(), preset, preset.with_name(f"{preset.name}.yaml"))
+        if not any(path.is_file() for path in paths):
             raise ValueError(f"Expected `--configs` to name files but {file} does not exist.")
-        yield _Chosen((f"--config={file}",))
+        yield file
 
 
-def _split(options: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Files among the options of `fit`, and the others."""
-    before: list[str] = []
-    after: list[str] = []
-    for option in read_options(options):
-        if option.name in _OWN:
-            raise ValueError(
-                f"Expected options behind `--` to be for all runs but got --{option.name}, which "
-                "the plan gives to each."
-            )
-        (before if option.name == "config" else after).extend(option.arguments)
-    return before, after
+def _sweep_runs(
+    sweep: str, read_yaml: Callable[[str, str], Mapping[str, Any]]
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Lists the runs of a W&B sweep file, which must be a grid whose command calls `fit`.
 
-
-def _planned(
-    arguments: tuple[str, ...],
-    swept: str,
-    seed: int,
-    root: Path,
-    known: Mapping[str, Mapping[str, str]],
-) -> PlannedRun:
-    composed = compose(arguments, known)
-    settings = yaml.safe_load(composed[2])
-    typed = {option.name: option.value for option in read_options(composed[3:])}
-    method = str(typed.get("name") or settings.get("name") or _class(settings["model"]))
-    if Path(method).name != method:
-        raise ValueError(f"Expected `--name` to be a folder's name but got {method!r}.")
-    data = _class(settings["data"])
-    return PlannedRun(
-        folder=root / f"{method}{f'-{_slug(swept)}' if swept else ''}-{data}-s{seed}",
-        method=method,
-        data=data,
-        seed=seed,
-        epochs=_epochs(typed.get("trainer.max_epochs", settings["trainer"].get("max_epochs"))),
-        arguments=(*arguments, f"--seed_everything={seed}"),
-        settings={"files": settings, "typed": list(composed[3:])},
-    )
-
-
-def _epochs(given: Any) -> int:
+    Yields:
+        Arguments of `fit`, and the swept values as a short text, such as `lam1.0`.
+    """
+    name = sweep.removeprefix("configs/sweeps/").removesuffix(".yaml")
+    paths = (Path(sweep).expanduser(), CONFIGS / "sweeps" / f"{name}.yaml")
+    file = next((path for path in paths if path.is_file()), None)
+    if file is None:
+        known = ", ".join(sorted(path.stem for path in (CONFIGS / "sweeps").glob("*.yaml")))
+        raise ValueError(
+            f"Expected `--sweep` to be a sweep file or one of {known} but got {sweep}."
+        )
+    content = read_yaml(str(file), "--sweep")
+    if content.get("method") != "grid":
+        raise ValueError(
+            f"Expected `--sweep` to have the method grid but {file} has {content.get('method')}."
+        )
+    command = content.get("command")
+    if not isinstance(command, list) or not {"fit", "${args}"} <= set(map(str, command)):
+        raise ValueError(
+            f"Expected the command of `--sweep` to be a list with fit and ${{args}} but {file} has "
+            f"{command}."
+        )
     try:
-        epochs = int(given)
-    except (TypeError, ValueError):
-        epochs = 0
-    if epochs < 1:
-        raise ValueError(f"Expected `trainer.max_epochs` to be >= 1 but got {given}.")
-    return epochs
+        axes = [
+            [(name, value) for value in (axis["values"] if "values" in axis else [axis["value"]])]
+            for name, axis in content["parameters"].items()
+        ]
+    except (AttributeError, KeyError, TypeError):
+        axes = []
+    if not axes:
+        raise ValueError(
+            "Expected the parameters of `--sweep` to have `values` or a `value` each but those of "
+            f"{file} do not."
+        )
+    command = [str(part) for part in command]
+    start, place = command.index("fit") + 1, command.index("${args}")
+    for swept in itertools.product(*axes):
+        values = [f"--{name}={value}" for name, value in swept]
+        text = "-".join(itertools.chain(*(_short(name, value) for name, value in swept)))
+        yield (*command[start:place], *values, *command[place + 1 :]), text
 
 
-def _class(section: Mapping[str, Any]) -> str:
-    return str(section["class_path"]).rsplit(".", 1)[-1]
+def _short(name: str, value: Any) -> list[str]:
+    """A swept value for the folder's name. For a mapping, such as a whole config, its leaves."""
+    content = value
+    if isinstance(value, str):
+        # The option itself refuses text that is not YAML.
+        with suppress(yaml.YAMLError):
+            content = yaml.safe_load(value)
+    if isinstance(content, Mapping):
+        return [text for inner in content.items() for text in _short(*inner)]
+    # The folder's name already begins with the run's name.
+    return [] if name == "name" else [f"{name.rsplit('.', 1)[-1]}{value}"]
 
 
-def _slug(text: str) -> str:
-    return re.sub(r"[^\w.+-]+", "_", text).strip("_")
+def counted(runs: int) -> str:
+    """Returns a number of runs in words, such as `1 run` and `57 runs`."""
+    return f"{runs} run{'' if runs == 1 else 's'}"

@@ -1,162 +1,175 @@
-"""Runs a plan on this machine, one after another or several at once."""
+"""Trains a plan on this machine, several runs at a time."""
 
 import os
 import signal
 import subprocess
 import time
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from queue import SimpleQueue
+from threading import Event, Lock
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from robust_flatness.study.launch import Process, is_running, runs_here, start
 from robust_flatness.study.plan import PlannedRun, counted
-from robust_flatness.study.progress import StudyProgress
-from robust_flatness.study.state import State, book_of, state_of
+from robust_flatness.study.state import (
+    Process,
+    State,
+    epochs_done,
+    is_running,
+    runs_here,
+    start,
+    state_of,
+    study_file,
+)
 
 _POLL_SECONDS = 1.0
-# A run that is asked to end finishes its batch, and its measure where it is measuring.
+# A run that is terminated first finishes its batch, or its measure at the end of an epoch.
 _PATIENCE_SECONDS = 60.0
 
 
-class Failure(NamedTuple):
-    """A run that ended without results.
-
-    Attributes:
-        run: The run.
-        reason: The last line that it said.
-    """
-
-    run: PlannedRun
-    reason: str
-
-
-class _Slot(NamedTuple):
-    """A run at work; without a process where a study that is no more started it."""
-
-    run: PlannedRun
-    process: Process | None
-    log_size: int
-
-
-@dataclass
 class Pool:
-    """Trains runs, at most so many at once, and goes on past those that fail.
+    """Trains runs in processes of their own. A run that fails does not stop the others.
 
     Args:
-        jobs: Runs at once.
-        devices: Names of GPUs, as in `CUDA_VISIBLE_DEVICES`; a run gets one of them. Without any, a
-            run has the CPU, or takes what there is.
-        console: Where finished and failed runs are told.
+        jobs: Number of runs at a time.
+        devices: Names of GPUs, as in `CUDA_VISIBLE_DEVICES`. Each run gets one. If empty, the runs
+            choose, and share the threads of the CPU.
+        console: Where finished and failed runs, and on a terminal the progress, are shown.
 
     Attributes:
-        failures: So far.
+        failures: By run, the last line of its output, or the signal that ended it.
     """
 
-    jobs: int
-    devices: Sequence[str] = ()
-    console: Console = field(default_factory=Console)
-    failures: list[Failure] = field(default_factory=list)
+    def __init__(
+        self, jobs: int, devices: Sequence[str] = (), console: Console | None = None
+    ) -> None:
+        self.jobs, self.console = jobs, console or Console()
+        self.failures: dict[PlannedRun, str] = {}
+        self._environments: SimpleQueue[dict[str, str]] = SimpleQueue()
+        threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+        for number in range(jobs):
+            gpu = {"CUDA_VISIBLE_DEVICES": devices[number % len(devices)]} if devices else {}
+            self._environments.put(gpu or {"OMP_NUM_THREADS": threads})
+        self._running: dict[PlannedRun, Process | None] = {}
+        self._finished: list[PlannedRun] = []
+        self._stopping, self._lock = Event(), Lock()
 
     def run(self, plan: Sequence[PlannedRun]) -> None:
-        """Trains what has not finished.
+        """Trains the runs that have not finished, in the order of the plan.
 
-        Args:
-            plan: Runs in their order. Those that another process trains are waited for.
+        Runs that another process trains are waited for.
 
         Raises:
-            KeyboardInterrupt: After all processes were ended in order.
+            KeyboardInterrupt: After Ctrl-C or SIGTERM, once all processes have ended.
         """
-        waiting = deque(run for run in plan if state_of(run) is not State.FINISHED)
-        active: dict[int, _Slot] = {}
-        # A study that is asked to end, ends its runs as it does for Ctrl-C.
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        self._total = len(plan)
+        self._finished = [run for run in plan if state_of(run) is State.FINISHED]
+        waiting = [run for run in plan if run not in self._finished]
+        progress = Progress(
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}", markup=False),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        bar = progress.add_task("", total=sum(run.epochs for run in plan))
+        # SIGTERM ends the runs as Ctrl-C does.
+        previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        executor = ThreadPoolExecutor(self.jobs)
         try:
-            with StudyProgress(plan, waiting, self.console) as progress:
-                while waiting or active:
-                    self._collect(active, waiting, progress)
-                    self._fill(active, waiting)
-                    progress.show([slot.run for slot in active.values()])
-                    time.sleep(_POLL_SECONDS)
+            with progress:
+                futures = {executor.submit(self._train, run) for run in waiting}
+                while futures:
+                    done, futures = wait(futures, _POLL_SECONDS, FIRST_COMPLETED)
+                    again = [run for future in done if (run := future.result())]
+                    futures |= {executor.submit(self._train, run) for run in again}
+                    epochs, text = self._progress()
+                    progress.update(bar, completed=epochs, description=text)
         finally:
-            self._end([slot.process for slot in active.values() if slot.process])
-            signal.signal(signal.SIGTERM, before)
+            self._terminate()
+            executor.shutdown(cancel_futures=True)
+            signal.signal(signal.SIGTERM, previous)
 
-    def _fill(self, active: dict[int, _Slot], waiting: deque[PlannedRun]) -> None:
-        """Gives free slots to runs that wait; one that is busy elsewhere goes to the end."""
-        for number in set(range(self.jobs)) - set(active):
-            for _ in range(len(waiting)):
-                run = waiting.popleft()
-                log = book_of(run, "log")
-                size = log.stat().st_size if log.is_file() else 0
-                process = start(run, self._environment(number))
-                if process is not None:
-                    active[number] = _Slot(run, process, size)
-                    break
-                if is_running(run) and runs_here(run):
-                    # It has cores or a GPU of this machine, so it takes a slot.
-                    self._say(f"waiting for {run.name}, which another process trains")
-                    active[number] = _Slot(run, None, size)
-                    break
-                if state_of(run) is not State.FINISHED:
-                    waiting.append(run)
+    def _progress(self) -> tuple[int, str]:
+        """The epochs of finished and running runs, and a line that describes them."""
+        epochs = {run: epochs_done(run) for run in list(self._running)}
+        running = ", ".join(f"{run.name} ({done}/{run.epochs})" for run, done in epochs.items())
+        counts = f"{len(self._finished)} of {self._total} finished, {len(self.failures)} failed"
+        total = sum(run.epochs for run in self._finished) + sum(epochs.values())
+        return total, f"{counts}, running: {running}"
 
-    def _collect(
-        self, active: dict[int, _Slot], waiting: deque[PlannedRun], progress: StudyProgress
-    ) -> None:
-        for number, (run, process, log_size) in list(active.items()):
-            if is_running(run) if process is None else process.poll() is None:
-                continue
-            del active[number]
-            if state_of(run) is State.FINISHED:
-                self._say(f"finished {run.name} ({progress.finish(run)} of {progress.total})")
-            elif process is None:
-                waiting.append(run)
-            else:
-                failure = Failure(run, _last_words(run, process.returncode, log_size))
-                self._say(f"failed {run.name}: {failure.reason}")
-                self.failures.append(failure)
+    def _train(self, run: PlannedRun) -> PlannedRun | None:
+        """Trains a run. Returns it if it has to be tried again."""
+        environment = self._environments.get()
+        log = study_file(run, "log")
+        log_size = log.stat().st_size if log.is_file() else 0
+        with self._lock:
+            if self._stopping.is_set():
+                return None
+            process = start(run, environment)
+            self._running[run] = process
+        try:
+            if process is not None:
+                process.wait()
+            elif is_running(run) and not runs_here(run):
+                # It uses no core or GPU of this machine, so the other runs come first.
+                self._stopping.wait(_POLL_SECONDS)
+            elif is_running(run):
+                self._print(f"waiting for {run.name}, which another process trains")
+                while is_running(run) and not self._stopping.wait(_POLL_SECONDS):
+                    pass
+        finally:
+            del self._running[run]
+            self._environments.put(environment)
+        if self._stopping.is_set():
+            return None
+        if state_of(run) is State.FINISHED:
+            with self._lock:
+                self._finished.append(run)
+                self._print(f"finished {run.name} ({len(self._finished)} of {self._total})")
+        elif process is None:
+            return run
+        else:
+            self.failures[run] = _reason(run, process.returncode, log_size)
+            self._print(f"failed {run.name}: {self.failures[run]}")
+        return None
 
-    def _environment(self, number: int) -> dict[str, str]:
-        if self.devices:
-            return {"CUDA_VISIBLE_DEVICES": self.devices[number % len(self.devices)]}
-        threads = max(1, (os.cpu_count() or 1) // self.jobs)
-        return {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)}
-
-    def _say(self, text: str) -> None:
-        # Names and errors may hold brackets, which are no markup.
+    def _print(self, text: str) -> None:
+        # Names and errors may contain brackets, which are not markup.
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def _end(self, processes: Sequence[Process]) -> None:
-        """Asks processes to end, and waits for them; nothing stops it half-way."""
-        left = [process for process in processes if process.poll() is None]
-        if not left:
-            return
-        seconds = f"{_PATIENCE_SECONDS:.0f}"
-        self._say(f"Ending {counted(len(left))}, which may take up to {seconds} s …")
-        ignored = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    def _terminate(self) -> None:
+        """Ends all processes. No signal interrupts this."""
+        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        for process in left:
+        with self._lock:
+            self._stopping.set()
+        processes = [process for process in list(self._running.values()) if process is not None]
+        if processes:
+            seconds = f"{_PATIENCE_SECONDS:.0f}"
+            self._print(f"Ending {counted(len(processes))}, which may take up to {seconds} s …")
+        for process in processes:
             process.terminate()
         deadline = time.monotonic() + _PATIENCE_SECONDS
-        for process in left:
+        for process in processes:
             try:
                 process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
-        signal.signal(signal.SIGINT, ignored)
+        signal.signal(signal.SIGINT, interrupt)
 
 
-def _last_words(run: PlannedRun, code: int, log_size: int) -> str:
-    """The last line of what a run said since its log had a size."""
-    # A run that is interrupted ends in order, with the status that shells give it.
+def _reason(run: PlannedRun, code: int, log_size: int) -> str:
+    """The last line of a run's output since its log had `log_size` bytes."""
+    # A run that handles a signal exits with the status that shells report for it.
     number = code - 128 if code in (128 + signal.SIGINT, 128 + signal.SIGTERM) else -code
     if number > 0:
         return f"ended by signal {signal.Signals(number).name}"
-    with book_of(run, "log").open("rb") as log:
+    with study_file(run, "log").open("rb") as log:
         log.seek(log_size)
-        text = log.read().decode(errors="replace")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+        lines = log.read().decode(errors="replace").splitlines()
+    lines = [line.strip() for line in lines if line.strip()]
     return lines[-1] if lines else f"ended with code {code}"

@@ -1,27 +1,35 @@
-"""How far the runs of a study are, read from their folders."""
+"""A run of a study on disk, and the process that trains it.
+
+The study keeps files of each run in `study/`, beside the run folders: `<name>.json` (arguments and
+settings), `<name>.log` (output) and `<name>.lock`.
+"""
 
 import csv
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from robust_flatness.configs.options import read_options
-from robust_flatness.reporting.runs import read_run
-from robust_flatness.run_folder.json_file import jsonable, write_json
+from robust_flatness.run_folder.files import jsonable, write_json
+from robust_flatness.run_folder.runs import Run, load_run
 from robust_flatness.study.plan import PlannedRun
 
-# Differences in settings that an error tells one by one.
-_TOLD = 3
-_NONE = object()
+Process = subprocess.Popen[bytes]
+PROGRAM = (sys.executable, "-m", "robust_flatness.cli")
+# The number of different settings that an error message lists.
+_LISTED = 3
 
 
 class State(Enum):
-    """Of a run: `FINISHED`, `CUT_OFF` with a checkpoint to go on from, or `NEW`."""
+    """State of a run: `FINISHED`, `CUT_OFF` with a checkpoint to resume from, or `NEW`."""
 
     FINISHED = "finished"
     CUT_OFF = "cut off"
@@ -29,28 +37,23 @@ class State(Enum):
 
 
 def state_of(run: PlannedRun) -> State:
-    """Returns whether a run has finished, can go on, or starts anew.
+    """Returns the state of a run. Damaged results and damaged checkpoints do not count."""
+    if results_of(run):
+        return State.FINISHED
+    # PyTorch's checkpoints are ZIP files, whose directory is at the end of the file.
+    return State.CUT_OFF if zipfile.is_zipfile(_checkpoint(run)) else State.NEW
 
-    Results that no report could read are none, and a damaged checkpoint is none.
 
-    Args:
-        run: Of a plan.
-    """
+def results_of(run: PlannedRun) -> Run | None:
+    """Returns the results of a run, or None if it has not finished or no report can read it."""
     try:
-        read_run(run.folder)
+        return load_run(run.folder)
     except (ValueError, OSError):
-        # PyTorch's checkpoints are ZIP files, whose directory is at their end.
-        return State.CUT_OFF if zipfile.is_zipfile(checkpoint_of(run)) else State.NEW
-    return State.FINISHED
-
-
-def checkpoint_of(run: PlannedRun) -> Path:
-    """Where a run's last checkpoint is, once there is one."""
-    return run.folder / "checkpoints" / "last.ckpt"
+        return None
 
 
 def epochs_done(run: PlannedRun) -> int:
-    """Epochs that the run's table holds."""
+    """Returns the number of epochs in the run's `metrics.csv`."""
     try:
         with (run.folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
             return min(run.epochs, sum(1 for _ in csv.DictReader(file)))
@@ -58,104 +61,165 @@ def epochs_done(run: PlannedRun) -> int:
         return 0
 
 
-def book_of(run: PlannedRun, ending: str) -> Path:
-    """A file that the study keeps of a run, beside the run folders: `study/<name>.<ending>`."""
-    return run.folder.parent / "study" / f"{run.name}.{ending}"
+def study_file(run: PlannedRun, suffix: str) -> Path:
+    """Returns the path `study/<name>.<suffix>`."""
+    return run.folder.parent / "study" / f"{run.name}.{suffix}"
 
 
-def check_same_study(run: PlannedRun) -> None:
-    """Refuses to take a run that was made with other settings for this one.
-
-    Args:
-        run: Of a plan.
-
-    Raises:
-        ValueError: If the folder holds such a run, or one that no study made.
-    """
-    if not run.folder.exists() or _is_bare(run.folder):
+def check_same_study(
+    run: PlannedRun, read_options: Callable[[Sequence[str]], Sequence[Any]]
+) -> None:
+    """Raises if the folder contains a run with other settings, or one that no study started."""
+    if not run.folder.exists() or _is_empty(run.folder):
         return
-    path = book_of(run, "json")
+
+    def flat(settings: Mapping[str, Any]) -> dict[str, str]:
+        settings_by_name = dict(_leaves(settings["files"]))
+        typed: dict[str, str] = {}
+        for option in read_options(settings["typed"]):
+            name, value = f"--{option.name}", "true" if option.value is None else option.value
+            # An option that occurs more than once, such as `--list+=…`, may add up.
+            typed[name] = f"{typed[name]},{value}" if name in typed else value
+        return settings_by_name | typed
+
     try:
-        before = _by_name(json.loads(path.read_text(encoding="utf-8"))["settings"])
-    except (OSError, ValueError, KeyError, TypeError):
+        saved = json.loads(study_file(run, "json").read_text(encoding="utf-8"))
+        before = flat(saved["settings"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(
             f"Expected `--root` to be free for the study but {run.folder} is a run that it did not "
             "start: choose another root."
         ) from None
-    apart = _differing(before, _by_name(jsonable(run.settings)))
-    if apart:
-        more = f"; and {len(apart) - _TOLD} more" if len(apart) > _TOLD else ""
+    now = flat(jsonable(run.settings))
+    changes = [
+        f"{name}={before.get(name, '(not set)')}, now {now.get(name, '(not set)')}"
+        for name in dict.fromkeys([*before, *now])
+        if before.get(name) != now.get(name)
+    ]
+    if changes:
+        more = f"; and {len(changes) - _LISTED} more" if len(changes) > _LISTED else ""
         raise ValueError(
-            f"Expected the same settings for {run.folder} but it was trained "
-            f"{'; '.join(apart[:_TOLD])}{more}: choose another root."
+            f"Expected the same settings for {run.folder} but it was trained with "
+            f"{'; '.join(changes[:_LISTED])}{more}: choose another root."
         )
 
 
-def arguments_now(run: PlannedRun) -> list[str]:
-    """What to call the command line with so that the run starts, or goes on.
+def start(run: PlannedRun, environment: Mapping[str, str] | None = None) -> Process | None:
+    """Starts or resumes a run in a new process, unless another process trains it.
 
-    What an interrupted run left before the end of its first epoch is removed. A folder with a
-    finished epoch but no whole checkpoint is moved to `study/<name>.left-1`, `.left-2` and so on.
+    The process holds a lock as long as it lives, even if the study is killed, so that no second
+    process writes to the same folder. It is a session of its own: Ctrl-C reaches the study alone,
+    which then ends its runs.
 
     Args:
-        run: Of a plan, not finished.
+        run: A planned run.
+        environment: Environment variables in addition to those of this process.
+
+    Returns:
+        The process, or `None` if another process trains this run or has finished it.
+    """
+    lock = _acquire_lock(run)
+    if lock is None:
+        return None
+    try:
+        if state_of(run) is State.FINISHED:
+            return None
+        command = [*PROGRAM, *_prepare(run)]
+        os.ftruncate(lock, 0)
+        os.write(lock, socket.gethostname().encode())
+        with study_file(run, "log").open("ab") as log:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **(environment or {})},
+                start_new_session=True,
+                # The lock lasts as long as the run has this file open.
+                pass_fds=(lock,),
+            )
+    finally:
+        os.close(lock)
+
+
+def is_running(run: PlannedRun) -> bool:
+    """Returns whether any process trains the run."""
+    lock = _acquire_lock(run)
+    if lock is not None:
+        os.close(lock)
+    return lock is None
+
+
+def runs_here(run: PlannedRun) -> bool:
+    """Returns whether the last process that trained the run is one of this machine."""
+    path = study_file(run, "lock")
+    return path.is_file() and path.read_text() == socket.gethostname()
+
+
+def _acquire_lock(run: PlannedRun) -> int | None:
+    """An open lock file, or `None` if another process holds the lock."""
+    try:
+        import fcntl
+    except ImportError as error:
+        raise ValueError("Expected Linux or macOS for `study` but got Windows.") from error
+    path = study_file(run, "lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(file)
+        return None
+    except OSError as error:
+        os.close(file)
+        raise ValueError(
+            f"Expected `--root` to be on a file system with locks but got {path.parent}: {error}."
+        ) from error
+    return file
+
+
+def _prepare(run: PlannedRun) -> list[str]:
+    """Prepares the folder, and returns the arguments that start or resume the run.
+
+    A folder without a finished epoch is removed. A folder with a finished epoch but without an
+    undamaged checkpoint moves to `study/<name>.left-1`, `.left-2` and so on.
     """
     if state_of(run) is State.CUT_OFF:
-        return ["fit", f"--ckpt_path={checkpoint_of(run)}"]
-    if _holds_epoch(run.folder):
-        _move_aside(run)
+        return ["fit", f"--ckpt_path={_checkpoint(run)}"]
+    if _has_epoch(run.folder):
+        places = (study_file(run, f"left-{number}") for number in count(1))
+        aside = next(path for path in places if not path.exists())
+        run.folder.rename(aside)
+        with study_file(run, "log").open("a", encoding="utf-8") as log:
+            log.write(f"{run.folder} has no undamaged checkpoint: moved to {aside}\n")
     elif run.folder.exists():
         shutil.rmtree(run.folder)
-    write_json(book_of(run, "json"), {"arguments": run.arguments, "settings": run.settings})
+    write_json(study_file(run, "json"), {"arguments": run.arguments, "settings": run.settings})
     return [*run.arguments, f"--folder={run.folder}"]
 
 
-def _holds_epoch(folder: Path) -> bool:
-    """Whether anything in a folder comes from a finished epoch, be it damaged or not."""
-    try:
-        table = (folder / "metrics.csv").read_bytes().splitlines()
-    except OSError:
-        table = []
-    if len(table) > 1 or (table and not table[0].startswith(b"epoch")):
-        return True
-    return any(folder.rglob("*.ckpt")) or any(folder.glob("results*.json"))
+def _checkpoint(run: PlannedRun) -> Path:
+    return run.folder / "checkpoints" / "last.ckpt"
 
 
-def _move_aside(run: PlannedRun) -> None:
-    numbers = (book_of(run, f"left-{number}") for number in count(1))
-    aside = next(path for path in numbers if not path.exists())
-    aside.parent.mkdir(parents=True, exist_ok=True)
-    run.folder.rename(aside)
-    with book_of(run, "log").open("a", encoding="utf-8") as log:
-        log.write(f"{run.folder} has no whole checkpoint to go on from: moved to {aside}\n")
+def _has_epoch(folder: Path) -> bool:
+    """Whether a folder contains files of a finished epoch, damaged or not."""
+    table = folder / "metrics.csv"
+    lines = table.read_bytes().splitlines() if table.is_file() else []
+    is_damaged = bool(lines) and not lines[0].startswith(b"epoch")
+    files = (*folder.rglob("*.ckpt"), *folder.glob("results*.json"))
+    return len(lines) > 1 or is_damaged or bool(files)
 
 
-def _is_bare(folder: Path) -> bool:
-    """Whether a folder holds no file at any depth, as after a start that failed."""
-    inside = folder.rglob("*")
-    return folder.is_dir() and all(path.is_dir() and not path.is_symlink() for path in inside)
+def _is_empty(folder: Path) -> bool:
+    """Whether a folder contains no file at any depth, as after a start that failed."""
+    content = folder.rglob("*")
+    return folder.is_dir() and all(path.is_dir() and not path.is_symlink() for path in content)
 
 
-def _by_name(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of files, and typed options by their names with dashes."""
-    typed: dict[str, list[str]] = {}
-    for name, value, _ in read_options(settings["typed"]):
-        # What is typed more than once, such as `--list+=…`, may add up.
-        typed.setdefault(f"--{name}", []).append("true" if value is None else value)
-    return {**settings["files"], **{name: ",".join(values) for name, values in typed.items()}}
-
-
-def _differing(before: Any, now: Any, name: str = "") -> list[str]:
-    """Says of settings that are not the same what they were and are."""
-    if isinstance(before, Mapping) and isinstance(now, Mapping):
-        keys = dict.fromkeys([*before, *now])
-        inner = (
-            _differing(before.get(k, _NONE), now.get(k, _NONE), f"{name}.{k}".lstrip("."))
-            for k in keys
-        )
-        return [found for names in inner for found in names]
-    if before == now:
-        return []
-    if before is _NONE:
-        return [f"without {name}, now {now}"]
-    return [f"with {name}={before}, now {'without' if now is _NONE else now}"]
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, Mapping) and value:
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{name}.{key}".lstrip("."))
+    else:
+        yield name, str(value)

@@ -7,8 +7,14 @@ from lightning.pytorch import LightningDataModule, Trainer
 from networks_for_tests import images_and_labels
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 
+from robust_flatness import lightning_modules
 from robust_flatness.lightning_modules import AT
 
+VARIANTS: list[Any] = [
+    member
+    for name, member in vars(lightning_modules).items()
+    if name in lightning_modules.__all__ and isinstance(member, type) and issubclass(member, AT)
+]
 PLAIN: dict[str, Any] = {"mean": [0.5] * 3, "std": [0.25] * 3, "eps": 0.1, "steps": 2}
 
 
@@ -35,6 +41,12 @@ def dataset(count: int = 16, *, seed: int = 1, double: bool = False) -> TensorDa
 def loader(count: int = 16, batch_size: int = 8, **kwargs: Any) -> DataLoader:
     """Batches of `dataset`, in order."""
     return DataLoader(dataset(count, **kwargs), batch_size=batch_size)
+
+
+def mixed_loader() -> DataLoader:
+    """Two batches of 8 in which every fourth image has a pseudo-label."""
+    images, labels = images_and_labels(16)
+    return DataLoader(TensorDataset(images, labels, torch.arange(16) % 4 == 0), 8)
 
 
 class ToyData(LightningDataModule):

@@ -1,54 +1,53 @@
 """Every benchmark runs to its end at the smallest size."""
 
 import importlib
+import importlib.util
 import json
+import logging
 import re
 
 import pytest
 import torch
-from torchvision.transforms.functional import to_pil_image
 
 from robust_flatness.cli import main
 
-ONCE = ["--rounds=1"]
-WITHOUT = "--without=[autoattack,wandb,final,flatness,train_flatness,trajectory]"
-SMALL = ["--width=2", "--digits_batch=2", "--steps=1"]
+SMALL = {"rounds": 1, "width": 2}
 COMMANDS = {
-    "crafting": [*SMALL, "--batches", "2"],
-    "flatness": [*SMALL, "--batch=2", "--directions=1"],
-    "speed": ["--width=2", "--steps=1", "--batches", "2"],
-    "data": ["--images=16", "--batch=8"],
-    "overhead": ["--steps=4"],
-    "epoch": ["--images=8", "--batch=4", "--width=2"],
+    "attacks.crafting": {**SMALL, "batches": [2], "steps": 1},
+    "attacks.flatness": {**SMALL, "batch": 2, "directions": 1, "steps": 1},
+    "training.epoch": {**SMALL, "images": 8, "batch": 4},
+    "training.overhead": {"rounds": 1, "count": 4},
 }
+TINY = ["--model.steps=2", "--model.network.width=2", "--data.num_train=128"]
 
 
 @pytest.fixture
-def command(monkeypatch, pytestconfig):
-    """Runs a benchmark in this process and gives its module's `main`."""
+def benchmark(monkeypatch, pytestconfig):
+    """Imports a benchmark."""
     monkeypatch.syspath_prepend(str(pytestconfig.rootpath / "benchmarks"))
-    threads = torch.get_num_threads()
-    yield lambda name, arguments: importlib.import_module(name).main([*ONCE, *arguments])
+    lightning = logging.getLogger("lightning.pytorch")
+    threads, level = torch.get_num_threads(), lightning.level
+    yield importlib.import_module
     torch.set_num_threads(threads)
+    lightning.setLevel(level)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_prints_a_table_and_its_setting(name, command, capsys):
-    if name == "crafting":
+def test_prints_a_table_and_its_setting(name, benchmark, capsys):
+    script, function = name.split(".")
+    if script == "attacks":
         pytest.importorskip("torchattacks")
-    command(name, COMMANDS[name])
+    getattr(benchmark(script), function)(**COMMANDS[name])
     printed = capsys.readouterr().out
-    assert re.search(r"20\d\d-\d\d-\d\d, .+ threads, torch .+, lightning ", printed)
-    assert printed.count("1 rounds") >= 1
+    assert re.search(r"20\d\d-\d\d-\d\d, .+ one thread, torch .+, lightning .+ 1 rounds", printed)
+    assert re.search(r"(ours|AT without attack).* / ", printed)
     assert "nan" not in printed
 
 
 @pytest.mark.slow
-def test_a_step_of_each_row_with_its_passes(command, tmp_path, capsys):
-    file = tmp_path / "costs.json"
-    rows = ["at", "at_awp", "trades_awp"]
-    tiny = ["--epochs=1", "--model.steps=2", "--model.network.width=2", "--data.num_train=64"]
-    command("steps", ["--rows", *rows, "--write", str(file), *tiny])
+def test_a_step_of_each_row_with_its_passes_and_the_table(benchmark, tmp_path, capsys):
+    file, rows = tmp_path / "costs.json", ["at", "at_awp", "trades_awp"]
+    benchmark("training").steps(rows, epochs=1, rounds=1, write=file, options=TINY)
     costs = json.loads(file.read_text())
     passes = {row: (cost["forwards"], cost["backwards"]) for row, cost in costs.items()}
     # Best iterate: one forward more than steps; then the objective, with AWP twice.
@@ -58,49 +57,66 @@ def test_a_step_of_each_row_with_its_passes(command, tmp_path, capsys):
     assert passes["trades_awp"] == (8, 6)
     assert costs["at"]["relative"] == 1.0
     assert all(cost["seconds"] > 0 for cost in costs.values())
-    assert "| trades_awp |" in capsys.readouterr().out
+    assert "trades_awp / at" in capsys.readouterr().out
+
+    names = ["test/error", "test/robust_error", "train_eval/robust_error", "test/robust_loss"]
+    names += ["flatness/average/test", "flatness/average/train"]
+    for row, more in {"at": {}, "at_awp": {"awp/relative_norm_max": 0.01}}.items():
+        (tmp_path / f"{row}-Digits-s0").mkdir()
+        results = {"final": dict.fromkeys(names, 0.5), "early_stopped": {names[1]: 0.25}}
+        results |= {
+            "wall_time_seconds": 3.0,
+            "trajectory": [{"epoch": 0, "train/loss": 1.5} | more],
+        }
+        (tmp_path / f"{row}-Digits-s0" / "results.json").write_text(json.dumps(results))
+    benchmark("table1").main(tmp_path, file)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("| `at` | 50.0 % | 50.0 % | 50.0 % | 25.0 % | 0.50 | 0.50 | 0.50 |")
+    assert lines[3].endswith("| 3 | awp/relative_norm_max 0.01, train/loss 1.5 |")
+    assert len(lines) == 4
 
 
 @pytest.mark.slow
-def test_all_that_a_gpu_is_asked_for(command, tmp_path, capsys):
-    for number in range(48):
-        folder = tmp_path / "images" / ("test" if number < 24 else "train") / "ab"[number % 2]
-        folder.mkdir(parents=True, exist_ok=True)
-        pixels = torch.randint(256, (3, 8, 8), dtype=torch.uint8)
-        to_pil_image(pixels).save(folder / f"{number}.png")
-    file = tmp_path / "gpu.json"
-    small = ["--steps=1", "--warm_up=1", "--width=2", "--batch=8", "--measured=8"]
-    short = ["--measure_steps=1", "--no_compile", "--images", str(tmp_path / "images")]
-    command("gpu", [str(file), "--device=cpu", *small, *short, "--epochs=2"])
+def test_a_gpu_file_has_all_parts_and_the_errors_of_those_that_fail(
+    benchmark, tmp_path, monkeypatch, capsys
+):
+    gpu, file = benchmark("gpu"), tmp_path / "gpu.json"
+    monkeypatch.setitem(gpu.VARIANTS, "broken", {"precision": "no such"})
+    small = ["--steps=1", "--warm_up=1", "--width=2", "--batch=8", "--measured=8", "--rounds=2"]
+    monkeypatch.delitem(gpu.VARIANTS, "AT, bfloat16, compiled")
+    arguments = [str(file), "--device=cpu", "--measure_steps=1", *small]
+    benchmark = torch.backends.cudnn.benchmark
+    gpu.main(arguments)
     found = json.loads(file.read_text())
-    assert len(found["seconds_a_step"]) == 6
-    assert all(seconds[0] > 0 for seconds in found["seconds_a_step"].values())
-    # On a CPU `fast` changes nothing, so its value is that of float32.
-    fast, plain = (found["measures"]["robust_loss"][way]["value"] for way in ("fast", "float32"))
-    assert fast == plain > 0
-    assert [row["epoch"] for row in found["training"]["trajectory"]] == [0, 1]
-    assert "flatness/average/test" in found["training"]["trajectory"][-1]
-    assert found["training"]["paper"]["method"] == "at"
-    assert len(found["goals"]) == 5
-    assert "MISSED" in capsys.readouterr().out
+    assert len(found["AT-AWP, bfloat16"]["seconds_a_step"]) == 2
+    assert "no such" in found["broken"]["error"]
+    assert torch.backends.cudnn.benchmark == benchmark
+    if importlib.util.find_spec("robust_flatness.measures"):
+        assert found["flatness, float32"]["flatness/average/test"] >= 0
+        assert found["robust loss, bfloat16"]["test/robust_loss"] > 0
+    assert re.match(r"no GPU, torch .+: about \d+ s\n", capsys.readouterr().out)
+    gpu.main([*arguments, "--seconds=1"])
+    assert "are left" in json.loads(file.read_text())["AT, float32"]["left out"]
 
 
 @pytest.mark.slow
-def test_scaling_compares_one_process_and_two(command, capsys):
-    tiny = ["--images=16", "--batch=8", "--width=2", "--epochs=1", "--attacked=4"]
-    command("scaling", tiny)
-    printed = capsys.readouterr().out
-    assert printed.count("| 1 process |") == printed.count("| 2 processes |") == 3
+def test_scaling_compares_one_process_and_two(benchmark, capsys):
+    light = ["--model.steps=1", "--data.num_train=64", "--trainer.max_epochs=1"]
+    light += ["--flatness.num_examples=4", "--flatness.steps=1", "--model.network.width=2"]
+    benchmark("training").scaling(["flatness"], rounds=1, options=light)
+    assert "flatness: 2 of 2 cores / 1 of 2 cores" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_autoattack_by_three(command, tmp_path, monkeypatch, capsys):
+def test_autoattack_by_three(benchmark, tmp_path, monkeypatch, capsys):
     pytest.importorskip("torchattacks")
     monkeypatch.chdir(tmp_path)
-    short = ["--trainer.max_epochs=1", "--data.num_train=64", "--model.steps=1"]
-    quiet = ["--trainer.enable_progress_bar=false"]
-    main(["fit", "--model=AT", "--data=Digits", "--folder=run", *short, *quiet, WITHOUT])
-    command("autoattack", ["run", "--images=2"])
+    quiet = ["--trainer.enable_progress_bar=false", "--trainer.max_epochs=1"]
+    without = "--without=[autoattack,wandb,final,flatness,train_flatness,trajectory]"
+    main(["fit", "--model=AT", "--folder=run", *TINY, *quiet, without])
+    benchmark("attacks").autoattack(tmp_path / "run", images=2, rounds=1)
     printed = capsys.readouterr().out
-    assert len(set(re.findall(r"\| ([\d.]+ %) \|", printed))) == 1
-    assert printed.count(" % |") == 4
+    errors = re.findall(r"^(.+): robust error ([\d.]+ %)", printed, re.MULTILINE)
+    # One call of each before it is timed.
+    assert len(errors) == 8
+    assert len({error for _, error in errors}) == 1

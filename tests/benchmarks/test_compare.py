@@ -64,7 +64,7 @@ def test_a_flow_counts_named_functions_of_the_package(script, tmp_path, monkeypa
     (tmp_path / "small_package.py").write_text(source)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.syspath_prepend(str(tmp_path))
-    profile = script("flows").Profile()
+    profile = script("checkout_facts").Profile()
     package = importlib.import_module("small_package")
     profile.start()
     package.outer()

@@ -17,7 +17,7 @@ from robust_flatness.callbacks import Landscape, RobustEarlyStopping
 from robust_flatness.functional import loss_landscape, loss_surface
 from robust_flatness.lightning_modules import AT
 from robust_flatness.loggers import make_wandb_logger
-from robust_flatness.run_folder.landscape_file import read_landscapes
+from robust_flatness.run_folder.files import read_landscapes
 
 LIGHT = {"num_examples": 9, "batch_size": 4, "num_steps": 3, "num_directions": 2, "steps": 2}
 SCRIPT = Path(__file__).parent / "landscape_ranks.py"

@@ -20,7 +20,7 @@ from robust_flatness.callbacks import (
     RobustEvaluation,
 )
 from robust_flatness.callbacks.measuring import _progress_bar
-from robust_flatness.configs.run_start import RunStart
+from robust_flatness.command_line.run_start import RunStart
 
 SMALL: dict[str, Any] = {"num_examples": 5, "batch_size": 2}
 

@@ -46,7 +46,6 @@ MODEL = _options(
     *[("model.steps", value) for value in ("1.5", "abc", "9" * 20)],
     ("model.keep", "x"),
     ("model.tau", "-1"),
-    ("model.label_noise", "2"),
     ("model.fast", "maybe"),
     ("model.num_classes", "5"),
     ("model.network.dropout", "2"),
@@ -61,12 +60,10 @@ MODEL = _options(
     ("model", "{class_path: AT}"),
     ("model", "torch.nn.Linear"),
     ("model", "nowhere.Net"),
-    ("model", "ATAPW"),
 )
 
 DATA = _options(
     "fit",
-    ("data", "Digit"),
     ("data", "null"),
     ("data.batch_size", "abc"),
     ("data.val_from", "nowhere"),
@@ -95,6 +92,9 @@ RUN = _options(
     ("log_checkpoints", "maybe"),
     ("without", "[foo]"),
     ("epochs_share", "nan"),
+    ("eps", "abc"),
+    ("eps", "-0.1"),
+    ("norm", "l1"),
     ("best_checkpoint.filename", "a/b"),
     ("best_checkpoint.mode", "foo"),
     ("ckpt_path", "nowhere.ckpt"),
@@ -111,8 +111,50 @@ MEASURES = _options(
     ("final.splits", "[foo]"),
     ("autoattack.norm", "l1"),
     ("weight_averaging.decay", "nan"),
-    ("weight_clipping.w_max", "-1"),
 )
+
+# Whole sentences, or their ends.
+SENTENCES = [
+    Malformed(" ".join(arguments)[:60], ["fit", *arguments], sentence)
+    for arguments, sentence in [
+        (["--model", "ATAPW"], "`--model` to be one of AT, ATAWP, ATEntropySGD, ATSelfSupervision"),
+        (["--model.network=SmallResNt"], "`--model.network` to be one of Res"),
+        (["--model.optimizer=SDG"], "`--model.optimizer` to be one of ASGD"),
+        (["--trainer.callbacks+=Flatnes"], "`--trainer.callbacks+` to be one of"),
+        (["--data", "Digit"], "`--data` to be one of CIFAR10, CIFAR100, Digits, ImageFolder"),
+        (
+            ["--weight_clipping.w_max=-1"],
+            "error: Expected `--weight_clipping.w_max` to be >= 0 but got -1.0.",
+        ),
+        (
+            ["--model.label_noise=2"],
+            "error: Expected `--model.label_noise` to be in [0, 1] but got 2.0.",
+        ),
+        (
+            ["--config=table1/at_awp.yaml", "--config=table1/trades.yaml"],
+            "error: Expected an option of TRADES but got `--model.awp_steps`",
+        ),
+        (["--without=[autoatack]"], "`--without` to name some of evaluation"),
+        (["--data.num_test=2000"], "num_test"),
+        (["--data", "ImageFolder", "--data.root=nowhere"], "nowhere"),
+        (["--trainer.max_epoch=1"], "`--trainer.max_epoch`"),
+        (["--trainer.max_epochs=0"], "to be >= 1, or -1 for no end, but got 0."),
+        (["--evaluation.step_size=-0.1"], "step_size` to be >= 0 but got -0.1"),
+        (["--landscape={step_size: -1}"], "step_size` to be >= 0 but got -1"),
+        (["--trainer.barebones=true"], "`--trainer.barebones` to be false"),
+        (["--trainer.default_root_dir=/dev/null/x"], "/dev/null/x/AT-Digits-s0"),
+        (["--last_checkpoint.filename=a\0"], "`--last_checkpoint.filename` to be a file's name"),
+        (["--last_checkpoint.filename=best"], "to differ but got 'best' for both"),
+        (["--best_checkpoint.monitor=foo"], "but got foo."),
+        (["--best_checkpoint.monitor=val/robust_loss_correct"], "got val/robust_loss_correct."),
+        (["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=a"], "but got a."),
+        (["--name=" + "x" * 300], "File name too long"),
+        (["--folder="], "`--folder` to be a printable name but got ''"),
+        (["--folder=a\0b"], "`--folder` to be a printable name"),
+        (["--project="], "`--project` to be a printable name but got ''"),
+        (["--group="], "`--group` to be a printable name but got ''"),
+    ]
+]
 
 MISSPELT = [
     Malformed(f"misspelt {typed}", ["fit", f"--{typed}=1"], f"did you mean `--{meant}`")
@@ -137,7 +179,7 @@ COMMANDS = [
     Malformed("the command twice", ["fit", "fit"], "fit"),
     Malformed("no value", ["fit", "--name"], "`--name`"),
     Malformed("the last of two values", ["fit", "--model.eps=0.1", "--model.eps=x"], "--model.eps"),
-    Malformed("an option alone", ["fit", "--eps=1"], "did you mean `--data.eps` or `--model."),
+    Malformed("an option alone", ["fit", "--batch_size=1"], "did you mean `--data.batch_size`"),
     Malformed("a space", ["fit", "--model.eps =1"], "`--model.eps `"),
     Malformed(
         "a batch for three processes",
@@ -187,7 +229,7 @@ FILES = _files(
         "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40)).replace("*a0", "1"),
         "aliases",
     ),
-    ("20,000 unknown keys", "".join(f"foo{i}: 1\n" for i in range(20_000)), "2000 values"),
+    ("20,000 unknown keys", "".join(f"foo{i}: 1\n" for i in range(20_000)), "4000 values"),
     (
         "1,500 unknown keys",
         "model:\n  init_args:\n" + "".join(f"    foo{i}: 1\n" for i in range(1500)),
@@ -199,15 +241,14 @@ FILES = _files(
     ("a number as key", "1: 2", "`1`"),
     ("a file in a file", "config: x.yaml", "`config`"),
     ("the command as key", "fit: {model: AT}", "`--fit.model`"),
-    ("model: 3", "model: 3", "`model`"),
-    ("a list as model", "model: [AT]", "`model`"),
-    ("null as model", "model: null", "`model`"),
-    ("null as data", "data: null", "`data`"),
-    ("a number as class", "model: {class_path: 3}", "`model.class_path`"),
-    ("arguments beside the class", "model: {eps: 0.1}", "`model.eps`"),
-    ("init_args: 3", "data: {init_args: 3}", "`data.init_args`"),
-    ("trainer: 3", "trainer: 3", "`trainer`"),
-    ("null as trainer", "trainer: null", "`trainer`"),
+    ("model: 3", "model: 3", "`--model`"),
+    ("a list as model", "model: [AT]", "`--model`"),
+    ("null as model", "model: null", "`--model`"),
+    ("null as data", "data: null", "`--data`"),
+    ("a number as class", "model: {class_path: 3}", "`--model`"),
+    ("init_args: 3", "data: {init_args: 3}", "`--data.init_args`"),
+    ("trainer: 3", "trainer: 3", "`--trainer`"),
+    ("null as trainer", "trainer: null", "`--trainer`"),
     ("null as epochs", "trainer: {max_epochs: null}", "`--trainer.max_epochs`"),
     ("null as epochs of a share", "trainer: {max_epochs: null}\nepochs_share: 0.5", "max_epochs`"),
     ("flatness: 3", "flatness: 3", "`--flatness`"),
@@ -236,7 +277,10 @@ FILES = _files(
 )
 
 # For the suite, and more of the same kinds.
-INPUTS: list[Malformed] = [*MODEL, *DATA, *RUN, *MEASURES, *MISSPELT, *COMMANDS, *FILES]
+INPUTS: list[Malformed] = [
+    *(*MODEL, *DATA, *RUN, *MEASURES),
+    *(*SENTENCES, *MISSPELT, *COMMANDS, *FILES),
+]
 MORE = _options(
     "fit",
     *[

@@ -48,8 +48,8 @@ RUN_CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no data": (_without("data"), "`data`"),
     "text as model": (_changed(model="AT"), "`model`"),
     "a number as model": (_changed(model=3), "`model`"),
-    "a number as trainer": (_changed(trainer=3), "`trainer`"),
-    "a list": (lambda content: [1], "to hold a mapping but got list"),
+    "a number as trainer": (_changed(trainer=3), "`--trainer`"),
+    "a list": (lambda content: [1], "to hold a mapping"),
     "no YAML": (lambda content: "{", "YAML"),
     "an unknown key": (_changed(foo=3), "`--foo`"),
 }

@@ -122,7 +122,7 @@ def test_typed_options_win_over_a_checkpoint(place, subcommand, tmp_path, monkey
 
 def test_another_network_than_the_checkpoints_is_refused(capsys):
     wider = ["test", "--ckpt_path=moved.ckpt", "--model.network.width=8"]
-    assert "where the model has" in refused(wider, capsys)
+    assert "and the model has" in refused(wider, capsys)
 
 
 def test_a_file_names_the_checkpoint_as_an_option_does(monkeypatch):

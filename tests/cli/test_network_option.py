@@ -76,6 +76,9 @@ def built(*options):
         (["own_nets.Nothing"], "Nothing", 4),
         (["own_nets.make"], "Net", 4),
         (["own_nets.make", "--model.network.width=8", "--model=ATAWP"], "Net", 8),
+        (["own_nets.make", "--model.network.width=null"], "Net", None),
+        (["own_nets.make", "--model.network.width={a: {b: 1}}"], "Net", {"a": {"b": 1}}),
+        (["own_nets.make", "--model.network.width.a=[1]"], "Net", {"a": [1]}),
     ],
 )
 def test_classes_and_factories_of_any_constructor_are_built(options, kind, width, project):

@@ -11,7 +11,7 @@ import yaml
 
 from robust_flatness import cli
 from robust_flatness.callbacks import WeightAveraging, WeightClipping
-from robust_flatness.configs.compose import CONFIGS
+from robust_flatness.command_line.files import CONFIGS
 from robust_flatness.lightning_modules import (
     AT,
     ATAWP,

@@ -1,6 +1,7 @@
 """Measures leave a network and the global random states as they were, whatever its forward does."""
 
 import random
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -20,15 +21,33 @@ from robust_flatness.functional import (
 from robust_flatness.functional.evaluation import evaluation_context
 
 SHORT = {"eps": 0.1, "steps": 1}
+
+
+def directions(*of, **kwargs):
+    settings = {"kind": "adversarial", "num_directions": 1, "ascent_steps": 2, **kwargs}
+    return torch.cat([nu.flatten() for nu in next(weight_directions(*of, **settings)).values()])
+
+
 MEASURES = {
-    "robustness": lambda *of: evaluate_robustness(*of, restarts=1, **SHORT).losses,
-    "average": lambda *of: average_case_flatness(*of, num_perturbations=2, **SHORT).increases,
-    "worst": lambda *of: worst_case_flatness(*of, restarts=1, **SHORT).increases,
+    "robustness": lambda *of, **kwargs: evaluate_robustness(*of, **SHORT, **kwargs).losses,
+    "average": lambda *of, **kwargs: (
+        average_case_flatness(*of, num_perturbations=2, **SHORT, **kwargs).increases
+    ),
+    "per batch": lambda *of, **kwargs: (
+        average_case_flatness(*of, per_batch=True, batch_size=2, **SHORT, **kwargs).increases
+    ),
+    "worst": lambda *of, **kwargs: worst_case_flatness(*of, **SHORT, **kwargs).increases,
+    "clean worst": lambda *of, **kwargs: (
+        worst_case_flatness(*of, loss="clean", **SHORT, **kwargs).increases
+    ),
+    "landscape": lambda *of, **kwargs: (
+        loss_landscape(*of, num_directions=2, num_steps=2, **SHORT, **kwargs).losses
+    ),
+    "surface": lambda *of, **kwargs: loss_surface(*of, num_steps=2, **SHORT, **kwargs).losses,
+    "adversarial": directions,
     "hessian": lambda *of: torch.tensor(hessian_extreme_eigenvalues(*of).max_eigenvalue),
-    "landscape": lambda *of: loss_landscape(*of, num_directions=1, num_steps=2, **SHORT).losses,
-    "surface": lambda *of: loss_surface(*of, num_steps=2, **SHORT).losses,
-    "adversarial": lambda *of: list(weight_directions(*of, kind="adversarial", num_directions=1)),
 }
+ATTACKS = [name for name in MEASURES if name != "hessian"]
 
 
 class Restless(nn.Module):
@@ -90,6 +109,47 @@ def test_nothing_leaks(measure):
         assert np.array_equal(now, then)
 
 
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("measure", ATTACKS)
+@pytest.mark.parametrize("moved", [False, True])
+def test_nothing_leaks_after_an_exception(measure, moved):
+    network, weights = tiny_network(dropout=True), []
+    network[4].eval()
+    network[0].requires_grad_(False)
+    network[0].register_forward_pre_hook(lambda m, _: weights.append(m.weight.sum().item()))
+    modes = [module.training for module in network.modules()]
+    before, state = snapshot(network), torch.get_rng_state()
+
+    def interrupt():
+        # Frozen weights are perturbed like others.
+        if len(set(weights)) > moved:
+            raise Interrupted
+
+    with nullcontext() if moved and measure == "robustness" else pytest.raises(Interrupted):
+        MEASURES[measure](network, *images_and_labels(5), on_attack=interrupt)
+    assert same(before, snapshot(network))
+    assert torch.equal(state, torch.get_rng_state())
+    assert modes == [module.training for module in network.modules()]
+    assert [p.requires_grad for p in network.parameters()] == [False] * 2 + [True] * 7
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_works_without_gradients_outside(measure, context):
+    images, labels = images_and_labels(5)
+    expected = MEASURES[measure](tiny_network(), images, labels)
+    network = tiny_network()
+    with context():
+        value = MEASURES[measure](network, images.clone(), labels.clone())
+    assert torch.equal(value, expected)
+    assert not value.requires_grad
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
 def states_now():
     return [
         np.array(random.getstate()[1]),
@@ -99,7 +159,7 @@ def states_now():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("measure", [name for name in MEASURES if name != "adversarial"])
+@pytest.mark.parametrize("measure", ["robustness", "average", "worst", "landscape", "hessian"])
 def test_every_type_of_weights_is_measured_like_float32(measure, dtype):
     images, labels = images_and_labels(4)
     # Weights that all types hold exactly, so that the networks are equal.

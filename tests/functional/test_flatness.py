@@ -238,23 +238,6 @@ def test_batches_are_those_of_the_global_index(loss):
     assert nothing.perturbed_losses.shape == (2, 0)
 
 
-def test_weights_come_back_when_a_batch_fails():
-    images, labels = images_and_labels(8)
-    network = tiny_network()
-    before, calls = snapshot(network), []
-
-    def interrupted():
-        calls.append(None)
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        average_case_flatness(
-            network, images, labels, per_batch=True, batch_size=4, on_attack=interrupted
-        )
-    assert same(before, snapshot(network))
-
-
 @pytest.mark.parametrize("name", ["loss", "distribution", "relative_to", "protocol"])
 def test_unknown_choices_are_named(name):
     images, labels = images_and_labels(2)

@@ -120,35 +120,6 @@ def test_attacks_anew_at_every_step():
     assert same(before, snapshot(network))
 
 
-@pytest.mark.parametrize("look", [loss_landscape, loss_surface])
-def test_weights_come_back_bit_for_bit_after_an_exception(look):
-    network, calls = tiny_network(), []
-
-    def interrupt():
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-
-    before = snapshot(network)
-    with pytest.raises(KeyboardInterrupt):
-        look(network, *images_and_labels(4), num_steps=3, on_attack=interrupt, **SETTINGS)
-    assert same(before, snapshot(network))
-
-
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_is_the_same_without_gradients(context):
-    images, labels = images_and_labels(6)
-    network = tiny_network(dropout=True)
-    settings = {"num_directions": 2, "num_steps": 3, **SETTINGS}
-    expected = loss_landscape(network, images, labels, **settings)
-    state = torch.get_rng_state()
-    with context():
-        found = loss_landscape(network, images.clone(), labels.clone(), **settings)
-    assert torch.equal(found.losses, expected.losses)
-    assert torch.equal(state, torch.get_rng_state())
-    assert network.training
-
-
 def test_a_share_of_the_images_has_their_losses():
     images, labels = images_and_labels(9)
     network = tiny_network().double()

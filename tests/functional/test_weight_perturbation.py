@@ -197,13 +197,6 @@ def test_torchscript_is_perturbed_as_what_it_was_made_from(make):
     assert torch.equal(loaded(IMAGES), before)
 
 
-def test_shared_weights_are_perturbed_once():
-    first, second = nn.Linear(3, 3), nn.Linear(3, 3)
-    second.weight = first.weight
-    network = nn.Sequential(first, second)
-    assert list(perturbed_parameters(network)) == ["0.weight", "0.bias", "1.bias"]
-
-
 def test_a_network_without_layers_is_refused():
     with pytest.raises(ValueError, match="convolution or linear layers to perturb but got ReLU"):
         sample_weight_perturbation(nn.ReLU())

@@ -1,14 +1,15 @@
 import pytest
 import torch
 from lightning.pytorch import Callback
-from networks_for_tests import images_and_labels, tiny_body
+from networks_for_tests import images_and_labels, same, snapshot, tiny_body
 from torch import nn
 from torch.nn.utils import parametrizations, weight_norm
 from torch.utils.data import DataLoader, TensorDataset
 from trainers import PLAIN, loader, quiet_trainer
 
 from robust_flatness.functional import adversarial_weight_perturbation, perturbed_weights
-from robust_flatness.lightning_modules import ATAWP
+from robust_flatness.functional.layer_weights import layer_tensors
+from robust_flatness.lightning_modules import ATAWP, TRADESAWP
 
 XI = 0.02
 LR, DECAY, MOMENTUM = 0.1, 0.05, 0.9
@@ -178,12 +179,13 @@ class FailBetween(Callback):
 def test_weights_come_back_after_an_exception(where):
     class Failing(ATAWP):
         def objective(self, images, adversarial, labels):
-            if where == "objective" and self._perturbed._exit_callbacks:
+            perturbed = not torch.equal(self.network[0].weight, before[0])
+            if where == "objective" and perturbed:
                 raise RuntimeError("half-way")
-            loss, logits = super().objective(images, adversarial, labels)
-            if where == "backward" and self._perturbed._exit_callbacks:
+            loss, *others = super().objective(images, adversarial, labels)
+            if where == "backward" and perturbed:
                 loss.register_hook(self.fail)
-            return loss, logits
+            return loss, *others
 
         def fail(self, gradient):
             raise RuntimeError("half-way")
@@ -196,11 +198,45 @@ def test_weights_come_back_after_an_exception(where):
     assert all(torch.equal(a, b) for a, b in zip(before, module.parameters()))
 
 
+def test_a_training_that_failed_leaves_no_decay_to_the_next():
+    images, labels = images_and_labels(8)
+    data = DataLoader(TensorDataset(images.double(), labels), 8)
+    failed, fresh = module_for("awp"), module_for("awp")
+    with pytest.raises(RuntimeError, match="half-way"):
+        quiet_trainer(callbacks=[FailBetween()]).fit(failed, data)
+    fresh.load_state_dict(failed.state_dict())
+    for module in (failed, fresh):
+        quiet_trainer().fit(module, data)
+    assert same(snapshot(failed), snapshot(fresh))
+
+
+def test_weights_are_found_once_an_epoch_also_in_layers_that_a_callback_replaces(monkeypatch):
+    found = []
+
+    def spied(network, **kwargs):
+        found.append(layer_tensors(network, **kwargs))
+        return found[-1]
+
+    monkeypatch.setattr("robust_flatness.lightning_modules.awp_mixin.layer_tensors", spied)
+
+    class Replaces(Callback):
+        def on_train_epoch_start(self, trainer, module):
+            if trainer.current_epoch == 1:
+                module.network[0] = nn.Conv2d(3, 6, 3, padding=1)
+
+    watch = Weights()
+    trainer = quiet_trainer(max_epochs=2, callbacks=[Replaces(), watch])
+    trainer.fit(ATAWP(tiny_body, **PLAIN), loader(32))
+    # At the start, and in each of two epochs of four steps.
+    assert len(found) == 3
+    assert watch.inside == [True] * 8
+
+
 def test_weights_come_back_after_a_loss_of_nan():
     class Broken(ATAWP):
         def objective(self, images, adversarial, labels):
-            loss, logits = super().objective(images, adversarial, labels)
-            return loss * torch.nan, logits
+            loss, *others = super().objective(images, adversarial, labels)
+            return loss * torch.nan, *others
 
     module = Broken(network=tiny_body, optimizer=lambda p: torch.optim.SGD(p, lr=0.0), **PLAIN)
     watch = Weights()
@@ -208,13 +244,58 @@ def test_weights_come_back_after_a_loss_of_nan():
     assert watch.after == [True]
 
 
-def test_logged_perturbation_has_length_xi_on_every_step():
-    module = ATAWP(network=tiny_body, xi=XI, **PLAIN)
+class Perturbations(ATAWP):
+    """Remembers the perturbations of weights, and the labels that objectives get."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.before, self.labels, self.directions = None, [], []
+
+    def on_train_batch_start(self, batch, batch_idx):
+        super().on_train_batch_start(batch, batch_idx)
+        self.before = self.network[0].weight.detach().clone()
+
+    def objective(self, images, adversarial, labels):
+        self.labels.append(labels)
+        return super().objective(images, adversarial, labels)
+
+    def backward(self, loss, *args, **kwargs):
+        self.directions.append((self.network[0].weight.detach() - self.before).flatten())
+        super().backward(loss, *args, **kwargs)
+
+
+@pytest.mark.parametrize("direction", ["adversarial", "random"])
+def test_perturbations_have_length_xi_and_another_direction_in_each_step(direction):
+    module = Perturbations(tiny_body, xi=XI, direction=direction, **PLAIN)
     trainer = quiet_trainer(max_epochs=2)
-    trainer.fit(module, loader(32))
+    trainer.fit(module, loader(16))
     for bound in ("min", "max"):
         logged = trainer.callback_metrics[f"awp/relative_norm_{bound}"].item()
         assert logged == pytest.approx(XI, rel=1e-5)
+    first, second, *_ = module.directions
+    assert torch.cosine_similarity(first, second, dim=0).abs() < 0.9
+
+
+def test_the_ascent_is_on_the_labels_that_the_step_trains_on():
+    module = Perturbations(tiny_body, label_noise=0.9, **PLAIN)
+    quiet_trainer().fit(module, loader(8))
+    first, second = module.labels
+    assert torch.equal(first, second)
+
+
+def test_metrics_do_not_count_the_ascent():
+    class Counts(ATAWP):
+        calls = 0
+
+        def objective(self, images, adversarial, labels):
+            self.calls += 1
+            loss, logits, _ = super().objective(images, adversarial, labels)
+            return loss, logits, {"train/call": torch.full((8,), float(self.calls))}
+
+    module, trainer = Counts(tiny_body, **PLAIN), quiet_trainer()
+    trainer.fit(module, loader(16))
+    # The second and the fourth call.
+    assert trainer.callback_metrics["train/call"] == 3
 
 
 def test_warms_up_as_ordinary_training():
@@ -229,3 +310,12 @@ def test_bad_arguments_are_named():
         ATAWP(network=tiny_body, order="adam")
     with pytest.raises(ValueError, match="`xi` to be >= 0 but got -0.1"):
         ATAWP(network=tiny_body, xi=-0.1)
+
+
+def test_the_warm_up_is_a_share_of_training_that_ends():
+    module = TRADESAWP(tiny_body, **PLAIN)
+    assert (module.xi, module.warmup) == (0.005, 0.05)
+    schedule = {"lr_scheduler": lambda o: torch.optim.lr_scheduler.ConstantLR(o, 1.0)}
+    module = TRADESAWP(tiny_body, **PLAIN, **schedule)
+    with pytest.raises(ValueError, match="as `warmup` is a share of training, but got -1"):
+        quiet_trainer(max_epochs=-1, max_steps=2).fit(module, loader(8))

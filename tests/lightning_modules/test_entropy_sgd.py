@@ -1,13 +1,19 @@
-"""Entropy-SGD as an optimizer, against torch's SGD and against the update written out."""
+"""Entropy-SGD: the optimizer against the update written out, and its walks in training."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
+from lightning.pytorch import Callback
+from networks_for_tests import tiny_body
 from torch import nn
 from torch.optim import SGD
+from trainers import PLAIN, loader, quiet_trainer
 
-from robust_flatness.lightning_modules import EntropySGD
+from robust_flatness.callbacks import WeightAveraging, WeightClipping
+from robust_flatness.lightning_modules import AT, TRADESAWP, ATEntropySGD, EntropySGD
+from robust_flatness.networks import SmallResNet
 
 LR, MOMENTUM, DECAY = 0.3, 0.9, 0.01
 
@@ -246,3 +252,100 @@ def test_hooks_of_the_optimizer_run_once_a_step(length):
     optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
     step(weight, optimizer, gradient=1.0)
     assert calls == ["before", "after"]
+
+
+def module_with(length, cls=ATEntropySGD, network=tiny_body, lr=1.0, seed=0, noise=1e-4):
+    def optimizer(parameters):
+        return EntropySGD(parameters, lr=lr, langevin_steps=length, seed=seed, noise=noise)
+
+    return cls(network, optimizer=optimizer, **PLAIN)
+
+
+class Ends(Callback):
+    """What callbacks see of the optimizer at the end of epochs and of training."""
+
+    def __init__(self):
+        self.states = []
+
+    def on_train_epoch_end(self, trainer, module):
+        self.states.append({**trainer.optimizers[0].param_groups[0]})
+
+    on_train_end = on_train_epoch_end
+
+
+class StopsAt(Callback):
+    """Ends training in the middle of an epoch, as a timer does."""
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        trainer.should_stop = batch_idx == 5
+
+
+@pytest.mark.parametrize(
+    ("cls", "kwargs", "outer_steps"),
+    [
+        # An epoch has nine batches: two walks of four, and one that it cuts short.
+        (ATEntropySGD, {}, [3, 6, 6]),
+        (AT, {"max_steps": 6}, [2, 2]),
+        (AT, {"callbacks": [StopsAt()]}, [2, 2]),
+        (TRADESAWP, {"max_epochs": 1}, [3, 3]),
+    ],
+)
+def test_no_walk_outlives_the_epoch_nor_training(cls, kwargs, outer_steps):
+    module, ends = module_with(4, cls, seed=99), Ends()
+    callbacks = [*kwargs.pop("callbacks", []), ends]
+    trainer = quiet_trainer(**{"max_epochs": 2, "callbacks": callbacks, **kwargs})
+    trainer.fit(module, loader(72))
+    assert [state["outer_steps"] for state in ends.states] == outer_steps
+    assert not any(state["walked"] for state in ends.states)
+    assert trainer.optimizers[0].seed == module.run_seed
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_clipping_and_accumulation_count_steps_of_the_walk(precision):
+    module = module_with(2)
+    before = module.network[0].weight.detach().clone()
+    trainer = quiet_trainer(
+        max_epochs=2, precision=precision, gradient_clip_val=0.1, accumulate_grad_batches=2
+    )
+    trainer.fit(module, loader(64))
+    assert not torch.equal(before, module.network[0].weight)
+    # Eight batches make four steps of the walk, and these two outer steps, in each epoch.
+    assert trainer.optimizers[0].param_groups[0]["outer_steps"] == 4
+
+
+def test_a_walk_that_the_epoch_cuts_short_is_clipped_too():
+    largest = []
+
+    class Largest(Callback):
+        def on_train_epoch_end(self, trainer, module):
+            largest.append(max(p.abs().max().item() for p in module.parameters()))
+
+    trainer = quiet_trainer(max_epochs=2, callbacks=[Largest(), WeightClipping(0.01)])
+    # WeightClipping refuses ordinary BatchNorm.
+    trainer.fit(module_with(3, network=partial(SmallResNet, width=4), lr=5.0), loader(32))
+    assert max(largest) <= 0.01 + 1e-9
+
+
+def test_averages_leave_the_walk_out():
+    outer = []
+
+    class Outer(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if not trainer.optimizers[0].walking:
+                outer.append(module.network[0].weight.detach().double())
+
+    module, averaging = module_with(4, noise=0.1), WeightAveraging(0.5, reference_steps=None)
+    quiet_trainer(callbacks=[averaging, Outer()]).fit(module, loader(64))
+    first, second = outer
+    torch.testing.assert_close(
+        module.network[0].weight.double(), (first + second) / 2, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_the_variant_needs_its_optimizer_and_logs_the_pull():
+    module = ATEntropySGD(tiny_body, optimizer=lambda p: SGD(p, lr=0.1), **PLAIN)
+    with pytest.raises(ValueError, match="to build an EntropySGD for ATEntropySGD but got SGD"):
+        quiet_trainer().fit(module, loader(8))
+    trainer = quiet_trainer()
+    trainer.fit(module_with(1), loader(8))
+    assert trainer.callback_metrics["entropy_sgd/pull"].item() == pytest.approx(1e-4)

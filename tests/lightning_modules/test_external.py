@@ -153,7 +153,7 @@ def test_what_does_not_fit_is_named(tmp_path):
         External(tiny_network(), path)
     with pytest.raises(ValueError, match="`weights` to be a file but got nowhere.pt"):
         External(tiny_network(), "nowhere.pt")
-    with pytest.raises(ValueError, match="to be a TorchScript file where there is no `network`"):
+    with pytest.raises(ValueError, match="to be a TorchScript file, as there is no `network`"):
         External(weights=path)
     with pytest.raises(ValueError, match="but got neither"):
         External()

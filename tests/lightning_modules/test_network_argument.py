@@ -1,6 +1,7 @@
 """The network of a variant, built in Python: what it may be, and how its checkpoints load."""
 
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,35 +9,13 @@ import torch
 from networks_for_tests import same, snapshot, tiny_body, tiny_network
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from trainers import PLAIN, loader, quiet_trainer
+from trainers import PLAIN, VARIANTS, loader, quiet_trainer
 
 from robust_flatness.datamodules import Digits
-from robust_flatness.lightning_modules import (
-    AT,
-    ATAWP,
-    MART,
-    MARTAWP,
-    TRADES,
-    TRADESAWP,
-    ATEntropySGD,
-    ATSelfSupervision,
-    ATUnlabeled,
-    load_checkpoint,
-)
+from robust_flatness.lightning_modules import AT, ATAWP, TRADESAWP, load_checkpoint
 from robust_flatness.networks import ResNet18, SmallResNet
 
 TINY = partial(SmallResNet, width=4)
-VARIANTS = [
-    AT,
-    ATAWP,
-    MART,
-    MARTAWP,
-    TRADES,
-    TRADESAWP,
-    ATEntropySGD,
-    ATSelfSupervision,
-    ATUnlabeled,
-]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -99,7 +78,16 @@ def test_default_networks_load_by_themselves_with_any_activation_of_theirs(tmp_p
     assert type(AT.load_from_checkpoint(tmp_path / "a.ckpt").network) is ResNet18
 
 
-def test_a_checkpoint_that_says_nothing_of_layers_loads(tmp_path):
+@pytest.mark.parametrize("load", [load_checkpoint, ATAWP.load_from_checkpoint])
+def test_a_checkpoint_of_an_earlier_version_loads(load):
+    path = Path(__file__).parents[1] / "fixtures" / "run_ba960bd" / "checkpoints" / "last.ckpt"
+    with pytest.warns(FutureWarning, match="`fast` has no effect"):
+        module = load(path)
+    assert (type(module), module.pgd.steps) == (ATAWP, 2)
+    assert same(snapshot(module), torch.load(path, weights_only=True)["state_dict"])
+
+
+def test_a_checkpoint_without_layers_loads(tmp_path):
     path = saved(AT(tiny_body, **PLAIN), tmp_path)
     content = torch.load(path, weights_only=True)
     del content["robust_flatness_layers"]

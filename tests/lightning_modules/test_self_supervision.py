@@ -69,7 +69,8 @@ def test_two_steps_are_those_of_one_joint_forward_in_float64(rotations):
     images, labels = images_and_labels(8)
     count = 4 if rotations == "half" else 8
     for _ in range(2):
-        adversarial, turns = module.attack(images.double(), labels), module._turns(images)
+        adversarial = module.attack(images.double(), labels)
+        _, turns = module.attacks[-1]
         step(module, module.objective(images, adversarial, labels)[0])
         # Both heads on the features of all, as in the code of the paper and of Hendrycks et al.
         features = twin.network.features(twin.normalize(adversarial))
@@ -105,7 +106,7 @@ def test_all_turns_every_image_by_every_multiple():
 def test_fraction_of_each_half_is_attacked(fraction, attacked):
     module = built(adversarial_fraction=fraction)
     trainer = fit(module)
-    images, adversarial, _, (_, logits) = module.objectives[0]
+    images, adversarial, _, (_, logits, _) = module.objectives[0]
     moved = (adversarial[:4] != images[:4]).flatten(1).any(1)
     assert moved.tolist() == [True] * attacked + [False] * (4 - attacked)
     assert len(module.attacks[1][0]) == attacked
@@ -119,20 +120,20 @@ def test_with_all_rotations_each_has_its_share_of_attacks():
     module.trainer = quiet_trainer()
     images, labels = images_and_labels(8)
     adversarial = module.attack(images, labels)
-    turns = module._turns(images)
-    turned = rotate(module._to_turn(images), turns)
-    moved = (adversarial[8:] != turned).flatten(1).any(1)
-    for k in range(4):
-        assert moved[turns == k].float().mean() == 0.5
-    for image, turn, source in zip(turned, turns, [*range(4)] * 4 + [*range(4, 8)] * 4):
-        assert torch.equal(image, torch.rot90(images[source], int(turn), (1, 2)))
+    # Of the images attacked ones come first, and of the rotated ones likewise.
+    clean = [images]
+    clean += [torch.rot90(half, turns, (2, 3)) for half in images.split(4) for turns in range(4)]
+    moved = (adversarial != torch.cat(clean)).flatten(1).any(1)
+    assert torch.equal(
+        moved, torch.tensor([True, False] + [True] * 4 + [False] * 4).repeat_interleave(4)
+    )
 
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_a_rest_too_small_to_halve_is_classified(count):
     module = built()
     fit(module, count=8 + count)
-    images, adversarial, _, (loss, logits) = module.objectives[-1]
+    images, adversarial, _, (loss, logits, _) = module.objectives[-1]
     assert adversarial.shape == images.shape
     assert len(logits) == count
     assert loss.isfinite()
@@ -143,27 +144,27 @@ def test_a_rest_too_small_to_halve_is_classified(count):
 def test_processes_share_any_batch_as_one_process_splits_it(total, world, rotations):
     module = built(rotations=rotations, adversarial_fraction=0.5).double().eval()
     images, labels = (part.double() if part.ndim > 1 else part for part in images_and_labels(total))
-    loss, crafted, turned = on_rank(module, images, labels, 0, 1)
-    parts = [
-        on_rank(module, images[rank::world], labels[rank::world], rank, world)
-        for rank in range(world)
-    ]
-    torch.testing.assert_close(sum(p[0] for p in parts) / world, loss, rtol=0, atol=1e-12)
-    for found, whole in (([p[1] for p in parts], crafted), ([p[2] for p in parts], turned)):
-        rows = torch.cat(found).flatten(1)
-        assert len(rows) == len(whole)
-        assert torch.cdist(whole.flatten(1), rows).amin(1).max() < 1e-6
+    loss, whole = on_rank(module, images, labels, 0, 1)
+    losses, parts = zip(
+        *(
+            on_rank(module, images[rank::world], labels[rank::world], rank, world)
+            for rank in range(world)
+        )
+    )
+    torch.testing.assert_close(sum(losses) / world, loss, rtol=0, atol=1e-12)
+    rows = torch.cat(parts).flatten(1)
+    assert len(rows) == len(whole)
+    assert torch.cdist(whole.flatten(1), rows).amin(1).max() < 1e-6
 
 
 def on_rank(module, images, labels, rank, world):
-    """Loss, classified images and turned ones of one process."""
+    """Loss and examples of one process."""
     trainer = mock.Mock(world_size=world, global_rank=rank)
     trainer.fit_loop.epoch_loop.total_batch_idx = 0
     module._trainer = trainer
     adversarial = module.attack(images, labels)
-    count = module._parts(len(images)).classified
-    loss, _ = module.objective(images, adversarial, labels)
-    return loss, adversarial[:count], adversarial[count:]
+    loss, *_ = module.objective(images, adversarial, labels)
+    return loss, adversarial
 
 
 def test_each_task_is_attacked_on_its_own_loss():
@@ -172,8 +173,7 @@ def test_each_task_is_attacked_on_its_own_loss():
     module.eval()
     images, labels = images_and_labels(32)
     adversarial = module.attack(images, labels)
-    turns = module._turns(images)
-    clean = rotate(module._to_turn(images), turns)
+    clean, turns = module.attacks[-1]
 
     def rotation_loss(batch):
         return cross_entropy(module.rotation_logits(batch), turns)
@@ -220,16 +220,20 @@ def test_turns_are_drawn_anew_in_each_batch():
 
 
 def test_the_head_takes_no_part_in_weight_perturbations():
-    seen = []
+    perturbed = set()
 
     class Both(AWPMixin, ATSelfSupervision):
-        def _record_norms(self, perturbation):
-            seen.append(perturbation)
-            super()._record_norms(perturbation)
+        def on_train_batch_start(self, batch, batch_idx):
+            super().on_train_batch_start(batch, batch_idx)
+            self.before = {name: p.detach().clone() for name, p in self.named_parameters()}
+
+        def backward(self, loss, *args, **kwargs):
+            perturbed.update(n for n, p in self.named_parameters() if (p != self.before[n]).any())
+            super().backward(loss, *args, **kwargs)
 
     fit(built(Both))
-    assert seen
-    assert all(name.startswith("network.") for name in seen[0])
+    assert perturbed
+    assert all(name.startswith("network.") for name in perturbed)
     head = built(ATSelfSupervision)
     image = torch.rand(2, 3, 8, 8)
     logits = head.eval()(image)

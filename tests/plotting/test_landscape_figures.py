@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from robust_flatness.plotting.landscape_figures import landscape_figure, surface_figure
-from robust_flatness.run_folder.landscape_file import Landscape, read_landscapes, write_landscapes
+from robust_flatness.run_folder.files import Landscape, read_landscapes, write_landscapes
 
 STEPS = np.linspace(-1, 1, 5)
 

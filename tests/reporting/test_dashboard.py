@@ -9,13 +9,13 @@ import pytest
 import wandb
 
 from robust_flatness.reporting import dashboard as module
+from robust_flatness.reporting.command import dashboard
 from robust_flatness.reporting.dashboard import build_report, build_workspace, save_dashboard
-from robust_flatness.reporting.dashboard_command import dashboard
 
 ws = pytest.importorskip("wandb_workspaces.workspaces", reason="needs the extra `dashboard`")
 wr = pytest.importorskip("wandb_workspaces.reports.v2", reason="needs the extra `dashboard`")
 
-SECTIONS = ["Robust overfitting", "Flatness", "Final figures", "Training"]
+SECTIONS = ["Robust overfitting", "Flatness", "Final metrics", "Training"]
 
 
 @pytest.fixture
@@ -177,6 +177,6 @@ def test_bad_input_and_a_missing_extra_are_one_sentence(
     with pytest.raises(ValueError, match="Expected `project` to name a W&B project"):
         save_dashboard("", folder=tmp_path)
     monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
-    monkeypatch.setattr(module, "_why_not_online", lambda: pytest.fail("asked too late"))
+    monkeypatch.setattr(module, "offline_mode", lambda: pytest.fail("asked too late"))
     with pytest.raises(ValueError, match=r"pip install 'robust-flatness\[dashboard\]'"):
         save_dashboard("p", folder=tmp_path)

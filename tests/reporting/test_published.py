@@ -1,12 +1,14 @@
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from robust_flatness.plotting.method_labels import METHOD_LABELS
 from robust_flatness.reporting import published
 from robust_flatness.reporting.correlation import correlate
+from robust_flatness.reporting.frame import Models
 from robust_flatness.reporting.published import published_models, published_trajectories
+from robust_flatness.run_folder.metrics import METHOD_LABELS
 
 FLATNESS, RLOSS = "flatness/average/test", "test/robust_loss"
 RERR, TRAIN_RLOSS = "test/autoattack_error", "train_eval/robust_loss"
@@ -28,12 +30,16 @@ SHOWN = {
 }
 
 
-def generalisation_gap(model):
-    return model.mean(RLOSS) - model.mean(TRAIN_RLOSS)
+def metrics(models: Models, label: str, weights: str = "final") -> dict[str, float]:
+    """All that a row states, without the gaps that are computed from it."""
+    values = models.values
+    rows = values[(values["label"] == label) & (values["weights"] == weights)]
+    stated = dict(zip(rows["metric"], rows["mean"]))
+    return {name: x for name, x in stated.items() if not name.startswith(("gap/", "last_minus"))}
 
 
-def last_minus_best(model):
-    return model.mean(RLOSS) - model.mean(RLOSS, "early_stopped")
+def subset(models: Models, labels: list[str]) -> Models:
+    return replace(models, frame=models.frame.loc[labels])
 
 
 @pytest.mark.parametrize(
@@ -41,35 +47,38 @@ def last_minus_best(model):
 )
 def test_each_row_is_there_with_its_source_and_statistic(table, rows, methods):
     models = published_models(table)
-    assert len(models) == len({model.label for model in models}) == rows
-    assert len({model.method for model in models}) == methods
-    for model in models:
-        assert model.source.startswith("Stutz et al., ICCV 2021, ")
-        assert "mean over directions, ξ=0.5; worst: maximum over restarts, ξ" in model.statistic
+    assert len(models) == len(set(models.labels)) == rows
+    assert len(models.methods) == methods
+    assert models.frame["source"].str.startswith("Stutz et al., ICCV 2021, ").all()
+    statistic = "mean over directions, ξ=0.5; worst: maximum over restarts, ξ"
+    assert models.frame["statistic"].str.contains(statistic).all()
 
 
 @pytest.mark.parametrize("table", ["models", "table1", "robustbench"])
 def test_errors_are_shares_and_robust_errors_above_clean_ones(table):
-    for model in published_models(table):
+    models = published_models(table)
+    for label in models.labels:
         for weights in ("final", "early_stopped"):
-            figures = model.figures(weights)
-            errors = [value for name, value in figures.items() if name.endswith("error")]
+            row = metrics(models, label, weights)
+            errors = [value for name, value in row.items() if name.endswith("error")]
             assert all(0 <= error < 0.7 for error in errors)
             for split in ("test", "train_eval"):
-                if f"{split}/error" in figures:
-                    assert figures[f"{split}/error"] < figures[f"{split}/robust_error"]
-                    assert figures[f"{split}/clean_loss"] < figures[f"{split}/robust_loss"]
+                if f"{split}/error" in row:
+                    assert row[f"{split}/error"] < row[f"{split}/robust_error"]
+                    assert row[f"{split}/clean_loss"] < row[f"{split}/robust_loss"]
 
 
-def test_no_figure_of_the_74_models_is_missing():
-    for model in published_models():
-        assert (len(model.final), len(model.early_stopped)) == (16, 4)
+def test_no_metric_of_the_74_models_is_missing():
+    models = published_models()
+    for label in models.labels:
+        assert len(metrics(models, label)) == 16
+        assert len(metrics(models, label, "early_stopped")) == 4
 
 
 def test_a_row_reads_as_the_paper_has_it():
-    model = next(model for model in published_models() if model.label == "AT-AWP ξ=0.005")
-    assert model.method == "at_awp"
-    assert model.final == {
+    models, label = published_models(), "AT-AWP ξ=0.005"
+    assert models.frame.at[label, "method"] == "at_awp"
+    assert metrics(models, label) == {
         "test/error": 0.2005,
         "test/robust_error": 0.525,
         "test/autoattack_error": 0.55,
@@ -87,7 +96,7 @@ def test_a_row_reads_as_the_paper_has_it():
         "flatness/clean_average/test": 0.15,
         "flatness/clean_worst/test": 6.98,
     }
-    assert model.early_stopped == {
+    assert metrics(models, label, "early_stopped") == {
         "test/robust_error": 0.508,
         "test/autoattack_error": 0.533,
         "test/robust_loss": 1.36,
@@ -96,55 +105,53 @@ def test_a_row_reads_as_the_paper_has_it():
 
 
 def test_only_the_flatness_of_zero_is_flagged():
-    flagged = [model for model in published_models() if model.note]
-    assert [model.label for model in flagged] == ["Weight clipping 0.025"]
-    assert flagged[0].mean(FLATNESS) == 0
+    models = published_models()
+    (label,) = models.frame.index[models.frame["note"] != ""]
+    assert label == "Weight clipping 0.025"
+    assert models.mean(label, FLATNESS) == 0
 
 
 def test_what_the_paper_does_not_state_is_none():
-    at = published_models("table1")[-1]
-    assert at.mean(RERR) == 0.628
-    assert at.mean(RLOSS) is None
-    assert at.mean(FLATNESS, "early_stopped") is None
+    models = published_models("table1")
+    assert models.mean("AT", RERR) == 0.628
+    assert models.mean("AT", RLOSS) is None
+    assert models.mean("AT", FLATNESS, "early_stopped") is None
 
 
-def test_networks_of_others_have_early_stopped_figures_alone():
-    for model in published_models("robustbench"):
-        assert model.mean(RLOSS) is None
-        assert model.mean(RLOSS, "early_stopped") > 1
-        assert "ξ not stated" in model.statistic
+def test_networks_of_others_have_early_stopped_metrics_alone():
+    models = published_models("robustbench")
+    assert models.column(RLOSS).empty
+    assert len(models.column(RLOSS, "early_stopped")) == 8
+    assert models.frame["statistic"].str.contains("ξ not stated").all()
 
 
 def test_methods_are_named_as_presets_and_sweeps_are():
-    rows = {model.method for model in published_models("table1")}
+    rows, methods = published_models("table1").methods, published_models().methods
     assert len(rows) == 19
-    assert rows < {model.method for model in published_models()} == set(METHOD_LABELS)
-    sweeps = {path.stem for path in (CONFIGS / "sweeps").glob("*.yaml")}
-    assert sweeps <= {model.method for model in published_models()}
+    assert set(rows) < set(methods) == set(METHOD_LABELS)
+    assert {path.stem for path in (CONFIGS / "sweeps").glob("*.yaml")} <= set(methods)
 
 
 @pytest.mark.parametrize("table", ["models", "table1"])
 def test_labels_begin_with_the_name_of_their_method(table):
-    rows = {row.method for row in published_models("table1")}
-    for model in published_models(table):
-        if model.method in rows and model.label != "No weight decay":
-            assert model.label.startswith(METHOD_LABELS[model.method])
+    rows = published_models("table1").methods
+    for label, method in published_models(table).frame["method"].items():
+        if method in rows and label != "No weight decay":
+            assert label.startswith(METHOD_LABELS[method])
 
 
 def test_table_1_agrees_with_the_table_of_all_models_up_to_rounding():
-    models = published_models()
-    for row in published_models("table1"):
-        same = [model for model in models if model.method == row.method]
-        if row.method in SHOWN:
-            same = [model for model in same if model.label == SHOWN[row.method]]
-        (model,) = same
-        for name, value in row.early_stopped.items():
-            assert value == model.mean(name, "early_stopped")
-        for name, value in row.final.items():
+    models, table = published_models(), published_models("table1")
+    for row, method in table.frame["method"].items():
+        same = list(models.frame.index[models.frame["method"] == method])
+        (label,) = [SHOWN[method]] if method in SHOWN else same
+        for name, value in metrics(table, row, "early_stopped").items():
+            assert value == models.mean(label, name, "early_stopped")
+        for name, value in metrics(table, row).items():
             # Both tables round in another way, and the average flatness of these two differs.
-            unlike = {"MiSH": 0.02, "SiLU": 0.03}.get(row.label, 0.01) if name == FLATNESS else 0.02
+            unlike = {"MiSH": 0.02, "SiLU": 0.03}.get(row, 0.01) if name == FLATNESS else 0.02
             rounding = 0 if name.endswith("error") else unlike
-            assert abs(value - model.mean(name)) <= rounding + 1e-9, (row.label, name)
+            assert abs(value - models.mean(label, name)) <= rounding + 1e-9, (row, name)
 
 
 @pytest.mark.parametrize(
@@ -156,43 +163,46 @@ def test_table_1_agrees_with_the_table_of_all_models_up_to_rounding():
         ("flatness/clean_worst/test", RLOSS, 0.55, 0.59),
         (FLATNESS, RERR, 0.65, 0.64),
         (RLOSS, RERR, 0.72, 0.78),
-        (FLATNESS, generalisation_gap, 0.84, 0.86),
-        (FLATNESS, last_minus_best, 0.82, 0.85),
+        (FLATNESS, "gap/robust_loss", 0.84, 0.86),
+        (FLATNESS, "last_minus_best/robust_loss", 0.82, 0.85),
         (FLATNESS, TRAIN_RLOSS, -0.73, -0.80),
     ],
 )
 def test_the_papers_correlations_come_out_again(x, y, pearson, spearman):
-    found = correlate(published_models(), x, y, resamples=1)
-    assert found.num_models == 74
-    assert round(found.pearson, 2) == pearson
-    assert round(found.spearman, 2) == spearman
+    result = correlate(published_models(), x, y, resamples=1)
+    assert result.num_models == 74
+    assert round(result.pearson, 2) == pearson
+    assert round(result.spearman, 2) == spearman
 
 
 def test_error_follows_loss_below_the_loss_of_guessing_and_hardly_above():
     models = published_models()
-    below = correlate([m for m in models if m.mean(RLOSS) < 2.3], RLOSS, RERR, resamples=1)
-    above = correlate([m for m in models if m.mean(RLOSS) >= 2.3], RLOSS, RERR, resamples=1)
+    losses = models.column(RLOSS)["mean"]
+    below, above = (
+        correlate(subset(models, list(losses.index[side])), RLOSS, RERR, resamples=1)
+        for side in (losses < 2.3, losses >= 2.3)
+    )
     assert (round(below.pearson, 2), round(below.spearman, 2)) == (0.76, 0.77)
     assert (round(above.pearson, 2), round(above.spearman, 2)) == (0.29, 0.32)
 
 
 def test_trajectories_go_from_the_first_snapshot_to_the_end():
     points = published_trajectories()
-    assert list(points) == ["at", "at_awp", "self_supervision", "unlabeled"]
-    for rows in points.values():
+    assert list(points["method"].unique()) == ["at", "at_awp", "self_supervision", "unlabeled"]
+    for _, rows in points.groupby("method"):
+        progress = list(rows["progress"])
         assert len(rows) == 16
-        progress = [row["progress"] for row in rows]
         assert progress == sorted(set(progress))
         assert (progress[0], progress[-1]) == (0.0333, 1.0)
-    assert points["self_supervision"][2] == {"progress": 0.1667, FLATNESS: 0.16, RLOSS: 1.77}
-    assert all(set(row) == {"progress", FLATNESS} for row in points["unlabeled"])
+    row = points[points["method"] == "self_supervision"].iloc[2]
+    assert row.drop("method").to_dict() == {"progress": 0.1667, FLATNESS: 0.16, RLOSS: 1.77}
+    assert points[points["method"] == "unlabeled"][RLOSS].isna().all()
 
 
 def test_lines_are_of_at_alone_and_hold_all_that_is_drawn():
     lines = published_trajectories("lines")
-    assert list(lines) == ["at"]
-    assert len(lines["at"]) == 16
-    assert lines["at"][-1] == {
+    assert list(lines["method"]) == ["at"] * 16
+    assert lines.iloc[-1].drop("method").to_dict() == {
         "progress": 1.0,
         TRAIN_RLOSS: 0.21,
         RLOSS: 3.92,
@@ -205,8 +215,9 @@ def test_lines_are_of_at_alone_and_hold_all_that_is_drawn():
 
 
 def test_the_maximum_over_directions_is_above_their_mean():
-    means = [row[FLATNESS] for row in published_trajectories("lines")["at"]]
-    maxima = [row[FLATNESS] for row in published_trajectories()["at"]]
+    points = published_trajectories()
+    means = published_trajectories("lines")[FLATNESS]
+    maxima = points[points["method"] == "at"][FLATNESS]
     assert all(high >= mean for high, mean in zip(maxima, means))
 
 

@@ -1,7 +1,7 @@
 import pytest
 from run_factory import make_run
 
-from robust_flatness.reporting.models import group_models
+from robust_flatness.reporting.frame import group_runs
 from robust_flatness.reporting.published import published_models
 from robust_flatness.reporting.sweeps import find_sweeps
 
@@ -20,7 +20,7 @@ def run(method="trades", *, seed=0, data=None, images=64, **model):
 
 
 def settings(*runs):
-    return [[step.setting for step in sweep] for sweep in find_sweeps(group_models(runs))]
+    return [list(sweep.values()) for sweep in find_sweeps(group_runs(runs))]
 
 
 def test_one_number_is_a_sweep_in_the_order_of_its_values():
@@ -61,6 +61,7 @@ def test_a_model_of_a_grid_counts_to_the_largest_sweep():
 
 
 def test_published_models_of_a_method_are_one():
-    found = {sweep[0].point.method: sweep for sweep in find_sweeps(published_models())}
-    assert len(found["trades"]) == 4
-    assert "mish" not in found
+    sweeps = find_sweeps(published_models())
+    (trades,) = [sweep for sweep in sweeps if "TRADES λ=9" in sweep]
+    assert len(trades) == 4
+    assert not any("MiSH" in label for sweep in sweeps for label in sweep)

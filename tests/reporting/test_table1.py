@@ -2,31 +2,26 @@ import csv
 import io
 import math
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
+import pandas as pd
 import pytest
 from rich.console import Console
-from run_factory import EARLY_STOPPED, FINAL, make_run
+from run_factory import EARLY_STOPPED, FINAL, make_models, make_run
 
-from robust_flatness.reporting.models import group_models
+from robust_flatness.reporting.frame import Models, metric_values
 from robust_flatness.reporting.published import published_models
-from robust_flatness.reporting.table1 import table1
-from robust_flatness.reporting.table1_files import write_table
-from robust_flatness.reporting.table1_rows import COLUMNS
-from robust_flatness.reporting.table1_text import notes, terminal_table
+from robust_flatness.reporting.table1 import COLUMNS, table1, terminal_table, write_table
 
 FLATNESS = "flatness/average/test"
 AA, PGD = "test/autoattack_error", "test/robust_error"
 
 
-@dataclass
-class Paper:
-    method: str
-    label: str
-    figures: dict = field(default_factory=dict)
-
-    def mean(self, name, weights="final"):
-        return self.figures.get(name) if weights == "final" else None
+def paper(*rows) -> Models:
+    """Published rows of method, label and test RErr."""
+    index = pd.Index([label for _, label, _ in rows], name="label")
+    frame = pd.DataFrame({"method": [method for method, *_ in rows]}, index=index)
+    return Models(frame, metric_values((label, {AA: error}, {}, {}) for _, label, error in rows))
 
 
 def run(method, error, seed=0, *, attack=AA, **options):
@@ -36,8 +31,12 @@ def run(method, error, seed=0, *, attack=AA, **options):
     return make_run(method, seed, final=final, early_stopped=stopped, **options)
 
 
-def of(*runs, published=()):
-    return table1(group_models(runs), published)
+def of(*runs, published=None):
+    return table1(make_models(*runs), published)
+
+
+def rows(table, key) -> dict[str, float]:
+    return table.frame[key].dropna().to_dict()
 
 
 def five(attack=AA, seeds=(0,)):
@@ -60,54 +59,54 @@ def printed(table, width=100) -> str:
 
 
 def test_groups_of_the_papers_own_rows_are_the_papers():
-    def replica(point):
-        final = {name: point.mean(name) for name in (AA, "flatness/average/test")}
-        stopped = {AA: point.mean(AA, "early_stopped")}
-        return make_run(point.method, final=final, early_stopped=stopped)
+    table1_of_paper = published_models("table1")
 
-    table = of(*map(replica, published_models("table1")))
+    def replica(label, method):
+        final = {n: table1_of_paper.mean(label, n) for n in (AA, "flatness/average/test")}
+        stopped = {AA: table1_of_paper.mean(label, AA, "early_stopped")}
+        return make_run(method, final=final, early_stopped=stopped)
+
+    table = of(*(replica(*row) for row in table1_of_paper.frame["method"].items()))
     assert table.thresholds == (0.57, 0.60)
-    assert [(group.name, len(group.rows)) for group in table.groups] == [
-        ("good", 7),
-        ("average", 5),
-        ("poor", 7),
-    ]
+    sizes = {name: len(group) for name, group in table.groups.items()}
+    assert sizes == {"good": 7, "average": 5, "poor": 7}
+    means = [table.means(group) for group in table.groups.values()]
     expected = {
         "test_robust_error": [54.3, 58.7, 61.0],
         "early_stopped_robust_error": [53.6, 56.0, 54.4],
     }
-    for key, means in expected.items():
-        assert [round(100 * group.means[key], 1) for group in table.groups] == means
-    flatness = [group.means["average_flatness"] for group in table.groups]
+    for key, errors in expected.items():
+        assert [round(100 * group[key], 1) for group in means] == errors
+    flatness = [group["average_flatness"] for group in means]
     assert flatness == pytest.approx([0.40, 0.69, 1.21], abs=0.01)
 
 
 def test_rows_are_sorted_by_test_error_and_grouped():
     table = of(*five())
-    assert [row.model.method for row in table.rows] == ["trades", "at_awp", "mart", "mish", "at"]
+    assert list(table.frame["method"]) == ["trades", "at_awp", "mart", "mish", "at"]
     assert table.thresholds == (0.46, 0.54)
-    assert [len(group.rows) for group in table.groups] == [2, 1, 2]
+    assert [len(group) for group in table.groups.values()] == [2, 1, 2]
 
 
 @pytest.mark.parametrize("errors", [[0.5, 0.4, 0.6], [0.5, 0.5, 0.5, 0.5, 0.9]])
 def test_few_rows_or_close_ones_are_one_group(errors):
     table = of(*(run(f"m{index}", error) for index, error in enumerate(errors)))
-    assert [group.name for group in table.groups] == ["all"]
+    assert list(table.groups) == ["all"]
     assert table.thresholds is None
-    assert "percentiles" not in " ".join(notes(table))
+    assert "percentiles" not in " ".join(table.notes)
 
 
 def test_cells_are_means_and_deviations_over_seeds(tmp_path):
     table = of(*(run("at", error, seed) for seed, error in enumerate([0.5, 0.52, 0.6])))
-    (row,) = table.rows
-    cell = row.cells["test_robust_error"]
-    assert (cell.n, cell.attack, cell.images) == (3, "AutoAttack", 200)
-    assert cell.mean == pytest.approx(0.54)
-    assert cell.deviation == pytest.approx(math.sqrt((0.04**2 + 0.02**2 + 0.06**2) / 2))
-    stopped = row.cells["early_stopped_robust_error"]
-    assert stopped.mean == pytest.approx(cell.mean / 2)
-    assert stopped.deviation == pytest.approx(cell.deviation / 2)
-    assert row.cells["train_robust_error"].attack == "PGD"
+    (row,) = table.frame.to_dict("records")
+    key = "test_robust_error"
+    assert row[f"{key}_n"] == 3
+    assert (row[f"{key}_attack"], row[f"{key}_images"]) == ("AutoAttack", 200)
+    assert row[f"{key}_mean"] == pytest.approx(0.54)
+    assert row[f"{key}_sd"] == pytest.approx(math.sqrt((0.04**2 + 0.02**2 + 0.06**2) / 2))
+    for part in ("mean", "sd"):
+        assert row[f"early_stopped_robust_error_{part}"] == pytest.approx(row[f"{key}_{part}"] / 2)
+    assert row["train_robust_error_attack"] == "PGD"
     assert "| 54.0 ± 5.3" in re.sub(" +", " ", written(table, tmp_path)[".md"])
 
 
@@ -129,17 +128,17 @@ def test_diverged_runs_are_named(tmp_path):
     broken = replace(make_run("at", 1, final={AA: 1.0}, early_stopped={}), diverged_epoch=3)
     table = of(run("at", 0.5), broken, run("mart", 0.6))
     sentence = "Diverged: at-Digits-s1 (from epoch 3); means leave out what is not finite there."
-    assert sentence in notes(table)
+    assert sentence in table.notes
     assert "Diverged" in written(table, tmp_path)[".md"]
     assert " ".join(sentence.split()) in " ".join(printed(table).split())
-    assert not any("Diverged" in note for note in notes(of(run("at", 0.5))))
+    assert not any("Diverged" in note for note in of(run("at", 0.5)).notes)
 
 
 def test_what_was_not_measured_is_a_dash(tmp_path):
     table = of(
         make_run(final={PGD: 0.5}, early_stopped={}), make_run("mart", final={}, early_stopped={})
     )
-    assert [group.name for group in table.groups] == ["all", "without RErr"]
+    assert list(table.groups) == ["all", "without RErr"]
     rows = [line for line in written(table, tmp_path)[".md"].splitlines() if "| MART" in line]
     assert re.sub("[| ]+", " ", rows[0]).split() == ["MART", *"––––––", "1"]
     record = records(table, tmp_path)[1]
@@ -157,8 +156,9 @@ def test_attack_of_a_column_is_named_and_never_silently_mixed(tmp_path):
     assert "early-stopped RErr (AA or †PGD, %)" in text
     marked = [line for line in text.splitlines() if "†" in line and line.startswith("| ")][1:]
     assert [line.split("|")[1].strip() for line in marked] == ["SiLU"]
-    assert "test_robust_error" not in mixed.groups[0].means
-    assert "clean_error" in mixed.groups[0].means
+    means = mixed.means(next(iter(mixed.groups.values())))
+    assert "test_robust_error" not in means
+    assert "clean_error" in means
     attacks = {row["model"]: row["test_robust_error_attack"] for row in records(mixed, tmp_path)}
     assert (attacks["SiLU"], attacks["AT"]) == ("PGD", "AutoAttack")
     assert "41.0†" in printed(mixed)
@@ -166,14 +166,13 @@ def test_attack_of_a_column_is_named_and_never_silently_mixed(tmp_path):
 
 def test_the_papers_figures_stand_beside_the_same_method(tmp_path):
     table = of(*five(), run("my_method", 0.5), published=published_models("table1"))
-    at = next(row for row in table.rows if row.model.method == "at")
-    shown = {key: cell.mean for key, cell in at.published.items()}
+    shown = table.frame.filter(like="paper_").loc["AT"].to_dict()
     assert shown == {
-        "test_robust_error": 0.628,
-        "train_robust_error": 0.107,
-        "average_flatness": 1.21,
-        "worst_flatness": 6.48,
-        "early_stopped_robust_error": 0.546,
+        "paper_test_robust_error": 0.628,
+        "paper_train_robust_error": 0.107,
+        "paper_average_flatness": 1.21,
+        "paper_worst_flatness": 6.48,
+        "paper_early_stopped_robust_error": 0.546,
     }
     text = written(table, tmp_path)[".md"]
     assert "paper, CIFAR-10: train RErr (AA, %)" in text
@@ -200,20 +199,19 @@ def sweep(method, name, values):
 )
 def test_of_several_models_only_the_papers_own_setting_is_its(method, name, values, expected):
     table = of(*sweep(method, name, values), published=published_models("table1"))
-    assert {row.model.label for row in table.rows if row.published} == expected
+    key = "paper_test_robust_error"
+    assert set(rows(table, key) if key in table.frame else ()) == expected
 
 
 def test_among_several_published_rows_the_label_decides():
-    rows = [Paper("trades", f"TRADES lam={lam}", {AA: lam / 10}) for lam in (3, 6)]
-    table = of(*sweep("trades", "lam", [3.0, 9.0]), published=rows)
-    found = {row.model.label: row.published for row in table.rows}
-    assert found["TRADES lam=3"]["test_robust_error"].mean == 0.3
-    assert found["TRADES lam=9"] == {}
-    assert not any(row.published for row in of(run("trades", 0.5), published=rows).rows)
+    published = paper(*(("trades", f"TRADES lam={lam}", lam / 10) for lam in (3, 6)))
+    table = of(*sweep("trades", "lam", [3.0, 9.0]), published=published)
+    assert rows(table, "paper_test_robust_error") == {"TRADES lam=3": 0.3}
+    assert not of(run("trades", 0.5), published=published).published
 
 
 def test_notes_state_thresholds_images_and_the_baseline():
-    text = " ".join(notes(of(*five(seeds=(0, 1, 2)), published=published_models("table1"))))
+    text = " ".join(of(*five(seeds=(0, 1, 2)), published=published_models("table1")).notes)
     assert "good below 47 % test RErr, poor from 55 %" in text
     assert "57 % and 60 %, with AT at 62.8 %; here AT is at 61.0 %." in text
     assert "all else is on Digits" in text
@@ -222,11 +220,11 @@ def test_notes_state_thresholds_images_and_the_baseline():
 
 def test_markdown_is_aligned_and_escapes(tmp_path):
     text = written(of(*five(), run("a|b_c", 0.3)), tmp_path)[".md"]
-    rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert len({len(line) for line in rows}) == 1
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({len(line) for line in lines}) == 1
     assert r"a\|b\_c" in text
-    assert {len(re.findall(r"(?<!\\)\|", line)) for line in rows} == {len(COLUMNS) + 3}
-    assert re.match(r"\| \*\*good \(< \d+ %\)\*\* ", rows[2])
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {len(COLUMNS) + 3}
+    assert re.match(r"\| \*\*good \(< \d+ %\)\*\* ", lines[2])
 
 
 def test_latex_is_a_fragment_with_escapes_and_rules_between_groups(tmp_path):
@@ -305,7 +303,7 @@ def test_terminal_table_leaves_brackets_alone():
 
 def test_models_must_be_some_and_of_one_data_set():
     with pytest.raises(ValueError, match="no model"):
-        table1([])
-    models = [*group_models([run("at", 0.5)]), *group_models([run("at", 0.5, data="CIFAR10")])]
+        table1(make_models())
+    models = make_models(run("at", 0.5), run("at", 0.5, data="CIFAR10"))
     with pytest.raises(ValueError, match="one data set but got .*CIFAR10.*Digits"):
         table1(models)

@@ -93,7 +93,9 @@ def test_entries_have_names_without_split_and_are_resolved_by_them():
     assert len({entry.name for entry in METRICS}) == len(METRICS)
 
 
-def test_the_registry_loads_no_torch():
-    code = "import sys, robust_flatness.run_folder.metrics; print('torch' in sys.modules)"
+def test_what_a_report_needs_loads_neither_torch_nor_lightning():
+    modules = ("metrics", "runs", "files", "summary", "environment")
+    imports = ", ".join(f"robust_flatness.run_folder.{name}" for name in modules)
+    code = f"import sys, {imports}; print(bool({{'torch', 'lightning'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

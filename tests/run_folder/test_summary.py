@@ -55,10 +55,10 @@ def test_table_shows_intervals_standard_errors_and_dashes() -> None:
     assert table["RErr AutoAttack, test (n=500)"][1].startswith("50.0 % [45.6")
     assert table["RErr PGD, train"] == ["5.0 %", "31.0 %"]
     assert table["RLoss, test"] == ["3.900", "–"]
-    assert table["correct when clean"] == ["not finite", "–"]
-    assert table["incorrect when clean"] == ["10.250", "–"]
+    assert table["correct when clean, test"] == ["not finite", "–"]
+    assert table["incorrect when clean, test"] == ["10.250", "–"]
     assert table["clean error, test"] == ["not finite", "–"]
-    assert table["average flatness, test"] == ["1.200 ± 0.060", "–"]
+    assert table["average-case flatness, test"] == ["1.200 ± 0.060", "–"]
     for part in ("ATAWP on CIFAR10", "(epoch 103)", "runs/at-awp-cifar10-s0"):
         assert part in table["text"]
 
@@ -73,7 +73,7 @@ def test_table_of_a_diverged_run_says_so_and_has_no_early_stopped_column() -> No
     table = lines({"method": "AT", "data": "Digits", "final": figures, "diverged_epoch": 3})
     assert "AT on Digits: diverged, not finite from epoch 3" in " ".join(table["text"].split())
     assert table["RErr PGD, test"] == ["100.0 %"]
-    assert table["RLoss, test"] == table["average flatness, test"] == ["not finite"]
+    assert table["RLoss, test"] == table["average-case flatness, test"] == ["not finite"]
     assert "early-stopped" not in table["text"]
 
 

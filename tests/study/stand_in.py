@@ -22,6 +22,8 @@ def main(arguments: list[str]) -> int:
     with (folder.parent / "journal").open("a") as journal:
         journal.write(f"{folder.name} {'goes on' if resumed else 'starts'}\n")
     (folder / "pid").write_text(str(os.getpid()))
+    (folder / "environment.json").write_text(json.dumps(dict(os.environ)))
+    begin = time.monotonic()
     if not resumed:
         (folder / "config.yaml").write_text("trainer: {max_epochs: 4}\n")
         (folder / "metrics.csv").write_text("epoch\n")
@@ -44,6 +46,7 @@ def main(arguments: list[str]) -> int:
     method, data, _ = folder.name.rsplit("-", 2)
     content = {"method": method, "data": data, "epochs": 4, "wall_time_seconds": 8.0}
     content |= {"settings": {}, "final": {}, "early_stopped": {}, "trajectory": []}
+    (folder / "span").write_text(f"{begin} {time.monotonic()}")
     (folder / "results.json").write_text(json.dumps(content))
     return 0
 

@@ -1,28 +1,30 @@
 """What a study is made of."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from robust_flatness.configs.compose import CONFIGS
-from robust_flatness.study import make_plan
-from robust_flatness.study.plan import ROWS
+from robust_flatness.cli import study_functions
+from robust_flatness.study.plan import CONFIGS, ROWS
+from robust_flatness.study.plan import make_plan as make_plan_with
 
 ROOT = Path("runs")
+make_plan = partial(make_plan_with, study_functions())
 
 
 def test_all_rows_times_seeds():
     plan = make_plan(rows=["all"], seeds=[0, 1, 2], root=ROOT)
     assert len(plan) == 57
     assert len({run.folder for run in plan}) == 57
-    assert [run.method for run in plan[::3]] == ROWS
-    assert [run.seed for run in plan[:3]] == [0, 1, 2]
+    assert [run.stem for run in plan[::3]] == [f"{row}-Digits" for row in ROWS]
+    assert [run.arguments[-1] for run in plan[:3]] == [f"--seed_everything={n}" for n in range(3)]
     assert plan[0].folder == ROOT / "at-Digits-s0"
 
 
 def test_epochs_are_those_of_the_preset_on_the_data():
-    epochs = {run.method: run.epochs for run in make_plan(rows=["at", "cyclic"], root=ROOT)}
-    assert epochs == {"at": 80, "cyclic": 32}
+    epochs = {run.stem: run.epochs for run in make_plan(rows=["at", "cyclic"], root=ROOT)}
+    assert epochs == {"at-Digits": 80, "cyclic-Digits": 32}
     (shorter,) = make_plan(rows=["at"], root=ROOT, options=["--trainer.max_epochs=3"])
     assert shorter.epochs == 3
     (apart,) = make_plan(rows=["at"], root=ROOT, options=["--trainer.max_epochs", "5"])
@@ -44,7 +46,6 @@ def test_a_sweep_is_a_run_a_value_in_a_folder_of_its_own():
     assert names[:2] == ["trades-lam1.0-Digits-s0", "trades-lam3.0-Digits-s0"]
     assert len(names) == len(set(names)) == 7
     assert "--model.lam=3.0" in plan[1].arguments
-    assert {run.method for run in plan[:4]} == {"trades"}
 
 
 def test_files_of_the_user_are_runs_by_their_names(tmp_path):
@@ -69,7 +70,7 @@ def test_a_file_of_the_user_is_not_taken_for_the_packages(tmp_path, monkeypatch)
     Path("table1").mkdir()
     Path("table1/at.yaml").write_text("name: mine\n")
     (run,) = make_plan(rows=["at"], root=ROOT)
-    assert run.method == "at"
+    assert run.stem == "at-Digits"
     assert "landscape" in run.settings["files"]
 
 
@@ -115,7 +116,7 @@ def test_a_config_that_is_swept_is_named_by_its_leaves():
             "Expected `--configs` to name files but no.yaml does not exist",
         ),
         ({"rows": ["at"], "data": "MNIST"}, "Expected `--data` to be one of .* but got MNIST."),
-        ({"rows": ["at", "at"]}, "several called at-Digits-s0: name each once, or give"),
+        ({"rows": ["at", "at"]}, "several called at-Digits-s0: list each once, or set"),
     ],
 )
 def test_bad_input_is_one_sentence(asked, sentence):
@@ -131,11 +132,11 @@ VALUES = "parameters: {a: {values: [1]}}\n"
     ("content", "sentence"),
     [
         (f"method: random\n{FIT}{VALUES}", "have the method grid but .*mine.yaml has random"),
-        (f"{GRID}{FIT}parameters: [a]\n", "the parameters of `--sweep` to hold `values`"),
+        (f"{GRID}{FIT}parameters: [a]\n", "the parameters of `--sweep` to have `values`"),
         (f"{GRID}{FIT}parameters: {{a: {{parameters: 1}}}}\n", "the parameters of `--sweep`"),
-        (f"{GRID}{VALUES}", "to have a list as command .* but .*mine.yaml has none"),
-        (f"{GRID}command: ['${{args}}']\n{VALUES}", "to hold fit but that of .* does not"),
-        (f"{GRID}command: [fit]\n{VALUES}", r"to hold \${args} but that of .* does not"),
+        (f"{GRID}{VALUES}", "to be a list with fit and .* but .*mine.yaml has None"),
+        (f"{GRID}command: ['${{args}}']\n{VALUES}", r"but .*mine.yaml has \['\${args}'\]"),
+        (f"{GRID}command: [fit]\n{VALUES}", r"but .*mine.yaml has \['fit'\]"),
         ("grid", "to hold a mapping but got str in .*mine.yaml."),
         (f"{GRID}command: [fit\n", r"to be YAML but got .*mine.yaml: .*expected .* in line 3\."),
     ],

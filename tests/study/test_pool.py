@@ -1,13 +1,14 @@
 """Studies that are killed, fail and go on, with a stand-in for training."""
 
 import io
-import math
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from threading import Timer
 
@@ -15,19 +16,23 @@ import pytest
 import torch
 from rich.console import Console
 
-from robust_flatness.study import State, launch, make_plan, state_of
-from robust_flatness.study.devices import visible_devices
-from robust_flatness.study.estimate import plan_table, seconds_left
+from robust_flatness.cli import study_functions
+from robust_flatness.study import state
+from robust_flatness.study.command import plan_table, visible_devices
+from robust_flatness.study.plan import make_plan as make_plan_with
 from robust_flatness.study.pool import Pool
-from robust_flatness.study.progress import StudyProgress
-from robust_flatness.study.state import arguments_now, book_of, check_same_study, epochs_done
+from robust_flatness.study.state import State, epochs_done, start, state_of, study_file
+from robust_flatness.study.state import check_same_study as check_same_study_with
 
+COMMAND_LINE = study_functions()
+make_plan = partial(make_plan_with, COMMAND_LINE)
+check_same_study = partial(check_same_study_with, read_options=COMMAND_LINE.read_options)
 STAND_IN = str(Path(__file__).with_name("stand_in.py"))
 
 
 @pytest.fixture(autouse=True)
 def _trains_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "PROGRAM", (sys.executable, STAND_IN))
+    monkeypatch.setattr(state, "PROGRAM", (sys.executable, STAND_IN))
     monkeypatch.setattr("robust_flatness.study.pool._POLL_SECONDS", 0.05)
 
 
@@ -38,7 +43,6 @@ def plan(tmp_path):
 
 
 FOUR = ["--trainer.max_epochs=4"]
-LONG = ["--trainer.max_epochs=10"]
 
 
 def quiet_pool(jobs: int = 2, **settings) -> Pool:
@@ -67,27 +71,31 @@ def test_a_study_finishes_and_then_has_nothing_to_do(plan, tmp_path):
     assert journal(tmp_path) == {f"{run.name} starts": 1 for run in plan}
 
 
-def test_no_more_than_the_given_jobs_are_at_work(plan, monkeypatch):
-    peak = 0
-    show = StudyProgress.show
-
-    def watch(self, active):
-        nonlocal peak
-        peak = max(peak, len(active))
-        show(self, active)
-
-    monkeypatch.setattr(StudyProgress, "show", watch)
+def test_no_more_jobs_than_asked_for_run_at_a_time(plan, tmp_path):
     quiet_pool(jobs=2).run(plan)
-    assert peak == 2
+    assert peak(tmp_path) == 2
+    quiet_pool(jobs=1).run(
+        make_plan(rows=["mart"], seeds=[0, 1], root=tmp_path / "b", options=FOUR)
+    )
+    assert peak(tmp_path / "b") == 1
+
+
+def peak(root: Path) -> int:
+    """The largest number of runs that overlap."""
+    spans = [tuple(map(float, path.read_text().split())) for path in root.glob("*/span")]
+    return max(sum(begin <= at < end for begin, end in spans) for at, _ in spans)
 
 
 STUDY = """
 import sys; sys.path.insert(0, {here!r})
 from pathlib import Path
-from robust_flatness.study import launch, make_plan
+from robust_flatness.cli import study_functions
+from robust_flatness.study import state
+from robust_flatness.study.plan import make_plan
 from robust_flatness.study.pool import Pool
-launch.PROGRAM = (sys.executable, {stand_in!r})
-plan = make_plan(rows=["at", "trades"], seeds=[0, 1], root=Path({root!r}), options={options!r})
+state.PROGRAM = (sys.executable, {stand_in!r})
+settings = dict(rows=["at", "trades"], seeds=[0, 1], root=Path({root!r}), options={options!r})
+plan = make_plan(study_functions(), **settings)
 Pool(2).run(plan)
 """
 
@@ -158,16 +166,15 @@ def test_a_failing_run_does_not_stop_the_others(plan, tmp_path):
     pool = quiet_pool()
     pool.run([*broken, *plan])
     assert all(state_of(run) is State.FINISHED for run in plan)
-    assert [failure.run.name for failure in pool.failures] == ["mart-Digits-s0"]
-    assert pool.failures[0].reason == "RuntimeError: It broke."
-    assert "Traceback" in book_of(broken[0], "log").read_text()
+    assert pool.failures == {broken[0]: "RuntimeError: It broke."}
+    assert "Traceback" in study_file(broken[0], "log").read_text()
 
 
 def test_a_run_that_somebody_terminates_is_interrupted_and_can_go_on(tmp_path):
     ended = make_plan(rows=["mart"], root=tmp_path, options=[*FOUR, "--terminated"])
     pool = quiet_pool(jobs=1)
     pool.run(ended)
-    assert [failure.reason for failure in pool.failures] == ["ended by signal SIGTERM"]
+    assert pool.failures == {ended[0]: "ended by signal SIGTERM"}
     assert state_of(ended[0]) is State.CUT_OFF
 
 
@@ -176,9 +183,7 @@ def test_a_file_that_is_refused_does_not_stop_the_others_nor_do_brackets(plan, t
     pool = quiet_pool(jobs=1)
     pool.run([*refused, *plan])
     assert all(state_of(run) is State.FINISHED for run in plan)
-    assert [failure.reason for failure in pool.failures] == [
-        "error: Expected `--refuse` to be [/unknown]."
-    ] * 2
+    assert pool.failures == dict.fromkeys(refused, "error: Expected `--refuse` to be [/unknown].")
     assert "to be [/unknown]." in pool.console.file.getvalue()
     assert "finished trades-Digits-s1 (4 of 6)" in pool.console.file.getvalue()
 
@@ -189,17 +194,17 @@ def test_runs_of_other_settings_are_not_taken_for_these(plan, tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("name: at\nmodel: {class_path: AT, init_args: {steps: 7}}\n")
     (other,) = make_plan(configs=[str(file)], root=tmp_path, options=FOUR)
-    with pytest.raises(ValueError, match="without model.init_args.steps, now 7: choose another"):
+    with pytest.raises(ValueError, match=r"with model.init_args.steps=\(not set\), now 7: choose"):
         check_same_study(other)
     (longer,) = make_plan(rows=["at"], root=tmp_path, options=["--trainer.max_epochs=5"])
     with pytest.raises(ValueError, match="with --trainer.max_epochs=4, now 5: choose another"):
         check_same_study(longer)
     more = [*FOUR, *(f"--model.{name}=1" for name in ("eps", "steps", "alpha", "momentum"))]
     (other,) = make_plan(rows=["at"], root=tmp_path, options=more)
-    with pytest.raises(ValueError, match="trained without --model.eps, now 1; .*; and 1 more: cho"):
+    with pytest.raises(ValueError, match=r"--model.eps=\(not set\), now 1; .*; and 1 more: cho"):
         check_same_study(other)
     for content in ("", "{}", "[]"):
-        book_of(plan[0], "json").write_text(content)
+        study_file(plan[0], "json").write_text(content)
         with pytest.raises(ValueError, match="is a run that it did not start: choose another"):
             check_same_study(plan[0])
 
@@ -253,7 +258,8 @@ def tree(folder):
         lambda folder: (folder / "results_test.json").touch(),
     ],
 )
-def test_a_folder_with_a_finished_epoch_is_never_removed(plan, tmp_path, leave):
+def test_a_folder_with_a_finished_epoch_is_never_removed(plan, tmp_path, monkeypatch, leave):
+    monkeypatch.setattr(state, "PROGRAM", (sys.executable, "-c", ""))
     run = plan[0]
     for number in (1, 2):
         run.folder.mkdir()
@@ -261,11 +267,13 @@ def test_a_folder_with_a_finished_epoch_is_never_removed(plan, tmp_path, leave):
         left = tree(run.folder)
         assert epochs_done(run) in (0, 1)
         assert state_of(run) is State.NEW
-        assert arguments_now(run)[-1] == f"--folder={run.folder}"
+        process = start(run)
+        assert process.args[-1] == f"--folder={run.folder}"
+        process.wait()
         assert not run.folder.exists()
         aside = tmp_path / "study" / f"{run.name}.left-{number}"
         assert tree(aside) == left
-        assert f"moved to {aside}" in book_of(run, "log").read_text()
+        assert f"moved to {aside}" in study_file(run, "log").read_text()
 
 
 def test_a_run_without_a_checkpoint_starts_anew_beside_its_old_folder(plan, tmp_path):
@@ -276,14 +284,28 @@ def test_a_run_without_a_checkpoint_starts_anew_beside_its_old_folder(plan, tmp_
     assert (tmp_path / "study" / f"{plan[0].name}.left-1" / "metrics.csv").is_file()
 
 
-def test_each_run_gets_a_gpu_or_its_share_of_the_cores(monkeypatch):
+@pytest.mark.parametrize(
+    ("jobs", "devices", "typed", "expected"),
+    [
+        (2, [], None, {"OMP_NUM_THREADS": ["4"], "CUDA_VISIBLE_DEVICES": []}),
+        (2, [], "1", {"OMP_NUM_THREADS": ["1"], "CUDA_VISIBLE_DEVICES": []}),
+        (4, ["5", "6"], "1", {"OMP_NUM_THREADS": ["1"], "CUDA_VISIBLE_DEVICES": ["5", "6"]}),
+    ],
+)
+def test_each_run_gets_a_gpu_or_its_share_of_the_cores(
+    plan, monkeypatch, jobs, devices, typed, expected
+):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    assert quiet_pool(jobs=2)._environment(1) == {"OMP_NUM_THREADS": "4"}
-    gpus = quiet_pool(jobs=4, devices=["5", "6"])
-    assert [gpus._environment(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(4)] == list("5656")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert quiet_pool()._environment(0) == {}
+    if typed is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", typed)
+    quiet_pool(jobs=jobs, devices=devices).run(plan)
+    seen = [json.loads((run.folder / "environment.json").read_text()) for run in plan]
+    for name, values in expected.items():
+        assert sorted({each[name] for each in seen if name in each}) == values
+    if devices:
+        assert [each["CUDA_VISIBLE_DEVICES"] for each in seen].count("5") == 2
 
 
 def test_gpus_are_numbered_among_those_that_are_visible(monkeypatch):
@@ -298,37 +320,27 @@ def test_gpus_are_numbered_among_those_that_are_visible(monkeypatch):
         visible_devices([2], jobs=1)
 
 
-def test_how_long_it_takes_is_read_from_finished_runs(plan, tmp_path):
-    assert all(map(math.isnan, seconds_left(plan).values()))
+def test_how_long_it_takes_is_read_from_finished_runs(plan):
+    assert "time left is known once a run has finished" in printed(plan_table(plan, jobs=2))
     quiet_pool().run(plan[:1])
-    left = seconds_left(plan)
-    # 8 s for each of the three that are left; the others' method has not finished.
-    assert list(left.values()) == [0.0, 8.0, 8.0, 8.0]
+    # 2 s for each of the 12 epochs that are left.
+    text = printed(plan_table(plan, jobs=2))
+    assert "About 0:00:12 with 2 at a time" in text
+    assert [line.split("│")[1:-1] for line in text.splitlines() if "│ at " in line] == [
+        [" at     ", "    2 ", "        1 ", "       0 ", "   1 ", "           4 "]
+    ]
+
+
+def printed(table) -> str:
     console = Console(file=io.StringIO(), width=100)
-    console.print(plan_table(plan, jobs=2))
-    assert "About 16 s with 2 at once" in console.file.getvalue()
+    console.print(table)
+    return console.file.getvalue()
 
 
-def test_what_a_run_measures_at_its_end_counts_apart_from_its_epochs(plan, tmp_path):
-    quiet_pool().run(plan[:3])
-    # As Lightning writes it: 2 of the 8 s are those of the four epochs.
-    content = {"epoch": 3, "callbacks": {"Results": {"wall_time_seconds": 2.0}}}
-    for run in plan[:2]:
-        torch.save(content, run.folder / "checkpoints" / "last.ckpt")
-    (longer,) = make_plan(rows=["at"], seeds=[7], root=tmp_path, options=LONG)
-    assert seconds_left([longer]) == {longer: 10 * 0.5 + 6.0}
-    # Cut off while it measured its end, and with a checkpoint that is no more.
-    for run in plan[1:3]:
-        (run.folder / "results.json").unlink()
-    (plan[2].folder / "checkpoints" / "last.ckpt").write_bytes(b"PK half")
-    assert list(seconds_left(plan).values()) == [0.0, 6.0, 8.0, 8.0]
-
-
-def test_a_run_that_measures_its_end_is_shown_as_such(plan):
-    with StudyProgress(plan, plan, Console(file=io.StringIO())) as progress:
-        plan[0].folder.mkdir()
-        for recorded, shown in ((3, ""), (4, ", measuring its end")):
-            (plan[0].folder / "metrics.csv").write_text("epoch\n" + "0\n" * recorded)
-            progress.show(plan[:1])
-            task = progress._bars.tasks[-1]
-            assert (task.description, task.completed) == (f"  {plan[0].name}{shown}", recorded)
+def test_a_terminal_shows_how_far_the_study_is(plan, tmp_path):
+    broken = make_plan(rows=["mart"], root=tmp_path, options=[*FOUR, "--fail"])
+    console = Console(file=io.StringIO(), width=150, force_terminal=True)
+    Pool(1, console=console).run([*broken, *plan[:1]])
+    shown = console.file.getvalue()
+    assert f"0 of 2 finished, 1 failed, running: {plan[0].name} (2/4)" in shown
+    assert "0:00:0" in shown

@@ -5,15 +5,18 @@ import os
 import pickle
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
 
-from robust_flatness.cli import main
-from robust_flatness.study import launch, make_plan
-from robust_flatness.study.elsewhere import Work
+from robust_flatness.cli import main, study_functions
+from robust_flatness.study import state
+from robust_flatness.study.elsewhere import TrainRun
+from robust_flatness.study.plan import make_plan as make_plan_with
 
+make_plan = partial(make_plan_with, study_functions())
 STAND_IN = str(Path(__file__).with_name("stand_in.py"))
 # A real run in seconds.
 TINY = [
@@ -39,13 +42,14 @@ def _elsewhere(tmp_path, monkeypatch):
 @pytest.fixture
 def trains_nothing(monkeypatch):
     """A stand-in for `fit`."""
-    monkeypatch.setattr(launch, "PROGRAM", (sys.executable, STAND_IN))
+    monkeypatch.setattr(state, "PROGRAM", (sys.executable, STAND_IN))
 
 
 @pytest.fixture
 def unchecked(monkeypatch):
     """Lets options through that only the stand-in, or nothing, knows."""
-    monkeypatch.setattr("robust_flatness.study.command.check_arguments", lambda plan: None)
+    place = "robust_flatness.command_line.lightning_cli.check_arguments"
+    monkeypatch.setattr(place, lambda arguments: None)
 
 
 def said(*arguments: str, capsys) -> str:
@@ -68,7 +72,7 @@ def test_a_dry_run_trains_nothing(capsys):
     assert "0 of 1 run" not in text
     text = said("--rows", "all", "--seeds", "3", "--dry_run", capsys=capsys)
     assert "57 runs on Digits" in text
-    assert "known once a run has finished" in text
+    assert "The time left is known once a run has finished." in text
     assert not list(Path("runs").glob("*-Digits-*"))
 
 
@@ -90,7 +94,7 @@ def test_failures_are_told_at_the_end_and_are_the_exit_status(capsys):
         (["--rows=at", "--jobs=0"], "Expected `--jobs` to be >= 1 but got 0."),
         (["--rows=at", "--seed=3"], "--seed"),
         (["--rows=at", "--devices=[99]"], "Expected `--devices` to number some of this machine's"),
-        (["--rows=at", "--slurm={no_such: 1, cluster: local}"], "Expected `--slurm` to hold"),
+        (["--rows=at", "--slurm={no_such: 1, cluster: local}"], "Expected `--slurm` to contain"),
         (["--rows=at", "--slurm={timeout_min: 5}"], 'Could not detect "srun"'),
         (["--rows=at", "--slurm={tasks_per_node: 2}"], "to give a run one task but got tasks_per_"),
     ],
@@ -149,7 +153,7 @@ def test_a_wandb_sweep_is_the_same_list_and_each_agent_trains_one(capsys):
     typed = ["--rows=at", "--sweep=trades", "--seeds=2", "--root=many"]
     text = said(*typed, "--sweep_file=all.yaml", "--", "--trainer.max_epochs=4", capsys=capsys)
     assert "Wrote 10 runs to all.yaml. Start it with: wandb sweep all.yaml" in text
-    assert "the same command without --sweep_file finishes" in text
+    assert "run the same command without --sweep_file." in text
     content = yaml.safe_load(Path("all.yaml").read_text())
     names = content["parameters"]["only"]["values"]
     plan = make_plan(rows=["at"], sweeps=["trades"], seeds=[0, 1], root=Path("many"))
@@ -168,10 +172,10 @@ def test_a_wandb_sweep_is_the_same_list_and_each_agent_trains_one(capsys):
 
 def test_at_the_time_limit_a_run_is_ended_and_submitted_again(tmp_path, monkeypatch):
     helpers = pytest.importorskip("submitit.helpers")
-    monkeypatch.setattr(launch, "PROGRAM", (sys.executable, "-c", "import time; time.sleep(60)"))
+    monkeypatch.setattr(state, "PROGRAM", (sys.executable, "-c", "import time; time.sleep(60)"))
     (run,) = make_plan(rows=["at"], root=tmp_path)
-    work = Work()
-    work._process = launch.start(run)
+    work = TrainRun()
+    work._process = state.start(run)
     again = work.checkpoint(run)
     assert isinstance(again, helpers.DelayedSubmission)
     assert work._process.returncode == -signal.SIGTERM
@@ -184,11 +188,11 @@ def test_a_node_trains_one_run_and_its_failure_is_the_jobs(tmp_path):
         make_plan(rows=[row], root=tmp_path, options=options)[0]
         for row, options in (("at", []), ("mart", ["--fail"]))
     )
-    Work()(run)
+    TrainRun()(run)
     assert (run.folder / "results.json").is_file()
-    Work()(run)
+    TrainRun()(run)
     with pytest.raises(RuntimeError, match="mart-Digits-s0 ended with code 1."):
-        Work()(broken)
+        TrainRun()(broken)
 
 
 @pytest.mark.slow

@@ -1,0 +1,293 @@
+"""Finished runs, read from their folders alone, so that copied folders work as well.
+
+Example:
+    >>> runs, left_out = find_runs("runs")  # doctest: +SKIP
+    >>> runs[0].final["test/robust_loss"]  # doctest: +SKIP
+    1.43
+"""
+
+import csv
+import json
+import math
+import reprlib
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple, TypeGuard
+
+from robust_flatness.run_folder.files import Landscape, read_landscapes
+from robust_flatness.run_folder.metrics import Weights
+
+Metrics = Mapping[str, float]
+
+_RESULTS, _CONFIG, _METRICS = "results.json", "config.yaml", "metrics.csv"
+# Classes of runs in older formats, which do not state them.
+_CLASSES = {"Digits": 10, "CIFAR10": 10, "CIFAR100": 100}
+# The square of a larger number may not be finite.
+_HUGE = 1e100
+# Entries that a report needs. Older formats lack some of them.
+_NEEDED = ("method", "data", "settings", "final", "early_stopped", "trajectory", "epochs")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        folder: The run folder.
+        method: Name of what was trained, such as `at_awp`.
+        data: Class of the data, such as `Digits`.
+        seed: Seed of the run, if it had one.
+        settings: All settings as nested mappings, as in `config.yaml`.
+        final: Finite metrics of the last weights by name; errors are shares of 1.
+        early_stopped: The same of the early-stopped weights.
+        num_examples: Number of images that a metric was measured on, by name.
+        trajectory: A row for each epoch, with `epoch` and finite metrics by name.
+        early_stopped_epoch: Epoch of the early-stopped weights, from 0.
+        diverged_epoch: First epoch, from 0, at which the network was not finite.
+        epochs: Number of epochs trained, at least 1.
+        wall_time_seconds: Of training with all its measures.
+        num_classes: Number K of classes, if known.
+        versions: Of the packages that ran.
+        hardware: Of the machine.
+        landscapes: By name, such as `final/random`, as means over examples: `(D, S, 1)`.
+    """
+
+    folder: Path
+    method: str
+    data: str
+    seed: int | None
+    settings: Mapping[str, Any]
+    final: Metrics
+    early_stopped: Metrics
+    num_examples: Mapping[str, int]
+    trajectory: Sequence[Metrics]
+    early_stopped_epoch: int | None
+    epochs: int
+    wall_time_seconds: float
+    num_classes: int | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    hardware: Mapping[str, Any] = field(default_factory=dict)
+    diverged_epoch: int | None = None
+    landscapes: Mapping[str, Landscape] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.folder.name
+
+    def metrics(self, weights: Weights = "final") -> Metrics:
+        """Metrics of the last or of the early-stopped weights."""
+        return self.final if weights == "final" else self.early_stopped
+
+
+class LeftOut(NamedTuple):
+    """A folder that cannot be used.
+
+    Attributes:
+        folder: The folder.
+        reason: Why, in words that follow "left out:".
+    """
+
+    folder: Path
+    reason: str
+
+
+def find_runs(root: str | Path) -> tuple[list[Run], list[LeftOut]]:
+    """Reads all runs below a folder, sorted by path.
+
+    Args:
+        root: A folder that contains run folders at any depth, or is one.
+
+    Returns:
+        The finished runs, and folders of runs that are not finished or are broken.
+
+    Raises:
+        ValueError: If `root` is not a folder.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise ValueError(f"Expected `runs` to be a folder with run folders but got {root}.")
+    folders = {path.parent for name in (_RESULTS, _CONFIG) for path in root.rglob(name)}
+    runs: list[Run] = []
+    left_out: list[LeftOut] = []
+    for folder in sorted(folders):
+        # W&B has a config.yaml of its own inside run folders.
+        if "wandb" in folder.relative_to(root).parts:
+            continue
+        try:
+            runs.append(load_run(folder))
+        except (ValueError, OSError) as error:
+            left_out.append(LeftOut(folder, str(error)))
+    return runs, left_out
+
+
+def load_run(folder: str | Path) -> Run:
+    """Reads one run.
+
+    Args:
+        folder: The run folder.
+
+    Raises:
+        ValueError: If the run has not finished, is broken or lacks entries. The message is the
+            reason.
+    """
+    folder = Path(folder)
+    path = folder / _RESULTS
+    if not path.is_file():
+        raise ValueError(_progress(folder))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{_RESULTS} is broken ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{_RESULTS} is of another format (a {type(content).__name__})")
+    missing = [name for name in _NEEDED if content.get(name) is None]
+    if missing:
+        raise ValueError(f"{_RESULTS} is of an older format, without {', '.join(missing)}")
+    try:
+        _check_values(content)
+        run = _parse(folder, content)
+    except ValueError as error:
+        raise ValueError(f"{_RESULTS} is of another format ({error})") from error
+    return replace(run, landscapes=_landscapes(folder))
+
+
+def _parse(folder: Path, content: Mapping[str, Any]) -> Run:
+    data = _text(content, "data")
+    hardware = _mapping(content, "hardware")
+    if not isinstance(hardware.get("gpus") or [], list):
+        raise ValueError("`hardware` holds no list of `gpus`")
+    counts = _mapping(content, "num_examples")
+    images = {name: n for name in counts if (n := _count(counts, name, low=1)) is not None}
+    return Run(
+        folder=folder,
+        method=_text(content, "method"),
+        data=data,
+        seed=_count(content, "seed"),
+        settings=_mapping(content, "settings"),
+        final=_finite(_mapping(content, "final"), "final"),
+        early_stopped=_early_stopped(content),
+        num_examples=images,
+        trajectory=_rows(content["trajectory"]),
+        early_stopped_epoch=_count(content, "early_stopped_epoch"),
+        # A run may end within its first epoch; shares of training divide by this number.
+        epochs=max(1, _count(content, "epochs") or 0),
+        wall_time_seconds=_seconds(content, "wall_time_seconds"),
+        num_classes=_count(content, "num_classes", low=1) or _CLASSES.get(data),
+        versions=_mapping(content, "versions"),
+        hardware=hardware,
+        diverged_epoch=_count(content, "diverged_epoch"),
+    )
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a value is a number and not a bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _landscapes(folder: Path) -> dict[str, Landscape]:
+    """Landscapes that `fit` measured, else those of `test`, averaged over examples."""
+    for name in ("landscapes.npz", "landscapes_test.npz"):
+        if (path := folder / name).is_file():
+            try:
+                landscapes = read_landscapes(path)[0]
+            except Exception as error:  # a damaged file raises almost anything
+                raise ValueError(f"{name} is broken or not of landscapes ({error})") from error
+            # A study's landscapes of each example take gigabytes.
+            return {
+                key: Landscape(measured.coordinates, measured.curves[..., None])
+                for key, measured in landscapes.items()
+            }
+    return {}
+
+
+def _progress(folder: Path) -> str:
+    """How many epochs a run without results recorded."""
+    path, epochs = folder / _METRICS, 0
+    with suppress(OSError, ValueError, csv.Error):
+        if path.is_file():  # opening a FIFO would block
+            with path.open(newline="", encoding="utf-8") as file:
+                epochs = sum(1 for _ in csv.DictReader(file))
+    if epochs < 2:
+        return f"not finished: {'one' if epochs else 'no'} epoch was recorded"
+    return f"not finished: {epochs} epochs were recorded"
+
+
+def _check_values(value: Any, depth: int = 40) -> None:
+    """Refuses values that no table or page can show, at any depth."""
+    if isinstance(value, dict | list):
+        if not depth:
+            raise ValueError("mappings or lists are nested too deeply")
+        for inner in [*value, *value.values()] if isinstance(value, dict) else value:
+            _check_values(inner, depth - 1)
+    elif isinstance(value, str):
+        value.encode()  # fails for a lone surrogate
+    elif isinstance(value, int) and abs(value) > 2**63:
+        raise ValueError("a number has too many digits")
+
+
+def _text(content: Mapping[str, Any], name: str) -> str:
+    value = content[name]
+    if not isinstance(value, str) or not value.isprintable() or not 0 < len(value) < 256:
+        raise ValueError(f"`{name}` is {reprlib.repr(value)}, no name in one line")
+    return value
+
+
+def _count(content: Mapping[str, Any], name: str, low: int = 0) -> int | None:
+    value = content.get(name)
+    if value is not None and (type(value) is not int or value < low):
+        raise ValueError(f"`{name}` is {reprlib.repr(value)}, no integer >= {low}")
+    return value
+
+
+def _mapping(content: Mapping[str, Any], name: str) -> dict[str, Any]:
+    value = content.get(name)
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"`{name}` is {reprlib.repr(value)}, no mapping")
+    return value or {}
+
+
+def _seconds(content: Mapping[str, Any], name: str) -> float:
+    value = content.get(name)
+    if value is None:
+        return math.nan
+    if not is_number(value) or not value >= 0:
+        raise ValueError(f"`{name}` is {reprlib.repr(value)}, no number >= 0")
+    return float(value) if math.isfinite(value) else math.nan
+
+
+def _early_stopped(content: Mapping[str, Any]) -> dict[str, float]:
+    """Metrics of the early-stopped weights, also those that are logged beside the last ones'."""
+    suffix = "_early_stopped"
+    logged = {
+        name.removesuffix(suffix): value
+        for name, value in _mapping(content, "final").items()
+        if name.endswith(suffix)
+    }
+    own = _mapping(content, "early_stopped")
+    return _finite(logged, "final") | _finite(own, "early_stopped")
+
+
+def _rows(trajectory: Any) -> list[dict[str, float]]:
+    if not isinstance(trajectory, list) or not all(isinstance(row, dict) for row in trajectory):
+        raise ValueError("`trajectory` is no list of mappings")
+    if any(_count(row, "epoch") is None for row in trajectory):
+        raise ValueError("a row of its trajectory has no epoch")
+    return [_finite(row, "trajectory") for row in trajectory]
+
+
+def _finite(metrics: Mapping[str, Any], where: str) -> dict[str, float]:
+    """The finite numbers. An error that is not a share of 1 is refused."""
+    finite = {
+        name: float(value)
+        for name, value in metrics.items()
+        if is_number(value) and abs(value) < _HUGE
+    }
+    for name, value in finite.items():
+        # The difference of two shares may be negative.
+        low = -1 if "gap/" in name else 0
+        if "error" in name and not low <= value <= 1:
+            raise ValueError(f"`{where}` has {name} {value:g}, no share of 1")
+    return finite

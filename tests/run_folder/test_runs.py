@@ -1,0 +1,242 @@
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from run_factory import FINAL, make_run, overfitting, write_metrics, write_run
+
+from robust_flatness.run_folder.files import Landscape, write_landscapes
+from robust_flatness.run_folder.runs import find_runs, load_run
+
+
+def change(folder: Path, **changes) -> None:
+    """Changes entries of a run's results, and takes those out that become `...`."""
+    path = folder / "results.json"
+    content = json.loads(path.read_text()) | changes
+    kept = {name: value for name, value in content.items() if value is not ...}
+    path.write_text(json.dumps(kept))
+
+
+def reason(folder: Path) -> str:
+    with pytest.raises(ValueError, match=".") as caught:
+        load_run(folder)
+    return str(caught.value)
+
+
+def landscape(height: float) -> Landscape:
+    return Landscape(np.linspace(-1, 1, 3), np.full((2, 3, 4), height))
+
+
+def test_run_reads_back_equal(tmp_path):
+    run = make_run("trades", 3, data="CIFAR10", epochs=5, settings={"model": {"lam": 6.0}})
+    folder = write_run(tmp_path / "run", run)
+    assert load_run(folder) == replace(run, folder=folder)
+    assert load_run(folder).metrics("early_stopped") == run.early_stopped
+
+
+def test_runs_are_found_at_any_depth_in_the_order_of_their_folders(tmp_path):
+    names = ["b", "a/deep/er", "a/x"]
+    for name in names:
+        write_run(tmp_path / name, make_run())
+    runs, left_out = find_runs(tmp_path)
+    assert [run.folder for run in runs] == [tmp_path / name for name in sorted(names)]
+    assert left_out == []
+    assert [run.name for run in find_runs(str(tmp_path / "b"))[0]] == ["b"]
+
+
+def test_a_run_folder_inside_a_folder_named_wandb_is_read(tmp_path):
+    write_run(tmp_path / "wandb" / "run", make_run())
+    assert len(find_runs(tmp_path / "wandb")[0]) == 1
+
+
+def test_config_of_wandb_inside_a_run_folder_is_no_run(tmp_path):
+    folder = write_run(tmp_path / "run", make_run())
+    files = folder / "wandb" / "offline-run-1" / "files"
+    files.mkdir(parents=True)
+    (files / "config.yaml").write_text("wandb: {}\n")
+    runs, left_out = find_runs(tmp_path)
+    assert (len(runs), left_out) == (1, [])
+
+
+def test_what_cannot_be_used_is_left_out_with_its_reason(tmp_path):
+    write_run(tmp_path / "good", make_run())
+    broken = write_run(tmp_path / "broken", make_run())
+    (broken / "results.json").write_text('{"method": "at", "fin')
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    (unfinished / "config.yaml").write_text("name: at\n")
+    old = write_run(tmp_path / "old", make_run())
+    change(old, epochs=..., trajectory=...)
+    runs, left_out = find_runs(tmp_path)
+    assert [run.name for run in runs] == ["good"]
+    assert [folder.name for folder, _ in left_out] == ["broken", "old", "unfinished"]
+    reasons = [reason for _, reason in left_out]
+    assert reasons[0].startswith("results.json is broken (")
+    assert reasons[1] == "results.json is of an older format, without trajectory, epochs"
+    assert reasons[2] == "not finished: no epoch was recorded"
+
+
+@pytest.mark.parametrize(
+    ("epochs", "expected"),
+    [(0, "no epoch was"), (1, "one epoch was"), (3, "3 epochs were")],
+)
+def test_unfinished_run_says_how_far_it_came(tmp_path, epochs, expected):
+    write_metrics(tmp_path, overfitting(epochs))
+    assert reason(tmp_path) == f"not finished: {expected} recorded"
+
+
+def test_unreadable_metrics_are_no_epochs(tmp_path):
+    (tmp_path / "metrics.csv").write_bytes(b"epoch\n\xff\xfe\x00\n")
+    assert reason(tmp_path) == "not finished: no epoch was recorded"
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "null", '"at"', "3"])
+def test_results_that_are_no_mapping_are_left_out(tmp_path, text):
+    (tmp_path / "results.json").write_text(text)
+    assert "another format" in find_runs(tmp_path)[1][0].reason
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"final": [1, 2]},
+        {"settings": 3},
+        {"trajectory": [{"test/error": 0.5}]},
+        {"trajectory": ["epoch"]},
+        {"epochs": "many"},
+    ],
+)
+def test_entries_of_another_kind_are_of_another_format(tmp_path, changes):
+    change(write_run(tmp_path, make_run()), **changes)
+    assert "results.json is of another format (" in reason(tmp_path)
+
+
+def test_figures_that_are_no_finite_numbers_are_dropped(tmp_path):
+    final = {"test/error": 0.1, "test/robust_loss": float("nan"), "train/loss": None, "x": "y"}
+    rows = [{"epoch": 0, "test/robust_loss": float("inf"), "test/error": 0.5}]
+    change(write_run(tmp_path, make_run()), final=final, early_stopped=final, trajectory=rows)
+    run = load_run(tmp_path)
+    assert run.diverged_epoch is None
+    change(tmp_path, diverged_epoch=0)
+    assert load_run(tmp_path).diverged_epoch == 0
+    assert run.final == run.early_stopped == {"test/error": 0.1}
+    assert run.trajectory == [{"epoch": 0, "test/error": 0.5}]
+
+
+def test_autoattack_of_early_stopped_weights_is_theirs_where_only_the_last_ones_have_it(tmp_path):
+    final = FINAL | {"test/autoattack_error_early_stopped": 0.45}
+    write_run(tmp_path, make_run(final=final, early_stopped={"test/error": 0.1}))
+    assert load_run(tmp_path).early_stopped["test/autoattack_error"] == 0.45
+    change(tmp_path, early_stopped={"test/autoattack_error": 0.5})
+    assert load_run(tmp_path).early_stopped["test/autoattack_error"] == 0.5
+
+
+def test_landscapes_of_fit_win_over_those_of_test(tmp_path):
+    write_run(tmp_path, make_run())
+    assert load_run(tmp_path).landscapes == {}
+    write_landscapes(tmp_path / "landscapes_test.npz", {"final/random": landscape(2)}, {})
+    assert load_run(tmp_path).landscapes["final/random"].losses.max() == 2
+    write_landscapes(tmp_path / "landscapes.npz", {"final/random": landscape(1)}, {})
+    assert load_run(tmp_path).landscapes["final/random"].losses.max() == 1
+
+
+def test_landscapes_are_means_over_examples(tmp_path):
+    losses = np.random.default_rng(0).random((2, 3, 4))
+    written = Landscape(np.linspace(-1, 1, 3), losses)
+    write_run(tmp_path, make_run(), landscapes={"final/random": written})
+    read = load_run(tmp_path).landscapes["final/random"]
+    assert read.losses.shape == (2, 3, 1)
+    assert (read.curves == losses.mean(axis=2)).all()
+
+
+def test_broken_landscapes_say_so(tmp_path):
+    write_run(tmp_path, make_run())
+    (tmp_path / "landscapes.npz").write_bytes(b"PK\x03\x04 cut off")
+    assert reason(tmp_path).startswith("landscapes.npz is broken or not of landscapes (")
+
+
+def test_root_must_be_a_folder(tmp_path):
+    with pytest.raises(ValueError, match="Expected `runs` to be a folder"):
+        find_runs(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"seed": "x"}, "`seed` is 'x', no integer >= 0"),
+        ({"seed": True}, "`seed` is True"),
+        ({"seed": 1.5}, "`seed` is 1.5"),
+        ({"epochs": float("inf")}, "`epochs` is inf, no integer >= 0"),
+        ({"epochs": -1}, "`epochs` is -1"),
+        ({"epochs": [4]}, r"`epochs` is [4]"),
+        ({"num_classes": -5}, "`num_classes` is -5, no integer >= 1"),
+        ({"num_classes": "10"}, "`num_classes` is '10'"),
+        ({"early_stopped_epoch": -1}, "`early_stopped_epoch` is -1"),
+        ({"wall_time_seconds": "long"}, "`wall_time_seconds` is 'long', no number >= 0"),
+        ({"method": ["at"]}, "`method` is ['at'], no name in one line"),
+        ({"method": "two\nlines"}, "`method` is"),
+        ({"method": ""}, "`method` is ''"),
+        ({"method": "x" * 1000}, "`method` is 'xxx"),
+        ({"data": 3}, "`data` is 3"),
+        ({"data": "\ud800"}, "surrogates not allowed"),
+        ({"settings": [1]}, "`settings` is [1], no mapping"),
+        ({"settings": {"model": 10**400}}, "too many digits"),
+        ({"final": {"test/error": 50.0}}, "`final` has test/error 50, no share of 1"),
+        ({"early_stopped": {"test/robust_error": -0.5}}, "no share of 1"),
+        ({"num_examples": {"test/error": "200"}}, "`test/error` is '200', no integer >= 1"),
+        ({"num_examples": {"test/error": 0}}, "`test/error` is 0"),
+        ({"num_examples": [200]}, "`num_examples` is [200]"),
+        ({"trajectory": {"epoch": 1}}, "`trajectory` is no list of mappings"),
+        ({"trajectory": [{"epoch": "1"}]}, "`epoch` is '1'"),
+        ({"trajectory": [{"epoch": 10**400}]}, "too many digits"),
+        ({"versions": ["torch"]}, "`versions` is ['torch']"),
+        ({"hardware": {"gpus": 2}}, "no list of `gpus`"),
+    ],
+)
+def test_values_of_wrong_types_are_named(tmp_path, changes, said):
+    change(write_run(tmp_path, make_run()), **changes)
+    assert reason(tmp_path).startswith("results.json is of another format (")
+    assert said in reason(tmp_path)
+
+
+def test_results_that_are_nested_too_deeply_are_left_out(tmp_path):
+    change(write_run(tmp_path, make_run()), settings={"a": json.loads("[" * 100 + "]" * 100)})
+    assert "nested too deeply" in reason(tmp_path)
+    (tmp_path / "results.json").write_text("[" * 100_000 + "]" * 100_000)
+    assert reason(tmp_path).startswith("results.json is broken (")
+
+
+def test_a_run_that_ended_in_its_first_epoch_and_one_of_one_class_are_read(tmp_path):
+    change(write_run(tmp_path, make_run()), epochs=0, num_classes=1)
+    run = load_run(tmp_path)
+    assert (run.epochs, run.num_classes) == (1, 1)
+
+
+def test_huge_figures_and_truth_are_no_numbers(tmp_path):
+    final = {"test/robust_loss": 1e300, "test/error": True, "train/loss": 10**18, "x": -1e200}
+    change(write_run(tmp_path, make_run()), final=final, early_stopped=final)
+    assert load_run(tmp_path).final == {"train/loss": 1e18}
+
+
+@pytest.mark.parametrize(
+    ("coordinates", "losses"),
+    [
+        (np.zeros(3), np.zeros((2, 4, 5))),
+        (np.zeros(3), np.zeros((2, 3))),
+        (np.zeros(0), np.zeros((2, 0, 5))),
+        (np.array([0, np.nan, 1]), np.zeros((2, 3, 5))),
+        (np.zeros(3), np.full((2, 3, 5), "a")),
+    ],
+)
+def test_landscapes_of_other_shapes_are_left_out(tmp_path, coordinates, losses):
+    landscapes = {"final/random": Landscape(coordinates, losses)}
+    write_run(tmp_path, make_run(), landscapes=landscapes)
+    assert reason(tmp_path).startswith("landscapes.npz is broken or not of landscapes (Expected")
+
+
+def test_a_fifo_in_place_of_a_table_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "metrics.csv")
+    os.mkfifo(tmp_path / "results.json")
+    assert reason(tmp_path) == "not finished: no epoch was recorded"

@@ -85,7 +85,7 @@ class Means(Plain):
 
     def on_train_epoch_end(self) -> None:
         """Logs."""
-        AT.on_train_epoch_end(self)  # type: ignore[arg-type]
+        self.means.log(self)
 
 
 class EachStep(Plain):

@@ -1,6 +1,7 @@
 """Config files: the package's and the user's, read with limits, and the settings of checkpoints."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -24,9 +25,9 @@ class _UniqueKeys(_Loader):
     """Refuses a key that comes twice, of which YAML would keep the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1 and key != "<<":
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for key, count in keys.items():
+            if count > 1 and key != "<<":
                 problem = f"`{key}` comes twice"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
         mapping: dict[Any, Any] = super().construct_mapping(node, deep=deep)

@@ -44,9 +44,8 @@ def undo_normalization(
         data.on_after_batch_transfer = partial(_to_pixels, data, mean, std)  # type: ignore[method-assign]
         return
     for callback in callbacks:
-        for measure in (callback, *getattr(callback, "measurements", ())):
-            if getattr(measure, "normalization", std) is None:
-                measure.normalization = (mean, std)
+        if getattr(callback, "normalization", std) is None:
+            callback.normalization = (mean, std)  # type: ignore[attr-defined]
 
 
 def _to_pixels(

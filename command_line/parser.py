@@ -247,12 +247,13 @@ def _with_option(sentence: str, typed: Sequence[Option], written: Sequence[Optio
     # A file's option must have the value; Lightning does not always say what came.
     for options, is_exact in ((typed, False), (written, True), (trainer, False)):
         named = [o for o in options if o.value and _mentions(sentence, o.name.rsplit(".", 1)[-1])]
+        valued = [o for o in named if _mentions(sentence, o.value or "")]
         about = [o for o in named if subject and o.name.rsplit(".", 1)[-1] == subject[1]]
-        valued = [o for o in about or named if _mentions(sentence, o.value or "")]
-        # It may also be about a part, such as a network, that was built with the option's value.
-        near = valued or ([] if is_exact else about if subject else named)
+        about = [o for o in about if o in valued] or ([] if is_exact else about)
+        # It may be about a part, such as a network, that could not be built with an argument.
+        near = about or valued
         if not near and not subject and not is_exact:
-            near = [o for o in options if o.value and _mentions(sentence, o.value)]
+            near = named or [o for o in options if o.value and _mentions(sentence, o.value)]
             near = near or [option for option in options if option.value == ""]
         if len({option.name for option in near}) == 1:
             name, value = near[-1].name, _short(near[-1].value or "nothing", 80)

@@ -84,8 +84,11 @@ class Presets:
 def _merged(below: Settings, above: Settings) -> Settings:
     merged = {**below, **above}
     for key in below.keys() & above.keys():
-        if isinstance(below[key], dict) and isinstance(above[key], dict):
-            merged[key] = _merged(below[key], above[key])
+        both = below[key], above[key]
+        if all(isinstance(part, dict) for part in both):
+            # Another optimizer or schedule has arguments of its own.
+            classes = {part["class_path"] for part in both if "class_path" in part}
+            merged[key] = _merged(*both) if len(classes) < 2 else above[key]
     return merged
 
 
@@ -220,22 +223,19 @@ def _set_epochs(presets: Presets, *, goes_on: bool) -> None:
 def _set_threat_model(
     presets: Presets, preset: Settings, run: Settings, user: Sequence[Settings]
 ) -> None:
-    """Adds a layer with `eps` and `norm` at all places that nothing sets more specifically."""
-    above = [leaf for layer in user for leaf in leaves(layer)] + presets.typed
-    for option in presets.typed:
-        if (option.value or "").startswith("{"):
-            with suppress(yaml.YAMLError):
-                above += leaves(yaml.safe_load(option.value or ""), option.name)
+    """Adds a layer with `eps` and `norm` at all places that no file sets more specifically."""
+    in_files = [leaf for layer in user for leaf in leaves(layer)]
     in_run = [leaf for leaf in leaves(run) if leaf.value != "None"]
-    active = {option.name.split(".")[0] for option in (*above, *in_run)}
+    active = {o.name.split(".")[0] for o in (*in_files, *in_run, *presets.typed)}
     measures = {k: c for k, c in OPTIONAL_CALLBACKS.items() if k in active} | DEFAULT_CALLBACKS
     for name in ("eps", "norm"):
-        values = [o.value for o in above if o.name == name and o.value not in ("None", "null")]
+        values = [option.value for option in (*in_files, *presets.typed) if option.name == name]
+        values = [value for value in values if value not in ("None", "null")]
         default, recorded = preset.pop(name, None), str(run.get(name))
         if not values and (default is None or "data" in run):
             continue
         value = presets.threat_model[name] = _checked(name, values[-1] if values else default)
-        specific = {option.name for option in above}
+        specific = {leaf.name for leaf in in_files}
         if not values or recorded != "None":
             # What equals the run's own threat model was set by it.
             specific |= {leaf.name for leaf in in_run if not values or leaf.value != recorded}

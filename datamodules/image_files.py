@@ -76,11 +76,11 @@ class ImageFiles(LabeledImages):
 def class_folders(parent: Path) -> list[str]:
     """Returns the names of the folders in `parent`, at least one, sorted, without hidden ones."""
     if not parent.is_dir():
-        raise ValueError(f"Expected a folder {parent} with one folder a class but got none.")
+        raise ValueError(f"Expected a folder {parent} with one folder per class but got none.")
     _, folders, _ = next(os.walk(parent, onerror=_raise_unreadable))
     names = sorted(name for name in folders if not name.startswith("."))
     if not names:
-        raise ValueError(f"Expected one folder a class in {parent} but got none.")
+        raise ValueError(f"Expected one folder per class in {parent} but got none.")
     return names
 
 
@@ -118,7 +118,7 @@ def warn_left_out(paths: Sequence[Path]) -> None:
     """Warns about files in class folders that are not images by their names, if there are any."""
     if paths:
         rank_zero_warn(
-            f"Files left out, as they are no images in a class folder: {len(paths)}, such as "
+            f"Files left out, as they are not images in a class folder: {len(paths)}, such as "
             f"{paths[0]}; names of images end in {_ENDINGS}."
         )
 

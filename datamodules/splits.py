@@ -41,10 +41,10 @@ def make_splits(
     """Divides the ordered training and test images into splits; `val` overlaps no other split.
 
     Args:
-        train_order: Positions of the training images in the order that counts.
-        test_order: Positions of the test images in the order that counts.
+        train_order: Positions of the training images, see `RobustDataModule.orders`.
+        test_order: Positions of the test images.
         sizes: Numbers of images.
-        with_val: Whether `val` is needed; if not, it may be empty for want of test images.
+        with_val: Whether `val` is needed; if not, it is empty if there are too few test images.
 
     Returns:
         The positions of `"training"`, the images to train on, `"train"`, the first of them, which
@@ -79,6 +79,8 @@ def make_splits(
             f"Expected `num_train` to be at most {len(training)}, the number of training images,"
             f" but got {sizes.num_train}."
         )
+    if not training:
+        raise ValueError("Expected at least 1 training image but got none.")
     training = training[: sizes.num_train]
     train, test = training[: sizes.num_train_eval], test[: sizes.num_test]
     return {"training": training, "train": train, "val": val, "test": test}

@@ -20,7 +20,7 @@ from robust_flatness.datamodules.images import LabeledImages, ResidentImages
 
 _KINDS = (
     "the pickle `ti_500K_pseudo_labeled.pickle` of Carmon et al., an .npz with `image` and `label`,"
-    " or a folder with one folder a class"
+    " or a folder with one folder per class"
 )
 
 
@@ -65,7 +65,7 @@ def _read_folder(path: Path, num_classes: int, class_names: Sequence[str] | None
         class_names = names
         if len(names) != num_classes:
             raise ValueError(
-                f"Expected {num_classes} folders, one a class, in {path} but got {len(names)}."
+                f"Expected {num_classes} folders, one per class, in {path} but got {len(names)}."
             )
     if unknown := sorted(set(names) - set(class_names)):
         raise ValueError(
@@ -160,13 +160,20 @@ class _DType(_Replacement):
 
 
 class _FromBuffer(_Replacement):
-    def __init__(self, data: object, dtype: object, shape: object, order: object) -> None:
+    def __init__(
+        self, data: object, dtype: object, shape: object, order: object, axes: object = None
+    ) -> None:
         _require(isinstance(data, bytes) and isinstance(dtype, _DType))
         _require(isinstance(shape, tuple) and all(type(n) is int and n >= 0 for n in shape))
         kind, sides = cast(_DType, dtype).dtype, cast("tuple[int, ...]", shape)
         _require(math.prod(sides) * kind.itemsize == len(cast(bytes, data)))
         array = np.frombuffer(cast(bytes, data), kind)
-        self.array = array.reshape(sides, order="F" if order == "F" else "C")
+        if order == "K":  # a transposed array, of newer versions of NumPy
+            _require(isinstance(axes, tuple))
+            self.array = array.reshape(sides).transpose(cast("tuple[int, ...]", axes))
+        else:
+            _require(order in ("C", "F") and axes is None)
+            self.array = array.reshape(sides, order=cast(Any, order))
 
 
 class _Array(_Replacement):

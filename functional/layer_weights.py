@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -420,14 +419,11 @@ def _warn_of_other_weights(model: nn.Module, layers: Sequence[nn.Module]) -> Non
         )
 
 
-_computes_with_its_weight: "WeakKeyDictionary[nn.Module, bool | None]" = WeakKeyDictionary()
-
-
 def computes_with_its_weight(layer: _ConvNd | nn.Linear) -> bool | None:
     """Whether a layer passes `weight` itself to a convolution or product, not a tensor made of it.
 
-    A copy of the layer is tried on zeros, once for each layer, unless its forward is PyTorch's. If
-    that fails, for example because `forward` takes other inputs, it is `None`.
+    A copy of the layer is tried on zeros, unless its forward is PyTorch's. If that fails, for
+    example because `forward` takes other inputs, it is `None`.
 
     Example:
         >>> class Standardized(nn.Linear):
@@ -438,12 +434,6 @@ def computes_with_its_weight(layer: _ConvNd | nn.Linear) -> bool | None:
     """
     if getattr(layer.forward, "__module__", "").startswith("torch.nn.modules."):
         return True
-    if layer not in _computes_with_its_weight:
-        _computes_with_its_weight[layer] = _try(layer)
-    return _computes_with_its_weight[layer]
-
-
-def _try(layer: _ConvNd | nn.Linear) -> bool | None:
     devices = {parameter.device for parameter in layer.parameters() if parameter.is_cuda}
     try:
         with (

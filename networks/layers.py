@@ -46,7 +46,7 @@ class Normalize(nn.Module):
         mean, std = channel_values("mean", mean), channel_values("std", std)
         if not mean or len(mean) != len(std):
             raise ValueError(
-                "Expected `mean` and `std` to have one value a channel each"
+                "Expected `mean` and `std` to have one value per channel each"
                 f" but got {len(mean)} and {len(std)} values."
             )
         # Values that are finite and above 0 in float64 may not be so in the tensors' precision.
@@ -92,15 +92,15 @@ def channel_values(name: str, values: Any) -> list[float]:
     """
     if isinstance(values, (property, cached_property)):
         raise ValueError(
-            f"Expected `{name}` to be one number a channel but got a property of a class; use that"
-            f" of an instance, as in `Digits().{name}`."
+            f"Expected `{name}` to be one number per channel but got a property of a class; use"
+            f" that of an instance, as in `Digits().{name}`."
         )
     numbers = values.reshape(-1).tolist() if hasattr(values, "tolist") else values
     try:
         return [float(number) for number in numbers]
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"Expected `{name}` to be one number a channel but got {values}."
+            f"Expected `{name}` to be one number per channel but got {values}."
         ) from error
 
 

@@ -1,9 +1,9 @@
 """Networks of the user: a module, a class or function that builds one, or the path of one."""
 
 import inspect
-import pydoc
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -34,22 +34,23 @@ def import_path(path: str) -> Any:
     parts = path.split(".")
     if len(parts) < 2 or not all(part.isidentifier() for part in parts):
         raise ValueError(f"Expected `network` to be a path such as package.Class but got {path}.")
-    try:
-        network, known = pydoc.locate(path), 0
-        while network is None and pydoc.locate(".".join(parts[: known + 1])) is not None:
-            known += 1
-    except pydoc.ErrorDuringImport as error:
-        kind, reason = type(error.value).__name__, " ".join(str(error.value).split())
-        raise ValueError(
-            f"Expected `network` {path} to import but it raises {kind}: {reason}."
-        ) from error
-    if network is None:
-        missing = f"{'.'.join(parts[:known])} has no" if known else "there is no module named"
-        raise ValueError(
-            f"Expected `network` to be the path of a class or function but got {path}: "
-            f"{missing} {parts[known]}."
-        )
-    return network
+    value: Any = None
+    for i, part in enumerate(parts):
+        parent, module = ".".join(parts[:i]), ".".join(parts[: i + 1])
+        try:
+            value = getattr(value, part) if hasattr(value, part) else import_module(module)
+        except (Exception, SystemExit) as error:
+            if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+                missing = f"{parent} has no" if parent else "there is no module named"
+                raise ValueError(
+                    f"Expected `network` to be the path of a class or function but got {path}: "
+                    f"{missing} {part}."
+                ) from error
+            raise ValueError(
+                f"Expected `network` {path} to import but {module} raises {type(error).__name__}: "
+                f"{' '.join(str(error).split())}."
+            ) from error
+    return value
 
 
 def check_buildable(network: Any, name: str) -> None:

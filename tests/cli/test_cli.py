@@ -242,7 +242,7 @@ def test_short_names_choose_networks_optimizers_and_callbacks(trainers):
 def test_default_callbacks_are_adjusted_by_name(trainers):
     main(["fit", *TINY, QUIET, "--flatness.every_n_epochs=5", "--train_flatness.xi=0.25"])
     flatness = [c for c in trainers[0].callbacks if type(c).__name__ == "Flatness"]
-    assert [(c.split, c.every_n_epochs, c.xi) for c in flatness] == [
+    assert [(c.split, c.every_n_epochs, c.measure.xi) for c in flatness] == [
         ("test", 5, 0.5),
         ("train", 20, 0.25),
     ]

@@ -3,6 +3,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from robust_flatness.cli import main
 from robust_flatness.command_line.files import CONFIGS, run_folder_of
 from robust_flatness.command_line.presets import merge_presets
 
@@ -225,15 +226,20 @@ def test_one_option_sets_a_radius_or_norm_for_training_and_all_measures(argument
 @pytest.mark.parametrize(
     ("arguments", "eps"),
     [
-        (["--model.eps=0.1", "--eps=0.3"], {"data": 0.3}),
+        (["--model.eps=0.1", "--eps=0.3"], {"model": 0.1, "data": 0.3}),
         (["--config={model: {init_args: {eps: 0.1}}}", "--eps=0.3"], {"model": 0.1, "data": 0.3}),
         (["--config={flatness: {eps: 0.1}}", "--config={eps: 0.3}"],
          {"flatness": 0.1, "model": 0.3, "data": 0.3}),
-        (["--config={eps: 0.3}", "--flatness={eps: 0.1}"], {"model": 0.3, "data": 0.3}),
+        (["--config={eps: 0.3}", "--flatness={eps: 0.1}"],
+         {"flatness": 0.1, "model": 0.3, "data": 0.3}),
+        (["--data.eps=0.1"], {"model": 0.2, "data": 0.1}),
     ],
 )  # fmt: skip
-def test_a_specific_radius_wins_from_any_source(arguments, eps):
-    assert places(merged(*arguments), "eps") == eps
+def test_a_specific_radius_wins_from_any_source(arguments, eps, capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", *arguments, "--print_config"])
+    found = places(yaml.safe_load(capsys.readouterr().out), "eps")
+    assert {key: value for key, value in found.items() if value is not None} == eps
 
 
 def test_a_typed_radius_wins_over_a_run_but_what_was_specific_there_stays(tmp_path):

@@ -166,7 +166,7 @@ def test_a_normalisation_that_is_not_told_is_refused(data, named, capsys):
     [
         ("import nowhere_else\nclass MyAT: pass", "nowhere_else"),
         ("class MyAT(", "own_broken"),
-        ("class MyAT: pass", "`--model` to be a LightningModule"),
+        ("class MyAT: pass", "`--model` to be a class path of LightningModule"),
         ("", "`--model`"),
         (
             "from lightning.pytorch import LightningModule\nclass MyAT(LightningModule):\n"

@@ -232,8 +232,8 @@ def no_class(root):
         (resize, r"images of one size, 8x6 pixels, but got 9x6 in .*3.png"),
         (empty, r"Expected images in .*dog but got none"),
         (add_class, r"Expected the same classes .* but got 'emu' in one of them only"),
-        (remove_test, r"Expected a folder .*test with one folder a class but got none"),
-        (no_class, r"Expected one folder a class in .*train but got none"),
+        (remove_test, r"Expected a folder .*test with one folder per class but got none"),
+        (no_class, r"Expected one folder per class in .*train but got none"),
     ],
 )
 def test_a_damaged_folder_is_one_sentence(root, damage, message, in_memory):

@@ -66,3 +66,8 @@ def test_splits_are_disjoint_and_of_the_size_asked_for_or_refused(train, test, w
 def test_what_cannot_be_is_said(wanted, message):
     with pytest.raises(ValueError, match=message):
         make_splits(range(50_000), range(10_000), sizes(**wanted))
+
+
+def test_an_order_without_images_is_refused():
+    with pytest.raises(ValueError, match="Expected at least 1 training image but got none"):
+        make_splits([], range(10_000), sizes())

@@ -38,10 +38,11 @@ def assert_read(images):
 
 @pytest.mark.parametrize("protocol", range(6))
 def test_pickles_of_any_protocol_are_read(tmp_path, protocol):
-    others = {"number": np.int64(1), "fortran": np.asfortranarray(IMAGES), "list": [0.5, None]}
-    content = {**CARMON, **others}
-    path = save_pickle(content, tmp_path / "ti_500K_pseudo_labeled.pickle", protocol)
-    assert_read(read_unlabeled(str(path), num_classes=3))
+    channels_first = np.ascontiguousarray(IMAGES.transpose(0, 3, 1, 2))
+    for images in (IMAGES, np.asfortranarray(IMAGES), channels_first.transpose(0, 2, 3, 1)):
+        content = {**CARMON, "data": images, "number": np.int64(1), "list": [0.5, None]}
+        path = save_pickle(content, tmp_path / "ti_500K_pseudo_labeled.pickle", protocol)
+        assert_read(read_unlabeled(str(path), num_classes=3))
 
 
 @pytest.mark.parametrize("core", ["numpy.core", "numpy._core"])
@@ -80,7 +81,7 @@ def test_folders_are_numbered_by_name_or_as_the_labeled_ones(tmp_path):
     part = save_folder(tmp_path / "part", ("cat", "emu"))
     images = read_unlabeled(part, num_classes=4, class_names=names)
     assert images.labels.tolist() == [1, 1, 3, 3]
-    with pytest.raises(ValueError, match="Expected 3 folders, one a class, in .*part but got 2"):
+    with pytest.raises(ValueError, match="Expected 3 folders, one per class, in .*part but got 2"):
         read_unlabeled(part, num_classes=3)
     with pytest.raises(ValueError, match="named as the 2 classes of the labeled .* but got 'cat'"):
         read_unlabeled(part, num_classes=2, class_names=["dog", "emu"])
@@ -145,6 +146,9 @@ STATE = IMAGES.__reduce__()[2]
         reduced(np.ndarray, (2,), "O", bytes(16)),
         reduced(np.ndarray, (6, 4, 5, 3), "u1", IMAGES.tobytes()),
         reduced(FROMBUFFER, bytes(16), np.dtype("O"), (2,), "C"),
+        reduced(FROMBUFFER, IMAGES.tobytes(), np.dtype("u1"), (6, 4, 5, 3), "K"),
+        reduced(FROMBUFFER, IMAGES.tobytes(), np.dtype("u1"), (6, 4, 5, 3), "C", (0, 2, 1, 3)),
+        reduced(FROMBUFFER, IMAGES.tobytes(), np.dtype("u1"), (6, 4, 5, 3), "K", (0, 1, 2)),
         reduced(FROMBUFFER, IMAGES.tobytes(), np.dtype("u1"), (6, 4, 5, 4), "C"),
         reduced(FROMBUFFER, IMAGES.tobytes(), np.dtype("u1"), (-6, 4, 5, -3), "C"),
         reduced(FROMBUFFER, IMAGES.tobytes(), np.dtype("u1"), (2**62, 2**62, 0, 1), "C"),
@@ -183,14 +187,24 @@ def nested(depth):
         b"\x80\x05\x96" + (2**33).to_bytes(8, "little") + b".",  # of an array of bytes
         b"\x80\x04\x8e" + (2**33).to_bytes(8, "little") + b".",  # of bytes
         b"\x80\x04\x95" + (2**33).to_bytes(8, "little") + b"}.",  # of a frame
-        # The defaults of the function that turns text into bytes.
-        b"\x80\x02c_codecs\nencode\nN}U\x0c__defaults__(U\x01xU\x06latin1tsb.",
+        # Attributes of what replaces NumPy's classes and functions.
+        *[
+            b"\x80\x02c" + path + b"\n" + state + b"b."
+            for path in (
+                b"_codecs\nencode",
+                b"numpy\ndtype",
+                b"numpy.core.multiarray\n_reconstruct",
+            )
+            for name in (b"U\x08__init__", b"U\x07__new__", b"U\x0c__setstate__")
+            for state in (b"}" + name + b"Ns", b"N}" + name + b"Ns\x86")
+        ],
     ],
 )
 def test_pickles_cannot_exhaust_or_change_the_process(tmp_path, content):
     (tmp_path / "x.pickle").write_bytes(content)
     with pytest.raises(ValueError, match=r"Expected .*x.pickle"):
         read_unlabeled(tmp_path / "x.pickle", num_classes=3)
+    assert_read(read_unlabeled(save_pickle(CARMON, tmp_path / "y.pickle", 2), num_classes=3))
 
 
 def mutated(content: bytes, random: np.random.Generator) -> bytes:

@@ -31,13 +31,13 @@ def test_normalize_is_saved_but_not_trained():
 @pytest.mark.parametrize(
     ("mean", "std", "message"),
     [
-        ([0.1, 0.2], [1.0], "one value a channel each but got 2 and 1 values"),
+        ([0.1, 0.2], [1.0], "one value per channel each but got 2 and 1 values"),
         ([], [], "got 0 and 0 values"),
         ([0.5], [0.0], r"each value of `std` to be finite and > 0 but got \[0.0\]"),
         ([0.5], [float("nan")], r"each value of `std` to be finite and > 0 but got \[nan\]"),
-        ("abc", [0.5], "`mean` to be one number a channel but got abc"),
-        (0.5, [0.5], "`mean` to be one number a channel but got 0.5"),
-        ([0.5], None, "`std` to be one number a channel but got None"),
+        ("abc", [0.5], "`mean` to be one number per channel but got abc"),
+        (0.5, [0.5], "`mean` to be one number per channel but got 0.5"),
+        ([0.5], None, "`std` to be one number per channel but got None"),
         ([0.5], [float("inf")], r"each value of `std` to be finite and > 0 but got \[inf\]"),
         ([float("nan")], [0.5], r"each value of `mean` to be finite but got \[nan\]"),
     ],

@@ -179,20 +179,30 @@ def test_a_path_builds_what_it_names(project):
         UserNetwork(path="own_nets.Net")
 
 
+def test_an_attribute_comes_before_a_submodule_of_its_name(project):
+    (project / "zoo").mkdir()
+    (project / "zoo" / "__init__.py").write_text(
+        "from torch import nn\ndef net(num_classes): return nn.Linear(3, num_classes)\n"
+    )
+    (project / "zoo" / "net.py").write_text("from torch import nn\nready = nn.Linear(3, 2)\n")
+    assert UserNetwork(7, 2, path="zoo.net").weight.shape == (7, 3)
+
+
+def test_importing_a_network_can_be_interrupted(project):
+    (project / "slow.py").write_text("raise KeyboardInterrupt")
+    with pytest.raises(KeyboardInterrupt):
+        UserNetwork(7, 2, path="slow.Net")
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        (
-            "missing_import.Net",
-            "missing_import.Net to import but it raises ModuleNotFoundError: .*'not_there'",
-        ),
-        (
-            "package.part.Net",
-            "package.part.Net to import but it raises ModuleNotFoundError: .*'package.absent'",
-        ),
-        ("wrong_syntax.Net", "wrong_syntax.Net to import but it raises SyntaxError: .*line 1"),
-        ("fails.Net", "fails.Net to import but it raises RuntimeError: no GPU"),
-        ("leaves.Net", "leaves.Net to import but it raises SystemExit: 3"),
+        ("missing_import.Net", "missing_import raises ModuleNotFoundError: .*'not_there'"),
+        ("package.part.Net", "package.part raises ModuleNotFoundError: .*'package.absent'"),
+        ("own_error.Net", "own_error raises ImportError: cannot import name 'absent'"),
+        ("wrong_syntax.Net", "wrong_syntax raises SyntaxError: .*line 1"),
+        ("fails.Net", "fails raises RuntimeError: no GPU"),
+        ("leaves.Net", "leaves raises SystemExit: 3"),
         ("empty.Net", "but got empty.Net: empty has no Net"),
         ("package.absent.Net", "but got package.absent.Net: package has no absent"),
         ("empty.Net.inner", "empty has no Net"),
@@ -208,6 +218,7 @@ def test_a_path_that_leads_nowhere_shows_why(path, message, project):
         "missing_import.py": "import not_there",
         "package/__init__.py": "",
         "package/part.py": "import package.absent",
+        "own_error.py": "from own_error import absent",
         "wrong_syntax.py": "def f(:",
         "fails.py": "raise RuntimeError('no GPU')",
         "leaves.py": "raise SystemExit(3)",

@@ -9,10 +9,10 @@ from robust_flatness.functional.checks import check_choice, check_count, check_n
 from robust_flatness.functional.flatness import (
     PAPER_REFERENCE_RESTARTS,
     FlatnessResult,
-    LossKind,
     Protocol,
     measure_flatness,
 )
+from robust_flatness.functional.robust_loss import LossKind
 from robust_flatness.functional.weight_perturbation import Distribution, RelativeTo
 from robust_flatness.measures.base import AttackMeasure, Examples
 
@@ -76,9 +76,7 @@ class AverageCaseFlatness(AttackMeasure):
     def measure(self, network: nn.Module, examples: Examples) -> FlatnessResult:
         return measure_flatness(
             network,
-            examples.images,
-            examples.labels,
-            self.pgd,
+            self.attacked(examples),
             xi=self.xi,
             num_perturbations=self.num_perturbations,
             protocol=self.protocol,
@@ -86,7 +84,6 @@ class AverageCaseFlatness(AttackMeasure):
             distribution=self.distribution,
             relative_to=self.relative_to,
             per_batch=self.per_batch,
-            **self.shared(examples),
         )
 
     @override

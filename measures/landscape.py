@@ -10,24 +10,21 @@ from torch import nn
 from typing_extensions import override
 
 from robust_flatness.functional.checks import check_choice, check_count
-from robust_flatness.functional.directions import (
+from robust_flatness.functional.landscape import (
     ASCENT_STEPS,
     COUNT,
     LENGTH,
     Direction,
     DirectionKind,
-    check_direction_kind,
-    make_directions,
-)
-from robust_flatness.functional.flatness import LossKind
-from robust_flatness.functional.landscape import (
     LandscapeResult,
     SurfaceResult,
-    attack_of,
+    check_direction_kind,
+    make_directions,
     measure_landscape,
     measure_surface,
     steps_along,
 )
+from robust_flatness.functional.robust_loss import LossKind
 from robust_flatness.functional.weight_perturbation import RelativeTo
 from robust_flatness.measures.base import AttackMeasure, Examples, Processes
 
@@ -93,9 +90,8 @@ class LossLandscape(AttackMeasure):
             chunk=self.batch_size,
             common_fields=("coordinates",),
         )
-        pgd = attack_of(self.loss, self.pgd)
-        attack = f"PGD-{pgd.steps}" if pgd.steps else "clean"
-        attempts = self.restarts if pgd.steps else 1
+        attack = f"PGD-{self.pgd.steps}" if self.loss == "robust" else "clean"
+        attempts = self.restarts if self.loss == "robust" else 1
         landscapes: dict[str, LandscapeResult | SurfaceResult] = {}
         for kind in self.directions:
             count = COUNT[kind] if kind == "hessian" else self.num_directions
@@ -124,23 +120,17 @@ class LossLandscape(AttackMeasure):
     ) -> LandscapeResult:
         return measure_landscape(
             network,
-            share.images,
-            share.labels,
-            attack_of(self.loss, self.pgd),
-            directions=directions or self._directions(network, share, kind, self.num_directions),
-            coordinates=steps_along(kind, self.num_steps, None),
-            **self.shared(share),
+            self.attacked(share).for_loss(self.loss),
+            directions or self._directions(network, share, kind, self.num_directions),
+            steps_along(kind, self.num_steps, None),
         )
 
     def _surface(self, network: nn.Module, share: Examples) -> SurfaceResult:
         return measure_surface(
             network,
-            share.images,
-            share.labels,
-            attack_of(self.loss, self.pgd),
-            directions=list(self._directions(network, share, "random", 2)),
-            coordinates=steps_along("random", self.surface_steps, None),
-            **self.shared(share),
+            self.attacked(share).for_loss(self.loss),
+            self._directions(network, share, "random", 2),
+            steps_along("random", self.surface_steps, None),
         )
 
     def _agreed_directions(
@@ -164,18 +154,13 @@ class LossLandscape(AttackMeasure):
     def _directions(
         self, network: nn.Module, examples: Examples, kind: DirectionKind, count: int
     ) -> Iterable[Direction]:
-        settings = self.shared(examples)
-        del settings["restarts"]
         return make_directions(
             network,
-            examples.images,
-            examples.labels,
-            attack_of(self.loss, self.pgd),
-            kind=kind,
-            num_directions=count,
+            self.attacked(examples).for_loss(self.loss),
+            kind,
+            count,
             relative_to=self.relative_to,
             length=self.length,
-            **settings,
         )
 
     def length_of(self, name: str) -> float:

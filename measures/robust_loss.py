@@ -31,8 +31,7 @@ class RobustLoss(AttackMeasure):
 
     @override
     def measure(self, network: nn.Module, examples: Examples) -> RobustnessResult:
-        images, labels = examples.images, examples.labels
-        return measure_robustness(network, images, labels, self.pgd, **self.shared(examples))
+        return measure_robustness(network, self.attacked(examples))
 
     @override
     def metric_names(self, split: str) -> tuple[str, ...]:

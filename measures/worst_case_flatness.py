@@ -7,7 +7,7 @@ from typing_extensions import override
 
 from robust_flatness.functional.attack import Keep
 from robust_flatness.functional.checks import check_choice, check_count, check_number
-from robust_flatness.functional.flatness import LossKind
+from robust_flatness.functional.robust_loss import LossKind
 from robust_flatness.functional.worst_case_flatness import (
     WorstCaseFlatnessResult,
     measure_worst_case_flatness,
@@ -71,16 +71,13 @@ class WorstCaseFlatness(AttackMeasure):
     def measure(self, network: nn.Module, examples: Examples) -> WorstCaseFlatnessResult:
         return measure_worst_case_flatness(
             network,
-            examples.images,
-            examples.labels,
-            self.pgd,
+            self.attacked(examples),
             xi=self.xi,
             weight_step=self.weight_step,
             loss=self.loss,
             keep=self.keep,
             per_batch=self.per_batch,
             sharing=examples.sharing,
-            **self.shared(examples),
         )
 
     @override

@@ -7,7 +7,6 @@ Example:
     '0.85 0.86 over 74 models'
 """
 
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +21,6 @@ Interval = tuple[float, float]
 _FEWEST = 3  # models for a coefficient, and methods for an interval
 # Models for an interval: resamples of fewer are close to a line by chance.
 _FEWEST_FOR_INTERVAL = 8
-_LEVEL = 0.95
 
 
 @dataclass(frozen=True)
@@ -100,11 +98,14 @@ def correlate(
     from scipy.stats import pearsonr, spearmanr  # not at the top: it takes a second to import
 
     names = sorted(set(points["method"]))
-    method_of = points["method"].map(names.index).to_numpy(dtype=np.int64)
     pearson_interval = spearman_interval = None
     if len(xs) >= _FEWEST_FOR_INTERVAL and len(names) >= _FEWEST:
-        pearson_interval = _interval(xs, ys, method_of, resamples, seed, of_ranks=False)
-        spearman_interval = _interval(xs, ys, method_of, resamples, seed, of_ranks=True)
+        drawn = np.random.default_rng(seed).integers(len(names), size=(resamples, len(names)))
+        times = (drawn[:, :, None] == np.arange(len(names))).sum(axis=1).astype(float)
+        counts = times[:, points["method"].map(names.index)]
+        counts = counts[_varies(xs, counts) & _varies(ys, counts)]
+        pearson_interval = _interval(_pearson(xs, ys, counts))
+        spearman_interval = _interval(_pearson(_ranks(xs, counts), _ranks(ys, counts), counts))
     return Correlation(
         float(pearsonr(xs, ys).statistic),
         float(spearmanr(xs, ys).statistic),
@@ -115,38 +116,10 @@ def correlate(
     )
 
 
-def _interval(
-    x: Array, y: Array, method_of: NDArray[np.int64], resamples: int, seed: int, *, of_ranks: bool
-) -> Interval | None:
-    """Percentiles of the coefficient over resamples of methods `(M,)`."""
-    from scipy.stats import bootstrap
-
-    methods = np.arange(int(method_of.max()) + 1)
-
-    def coefficient(drawn: NDArray[np.int64], axis: int = -1) -> Array:
-        """Pearson's coefficient of drawn methods `(resamples, M)`; NaN if a metric is constant."""
-        counts = (drawn.reshape(-1, len(methods), 1) == methods).sum(axis=1)
-        counts = counts[:, method_of].astype(float)
-        varies = _varies(x, counts) & _varies(y, counts)
-        a, b = (_ranks(x, counts), _ranks(y, counts)) if of_ranks else (x, y)
-        return np.where(varies, _pearson(a, b, counts), np.nan).reshape(drawn.shape[:-1])
-
-    with warnings.catch_warnings():
-        # SciPy's own interval is not finite if a resample has no coefficient.
-        warnings.simplefilter("ignore")
-        result = bootstrap(
-            (methods,),
-            coefficient,
-            n_resamples=resamples,
-            vectorized=True,
-            method="percentile",
-            random_state=np.random.default_rng(seed),
-        )
-    coefficients = result.bootstrap_distribution
-    if np.isnan(coefficients).all():
+def _interval(coefficients: Array) -> Interval | None:
+    if not len(coefficients):
         return None
-    tail = 100 * (1 - _LEVEL) / 2
-    low, high = np.nanpercentile(coefficients, (tail, 100 - tail))
+    low, high = np.percentile(coefficients, (2.5, 97.5))
     return float(low), float(high)
 
 
@@ -162,8 +135,7 @@ def _pearson(x: Array, y: Array, counts: Array) -> Array:
     x = x - (counts * x).sum(axis=1, keepdims=True) / total
     y = y - (counts * y).sum(axis=1, keepdims=True) / total
     xy, xx, yy = ((counts * a * b).sum(axis=1) for a, b in ((x, y), (x, x), (y, y)))
-    with np.errstate(invalid="ignore", divide="ignore"):  # of constant metrics
-        return np.asarray(np.clip(xy / np.sqrt(xx * yy), -1, 1))
+    return np.asarray(np.clip(xy / np.sqrt(xx * yy), -1, 1))
 
 
 def _ranks(values: Array, counts: Array) -> Array:

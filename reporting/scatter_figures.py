@@ -23,6 +23,7 @@ from robust_flatness.plotting.canvas import FONT, GREY, make_canvas, method_styl
 from robust_flatness.reporting.correlation import correlate
 from robust_flatness.reporting.frame import Models
 from robust_flatness.reporting.sweeps import find_sweeps
+from robust_flatness.run_folder.files import Array
 from robust_flatness.run_folder.metrics import method_label, metric
 
 PUBLISHED = "published (CIFAR-10)"
@@ -255,13 +256,19 @@ def _draw_published(axes: Axes, published: Models | None, x: str, y: str) -> Non
         axes.scatter(points["x"], points["y"], s=14, label=PUBLISHED, zorder=1, **ring)
 
 
-def _draw_trend(axes: Axes, points: pd.DataFrame, at_least: int = 3, **look: Any) -> None:
-    """Draws the least-squares line through points, between their ends, if there are enough."""
+def least_squares(points: pd.DataFrame, at_least: int = 3) -> tuple[Array, Array] | None:
+    """The ends `x` and `y` of the line through points, if there are enough of them."""
     x, y = points["x"], points["y"]
-    if len(points) >= at_least and x.min() < x.max():
-        ends = np.array([x.min(), x.max()])
+    if len(points) < at_least or x.min() == x.max():
+        return None
+    ends = np.array([x.min(), x.max()])
+    return ends, np.polyval(np.polyfit(x, y, 1), ends)
+
+
+def _draw_trend(axes: Axes, points: pd.DataFrame, at_least: int = 3, **look: Any) -> None:
+    if (line := least_squares(points, at_least)) is not None:
         style: dict[str, Any] = {"linestyle": ":", "linewidth": 1.2, "color": GREY, **look}
-        axes.plot(ends, np.polyval(np.polyfit(x, y, 1), ends), zorder=2, **style)
+        axes.plot(*line, zorder=2, **style)
 
 
 def _set_axes(axes: Axes, x: str, y: str) -> None:

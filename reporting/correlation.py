@@ -8,19 +8,20 @@ Example:
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from robust_flatness.reporting.frame import Models
+from robust_flatness.run_folder.files import Array
 from robust_flatness.run_folder.metrics import Weights
 
-Array = NDArray[np.float64]
 Interval = tuple[float, float]
 
 _FEWEST = 3  # models for a coefficient, and methods for an interval
 # Models for an interval: resamples of fewer are close to a line by chance.
 _FEWEST_FOR_INTERVAL = 8
+_LEVEL = 0.95
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class Correlation:
     """Correlation of two metrics over models.
 
     Attributes:
-        pearson: Pearson's coefficient, in [-1, 1].
-        spearman: Spearman's coefficient, in [-1, 1].
+        pearson: Pearson's coefficient.
+        spearman: Spearman's coefficient.
         pearson_interval: 95 % bootstrap interval over methods; None for fewer than eight models or
             three methods.
         spearman_interval: The same of Spearman's coefficient.
@@ -76,9 +77,9 @@ def correlate(
 
     Args:
         models: Each counts once, whatever its number of seeds.
-        x: Name of a metric, such as `flatness/average/test` or `gap/robust_loss`.
-        y: Name of the other one.
-        weights: Whether to take metrics of the last or of the early-stopped weights.
+        x: A metric, such as `flatness/average/test` or `gap/robust_loss`.
+        y: The other one.
+        weights: Whose metrics.
         resamples: Of the bootstrap, at least 1. Resamples in which a metric is constant have no
             coefficient and are left out.
         seed: Of the bootstrap.
@@ -103,9 +104,10 @@ def correlate(
         drawn = np.random.default_rng(seed).integers(len(names), size=(resamples, len(names)))
         times = (drawn[:, :, None] == np.arange(len(names))).sum(axis=1).astype(float)
         counts = times[:, points["method"].map(names.index)]
-        counts = counts[_varies(xs, counts) & _varies(ys, counts)]
-        pearson_interval = _interval(_pearson(xs, ys, counts))
-        spearman_interval = _interval(_pearson(_ranks(xs, counts), _ranks(ys, counts), counts))
+        varies = _varies(xs, counts) & _varies(ys, counts)
+        pearson_interval = _interval(_pearson(xs, ys, counts)[varies])
+        ranks = _ranks(xs, counts), _ranks(ys, counts)
+        spearman_interval = _interval(_pearson(*ranks, counts)[varies])
     return Correlation(
         float(pearsonr(xs, ys).statistic),
         float(spearmanr(xs, ys).statistic),
@@ -119,14 +121,15 @@ def correlate(
 def _interval(coefficients: Array) -> Interval | None:
     if not len(coefficients):
         return None
-    low, high = np.percentile(coefficients, (2.5, 97.5))
+    tail = 100 * (1 - _LEVEL) / 2
+    low, high = np.percentile(coefficients, (tail, 100 - tail))
     return float(low), float(high)
 
 
-def _varies(values: Array, counts: Array) -> NDArray[np.bool_]:
+def _varies(values: Array, counts: Array) -> Any:
     """Whether a resample has more than one value; `(resamples,)`."""
     drawn = np.where(counts > 0, values, np.nan)
-    return np.asarray(np.nanmax(drawn, axis=1) > np.nanmin(drawn, axis=1))
+    return np.nanmax(drawn, axis=1) > np.nanmin(drawn, axis=1)
 
 
 def _pearson(x: Array, y: Array, counts: Array) -> Array:
@@ -135,7 +138,8 @@ def _pearson(x: Array, y: Array, counts: Array) -> Array:
     x = x - (counts * x).sum(axis=1, keepdims=True) / total
     y = y - (counts * y).sum(axis=1, keepdims=True) / total
     xy, xx, yy = ((counts * a * b).sum(axis=1) for a, b in ((x, y), (x, x), (y, y)))
-    return np.asarray(np.clip(xy / np.sqrt(xx * yy), -1, 1))
+    with np.errstate(invalid="ignore", divide="ignore"):  # of constant metrics
+        return np.asarray(np.clip(xy / np.sqrt(xx * yy), -1, 1))
 
 
 def _ranks(values: Array, counts: Array) -> Array:

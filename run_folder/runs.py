@@ -83,22 +83,14 @@ class Run:
 
 
 class LeftOut(NamedTuple):
-    """A folder that cannot be used.
-
-    Attributes:
-        folder: The folder.
-        reason: Why, in words that follow "left out:".
-    """
+    """A folder that cannot be used, and why, in words that follow "left out:"."""
 
     folder: Path
     reason: str
 
 
 def find_runs(root: str | Path) -> tuple[list[Run], list[LeftOut]]:
-    """Reads all runs below a folder, sorted by path.
-
-    Args:
-        root: A folder that contains run folders at any depth, or is one.
+    """Reads all runs below a folder, or in it, sorted by path.
 
     Returns:
         The finished runs, and folders of runs that are not finished or are broken.
@@ -124,10 +116,7 @@ def find_runs(root: str | Path) -> tuple[list[Run], list[LeftOut]]:
 
 
 def load_run(folder: str | Path) -> Run:
-    """Reads one run.
-
-    Args:
-        folder: The run folder.
+    """Reads the run in a run folder.
 
     Raises:
         ValueError: If the run has not finished, is broken or lacks entries. The message is the

@@ -30,6 +30,7 @@ from robust_flatness.plotting.canvas import (
     GREY,
     ORANGE,
     PURPLE,
+    add_bar,
     add_legend,
     make_canvas,
     sequential,
@@ -293,23 +294,16 @@ class Ruler(NamedTuple):
     set_ticks: Callable[[Axis], None]
 
 
-def small_multiples(
-    titles: Sequence[str], *, heights: Sequence[float] = (1.3,), width: float = 6.8
-) -> tuple[Figure, Panels]:
+def small_multiples(titles: Sequence[str], heights: Sequence[float]) -> tuple[Figure, Panels]:
     """Lays out a column of panels for each model, several models a row.
 
     Returns:
         The figure, and the panels of each model from top to bottom.
-
-    Example:
-        >>> figure, panels = small_multiples(["AT", "TRADES", "MART"], heights=(1.2, 0.8))
-        >>> len(panels), len(panels[0])
-        (3, 2)
     """
     columns = min(_COLUMNS, len(titles))
     rows, deep = -(-len(titles) // columns), len(heights)
     figure, grid = make_canvas(
-        width, rows * sum(heights) + 0.8, rows * deep * columns, rows=rows * deep
+        6.8, rows * sum(heights) + 0.8, rows * deep * columns, rows=rows * deep
     )
     cast(GridSpec, grid[0].get_gridspec()).set_height_ratios([*heights] * rows)
     panels: Panels = [
@@ -390,11 +384,10 @@ def _add_bar(figure: Figure, dots: PathCollection) -> None:
     panels = list(figure.axes)
     shrink = 0.6 if len(panels) > 2 * _COLUMNS else 1.0
     look: dict[str, Any] = {"pad": 0.01, "aspect": 35, "shrink": shrink}
-    bar = figure.colorbar(dots, ax=panels, ticks=MultipleLocator(0.5), **look)
-    bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
-    bar.set_label("share of training", fontsize=_SMALL + 1)
-    bar.ax.tick_params(labelsize=_SMALL)
-    bar.outline.set_visible(False)
+    bar = add_bar(figure, dots, panels, "share of training", ticks=MultipleLocator(0.5), **look)
+    bar.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+    bar.yaxis.label.set_fontsize(_SMALL + 1)
+    bar.tick_params(labelsize=_SMALL)
 
 
 def _unit(eigenvalue: float, highest: float) -> float:

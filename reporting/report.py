@@ -169,7 +169,7 @@ def _draw(
     }
     classes = models.runs[models.labels[0]][0].num_classes or 0
     if classes > 1:
-        figures["loss-and-error"] = lambda: kink_figure(models, num_classes=classes, title=title)
+        figures["loss-and-error"] = lambda: kink_figure(models, classes, title=title)
     return figures
 
 

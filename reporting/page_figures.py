@@ -315,7 +315,7 @@ class PageFigures:
             text = f" guessing ({loss:.2f})"
             figure.add_vline(loss, line=line, annotation={"text": text, "font_color": _GREY})
         points, edge = self.models.points(x, y), self.guessing[0]
-        for side in (points[points["x"] < edge], points[points["x"] >= edge]):
+        for side in (points[points["x"] <= edge], points[points["x"] > edge]):
             if (trend := _trend(side)) is not None:
                 figure.add_trace(trend)
         _add_note(

@@ -60,23 +60,18 @@ class Line(NamedTuple):
     look: dict[str, Any]
 
 
-_TEST: dict[str, Any] = {"color": ORANGE, "linewidth": 1.4}
-_TRAIN: dict[str, Any] = {"color": BLUE, "linewidth": 1.4, "linestyle": (0, (1, 1))}
-_STOPPING: dict[str, Any] = {"color": BLACK, "linewidth": 0.5, "linestyle": "-."}
+def _look(color: str, width: float = 1.4, style: Any = "-") -> dict[str, Any]:
+    return {"color": color, "linewidth": width, "linestyle": style}
+
+
+_TEST, _TRAIN = _look(ORANGE), _look(BLUE, style=(0, (1, 1)))
+_STOPPING = _look(BLACK, 0.5, "-.")
 # `train_eval` has fixed weights and the attack of `test`; `train` stands in if it was not measured.
 _TRAIN_LOSS = ("train_eval/robust_loss", "train/robust_loss")
 _LOSSES = (
-    Line(
-        "test, incorrect when clean",
-        ("test/robust_loss_incorrect",),
-        {"color": PURPLE, "linewidth": 0.7},
-    ),
+    Line("test, incorrect when clean", ("test/robust_loss_incorrect",), _look(PURPLE, 0.7)),
     Line("test", (_LOSS,), _TEST),
-    Line(
-        "test, correct when clean",
-        ("test/robust_loss_correct",),
-        {"color": GREEN, "linewidth": 0.7},
-    ),
+    Line("test, correct when clean", ("test/robust_loss_correct",), _look(GREEN, 0.7)),
     Line("train", _TRAIN_LOSS, _TRAIN),
 )
 _ERRORS = (
@@ -86,16 +81,8 @@ _ERRORS = (
 _MEASURES = (
     Line("RLoss, train", _TRAIN_LOSS, _TRAIN),
     Line("RLoss, test", (_LOSS,), _TEST),
-    Line(
-        "average-case flatness, test",
-        (_FLATNESS,),
-        {"color": GREEN, "linewidth": 1.4, "linestyle": "--"},
-    ),
-    Line(
-        "worst-case flatness, test",
-        ("flatness/worst/test",),
-        {"color": PURPLE, "linewidth": 1.4, "linestyle": "-."},
-    ),
+    Line("average-case flatness, test", (_FLATNESS,), _look(GREEN, style="--")),
+    Line("worst-case flatness, test", ("flatness/worst/test",), _look(PURPLE, style="-.")),
 )
 
 
@@ -107,11 +94,8 @@ def curves_figure(models: Models, *, title: str | None = None) -> Figure | None:
 
     Returns a figure of 6.8 inches in width, or None if no model has test RLoss or RErr.
     """
-    able = [
-        label
-        for label in models.labels
-        if models.series(label, _LOSS, "test/robust_error") is not None
-    ]
+    series = {label: models.series(label, _LOSS, "test/robust_error") for label in models.labels}
+    able = [label for label, one in series.items() if one is not None]
     shown = select_models(models, able, ["at"], MOST_PANELS)
     if not shown:
         return None
@@ -241,11 +225,8 @@ def trajectory(models: Models, label: str) -> pd.DataFrame:
     flatness, losses = models.series(label, _FLATNESS), models.series(label, _LOSS)
     if flatness is None or losses is None:
         return pd.DataFrame(columns=["share", "x", "y"])
-    columns = [
-        series[["share", "mean"]].rename(columns={"mean": axis})
-        for series, axis in ((flatness, "x"), (losses, "y"))
-    ]
-    return columns[0].merge(columns[1], on="share")
+    across, up = (series.set_index("share")["mean"] for series in (flatness, losses))
+    return pd.DataFrame({"x": across, "y": up}).dropna().reset_index()
 
 
 def published_path(published: pd.DataFrame | None, method: str) -> pd.DataFrame:

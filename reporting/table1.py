@@ -222,11 +222,7 @@ def table1(models: Models, published: Models | None = None) -> Table1:
 def group_thresholds(errors: Sequence[float]) -> tuple[float, float] | None:
     """The test errors between good, average and poor rows.
 
-    Args:
-        errors: Of each row, as shares of 1.
-
-    Returns:
-        The 30 % and 70 % percentiles in whole percents; None if rows are too few or too close.
+    They are the 30 % and 70 % percentiles in whole percents; None if rows are too few or too close.
 
     Example:
         >>> group_thresholds([0.5, 0.54, 0.6, 0.7])
@@ -244,10 +240,6 @@ def write_table(table: Table1, folder: Path) -> list[Path]:
     The CSV has full numbers: errors as shares of 1, flatness in nats, an empty cell for what was
     not measured. The LaTeX is a `tabular` for `\input`, which needs the package `booktabs`.
 
-    Args:
-        table: The table.
-        folder: Is created if it does not exist.
-
     Returns:
         The files.
     """
@@ -259,18 +251,12 @@ def write_table(table: Table1, folder: Path) -> list[Path]:
 
 
 def terminal_table(table: Table1, width: int = 100) -> Table:
-    """Puts the table into a terminal.
+    """Puts the table into a terminal of some width, to be printed with `rich`.
 
     Clean error and most of the paper's columns are left to the files; below 100 columns, so are
     seeds and all of the paper's, and then the least important columns for which there is no room.
     The caption names them.
 
-    Args:
-        table: The table.
-        width: Of the terminal.
-
-    Returns:
-        A table to be printed with `rich`.
     """
     columns = [column for column in COLUMNS if column.importance]
     is_wide, console = width >= _WIDE, Console(width=10_000)

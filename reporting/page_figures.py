@@ -110,7 +110,7 @@ class PageFigures:
             points = models.points(x, y, weights)
             for method, own in points.groupby("method", sort=False):
                 style, name = self.styles[str(method)], _plain(method_label(str(method)))
-                bar = {"type": "data", "color": _faded(style.colour, 0.35)}
+                bar: dict[str, Any] = {"type": "data", "color": _faded(style.colour, 0.35)}
                 bar |= {"thickness": 1, "width": 0}
                 figure.add_scatter(
                     x=_digits(own["x"]),

@@ -64,7 +64,7 @@ class Column:
         names: Metrics with their attacks. A row shows the first one that was measured.
         weights: Whose metrics.
         importance: The terminal leaves out the least important columns; 0 never appears there.
-        published: The same as `names`, of a paper's row.
+        published: The `names` of a paper's row, if they differ.
     """
 
     key: str
@@ -136,12 +136,12 @@ class Table1:
         settings = {label: self.models.settings(label) for label in self.frame.index}
         paper = (
             f"{PAPER}: Table 1 of Stutz et al., ICCV 2021, one network a row, flatness at ξ = 0.5 "
-            f"and in the worst case at 0.003; all else is on {self.data}. Rows are beside each "
-            "other by their method, whatever their strength."
+            f"and in the worst case at 0.003; all else is on {self.data}. Rows are "
+            "matched by method, whatever its strength."
         )
         return [
-            "Mean ± standard deviation over seeds, of n if fewer than were trained have it; "
-            f"{DASH} is what was not measured. Flatness is of RLoss on test images, lower is "
+            "Mean ± standard deviation over seeds, over n of them if others lack the metric; "
+            f"{DASH} means not measured. Flatness is of RLoss on test images, lower is "
             "flatter; train RErr is on training images with the weights fixed. AA is AutoAttack.",
             *_diverged_note(self),
             *(f"{label}: {text}." for label, text in settings.items() if text),
@@ -513,12 +513,12 @@ def _diverged_note(table: Table1) -> list[str]:
 
 def _groups_note(table: Table1) -> str:
     if table.thresholds is None:
-        return "Too few rows, or too close ones, for groups; bold are means over rows."
+        return "Too few rows for groups, or rows too close to each other; bold rows are means."
     low, high = _percents(table)
     errors = table.frame[f"{_SORTED_BY.key}_mean"]
     note = (
         f"Groups: good below {low} test RErr, poor from {high}: the 30 % and 70 % percentiles over "
-        f"{errors.count()} rows, in whole percents; bold are means over rows. In the paper they "
+        f"{errors.count()} rows, in whole percents; bold rows are means. In the paper they "
         "are 57 % and 60 %, with AT at 62.8 %"
     )
     baseline = errors[(table.frame["method"] == "at") & (table.frame["model"] == "AT")].dropna()

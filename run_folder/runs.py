@@ -221,39 +221,39 @@ def _check_values(value: Any, depth: int = 40) -> None:
 
 def _entry(content: Mapping[str, Any], name: str, is_valid: bool, expected: str) -> Any:
     if not is_valid:
-        raise ValueError(f"`{name}` is {reprlib.repr(content[name])}, no {expected}")
+        raise ValueError(f"`{name}` is {reprlib.repr(content[name])}, not {expected}")
     return content.get(name)
 
 
 def _text(content: Mapping[str, Any], name: str) -> str:
     value = content[name]
     is_name = isinstance(value, str) and value.isprintable() and 0 < len(value) < 256
-    return str(_entry(content, name, is_name, "name in one line"))
+    return str(_entry(content, name, is_name, "a name in one line"))
 
 
 def _count(content: Mapping[str, Any], name: str, low: int = 0) -> int | None:
     value = content.get(name)
     is_count = value is None or (type(value) is int and value >= low)
-    count: int | None = _entry(content, name, is_count, f"integer >= {low}")
+    count: int | None = _entry(content, name, is_count, f"an integer >= {low}")
     return count
 
 
 def _mapping(content: Mapping[str, Any], name: str) -> dict[str, Any]:
     value = content.get(name)
     is_mapping = value is None or isinstance(value, dict)
-    return dict(_entry(content, name, is_mapping, "mapping") or {})
+    return dict(_entry(content, name, is_mapping, "a mapping") or {})
 
 
 def _seconds(content: Mapping[str, Any], name: str) -> float:
     value = content.get(name)
     is_time = value is None or (is_number(value) and value >= 0)
-    value = _entry(content, name, is_time, "number >= 0")
+    value = _entry(content, name, is_time, "a number >= 0")
     return math.nan if value in (None, math.inf) else float(value)
 
 
 def _rows(trajectory: Any) -> list[dict[str, float]]:
     if not isinstance(trajectory, list) or not all(isinstance(row, dict) for row in trajectory):
-        raise ValueError("`trajectory` is no list of mappings")
+        raise ValueError("`trajectory` is not a list of mappings")
     if any(_count(row, "epoch") is None for row in trajectory):
         raise ValueError("a row of its trajectory has no epoch")
     return [_finite(row, "trajectory") for row in trajectory]
@@ -270,5 +270,5 @@ def _finite(metrics: Mapping[str, Any], where: str) -> dict[str, float]:
         # The difference of two shares may be negative.
         low = -1 if "gap/" in name else 0
         if "error" in name and not low <= value <= 1:
-            raise ValueError(f"`{where}` has {name} {value:g}, no share of 1")
+            raise ValueError(f"`{where}` has {name} {value:g}, not a share of 1")
     return finite

@@ -1,20 +1,19 @@
 """The loss around the weights."""
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from torch import nn
 from typing_extensions import override
 
+from robust_flatness.functional.attack import PGD
 from robust_flatness.functional.checks import check_choice, check_count
 from robust_flatness.functional.directions import (
     ASCENT_STEPS,
     COUNT,
     LENGTH,
-    Direction,
     DirectionKind,
     check_direction_kind,
     make_directions,
@@ -34,6 +33,7 @@ from robust_flatness.measures.base import AttackMeasure, Examples, Processes
 SURFACE = "surface"
 
 
+@dataclass(kw_only=True)
 class LossLandscape(AttackMeasure):
     """RLoss along directions through the weights, and on a plane (Fig. 4); it has no metric.
 
@@ -52,131 +52,98 @@ class LossLandscape(AttackMeasure):
         loss: `robust`, or `clean` without attacks.
         surface_steps: Number of steps a side of a surface along two random directions; 0 leaves
             the surface out.
-        **kwargs: Arguments of `AttackMeasure`.
-
-    Raises:
-        ValueError: If an argument is out of range.
     """
 
+    directions: Sequence[DirectionKind] = ("random",)
+    num_directions: int = 10
+    num_steps: int = 51
+    relative_to: RelativeTo = "layer"
+    length: float | None = None
+    loss: LossKind = "robust"
+    surface_steps: int = 0
     moves_weights = True
 
-    def __init__(
-        self,
-        *,
-        directions: Sequence[DirectionKind] = ("random",),
-        num_directions: int = 10,
-        num_steps: int = 51,
-        relative_to: RelativeTo = "layer",
-        length: float | None = None,
-        loss: LossKind = "robust",
-        surface_steps: int = 0,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        check_count("num_steps", num_steps, low=2)
-        check_choice("loss", loss, get_args(LossKind))
-        check_count("surface_steps", surface_steps, low=2 if surface_steps else 0)
-        for kind in directions:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("num_steps", self.num_steps, low=2)
+        check_count("surface_steps", self.surface_steps, low=2 if self.surface_steps else 0)
+        for kind in self.directions:
             check_choice("directions", kind, get_args(DirectionKind))
-        check_direction_kind("random", num_directions, relative_to, length)
-        self.directions, self.num_directions = list(directions), num_directions
-        self.num_steps, self.surface_steps = num_steps, surface_steps
-        self.relative_to, self.length, self.loss = relative_to, length, loss
+        check_direction_kind("random", self.num_directions, self.relative_to, self.length)
 
     @override
     def measure_set(
         self, network: nn.Module, examples: Examples, processes: Processes
     ) -> dict[str, LandscapeResult | SurfaceResult]:
-        share_out = partial(
-            processes.share_out,
-            examples=examples,
-            chunk=self.batch_size,
-            common_fields=("coordinates",),
-        )
-        pgd = attack_of(self.loss, self.pgd)
-        attack = f"PGD-{pgd.steps}" if pgd.steps else "clean"
-        attempts = self.restarts if pgd.steps else 1
-        landscapes: dict[str, LandscapeResult | SurfaceResult] = {}
-        for kind in self.directions:
-            count = COUNT[kind] if kind == "hessian" else self.num_directions
-            directions = None
-            if kind != "random":
-                directions = self._agreed_directions(network, examples, processes, kind, count)
-            text = f"landscape, {count} {kind} × {self.num_steps} × {attack}"
-            landscapes[kind] = share_out(
-                partial(self._landscape, network, kind, directions),
-                progress=(text, count * self.num_steps * attempts),
-            )
-        if self.surface_steps:
-            side = self.surface_steps
-            landscapes[SURFACE] = share_out(
-                partial(self._surface, network),
-                progress=(f"surface, {side} × {side} × {attack}", side**2 * attempts),
-            )
-        return landscapes
+        names = [*self.directions, *([SURFACE] if self.surface_steps else [])]
+        return {name: self._landscape(network, examples, processes, name) for name in names}
 
     def _landscape(
-        self,
-        network: nn.Module,
-        kind: DirectionKind,
-        directions: Iterable[Direction] | None,
-        share: Examples,
-    ) -> LandscapeResult:
-        return measure_landscape(
-            network,
-            share.images,
-            share.labels,
-            attack_of(self.loss, self.pgd),
-            directions=directions or self._directions(network, share, kind, self.num_directions),
-            coordinates=steps_along(kind, self.num_steps, None),
-            **self.shared(share),
+        self, network: nn.Module, examples: Examples, processes: Processes, name: str
+    ) -> LandscapeResult | SurfaceResult:
+        is_surface = name == SURFACE
+        kind: Any = "random" if is_surface else name
+        steps = self.surface_steps if is_surface else self.num_steps
+        count = {SURFACE: 2, "hessian": COUNT["hessian"]}.get(name, self.num_directions)
+        points = steps**2 if is_surface else count * steps
+        pgd = attack_of(self.loss, self.pgd)
+        directions = self._directions(network, pgd, examples, processes, kind, count)
+
+        def measure(share: Examples) -> Any:
+            function = measure_surface if is_surface else measure_landscape
+            return function(
+                network,
+                share.images,
+                share.labels,
+                pgd,
+                directions=directions,
+                coordinates=steps_along(kind, steps, None),
+                **self.shared_arguments(share),
+            )
+
+        attack, attempts = (f"PGD-{pgd.steps}", self.restarts) if pgd.steps else ("clean", 1)
+        return processes.share_out(
+            measure,
+            examples,
+            chunk=self.batch_size,
+            progress=(f"landscape, {name}, {points} points × {attack}", points * attempts),
+            common_fields=("coordinates",),
         )
 
-    def _surface(self, network: nn.Module, share: Examples) -> SurfaceResult:
-        return measure_surface(
-            network,
-            share.images,
-            share.labels,
-            attack_of(self.loss, self.pgd),
-            directions=list(self._directions(network, share, "random", 2)),
-            coordinates=steps_along("random", self.surface_steps, None),
-            **self.shared(share),
-        )
-
-    def _agreed_directions(
+    def _directions(
         self,
         network: nn.Module,
+        pgd: PGD,
         examples: Examples,
         processes: Processes,
         kind: DirectionKind,
         count: int,
-    ) -> list[Direction]:
-        """Directions that depend on the images: each process computes them on the whole set."""
-        batches = math.ceil(len(examples) / self.batch_size)
-        attacks = count * ASCENT_STEPS * batches if kind == "adversarial" else 0
-        with processes.bar(f"{kind} directions", attacks) as advance:
-            whole = replace(processes.moved(examples), progress=advance)
-            directions = list(self._directions(network, whole, kind, count))
+    ) -> Any:
+        """Directions; those that depend on the images are computed by each process on all."""
+        attacks = ASCENT_STEPS * count * math.ceil(len(examples) / self.batch_size)
+        text = f"{kind} directions"
+        with processes.bar(text, attacks if kind == "adversarial" else 0) as advance:
+            examples = replace(processes.moved(examples), progress=advance)
+            arguments = self.shared_arguments(examples)
+            del arguments["restarts"]
+            directions = make_directions(
+                network,
+                examples.images,
+                examples.labels,
+                pgd,
+                kind=kind,
+                num_directions=count,
+                relative_to=self.relative_to,
+                length=self.length,
+                **arguments,
+            )
+            if kind == "random":
+                # They are made one after the other, and are the same on all processes.
+                return directions
+            computed = list(directions)
         # On GPUs the last digits of two processes may differ.
-        processes.broadcast(directions)
-        return directions
-
-    def _directions(
-        self, network: nn.Module, examples: Examples, kind: DirectionKind, count: int
-    ) -> Iterable[Direction]:
-        settings = self.shared(examples)
-        del settings["restarts"]
-        return make_directions(
-            network,
-            examples.images,
-            examples.labels,
-            attack_of(self.loss, self.pgd),
-            kind=kind,
-            num_directions=count,
-            relative_to=self.relative_to,
-            length=self.length,
-            **settings,
-        )
+        processes.broadcast(computed)
+        return computed
 
     def length_of(self, name: str) -> float:
         """Relative length of the directions of a landscape."""

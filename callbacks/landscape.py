@@ -131,10 +131,10 @@ class Landscape(FinalMeasure, _HoldsLandscape):
         surface = [SURFACE] if measure.surface_steps else []
         return {
             "eps": data_eps(trainer) if measure.eps is None else measure.eps,
-            "steps": measure.pgd.steps,
+            "steps": measure.steps,
             "restarts": measure.restarts,
-            "step_size": measure.pgd.step_size,
-            "norm": measure.pgd.norm,
+            "step_size": measure.step_size,
+            "norm": measure.norm,
             "seed": measure.seed,
             "batch_size": measure.batch_size,
             "split": self.split,

@@ -204,8 +204,7 @@ def test_the_radius_of_the_data_is_used_if_a_measure_names_none():
     assert AverageCaseFlatness(eps=0.3).with_default_eps(0.25).pgd.eps == 0.3
     assert AverageCaseFlatness().pgd.eps == 8 / 255
     assert AutoAttackError().with_default_eps(0.25).radius == 0.25
-    curvature = Curvature()
-    assert curvature.with_default_eps(8) is curvature
+    assert Curvature().with_default_eps(8) == Curvature()
     with pytest.raises(ValueError, match=r"`data.eps` to be in \[0, 1\] .* is 8/255"):
         RobustLoss().with_default_eps(8)
     RobustLoss(norm="l2").with_default_eps(8)
@@ -216,6 +215,7 @@ class Margins:
     margins: Tensor
 
 
+@dataclass(kw_only=True)
 class Margin(Measure):
     """A measure of somebody else."""
 

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerFn
+from typing_extensions import override
 
 from robust_flatness import measures
 from robust_flatness.callbacks.measuring import HoldsMeasure, MeasuringCallback, averaged_weights
@@ -63,11 +64,10 @@ class EpochMeasure(MeasuringCallback, HoldsMeasure):
         return self.measure.metric_names(self.split)
 
     @property
+    @override
     def state_key(self) -> str:
-        """Distinguishes the callbacks of a class in checkpoints, by their split."""
-        kind = type(self).__name__
         measure = f"{type(self.measure).__name__}, " if type(self) is EpochMeasure else ""
-        return f"{kind}[{measure}{self.split}]"
+        return f"{type(self).__name__}[{measure}{self.split}]"
 
     def evaluate(self, trainer: Trainer, pl_module: LightningModule) -> Any:
         """Returns the result of the measure, a dataclass, on every process."""
@@ -75,48 +75,41 @@ class EpochMeasure(MeasuringCallback, HoldsMeasure):
             return self.measure_split(trainer, pl_module, self.split, self.measure)
 
     def compute(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
-        """Measures the weights that the module holds.
-
-        Returns:
-            Metrics by logged name, the same on every process.
-        """
+        """Measures the weights that the module holds; returns metrics by logged name."""
         result = self.measure_split(trainer, pl_module, self.split, self.measure)
         self.arrays = self.measure.arrays(result, self.split)
         return self.measure.metrics(result, self.split)
 
+    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forgets the metrics of an earlier run."""
         super().setup(trainer, pl_module, stage)
         self._begin()
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Reads the images, so that bad ones are refused before training.
-
-        Raises:
-            ValueError: See `prepare`.
-        """
         self.prepare(trainer, pl_module, self.split, [self.measure])
         others = [c for c in trainer.callbacks if isinstance(c, EpochMeasure)]  # type: ignore[attr-defined]
         if trainer.state.fn == TrainerFn.FITTING and others and others[-1] is self:
             announce_cost(trainer, pl_module, others)
 
+    @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Reads the images, so that bad ones are refused before the test."""
         self.on_train_start(trainer, pl_module)
 
+    @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measures and logs, if this epoch is one to measure."""
         if self.is_due(trainer):
             self._unmeasured_epoch = None
             _log(pl_module, self.measure_epoch(trainer, pl_module, trainer.current_epoch))
         else:
             self._unmeasured_epoch = trainer.current_epoch
 
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measures the last epoch, if it was not known at its end that it was the last."""
         epoch, self._unmeasured_epoch = self._unmeasured_epoch, None
         if epoch is None:
             return
+        # It was not known at the end of the epoch that it was the last.
         self.measured_late = True
         metrics = self.measure_epoch(trainer, pl_module, epoch)
         # The module can no longer log.
@@ -125,23 +118,14 @@ class EpochMeasure(MeasuringCallback, HoldsMeasure):
             logger.log_metrics({**metrics, "epoch": epoch}, step=trainer.global_step)
             logger.save()
 
+    @override
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measures and logs in `trainer.test`."""
         _log(pl_module, self.compute(trainer, pl_module))
 
     def measure_epoch(
         self, trainer: Trainer, pl_module: LightningModule, epoch: int
     ) -> dict[str, float]:
-        """Measures the weights at the end of an epoch.
-
-        Args:
-            trainer: The trainer.
-            pl_module: The module.
-            epoch: The epoch; the trainer's own is the next one when training has ended.
-
-        Returns:
-            Metrics by logged name.
-        """
+        """Measures the weights at the end of an epoch, averaged ones if training averages."""
         with averaged_weights(trainer, pl_module):
             self.metrics = self.compute(trainer, pl_module)
             self.on_measured(trainer, pl_module, epoch)
@@ -249,13 +233,7 @@ class Curvature(EpochMeasure, _HoldsCurvature):
 def announce_cost(
     trainer: Trainer, pl_module: LightningModule, callbacks: Sequence[EpochMeasure]
 ) -> None:
-    """Prints what measuring costs in an epoch, unless this package's command line trains.
-
-    Args:
-        trainer: About to train.
-        pl_module: What it trains.
-        callbacks: All that measure at the end of epochs, with their images read.
-    """
+    """Prints what measuring costs in an epoch, unless this package's command line trains."""
     if not trainer.is_global_zero or _is_own_run(trainer, pl_module):
         return
     totals, unknown = [0.0, 0.0], []

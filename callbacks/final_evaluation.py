@@ -10,6 +10,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
+from typing_extensions import override
 
 from robust_flatness.callbacks.fixed_images import Normalization
 from robust_flatness.callbacks.measuring import (
@@ -67,17 +68,12 @@ class FinalMeasure(MeasuringCallback, HoldsMeasure):
         return {self.split: [self.measure]}
 
     @property
+    @override
     def state_key(self) -> str:
-        """Distinguishes the callbacks of a class in checkpoints, by their split."""
         return f"{type(self).__name__}[{self.split}]"
 
     def logged_name(self, name: str, weights: str) -> str:
-        """Returns the name under which a metric is logged after training.
-
-        Args:
-            name: The metric's name.
-            weights: `final` or `early_stopped`.
-        """
+        """Returns the name of a metric of `final` or `early_stopped` weights in loggers."""
         return f"{weights}/{name}"
 
     def keep(self, weights: str, split: str, measure: Measure, result: Any) -> Metrics:
@@ -86,24 +82,24 @@ class FinalMeasure(MeasuringCallback, HoldsMeasure):
         self.final_arrays |= {f"{weights}/{name}": values for name, values in arrays}
         return measure.metrics(result, split)
 
+    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forgets the results of an earlier run."""
         super().setup(trainer, pl_module, stage)
         warn_if_results_stay(trainer, self, "final_results", "final_arrays")
         for part in (*self.final_results.values(), self.final_arrays):
             part.clear()
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Reads the images, so that bad ones are refused before training."""
         for split, measures in self.measures.items():
             self.prepare(trainer, pl_module, split, measures)
 
+    @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Reads the images, so that bad ones are refused before the test."""
         self.on_train_start(trainer, pl_module)
 
+    @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measures and gives the metrics to the loggers; also if a finished run is resumed."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         with _on_training_device(trainer, pl_module):
@@ -116,8 +112,8 @@ class FinalMeasure(MeasuringCallback, HoldsMeasure):
                 logger.log_metrics(dict(metrics), step=trainer.global_step)
                 logger.save()
 
+    @override
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measures and logs, so that `trainer.test` returns the metrics."""
         metrics = self._measure_all(trainer, pl_module)
         metrics = {name.removeprefix("final/"): value for name, value in metrics.items()}
         # The largest of equal values is exact for any number of processes; their mean is not.
@@ -221,30 +217,33 @@ class FinalEvaluation(FinalMeasure):
         self.attack = {"steps": steps, **kwargs}
         self._measures: list[Measure] = [robust_loss]
         if num_perturbations:
-            directions = {"num_perturbations": num_perturbations, "xi": xi}
-            flatness = AverageCaseFlatness(protocol=protocol, **directions, **self.attack)
-            self._measures.append(flatness)
+            self._measures.append(
+                AverageCaseFlatness(
+                    num_perturbations=num_perturbations, xi=xi, protocol=protocol, **self.attack
+                )
+            )
         self._measures += [EXTRAS[extra](self) for extra in self.extras]
 
     @property
+    @override
     def measures(self) -> Mapping[str, Sequence[Measure]]:
-        """RLoss, flatness and the extras of each split."""
         return dict.fromkeys(self.splits, self._measures)
 
     @property
+    @override
     def state_key(self) -> str:
-        """The class."""
         return type(self).__qualname__
 
+    @override
     def dataset_of(self, split: str) -> Dataset[Any] | None:
-        """Where the images of a split come from; None takes those of the data."""
         return self.datasets.get(split)
 
+    @override
     def _measure_weights(
         self, trainer: Trainer, pl_module: LightningModule, weights: str
     ) -> Metrics:
-        """Adds the generalisation gap, test minus training images (Sec. 4)."""
         metrics = super()._measure_weights(trainer, pl_module, weights)
+        # The generalisation gap, test minus training images (Sec. 4).
         for name in ("robust_loss", "robust_error"):
             pair = [metrics.get(f"{prefix}/{name}") for prefix in ("test", "train_eval")]
             if pair[0] is not None and pair[1] is not None:
@@ -291,19 +290,19 @@ class AutoAttack(FinalMeasure, _HoldsAutoAttack):
         'AutoAttack[test]'
     """
 
+    @override
     def logged_name(self, name: str, weights: str) -> str:
-        """`test/autoattack_error` and `test/autoattack_error_early_stopped`."""
         return name if weights == "final" else f"{name}_early_stopped"
 
+    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Receives the run folder from the first process."""
         super().setup(trainer, pl_module, stage)
         tables = [logger for logger in trainer.loggers if isinstance(logger, EpochCSVLogger)]
         folder = trainer.strategy.broadcast(tables[0].log_dir if tables else None)
         self.measure.folder = None if folder is None else Path(folder) / AUTOATTACK_FOLDER
 
+    @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Removes the verdicts when all callbacks have ended: results have been written."""
         if trainer.is_global_zero:
             self.measure.remove_verdicts()
 
@@ -320,7 +319,8 @@ class _Network(LightningModule):
         return logits
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Nothing: callbacks measure."""
+        # Callbacks measure.
+        pass
 
 
 def evaluate(

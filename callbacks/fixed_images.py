@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from typing_extensions import override
 
 from robust_flatness.callbacks.delivery import (
     Delivery,
@@ -108,7 +109,7 @@ class FixedImages(Callback):
         self._examples_of_fit: dict[str, Examples] = {}
 
     def dataset_of(self, split: str) -> Dataset[Any] | None:
-        """Where the images of a split come from; None takes those of the data."""
+        """Returns the dataset of a split; None takes the images of the data."""
         return self.dataset
 
     def examples(
@@ -127,22 +128,19 @@ class FixedImages(Callback):
             self._examples[split] = earlier
         return self._examples[split]
 
+    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forgets what an earlier fit read; what a checkpoint holds comes afterwards."""
         super().setup(trainer, pl_module, stage)
         self._examples_of_fit = {} if stage == "fit" else self._examples_of_fit | self._examples
         self._examples = {}
         if stage == "fit":
             _READ[trainer] = _Read()
 
+    @override
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Reads some training images again in the second epoch, which may augment otherwise.
-
-        Raises:
-            ValueError: If they are not the same.
-        """
+        # Some training images are read again in the second epoch, which may augment otherwise.
         read = _READ.get(trainer)
         if read is None or read.unchecked is None or trainer.current_epoch <= read.unchecked[0]:
             return
@@ -152,10 +150,10 @@ class FixedImages(Callback):
         if _digest(now) != _digest(first):
             raise ValueError(changing("train"))
 
+    @override
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Adds which images are used, if a loader delivers them."""
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         read = _READ.get(trainer)
         if read is not None and read.digests:
@@ -164,10 +162,10 @@ class FixedImages(Callback):
                 "digests": dict(read.digests),
             }
 
+    @override
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Takes the images of the run that is resumed."""
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
         _READ[trainer] = _Read(**checkpoint.get(CHECKPOINT_KEY, {}))
 
@@ -202,8 +200,8 @@ class FixedImages(Callback):
         count, own_hooks = self.num_examples, False
         if dataset is None and _has_split_dataset(trainer, split):
             # Transfer hooks of the user apply to what its datamodule delivers.
-            dataset = source_of(trainer, split).instance.split_dataset(split)
-            own_hooks = has_own_hooks(trainer)
+            datamodule: Any = source_of(trainer, split).instance
+            dataset, own_hooks = datamodule.split_dataset(split), has_own_hooks(trainer)
         if dataset is not None and not own_hooks:
             return self._make(*_read_items(dataset, count))
         if not has_examples(trainer, split):

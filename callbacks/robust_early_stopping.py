@@ -67,23 +67,23 @@ class RobustEarlyStopping(RobustEvaluation):
         self.trajectory: dict[int, float] = {}
         self._since_best = 0
 
+    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Begins a fit without the weights of an earlier one; a checkpoint's come afterwards."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._forget()
             warn_if_results_stay(trainer, self, "best_weights", "best_epoch", "trajectory")
 
+    @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measures, keeps the weights if they are the best so far, and may end training."""
         super().on_train_epoch_end(trainer, pl_module)
         if self.patience is not None and self._since_best >= self.patience:
             # Metrics are equal on all processes, so all decide alike.
             trainer.should_stop = True
 
+    @override
     @torch.no_grad()
     def on_measured(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> None:
-        """Keeps the weights if they are the best so far."""
         error = next(v for name, v in self.metrics.items() if name.endswith("/robust_error"))
         self.trajectory[epoch] = error
         self._since_best += 1
@@ -93,24 +93,27 @@ class RobustEarlyStopping(RobustEvaluation):
             state = pl_module.state_dict()
             self.best_weights = {name: v.detach().cpu().clone() for name, v in state.items()}
 
+    @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Nothing: a test need not have the images to select on."""
+        # A test need not have the images to select on.
+        pass
 
+    @override
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Nothing: there is nothing to select in a test."""
+        pass
 
     @property
+    @override
     def metric_names(self) -> tuple[str, ...]:
-        """Names of error, RLoss and RErr."""
         return tuple(name for name in super().metric_names if "correct" not in name)
 
+    @override
     def compute(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
-        """Error, RLoss and RErr of the images to select on."""
         metrics = super().compute(trainer, pl_module)
         return {name: value for name, value in metrics.items() if "correct" not in name}
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs to decide as the uninterrupted one would."""
         return {
             "best_epoch": self.best_epoch,
             "best_error": self.best_error,
@@ -119,10 +122,9 @@ class RobustEarlyStopping(RobustEvaluation):
             "since_best": self._since_best,
         }
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned."""
-        self.best_epoch = state_dict["best_epoch"]
-        self.best_error = state_dict["best_error"]
+        self.best_epoch, self.best_error = state_dict["best_epoch"], state_dict["best_error"]
         self.best_weights = state_dict["best_weights"]
         self.trajectory = dict(state_dict["trajectory"])
         self._since_best = state_dict["since_best"]

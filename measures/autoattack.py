@@ -1,23 +1,22 @@
 """Robust error by AutoAttack, the official package."""
 
-import copy
 import hashlib
 import logging
 import math
 import warnings
 import zipfile
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from robust_flatness.functional.checks import Eps, check_choice, check_count, check_radius
+from robust_flatness.functional.checks import Eps, check_count, check_radius
 from robust_flatness.functional.evaluation import logits_function, predicted_classes
 from robust_flatness.functional.noise import Norm
 from robust_flatness.measures.base import DEFAULT_EPS, Examples, Measure
@@ -56,6 +55,7 @@ class Verdicts:
         return 1 - self.correct.double().mean().item() if len(self.correct) else math.nan
 
 
+@dataclass(kw_only=True)
 class AutoAttackError(Measure):
     """AutoAttack's robust error (Croce & Hein, 2020), `test/autoattack_error`.
 
@@ -83,7 +83,6 @@ class AutoAttackError(Measure):
         chunk_size: Number of images of one call.
         eps: Radius of the attack, such as 8/255; None takes `eps` of the datamodule, or 8/255.
         norm: `linf` or `l2`.
-        **kwargs: `seed` of `Measure`.
 
     Attributes:
         folder: Folder of the verdicts of finished chunks, or None.
@@ -96,37 +95,27 @@ class AutoAttackError(Measure):
         'custom'
     """
 
-    folder: Path | None = None
+    version: Literal["standard", "plus", "rand", "custom"] = "standard"
+    attacks: list[str] | None = None
+    chunk_size: int = 100
+    eps: Eps | None = None
+    norm: Norm = "linf"
+    batch_size: int = field(default=100, init=False)
+    folder: Path | None = field(default=None, init=False, compare=False)
 
-    def __init__(
-        self,
-        *,
-        version: str = "standard",
-        attacks: list[str] | None = None,
-        chunk_size: int = 100,
-        eps: Eps | None = None,
-        norm: Norm = "linf",
-        **kwargs: Any,
-    ) -> None:
-        check_count("chunk_size", chunk_size, low=1)
-        super().__init__(batch_size=chunk_size, **kwargs)
-        if version == "standard" and attacks is not None:
-            version = "custom"
-        check_choice("version", version, (*VERSIONS, "custom"))
-        check_choice("norm", norm, get_args(Norm))
-        _check_attacks(version, attacks)
-        self.version, self.attacks, self.eps, self.norm = version, attacks, eps, norm
-        self.radius = DEFAULT_EPS if eps is None else eps
-        check_radius("eps", self.radius, norm)
+    def __post_init__(self) -> None:
+        check_count("chunk_size", self.chunk_size, low=1)
+        self.batch_size = self.chunk_size
+        super().__post_init__()
+        check_radius("eps", self.radius, self.norm)
+        if self.version == "standard" and self.attacks is not None:
+            self.version = "custom"
+        _check_attacks(self.version, self.attacks)
 
-    @override
-    def with_default_eps(self, eps: float) -> "AutoAttackError":
-        if self.eps is not None:
-            return self
-        check_radius("data.eps", eps, self.norm)
-        measure = copy.copy(self)
-        measure.radius = eps
-        return measure
+    @property
+    def radius(self) -> float:
+        """Radius of the attack."""
+        return DEFAULT_EPS if self.eps is None else self.eps
 
     @override
     def check(self, network: nn.Module, images: Tensor, num_classes: int) -> None:

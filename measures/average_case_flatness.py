@@ -1,11 +1,11 @@
 """Average-case flatness."""
 
-from typing import Any, get_args
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 from typing_extensions import override
 
-from robust_flatness.functional.checks import check_choice, check_count, check_number
+from robust_flatness.functional.checks import check_count, check_number
 from robust_flatness.functional.flatness import (
     PAPER_REFERENCE_RESTARTS,
     FlatnessResult,
@@ -17,6 +17,7 @@ from robust_flatness.functional.weight_perturbation import Distribution, Relativ
 from robust_flatness.measures.base import AttackMeasure, Examples
 
 
+@dataclass(kw_only=True)
 class AverageCaseFlatness(AttackMeasure):
     """How much RLoss rises if weights move in random directions (Eq. 1); lower is flatter.
 
@@ -33,11 +34,7 @@ class AverageCaseFlatness(AttackMeasure):
         relative_to: `layer`, `filter` or `network`, see `functional.sample_weight_perturbation`.
         per_batch: Whether each batch has directions of its own.
         steps: Number of steps of the attack.
-        **kwargs: Arguments of `AttackMeasure`. Restarts are those of reference and perturbed
-            losses alike.
-
-    Raises:
-        ValueError: If an argument is out of range.
+        restarts: Number of restarts, for reference and perturbed losses alike.
 
     Example:
         >>> import torch
@@ -47,45 +44,24 @@ class AverageCaseFlatness(AttackMeasure):
         0.0
     """
 
+    num_perturbations: int = 10
+    xi: float = 0.5
+    protocol: Protocol = "shared"
+    loss: LossKind = "robust"
+    distribution: Distribution = "sphere"
+    relative_to: RelativeTo = "layer"
+    per_batch: bool = False
+    steps: int = 20
     moves_weights = True
 
-    def __init__(
-        self,
-        *,
-        num_perturbations: int = 10,
-        xi: float = 0.5,
-        protocol: Protocol = "shared",
-        loss: LossKind = "robust",
-        distribution: Distribution = "sphere",
-        relative_to: RelativeTo = "layer",
-        per_batch: bool = False,
-        steps: int = 20,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(steps=steps, **kwargs)
-        check_count("num_perturbations", num_perturbations, low=1)
-        check_number("xi", xi)
-        check_choice("protocol", protocol, get_args(Protocol))
-        check_choice("loss", loss, get_args(LossKind))
-        check_choice("distribution", distribution, get_args(Distribution))
-        check_choice("relative_to", relative_to, get_args(RelativeTo))
-        self.num_perturbations, self.xi, self.protocol = num_perturbations, xi, protocol
-        self.loss, self.distribution, self.relative_to = loss, distribution, relative_to
-        self.per_batch = per_batch
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("num_perturbations", self.num_perturbations, low=1)
+        check_number("xi", self.xi)
 
     @override
     def measure(self, network: nn.Module, examples: Examples) -> FlatnessResult:
-        return measure_flatness(
-            network,
-            self.attacked(examples),
-            xi=self.xi,
-            num_perturbations=self.num_perturbations,
-            protocol=self.protocol,
-            loss=self.loss,
-            distribution=self.distribution,
-            relative_to=self.relative_to,
-            per_batch=self.per_batch,
-        )
+        return measure_flatness(network, self.attacked(examples), **self.own_arguments)
 
     @override
     def metric_names(self, split: str) -> tuple[str, ...]:
@@ -109,7 +85,7 @@ class AverageCaseFlatness(AttackMeasure):
             reference, restarts = 1, 1
         elif self.protocol == "paper":
             reference, restarts = PAPER_REFERENCE_RESTARTS, 1
-        attack = "clean" if self.loss == "clean" else f"PGD-{self.pgd.steps} × {restarts} restarts"
+        attack = "clean" if self.loss == "clean" else f"PGD-{self.steps} × {restarts} restarts"
         text = f"flatness, {self.num_perturbations} directions × {attack}"
         return text, reference + self.num_perturbations * restarts
 

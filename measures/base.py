@@ -8,14 +8,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 import torch
 from torch import Tensor, distributed, nn
 from typing_extensions import override
 
 from robust_flatness.functional.attack import PGD, Precision
-from robust_flatness.functional.checks import Eps, check_count, check_examples, check_radius
+from robust_flatness.functional.checks import (
+    Eps,
+    check_choice,
+    check_count,
+    check_examples,
+    check_radius,
+)
 from robust_flatness.functional.evaluation import evaluation_context
 from robust_flatness.functional.layer_weights import perturbed_parameters
 from robust_flatness.functional.noise import Norm
@@ -61,6 +67,7 @@ class Examples:
         return len(self.labels)
 
 
+@dataclass(kw_only=True)
 class Measure(ABC):
     """A property of a network on fixed images, as a plain object.
 
@@ -81,15 +88,24 @@ class Measure(ABC):
             Otherwise each measures a share.
         common_fields: Names of tensors in the result that have no values for single images. The
             last dimension of all others is the images.
+
+    Raises:
+        ValueError: If an argument is out of range.
     """
 
+    batch_size: int = 128
+    seed: int = 0
     moves_weights: ClassVar[bool] = False
     whole_set: ClassVar[bool] = False
     common_fields: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, *, batch_size: int = 128, seed: int = 0) -> None:
-        check_count("batch_size", batch_size, low=1)
-        self.batch_size, self.seed = batch_size, seed
+    def __post_init__(self) -> None:
+        check_count("batch_size", self.batch_size, low=1)
+        for field in dataclasses.fields(self):
+            value, parts = getattr(self, field.name), get_args(field.type)
+            for kind in parts if type(None) in parts else [field.type]:
+                if get_origin(kind) is Literal and value is not None:
+                    check_choice(field.name, value, get_args(kind))
 
     def __call__(self, network: nn.Module, images: Tensor, labels: Tensor) -> Any:
         """Measures a network outside of a training, and leaves it as it was.
@@ -169,10 +185,19 @@ class Measure(ABC):
             perturbed_parameters(network)
 
     def with_default_eps(self, eps: float) -> "Measure":
-        """Returns a measure with the radius of the data, if this one attacks and names none."""
-        return self
+        """Returns a measure with the radius of the data, if this one attacks and has none.
+
+        Raises:
+            ValueError: If `eps` is out of range.
+        """
+        measure: Any = copy.copy(self)
+        if getattr(self, "eps", eps) is None:
+            check_radius("data.eps", eps, measure.norm)
+            measure.eps = eps
+        return measure
 
 
+@dataclass(kw_only=True)
 class AttackMeasure(Measure):
     """A measure that attacks images by PGD.
 
@@ -185,40 +210,31 @@ class AttackMeasure(Measure):
         restarts: Number of restarts of the attack.
         precision: `float32`, or `bfloat16` to search adversarial examples in bfloat16 on GPUs that
             have it. Losses and predictions are computed in float32 in both cases.
-        **kwargs: Arguments of `Measure`.
-
-    Attributes:
-        pgd: The attack.
-
-    Raises:
-        ValueError: If an argument is out of range.
     """
 
-    def __init__(
-        self,
-        *,
-        eps: Eps | None = None,
-        steps: int = 10,
-        step_size: Eps | None = None,
-        norm: Norm = "linf",
-        restarts: int = 1,
-        precision: Precision = "float32",
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        check_count("restarts", restarts, low=1)
-        self.eps, self.restarts = eps, restarts
-        radius = DEFAULT_EPS if eps is None else eps
-        self.pgd = PGD(radius, steps, step_size, norm, precision=precision)
+    eps: Eps | None = None
+    steps: int = 10
+    step_size: Eps | None = None
+    norm: Norm = "linf"
+    restarts: int = 1
+    precision: Precision = "float32"
 
-    @override
-    def with_default_eps(self, eps: float) -> "AttackMeasure":
-        if self.eps is not None:
-            return self
-        check_radius("data.eps", eps, self.pgd.norm)
-        measure = copy.copy(self)
-        measure.pgd = dataclasses.replace(self.pgd, eps=eps)
-        return measure
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("restarts", self.restarts, low=1)
+        _ = self.pgd  # Checks the rest.
+
+    @property
+    def pgd(self) -> PGD:
+        """The attack."""
+        eps = DEFAULT_EPS if self.eps is None else self.eps
+        return PGD(eps, self.steps, self.step_size, self.norm, precision=self.precision)
+
+    @property
+    def own_arguments(self) -> dict[str, Any]:
+        """Arguments that a subclass adds; those of its function in `functional`."""
+        base = {field.name for field in dataclasses.fields(AttackMeasure)}
+        return {name: value for name, value in _fields(self).items() if name not in base}
 
     def attacked(self, examples: Examples) -> AttackedSet:
         """The images of a measure with their attack, as all functions that attack take them."""
@@ -235,7 +251,7 @@ class AttackMeasure(Measure):
 
     @override
     def passes(self) -> tuple[int, int]:
-        attacks, steps = self.progress[1], self.pgd.steps
+        attacks, steps = self.progress[1], self.steps
         return attacks * (steps + 1), attacks * steps
 
 

@@ -1,6 +1,6 @@
 """Curvature of the clean loss."""
 
-from typing import Any
+from dataclasses import asdict, dataclass
 
 from torch import nn
 from typing_extensions import override
@@ -10,6 +10,7 @@ from robust_flatness.functional.hessian import HessianResult, hessian_extreme_ei
 from robust_flatness.measures.base import Examples, Measure
 
 
+@dataclass(kw_only=True)
 class Curvature(Measure):
     """Extreme eigenvalues of the Hessian of the mean clean loss.
 
@@ -23,30 +24,20 @@ class Curvature(Measure):
 
     Args:
         tolerance: Relative tolerance of Lanczos, see `functional.hessian_extreme_eigenvalues`.
-        **kwargs: Arguments of `Measure`.
-
-    Raises:
-        ValueError: If an argument is out of range.
     """
 
+    tolerance: float = 1e-3
     moves_weights = True
     whole_set = True
 
-    def __init__(self, *, tolerance: float = 1e-3, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        check_number("tolerance", tolerance, low=1e-12, high=1)
-        self.tolerance = tolerance
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("tolerance", self.tolerance, low=1e-12, high=1)
 
     @override
     def measure(self, network: nn.Module, examples: Examples) -> HessianResult:
-        return hessian_extreme_eigenvalues(
-            network,
-            examples.images,
-            examples.labels,
-            tolerance=self.tolerance,
-            seed=self.seed,
-            batch_size=self.batch_size,
-        )
+        arguments = asdict(self)
+        return hessian_extreme_eigenvalues(network, examples.images, examples.labels, **arguments)
 
     @override
     def metric_names(self, split: str) -> tuple[str, ...]:

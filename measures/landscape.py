@@ -1,9 +1,8 @@
 """The loss around the weights."""
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from torch import nn
@@ -31,6 +30,7 @@ from robust_flatness.measures.base import AttackMeasure, Examples, Processes
 SURFACE = "surface"
 
 
+@dataclass(kw_only=True)
 class LossLandscape(AttackMeasure):
     """RLoss along directions through the weights, and on a plane (Fig. 4); it has no metric.
 
@@ -49,119 +49,82 @@ class LossLandscape(AttackMeasure):
         loss: `robust`, or `clean` without attacks.
         surface_steps: Number of steps a side of a surface along two random directions; 0 leaves
             the surface out.
-        **kwargs: Arguments of `AttackMeasure`.
-
-    Raises:
-        ValueError: If an argument is out of range.
     """
 
+    directions: Sequence[DirectionKind] = ("random",)
+    num_directions: int = 10
+    num_steps: int = 51
+    relative_to: RelativeTo = "layer"
+    length: float | None = None
+    loss: LossKind = "robust"
+    surface_steps: int = 0
     moves_weights = True
 
-    def __init__(
-        self,
-        *,
-        directions: Sequence[DirectionKind] = ("random",),
-        num_directions: int = 10,
-        num_steps: int = 51,
-        relative_to: RelativeTo = "layer",
-        length: float | None = None,
-        loss: LossKind = "robust",
-        surface_steps: int = 0,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        check_count("num_steps", num_steps, low=2)
-        check_choice("loss", loss, get_args(LossKind))
-        check_count("surface_steps", surface_steps, low=2 if surface_steps else 0)
-        for kind in directions:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("num_steps", self.num_steps, low=2)
+        check_count("surface_steps", self.surface_steps, low=2 if self.surface_steps else 0)
+        for kind in self.directions:
             check_choice("directions", kind, get_args(DirectionKind))
-        check_direction_kind("random", num_directions, relative_to, length)
-        self.directions, self.num_directions = list(directions), num_directions
-        self.num_steps, self.surface_steps = num_steps, surface_steps
-        self.relative_to, self.length, self.loss = relative_to, length, loss
+        check_direction_kind("random", self.num_directions, self.relative_to, self.length)
 
     @override
     def measure_set(
         self, network: nn.Module, examples: Examples, processes: Processes
     ) -> dict[str, LandscapeResult | SurfaceResult]:
-        share_out = partial(
-            processes.share_out,
-            examples=examples,
-            chunk=self.batch_size,
-            common_fields=("coordinates",),
-        )
-        attack = f"PGD-{self.pgd.steps}" if self.loss == "robust" else "clean"
-        attempts = self.restarts if self.loss == "robust" else 1
-        landscapes: dict[str, LandscapeResult | SurfaceResult] = {}
-        for kind in self.directions:
-            count = COUNT[kind] if kind == "hessian" else self.num_directions
-            directions = None
-            if kind != "random":
-                directions = self._agreed_directions(network, examples, processes, kind, count)
-            text = f"landscape, {count} {kind} × {self.num_steps} × {attack}"
-            landscapes[kind] = share_out(
-                partial(self._landscape, network, kind, directions),
-                progress=(text, count * self.num_steps * attempts),
-            )
-        if self.surface_steps:
-            side = self.surface_steps
-            landscapes[SURFACE] = share_out(
-                partial(self._surface, network),
-                progress=(f"surface, {side} × {side} × {attack}", side**2 * attempts),
-            )
-        return landscapes
+        names = [*self.directions, *([SURFACE] if self.surface_steps else [])]
+        return {name: self._landscape(network, examples, processes, name) for name in names}
 
     def _landscape(
-        self,
-        network: nn.Module,
-        kind: DirectionKind,
-        directions: Iterable[Direction] | None,
-        share: Examples,
-    ) -> LandscapeResult:
-        return measure_landscape(
-            network,
-            self.attacked(share).for_loss(self.loss),
-            directions or self._directions(network, share, kind, self.num_directions),
-            steps_along(kind, self.num_steps, None),
+        self, network: nn.Module, examples: Examples, processes: Processes, name: str
+    ) -> LandscapeResult | SurfaceResult:
+        is_surface = name == SURFACE
+        kind: Any = "random" if is_surface else name
+        steps = self.surface_steps if is_surface else self.num_steps
+        count = {SURFACE: 2, "hessian": COUNT["hessian"]}.get(name, self.num_directions)
+        points = steps**2 if is_surface else count * steps
+        directions = self._directions(network, examples, processes, kind, count)
+        function: Callable[..., Any] = measure_surface if is_surface else measure_landscape
+
+        def measure(share: Examples) -> Any:
+            attacked = self.attacked(share).for_loss(self.loss)
+            return function(network, attacked, directions, steps_along(kind, steps, None))
+
+        attack, attempts = ("clean", 1)
+        if self.loss == "robust" and self.steps:
+            attack, attempts = f"PGD-{self.steps}", self.restarts
+        return processes.share_out(
+            measure,
+            examples,
+            chunk=self.batch_size,
+            progress=(f"landscape, {name}, {points} points × {attack}", points * attempts),
+            common_fields=("coordinates",),
         )
 
-    def _surface(self, network: nn.Module, share: Examples) -> SurfaceResult:
-        return measure_surface(
-            network,
-            self.attacked(share).for_loss(self.loss),
-            self._directions(network, share, "random", 2),
-            steps_along("random", self.surface_steps, None),
-        )
-
-    def _agreed_directions(
+    def _directions(
         self,
         network: nn.Module,
         examples: Examples,
         processes: Processes,
         kind: DirectionKind,
         count: int,
-    ) -> list[Direction]:
-        """Directions that depend on the images: each process computes them on the whole set."""
-        batches = math.ceil(len(examples) / self.batch_size)
-        attacks = count * ASCENT_STEPS * batches if kind == "adversarial" else 0
-        with processes.bar(f"{kind} directions", attacks) as advance:
-            whole = replace(processes.moved(examples), progress=advance)
-            directions = list(self._directions(network, whole, kind, count))
-        # On GPUs the last digits of two processes may differ.
-        processes.broadcast(directions)
-        return directions
-
-    def _directions(
-        self, network: nn.Module, examples: Examples, kind: DirectionKind, count: int
     ) -> Iterable[Direction]:
-        return make_directions(
-            network,
-            self.attacked(examples).for_loss(self.loss),
-            kind,
-            count,
-            relative_to=self.relative_to,
-            length=self.length,
-        )
+        """Directions; those that depend on the images are computed by each process on all."""
+        attacks = ASCENT_STEPS * count * math.ceil(len(examples) / self.batch_size)
+        text = f"{kind} directions"
+        with processes.bar(text, attacks if kind == "adversarial" else 0) as advance:
+            whole = replace(processes.moved(examples), progress=advance)
+            attacked = self.attacked(whole).for_loss(self.loss)
+            directions = make_directions(
+                network, attacked, kind, count, relative_to=self.relative_to, length=self.length
+            )
+            if kind == "random":
+                # They are made one after the other, and are the same on all processes.
+                return directions
+            computed = list(directions)
+        # On GPUs the last digits of two processes may differ.
+        processes.broadcast(computed)
+        return computed
 
     def length_of(self, name: str) -> float:
         """Relative length of the directions of a landscape."""

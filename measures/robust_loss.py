@@ -1,5 +1,7 @@
 """Robust loss and robust error."""
 
+from dataclasses import dataclass
+
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -10,6 +12,7 @@ from robust_flatness.measures.base import AttackMeasure, Examples
 PREFIX = {"train": "train_eval", "val": "val", "test": "test"}
 
 
+@dataclass(kw_only=True)
 class RobustLoss(AttackMeasure):
     """Error, RLoss and RErr, and RLoss of the correct and of the incorrect examples (Fig. 2).
 
@@ -17,9 +20,6 @@ class RobustLoss(AttackMeasure):
     and `test/robust_loss_incorrect`; for the training images they begin with `train_eval/`.
     Without correct, or incorrect, examples the RLoss of these is left out. An example whose logits
     are not finite counts as misclassified, and RLoss is not finite.
-
-    Args:
-        **kwargs: Arguments of `AttackMeasure`.
 
     Example:
         >>> import torch
@@ -64,7 +64,7 @@ class RobustLoss(AttackMeasure):
     @property
     @override
     def progress(self) -> tuple[str, int]:
-        return f"RLoss, PGD-{self.pgd.steps} × {self.restarts} restarts", self.restarts
+        return f"RLoss, PGD-{self.steps} × {self.restarts} restarts", self.restarts
 
     @override
     def passes(self) -> tuple[int, int]:

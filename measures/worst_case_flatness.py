@@ -1,12 +1,12 @@
 """Worst-case flatness."""
 
-from typing import Any, get_args
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 from typing_extensions import override
 
 from robust_flatness.functional.attack import Keep
-from robust_flatness.functional.checks import check_choice, check_count, check_number
+from robust_flatness.functional.checks import check_count, check_number
 from robust_flatness.functional.robust_loss import LossKind
 from robust_flatness.functional.worst_case_flatness import (
     WorstCaseFlatnessResult,
@@ -15,6 +15,7 @@ from robust_flatness.functional.worst_case_flatness import (
 from robust_flatness.measures.base import AttackMeasure, Examples
 
 
+@dataclass(kw_only=True)
 class WorstCaseFlatness(AttackMeasure):
     """How much RLoss rises if weights move in the worst direction; lower is flatter.
 
@@ -30,10 +31,6 @@ class WorstCaseFlatness(AttackMeasure):
         per_batch: Whether each batch has a perturbation of its own.
         steps: Number of steps of the joint ascent and of the reference attack, at least 1.
         restarts: Number of restarts of both.
-        **kwargs: Arguments of `AttackMeasure`.
-
-    Raises:
-        ValueError: If an argument is out of range.
 
     Example:
         >>> import torch
@@ -44,41 +41,28 @@ class WorstCaseFlatness(AttackMeasure):
         True
     """
 
+    xi: float = 0.003
+    weight_step: float = 0.01
+    loss: LossKind = "robust"
+    keep: Keep | None = None
+    per_batch: bool = False
+    steps: int = 20
+    restarts: int = 10
     moves_weights = True
 
-    def __init__(
-        self,
-        *,
-        xi: float = 0.003,
-        weight_step: float = 0.01,
-        loss: LossKind = "robust",
-        keep: Keep | None = None,
-        per_batch: bool = False,
-        steps: int = 20,
-        restarts: int = 10,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(steps=steps, restarts=restarts, **kwargs)
-        check_number("xi", xi)
-        check_number("weight_step", weight_step)
-        check_count("steps", steps, low=1)
-        check_choice("loss", loss, get_args(LossKind))
-        if keep is not None:
-            check_choice("keep", keep, get_args(Keep))
-        self.xi, self.weight_step, self.loss = xi, weight_step, loss
-        self.keep, self.per_batch = keep, per_batch
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("xi", self.xi)
+        check_number("weight_step", self.weight_step)
+        check_count("steps", self.steps, low=1)
 
     @override
     def measure(self, network: nn.Module, examples: Examples) -> WorstCaseFlatnessResult:
         return measure_worst_case_flatness(
             network,
             self.attacked(examples),
-            xi=self.xi,
-            weight_step=self.weight_step,
-            loss=self.loss,
-            keep=self.keep,
-            per_batch=self.per_batch,
             sharing=examples.sharing,
+            **self.own_arguments,
         )
 
     @override
@@ -98,12 +82,12 @@ class WorstCaseFlatness(AttackMeasure):
     @override
     def progress(self) -> tuple[str, int]:
         reference = self.restarts if self.loss == "robust" else 1
-        text = f"worst-case flatness, {self.restarts} × {self.pgd.steps} steps"
+        text = f"worst-case flatness, {self.restarts} × {self.steps} steps"
         return text, reference + self.restarts
 
     @override
     def passes(self) -> tuple[int, int]:
         forward, backward = super().passes()
         # The reference is a forward of the images themselves.
-        steps = self.pgd.steps if self.loss == "clean" else 0
+        steps = self.steps if self.loss == "clean" else 0
         return forward - steps, backward - steps

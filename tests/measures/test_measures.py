@@ -185,13 +185,26 @@ def test_shares_of_processes_are_measured_as_the_whole_set(world):
     assert torch.equal(total.double(), expected.losses)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_search_may_be_in_bfloat16_and_losses_are_in_float32(precision, cpu_as_gpu):
+    network, types = tiny_network(), []
+    network.register_forward_hook(lambda *given: types.append(given[-1].dtype))
+    measure = RobustLoss(**ATTACK, precision=precision)
+    result = measure(network, *data())
+    searched = {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
+    assert set(types) == {searched, torch.float32}
+    assert types[-1] == torch.float32
+    exact = RobustLoss(**ATTACK)(tiny_network(), *data())
+    assert result.robust_loss == pytest.approx(exact.robust_loss, rel=0.05)
+    assert torch.equal(result.clean_losses, exact.clean_losses)
+
+
 def test_the_radius_of_the_data_is_used_if_a_measure_names_none():
     assert AverageCaseFlatness().with_default_eps(0.25).pgd.eps == 0.25
     assert AverageCaseFlatness(eps=0.3).with_default_eps(0.25).pgd.eps == 0.3
     assert AverageCaseFlatness().pgd.eps == 8 / 255
     assert AutoAttackError().with_default_eps(0.25).radius == 0.25
-    curvature = Curvature()
-    assert curvature.with_default_eps(8) is curvature
+    assert Curvature().with_default_eps(8) == Curvature()
     with pytest.raises(ValueError, match=r"`data.eps` to be in \[0, 1\] .* is 8/255"):
         RobustLoss().with_default_eps(8)
     RobustLoss(norm="l2").with_default_eps(8)
@@ -202,6 +215,7 @@ class Margins:
     margins: Tensor
 
 
+@dataclass(kw_only=True)
 class Margin(Measure):
     """A measure of somebody else."""
 

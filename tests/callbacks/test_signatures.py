@@ -1,0 +1,75 @@
+"""The options of callbacks that pass arguments on: all are offered, typed and described."""
+
+from typing import Any
+
+import pytest
+from jsonargparse import ArgumentParser
+
+from robust_flatness import callbacks, measures
+
+IMAGES = {"split": "test", "num_examples": 1000}
+COMMON = {"batch_size": 128, "seed": 0}
+ATTACK = {
+    **COMMON,
+    **{"eps": None, "steps": 10, "step_size": None, "norm": "linf", "restarts": 1},
+    "precision": "float32",
+}
+FLATNESS = {
+    **{**ATTACK, "steps": 20, "num_perturbations": 10, "xi": 0.5, "protocol": "shared"},
+    **{"loss": "robust", "distribution": "sphere", "relative_to": "layer", "per_batch": False},
+}
+WORST = {
+    **{**ATTACK, "steps": 20, "restarts": 10, "xi": 0.003, "weight_step": 0.01},
+    **{"loss": "robust", "keep": None, "per_batch": False},
+}
+EPOCHS = {**IMAGES, "every_n_epochs": 1}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "RobustEvaluation": {**EPOCHS, **ATTACK},
+    "RobustEarlyStopping": {**EPOCHS, **ATTACK, "split": "val", "steps": 7, "patience": None},
+    "Flatness": {**EPOCHS, **FLATNESS},
+    "WorstCaseFlatness": {**EPOCHS, **WORST},
+    "Curvature": {**EPOCHS, **COMMON, "num_examples": 500, "tolerance": 1e-3},
+    "AutoAttack": {
+        **{**IMAGES, "version": "standard", "attacks": None, "chunk_size": 100},
+        **{"eps": None, "norm": "linf", "seed": 0},
+    },
+    "Landscape": {
+        **{**IMAGES, **ATTACK, "num_examples": 128, "directions": ("random",)},
+        **{"num_directions": 10, "num_steps": 51, "relative_to": "layer", "length": None},
+        **{"loss": "robust", "surface_steps": 0},
+    },
+    "FinalEvaluation": {
+        **{**ATTACK, "steps": 20, "restarts": 10, "splits": ("test", "train")},
+        **{"num_examples": 1000, "num_perturbations": 10, "xi": 0.5, "protocol": "shared"},
+        "extras": (),
+    },
+    "WeightAveraging": {
+        **{"decay": 0.9975, "reference_steps": 58_650, "batch_norm": "average"},
+        **{"num_examples": 1000, "batch_size": 128, "split": "train"},
+    },
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_all_options_are_offered_with_types_defaults_and_descriptions(name):
+    parser = ArgumentParser()
+    # It raises for an argument without a type.
+    skip = {"dataset", "datasets", "normalization"}
+    parser.add_class_arguments(getattr(callbacks, name), "c", skip=skip, fail_untyped=True)
+    assert dict(parser.get_defaults().c) == OPTIONS[name]
+    options = [action for action in parser._actions if action.dest.startswith("c.")]
+    assert all(action.help and action.help.strip() for action in options)
+
+
+def test_a_measure_is_an_option_of_the_callbacks_that_take_any():
+    parser = ArgumentParser()
+    parser.add_class_arguments(callbacks.EpochMeasure, "c", skip={"dataset", "normalization"})
+    arguments = ["--c.measure=AverageCaseFlatness", "--c.measure.xi=0.3", "--c.split=val"]
+    callback = parser.instantiate_classes(parser.parse_args(arguments)).c
+    assert isinstance(callback.measure, measures.AverageCaseFlatness)
+    assert (callback.measure.xi, callback.split) == (0.3, "val")
+
+
+def test_arguments_of_no_class_are_refused():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'epsilon'"):
+        callbacks.Flatness(epsilon=0.1)

@@ -19,7 +19,6 @@ from PIL import Image
 from robust_flatness.cli import CLI, main
 from robust_flatness.datamodules import Digits
 from robust_flatness.lightning_modules import AT
-from robust_flatness.loggers import EpochWandbLogger
 from robust_flatness.run_folder.claim import RunFolder
 
 TINY = [
@@ -241,7 +240,7 @@ def test_a_figure_that_fails_costs_no_results(monkeypatch, recwarn):
     logged = ("trajectory.log_trajectory", "results.log_summary")
     for name in (*(f"plotting.{n}" for n in drawn), *(f"callbacks.{n}" for n in logged)):
         monkeypatch.setattr(f"robust_flatness.{name}", fail)
-    monkeypatch.setattr(EpochWandbLogger, "_log_checkpoints", fail)
+    monkeypatch.setattr(wandb.Artifact, "add_file", fail)
     landscape = "--landscape={num_examples: 4, num_directions: 1, num_steps: 2, steps: 1}"
     main(["fit", *TINY, "--log_checkpoints", landscape, LIGHT])
     assert Path("runs/AT-Digits-s0/results.json").is_file()

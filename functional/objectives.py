@@ -100,7 +100,7 @@ def trades_loss(
     return trades_objective(network(images), network(adversarial), labels, lam=lam)
 
 
-def margins(adversarial_logits: Tensor, labels: Tensor) -> Tensor:
+def margin_losses(adversarial_logits: Tensor, labels: Tensor) -> Tensor:
     """-log(1 - p) of each example `(N,)`, p the probability of its strongest wrong class.
 
     It is finite also at p = 1, as in the original code.
@@ -127,7 +127,8 @@ def mart_objective(
     clean_logits: Tensor, adversarial_logits: Tensor, labels: Tensor, *, lam: float = 6.0
 ) -> Tensor:
     """Boosted cross-entropy under attack plus λ times the mean weighted divergence, a scalar."""
-    boosted = cross_entropy(adversarial_logits, labels) + margins(adversarial_logits, labels).mean()
+    boosted = cross_entropy(adversarial_logits, labels)
+    boosted = boosted + margin_losses(adversarial_logits, labels).mean()
     return boosted + lam * weighted_divergences(clean_logits, adversarial_logits, labels).mean()
 
 

@@ -35,7 +35,7 @@ from robust_flatness.lightning_modules.checkpoints import (
     warn_of_fast,
 )
 from robust_flatness.lightning_modules.entropy_sgd import EndOfWalk
-from robust_flatness.lightning_modules.pgd_mixin import Objective, PGDMixin
+from robust_flatness.lightning_modules.pgd_mixin import ObjectiveTerms, PGDMixin
 from robust_flatness.lightning_modules.schedules import MultiStep, prepare_schedule
 from robust_flatness.networks import Normalize, ResNet18, build_network, channels_last
 from robust_flatness.networks.layers import channel_values
@@ -178,7 +178,7 @@ class AT(PGDMixin):
         self._record(loss.detach(), logits.detach(), labels[: len(logits)], terms)
         return loss
 
-    def objective(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> Objective:
+    def objective(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> ObjectiveTerms:
         """Cross-entropy of adversarial examples."""
         logits = to_float32(self(adversarial))
         return self.training_labels.loss(logits, labels), logits, {}

@@ -11,7 +11,7 @@ from robust_flatness.functional.checks import check_choice, check_count, check_n
 from robust_flatness.functional.evaluation import module_modes, predicted_classes, to_float32
 from robust_flatness.functional.objectives import rotate
 from robust_flatness.lightning_modules.at import AT
-from robust_flatness.lightning_modules.pgd_mixin import Objective
+from robust_flatness.lightning_modules.pgd_mixin import ObjectiveTerms
 from robust_flatness.networks import RotationHead
 
 Rotations = Literal["half", "all"]
@@ -107,7 +107,7 @@ class ATSelfSupervision(AT):
         clean = images[split.attacked : split.classified]
         return torch.cat([adversarial, clean, against_turns, rotated[split.attacked_rotated :]])
 
-    def objective(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> Objective:
+    def objective(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> ObjectiveTerms:
         """Cross-entropy on labels plus λ times that on rotations."""
         split = self._split(len(images))
         features = self.features(adversarial)

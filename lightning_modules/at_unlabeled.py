@@ -7,7 +7,7 @@ from torch import Tensor
 
 from robust_flatness.functional.checks import check_choice
 from robust_flatness.lightning_modules.at import AT
-from robust_flatness.lightning_modules.pgd_mixin import Objective
+from robust_flatness.lightning_modules.pgd_mixin import ObjectiveTerms
 from robust_flatness.lightning_modules.trades import TRADES
 
 Loss = Literal["at", "trades"]
@@ -61,7 +61,7 @@ class ATUnlabeled(TRADES):
         variant = TRADES if self.loss == "trades" else AT
         return variant.attack(self, images, labels)
 
-    def objective(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> Objective:
+    def objective(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> ObjectiveTerms:
         """Cross-entropy under attack, or TRADES' objective."""
         variant = TRADES if self.loss == "trades" else AT
         return variant.objective(self, images, adversarial, labels)

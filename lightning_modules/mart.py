@@ -6,10 +6,10 @@ from torch import Tensor
 
 from robust_flatness.functional.checks import check_number
 from robust_flatness.functional.evaluation import to_float32
-from robust_flatness.functional.objectives import margins, weighted_divergences
+from robust_flatness.functional.objectives import margin_losses, weighted_divergences
 from robust_flatness.lightning_modules.at import AT
 from robust_flatness.lightning_modules.awp_mixin import AWPMixin
-from robust_flatness.lightning_modules.pgd_mixin import Objective
+from robust_flatness.lightning_modules.pgd_mixin import ObjectiveTerms
 
 
 class MART(AT):
@@ -36,11 +36,11 @@ class MART(AT):
         check_number("lam", lam)
         self.lam = lam
 
-    def objective(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> Objective:
+    def objective(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> ObjectiveTerms:
         """Boosted cross-entropy plus λ times the mean weighted divergence."""
         clean, logits = to_float32(self(images)), to_float32(self(adversarial))
         divergence = weighted_divergences(clean, logits, labels)
-        boosted = self.training_labels.loss(logits, labels) + margins(logits, labels).mean()
+        boosted = self.training_labels.loss(logits, labels) + margin_losses(logits, labels).mean()
         loss = boosted + self.lam * divergence.mean()
         return loss, logits, {"train/weighted_divergence": divergence}
 

@@ -21,7 +21,7 @@ from robust_flatness.functional.evaluation import (
 from robust_flatness.functional.noise import keyed_generator, keyed_seed, random_start
 
 # Loss, logits of adversarial examples, and further terms to log, one value for each example.
-Objective = tuple[Tensor, Tensor, Mapping[str, Tensor]]
+ObjectiveTerms = tuple[Tensor, Tensor, Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class PGDMixin(LightningModule):
     def perturb(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> None:
         """Comes before the objective; `AWPMixin` perturbs the weights here."""
 
-    def objective(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> Objective:
+    def objective(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> ObjectiveTerms:
         """The loss to minimise.
 
         Args:

@@ -9,7 +9,7 @@ from robust_flatness.functional.evaluation import to_float32
 from robust_flatness.functional.objectives import TRADES_STARTS, divergences
 from robust_flatness.lightning_modules.at import AT
 from robust_flatness.lightning_modules.awp_mixin import AWPMixin
-from robust_flatness.lightning_modules.pgd_mixin import Objective
+from robust_flatness.lightning_modules.pgd_mixin import ObjectiveTerms
 
 
 class TRADES(AT):
@@ -49,7 +49,7 @@ class TRADES(AT):
         """Examples whose prediction diverges from the clean one; `labels` are not used."""
         return self.craft(images, self.clean_logits(images), divergences)
 
-    def objective(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> Objective:
+    def objective(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> ObjectiveTerms:
         """Clean cross-entropy plus λ times the mean divergence."""
         clean, logits = to_float32(self(images)), to_float32(self(adversarial))
         loss = self.training_labels.loss(clean, labels)

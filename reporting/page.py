@@ -201,9 +201,10 @@ def _table(
     models: Models, published: Models, methods: Mapping[str, dict[str, Any]]
 ) -> dict[str, Any]:
     """The rows of the table of all models, and its columns."""
+    further = sorted(name for name in set(models.values["metric"]) if metric(name).in_tables)
     columns = [
         (name, weights)
-        for name, weights in _COLUMNS
+        for name, weights in (*_COLUMNS, *((name, "final") for name in further))
         if len(models.column(name, weights)) or len(published.column(name, weights))
     ]
     limits = [_limits(models, name, weights) for name, weights in columns]

@@ -1,7 +1,8 @@
 """Logged metrics: their names, labels, units and directions, and their values over epochs.
 
-A new measure is one line of `METRICS`; labels of axes, columns of tables, titles of panels and the
-summaries in Weights & Biases follow from it. Names that no line describes work as well.
+A new measure is one line of `METRICS`; labels of axes and columns, titles of panels and the
+summaries in Weights & Biases follow from it, and with `in_tables` its rows and columns in the table
+of `fit` and of the report page. Names that no line describes work as well.
 
 Example:
     >>> flatness = metric("early_stopped/flatness/average/train")
@@ -36,6 +37,8 @@ class Metric:
         unit: `nats`, `%` or empty. Values in `%` are logged as shares of 1.
         lower_is_better: None if neither direction is better.
         once: Whether it is measured once, at the end of a run, and not over epochs.
+        in_tables: Whether the table that `fit` prints and that of the report page show it below, or
+            behind, their usual metrics, if it was measured.
         split: `test`, `val`, `train` (fixed training images, or batches if the name begins with
             `train/`), `train_eval` or empty.
         weights: `final` or `early_stopped`.
@@ -46,6 +49,7 @@ class Metric:
     unit: str = ""
     lower_is_better: bool | None = True
     once: bool = False
+    in_tables: bool = False
     split: str = ""
     weights: Weights = "final"
 

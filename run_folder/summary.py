@@ -86,7 +86,8 @@ def summary_table(results: Mapping[str, Any], *, folder: str | Path | None = Non
         note = "" if epoch is None else f"(epoch {epoch})"
         table.add_column(f"early-stopped\n{note}", justify="right", no_wrap=True)
     images = results.get("num_examples") or {}
-    for section in _SECTIONS:
+    further = sorted({name for column in columns for name in column if metric(name).in_tables})
+    for section in (*_SECTIONS, tuple((name,) for name in further)):
         table.add_section()
         for names in section:
             measured = [name for column in columns if (name := _first(names, column))]

@@ -17,7 +17,9 @@ from robust_flatness.reporting.frame import Models
 from robust_flatness.reporting.page import write_page
 from robust_flatness.reporting.published import published_models, published_trajectories
 from robust_flatness.reporting.table1 import table1
+from robust_flatness.run_folder import metrics
 from robust_flatness.run_folder.files import Landscape
+from robust_flatness.run_folder.metrics import Metric
 from robust_flatness.run_folder.runs import LeftOut, load_run
 
 EVIL = "<b>x</b></script><script>alert(1)</script>&amp;"
@@ -147,6 +149,16 @@ def test_table_has_means_deviations_and_groups(tmp_path: Path) -> None:
     assert "–" in table["MART"]
     html = read_html(path)
     assert (html.count('class="good"'), html.count('class="poor"')) == (1, 2)
+
+
+def test_a_metric_that_is_registered_for_tables_is_a_column(tmp_path: Path, monkeypatch) -> None:
+    entry = Metric("margin_for_page/mean", "mean margin", in_tables=True)
+    monkeypatch.setitem(metrics._BY_NAME, entry.name, entry)
+    run = make_run("at", final=FINAL | {"margin_for_page/mean/test": 0.125, "other/test": 7.0})
+    html = read_html(write_page(tmp_path / "index.html", models=make_models(run)))
+    assert "mean margin, test" in html
+    assert "other" not in html
+    assert "0.12" in read_table(tmp_path / "index.html")["AT"]
 
 
 def test_groups_are_those_of_table_1_at_a_rounded_threshold(tmp_path: Path) -> None:

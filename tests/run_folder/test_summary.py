@@ -16,6 +16,8 @@ from robust_flatness.reporting import (
     versions,
     write_json,
 )
+from robust_flatness.run_folder import metrics
+from robust_flatness.run_folder.metrics import Metric
 
 RESULTS = {
     "method": "ATAWP",
@@ -61,6 +63,15 @@ def test_table_shows_intervals_standard_errors_and_dashes() -> None:
     assert table["average-case flatness, test"] == ["1.200 ± 0.060", "–"]
     for part in ("ATAWP on CIFAR10", "(epoch 103)", "runs/at-awp-cifar10-s0"):
         assert part in table["text"]
+
+
+def test_a_metric_that_is_registered_for_tables_is_a_row(monkeypatch) -> None:
+    entry = Metric("margin_for_fit/mean", "mean margin", in_tables=True)
+    monkeypatch.setitem(metrics._BY_NAME, entry.name, entry)
+    table = lines({"final": {"margin_for_fit/mean/test": 0.25, "other/test": 1.0}})
+    assert table["mean margin, test"] == ["0.250"]
+    assert not any("other" in row for row in table)
+    assert "mean margin, test" not in lines({})
 
 
 def test_table_of_nothing_is_dashes() -> None:

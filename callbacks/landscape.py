@@ -75,8 +75,8 @@ class Landscape(FinalMeasure, _HoldsLandscape):
     @override
     def keep(self, weights: str, split: str, measure: Measure, result: Any) -> Metrics:
         self._landscapes[weights] = {
-            name: SavedLandscape(found.coordinates.numpy(), found.losses.numpy())
-            for name, found in result.items()
+            name: SavedLandscape(landscape.coordinates.numpy(), landscape.losses.numpy())
+            for name, landscape in result.items()
         }
         return {}
 
@@ -114,15 +114,15 @@ class Landscape(FinalMeasure, _HoldsLandscape):
         title = run_title(trainer, pl_module, self.method)
         loss_name = "RLoss" if self.measure.loss == "robust" else "cross-entropy"
         panels: dict[str, dict[str, SavedLandscape]] = {
-            kind: {WEIGHTS[weights]: found[kind] for weights, found in self._landscapes.items()}
+            kind: {WEIGHTS[weights]: named[kind] for weights, named in self._landscapes.items()}
             for kind in self.measure.directions
         }
         figures = {"landscape": landscape_figure(panels, title=title, loss_name=loss_name)}
-        for weights, found in self._landscapes.items():
-            if SURFACE in found:
+        for weights, landscapes in self._landscapes.items():
+            if SURFACE in landscapes:
                 name = SURFACE if weights == "final" else f"{SURFACE}_{weights}"
                 figures[name] = surface_figure(
-                    found[SURFACE], title=f"{title}, {WEIGHTS[weights]}", loss_name=loss_name
+                    landscapes[SURFACE], title=f"{title}, {WEIGHTS[weights]}", loss_name=loss_name
                 )
         return figures
 

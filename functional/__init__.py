@@ -1,7 +1,6 @@
 """The mathematics: pure functions on tensors and networks, without a Trainer."""
 
 from robust_flatness.functional.attack import PGD, FriendlyPGD, pgd_attack
-from robust_flatness.functional.directions import normalize_direction, weight_directions
 from robust_flatness.functional.flatness import FlatnessResult, average_case_flatness
 from robust_flatness.functional.hessian import HessianResult, hessian_extreme_eigenvalues
 from robust_flatness.functional.landscape import (
@@ -9,6 +8,8 @@ from robust_flatness.functional.landscape import (
     SurfaceResult,
     loss_landscape,
     loss_surface,
+    normalize_direction,
+    weight_directions,
 )
 from robust_flatness.functional.layer_weights import perturbed_weights
 from robust_flatness.functional.objectives import (

@@ -250,13 +250,7 @@ def pgd_attack(
         model: Maps images in [0, 1] to logits `(N, K)`.
         images: `(N, C, H, W)` in [0, 1].
         labels: `(N,)` true classes.
-        eps: Radius of the perturbation, such as 8/255; as in `PGD`, like the next six.
-        steps: Number of gradient steps.
-        step_size: Length of a step.
-        norm: `linf` or `l2`.
-        keep: `best` or `last` iterate.
-        start: `paper`, `uniform`, `gaussian` or `zero`.
-        mode: `eval` or `train`.
+        eps, steps, step_size, norm, keep, start, mode: As in `PGD`.
         criterion: Maps logits and labels to the losses `(N,)` that the attack increases.
         seed: Seed of the starts; example i has its own generator, whatever the batch.
 

@@ -28,10 +28,6 @@ def predicted_classes(logits: Tensor) -> Tensor:
     """The predicted class of each example, or -1 if any of its logits is not finite.
 
     `argmax` of NaN is class 0, so a diverged network would be correct on that class.
-
-    Example:
-        >>> predicted_classes(torch.tensor([[0.0, 1.0], [float("nan"), 1.0]]))
-        tensor([ 1, -1])
     """
     return torch.where(logits.isfinite().all(1), logits.argmax(1), -1)
 
@@ -40,15 +36,11 @@ def nan_unless_finite(losses: Tensor, logits: Tensor) -> Tensor:
     """The losses `(N,)`, NaN for an example if any of its logits is not finite.
 
     A loss may be finite all the same: cross-entropy ignores a logit of minus infinity.
-
-    Example:
-        >>> nan_unless_finite(torch.zeros(2), torch.tensor([[0.0, 1.0], [-math.inf, 1.0]]))
-        tensor([0., nan])
     """
     return torch.where(logits.isfinite().all(1), losses, math.nan)
 
 
-def check_logits(output: object, count: int) -> None:
+def _check_logits(output: object, count: int) -> None:
     """Raises if the output of a network for `count` images is not a tensor of logits (N, K)."""
     if not isinstance(output, Tensor):
         length = f" of {len(output)}" if isinstance(output, Sized) else ""
@@ -67,7 +59,7 @@ def check_logits(output: object, count: int) -> None:
     )
 
 
-def are_probabilities(output: Tensor) -> bool:
+def _are_probabilities(output: Tensor) -> bool:
     """Whether each row is in [0, 1] and sums to 1, as after a softmax."""
     tolerance = 1e-2 if output.dtype in HALF else 1e-4
     sums = output.sum(1, dtype=torch.float64)
@@ -91,10 +83,10 @@ def logits_function(model: Model, images: Tensor) -> Callable[[Tensor], Tensor]:
 
     def logits(inputs: Tensor) -> Tensor:
         output = model(inputs.to(dtype))
-        check_logits(output, len(inputs))
+        _check_logits(output, len(inputs))
         if first is not None and first not in _CHECKED:
             _CHECKED[first] = None
-            if len(output) > 0 and are_probabilities(output.detach()):
+            if len(output) > 0 and _are_probabilities(output.detach()):
                 warnings.warn(
                     "Expected `model` to return logits but its outputs look like probabilities "
                     "(all in [0, 1], rows that sum to 1): cross-entropy and attacks would take the "
@@ -187,14 +179,6 @@ def module_modes(model: Model, mode: Mode = "eval") -> Iterator[None]:
 
     `model.train()` would not leave a BatchNorm in eval mode that was frozen inside a training
     network. A callable that is not an `nn.Module` is not changed.
-
-    Example:
-        >>> network = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
-        >>> with module_modes(network, "eval"):
-        ...     [module.training for module in network]
-        [False, False]
-        >>> [module.training for module in network]
-        [True, False]
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     before = [module.training for module in modules]

@@ -3,8 +3,6 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import groupby
 from typing import Literal, get_args
 
 import torch
@@ -15,19 +13,12 @@ from robust_flatness.functional.checks import check_choice, check_count, check_n
 from robust_flatness.functional.evaluation import evaluation_context
 from robust_flatness.functional.layer_weights import perturbed_parameters, perturbed_weights
 from robust_flatness.functional.noise import Norm, Start
-from robust_flatness.functional.robust_loss import (
-    NO_ATTACK,
-    batched_losses,
-    batches,
-    check_set,
-)
+from robust_flatness.functional.robust_loss import AttackedSet, LossKind
 from robust_flatness.functional.weight_perturbation import (
     Distribution,
     RelativeTo,
     random_direction,
 )
-
-LossKind = Literal["robust", "clean"]
 
 Protocol = Literal["shared", "paper"]
 
@@ -119,8 +110,7 @@ def average_case_flatness(
         labels: `(N,)` true classes.
         xi: Relative length ξ of ν in each layer.
         num_perturbations: Number K of directions.
-        eps: Radius of the attack.
-        steps: Steps of the attack.
+        eps, steps, step_size, norm, start: The attack, as in `evaluate_robustness`.
         restarts: Restarts of the attack, for reference and perturbed losses alike.
         protocol: `shared` starts the attacks at w and at w + ν from the same points, so that
             ξ = 0 gives exactly 0 and noise cancels. `paper` is the published recipe: 10 restarts
@@ -132,13 +122,8 @@ def average_case_flatness(
         per_batch: Whether each batch of `batch_size` images by global index has its own directions
             (the paper's text), so that the value depends on `batch_size`, or the whole set shares
             K directions (its code).
-        step_size: Length of a step, as in `PGD`, like the next two.
-        norm: `linf` or `l2`.
-        start: Where the attack starts.
         seed: Seed of all random numbers.
-        batch_size: Images measured at once.
-        indices: Global index of each image in the whole measured set; `None` numbers them.
-        on_attack: Called after each restart on each batch, for progress.
+        batch_size, indices, on_attack: As in `evaluate_robustness`.
 
     Raises:
         ValueError: If pixels, shapes, or an argument are out of range.
@@ -150,108 +135,67 @@ def average_case_flatness(
         0.0
     """
     pgd = PGD(eps, steps, step_size, norm, start=start)
-    check_set(images, labels, restarts, batch_size)
+    attacked = AttackedSet(images, labels, pgd, restarts, seed, batch_size, indices, on_attack)
     check_number("xi", xi)
     check_count("num_perturbations", num_perturbations, low=1)
     check_choice("protocol", protocol, get_args(Protocol))
-    check_choice("loss", loss, get_args(LossKind))
     check_choice("distribution", distribution, get_args(Distribution))
     check_choice("relative_to", relative_to, get_args(RelativeTo))
     with evaluation_context(model):
         return measure_flatness(
             model,
-            images,
-            labels,
-            pgd,
+            attacked,
             xi=xi,
             num_perturbations=num_perturbations,
-            restarts=restarts,
             protocol=protocol,
             loss=loss,
             distribution=distribution,
             relative_to=relative_to,
             per_batch=per_batch,
-            seed=seed,
-            batch_size=batch_size,
-            indices=indices,
-            on_attack=on_attack,
         )
 
 
 def measure_flatness(
     model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    pgd: PGD,
+    attacked: AttackedSet,
     *,
     xi: float,
     num_perturbations: int,
-    restarts: int,
     protocol: Protocol,
     loss: LossKind,
     distribution: Distribution,
     relative_to: RelativeTo,
     per_batch: bool,
-    seed: int,
-    batch_size: int,
-    indices: Sequence[int] | None = None,
-    on_attack: Callable[[], None] | None = None,
 ) -> FlatnessResult:
-    """`average_case_flatness` with checked arguments, inside `evaluation_context`."""
+    """`average_case_flatness` with checked arguments, inside `evaluation_context`.
+
+    Eq. (1): the mean over ν of max over δ of L(w + ν, x + δ), minus max over δ of L(w, x + δ).
+    """
     # Raises, before anything is measured, if a weight cannot be perturbed.
     weights = perturbed_parameters(model)
-    indices = range(len(images)) if indices is None else indices
-    if loss == "clean":
-        pgd, restarts, protocol = NO_ATTACK, 1, "shared"
-    robust_losses = partial(
-        batched_losses, model, images, labels, pgd, seed=seed, indices=indices, on_attack=on_attack
+    attacked = attacked.for_loss(loss)
+    units = attacked.units(per_batch)
+    paper = protocol == "paper" and loss == "robust"
+    reference = attacked.losses(
+        model,
+        [part for _, parts in units for part in parts],
+        range(PAPER_REFERENCE_RESTARTS) if paper else None,
     )
-    units = perturbation_units(indices, batch_size, per_batch)
-    paper = protocol == "paper"
-    reference_restarts = range(PAPER_REFERENCE_RESTARTS if paper else restarts)
-    every = [part for _, parts in units for part in parts]
-    reference = robust_losses(restarts=reference_restarts, parts=every)
     perturbed = []
     for k in range(num_perturbations):
-        new = PAPER_REFERENCE_RESTARTS + k
-        starts = range(new, new + 1) if paper else range(restarts)
         losses = []
         for batch, parts in units:
             nu = random_direction(
                 weights,
                 xi=xi,
-                seed=seed,
+                seed=attacked.seed,
                 direction=k,
                 distribution=distribution,
                 relative_to=relative_to,
                 batch=batch,
             )
             with perturbed_weights(model, nu):
-                losses.append(robust_losses(restarts=starts, parts=parts))
-        perturbed.append(torch.cat(losses) if losses else images.new_zeros(0))
+                restarts = [PAPER_REFERENCE_RESTARTS + k] if paper else None
+                losses.append(attacked.losses(model, parts, restarts))
+        perturbed.append(torch.cat(losses))
     return FlatnessResult(reference, torch.stack(perturbed))
-
-
-def perturbation_units(
-    indices: Sequence[int], batch_size: int, per_batch: bool
-) -> list[tuple[int | None, list[slice]]]:
-    """The units that share a weight perturbation: the set, or each batch by global index.
-
-    Returns:
-        Number of the batch, `None` for the set, and the positions of its images, batch by batch.
-
-    Example:
-        >>> perturbation_units([0, 1, 4], 2, per_batch=False)
-        [(None, [slice(0, 2, None), slice(2, 3, None)])]
-        >>> perturbation_units([0, 1, 4], 2, per_batch=True)
-        [(0, [slice(0, 2, None)]), (2, [slice(2, 3, None)])]
-    """
-    if not per_batch:
-        return [(None, batches(len(indices), batch_size))]
-    units: list[tuple[int | None, list[slice]]] = []
-    begin = 0
-    for batch, members in groupby(indices, key=lambda index: index // batch_size):
-        end = begin + len(list(members))
-        units.append((batch, [slice(begin, end)]))
-        begin = end
-    return units

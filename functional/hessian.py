@@ -109,13 +109,9 @@ def hessian_extreme_eigenvalues(
         images, labels = images.clone(), labels.clone()
         inputs = list(leaves.values())
 
-        def on_devices(vector: Tensor) -> Perturbation:
-            parts = split_like(vector, weights)
-            return {name: part.to(weights[name].device) for name, part in parts.items()}
-
         def product(vector: Tensor) -> Tensor:
             """The Hessian times a vector, float64, on the CPU."""
-            direction = on_devices(vector).values()
+            direction = split_like(vector, weights).values()
             total = torch.zeros_like(vector)
             for batch, targets in zip(images.split(batch_size), labels.split(batch_size)):
                 gradients = weight_gradients(model, inputs, batch, targets, create_graph=True)
@@ -127,7 +123,7 @@ def hessian_extreme_eigenvalues(
         size = sum(weight.numel() for weight in weights.values())
         start = torch.randn(size, generator=keyed_generator(seed, "lanczos"), dtype=torch.float64)
         values, vectors = _extremes(product, start, tolerance)
-        directions = [on_devices(vector) for vector in vectors]
+        directions = [split_like(vector, weights) for vector in vectors]
     return HessianResult(*values, *directions)
 
 

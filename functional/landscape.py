@@ -1,31 +1,43 @@
 """The loss along directions and on planes in weight space (Fig. 4)."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from robust_flatness.functional.attack import PGD
-from robust_flatness.functional.checks import check_choice, check_count
-from robust_flatness.functional.directions import (
-    Direction,
-    DirectionKind,
-    check_direction,
-    check_direction_kind,
-    make_directions,
-)
+from robust_flatness.functional.checks import check_choice, check_count, check_number
 from robust_flatness.functional.evaluation import evaluation_context
-from robust_flatness.functional.flatness import LossKind
-from robust_flatness.functional.layer_weights import perturbed_weights
+from robust_flatness.functional.hessian import hessian_extreme_eigenvalues, weight_gradients
+from robust_flatness.functional.layer_weights import (
+    LayerTensor,
+    differentiable_weights,
+    layer_tensor,
+    layer_tensors,
+    perturbed_weights,
+)
 from robust_flatness.functional.noise import Norm, Start
-from robust_flatness.functional.robust_loss import NO_ATTACK, batched_losses, batches, check_set
-from robust_flatness.functional.weight_perturbation import RelativeTo
+from robust_flatness.functional.robust_loss import AttackedSet, LossKind
+from robust_flatness.functional.weight_perturbation import (
+    Perturbation,
+    RelativeTo,
+    random_direction,
+    scale_direction,
+    scale_to,
+)
 
+Direction = Mapping[str, Tensor]
+DirectionKind = Literal["random", "adversarial", "hessian"]
 Directions = DirectionKind | Direction | Sequence[Direction]
 Extent = tuple[float, float]
+
+ASCENT_STEPS = 5
+LENGTH = {"random": 0.5, "adversarial": 0.025, "hessian": 0.5}
+COUNT = {"random": 10, "adversarial": 10, "hessian": 1}
 
 
 @dataclass(frozen=True)
@@ -114,22 +126,13 @@ def loss_landscape(
         labels: `(N,)` true classes.
         directions: A kind of `weight_directions`, or directions by parameter name, which are not
             scaled.
-        num_directions: Of a kind, as in `weight_directions`, like the next two.
-        relative_to: `layer`, `filter` or `network`.
-        length: Relative length.
+        num_directions, relative_to, length: Of a kind, as in `weight_directions`.
         num_steps: Number S of steps, both ends of `extent` included.
         extent: First and last s; `None` is (0, 1) for `adversarial`, else (-1, 1).
         loss: `robust`, or `clean` without an attack, also on adversarial directions.
-        eps: Radius of the attack.
-        steps: Steps of the attack.
-        restarts: Restarts of the attack.
-        step_size: Length of a step, as in `PGD`, like the next two.
-        norm: `linf` or `l2`.
-        start: Where the attack starts.
+        eps, steps, restarts, step_size, norm, start: The attack, as in `evaluate_robustness`.
         seed: Seed of all random numbers.
-        batch_size: Images measured at once.
-        indices: Global index of each image in the whole measured set; `None` numbers them.
-        on_attack: Called after each restart on each batch, for progress.
+        batch_size, indices, on_attack: As in `evaluate_robustness`.
 
     Raises:
         ValueError: If pixels, shapes, or an argument are out of range.
@@ -141,26 +144,13 @@ def loss_landscape(
         >>> result.coordinates.tolist(), result.losses.shape
         ([-1.0, -0.5, 0.0, 0.5, 1.0], torch.Size([10, 5, 4]))
     """
-    pgd = attack_of(loss, PGD(eps, steps, step_size, norm, start=start))
-    check_set(images, labels, restarts, batch_size)
+    pgd = PGD(eps, steps, step_size, norm, start=start)
+    attacked = AttackedSet(images, labels, pgd, restarts, seed, batch_size, indices, on_attack)
+    attacked = attacked.for_loss(loss)
     coordinates = steps_along(directions, num_steps, extent)
-    data = model, images, labels, pgd
-    kind: dict[str, Any] = {
-        "num_directions": num_directions,
-        "relative_to": relative_to,
-        "length": length,
-    }
-    shared: dict[str, Any] = {
-        "seed": seed,
-        "batch_size": batch_size,
-        "indices": indices,
-        "on_attack": on_attack,
-    }
     with evaluation_context(model):
-        lines = _directions(directions, *data, kind, shared)
-        return measure_landscape(
-            *data, directions=lines, coordinates=coordinates, restarts=restarts, **shared
-        )
+        lines = _directions(model, attacked, directions, num_directions, relative_to, length)
+        return measure_landscape(model, attacked, lines, coordinates)
 
 
 def loss_surface(
@@ -197,42 +187,62 @@ def loss_surface(
         >>> loss_surface(model, images, torch.arange(4), num_steps=3, steps=2).mean.shape
         torch.Size([3, 3])
     """
-    pgd = attack_of(loss, PGD(eps, steps, step_size, norm, start=start))
-    check_set(images, labels, restarts, batch_size)
+    pgd = PGD(eps, steps, step_size, norm, start=start)
+    attacked = AttackedSet(images, labels, pgd, restarts, seed, batch_size, indices, on_attack)
+    attacked = attacked.for_loss(loss)
     coordinates = steps_along(directions, num_steps, extent)
-    data = model, images, labels, pgd
-    kind = {"num_directions": 2, "relative_to": relative_to, "length": length}
-    shared: dict[str, Any] = {
-        "seed": seed,
-        "batch_size": batch_size,
-        "indices": indices,
-        "on_attack": on_attack,
-    }
     with evaluation_context(model):
-        pair = list(_directions(directions, *data, kind, shared))
+        pair = list(_directions(model, attacked, directions, 2, relative_to, length))
         if len(pair) != 2:
             raise ValueError(f"Expected `directions` to be two for a surface but got {len(pair)}.")
-        return measure_surface(
-            *data, directions=pair, coordinates=coordinates, restarts=restarts, **shared
-        )
+        return measure_surface(model, attacked, pair, coordinates)
 
 
-def attack_of(loss: LossKind, pgd: PGD) -> PGD:
-    """Returns the attack for a loss: `NO_ATTACK` for the clean one."""
-    check_choice("loss", loss, get_args(LossKind))
-    return pgd if loss == "robust" else NO_ATTACK
+def measure_landscape(
+    model: nn.Module,
+    attacked: AttackedSet,
+    directions: Iterable[Direction],
+    coordinates: Sequence[float],
+) -> LandscapeResult:
+    """`loss_landscape` along at least one direction, inside `evaluation_context`."""
+    points = (((s, direction),) for direction in directions for s in coordinates)
+    return LandscapeResult(*_losses(model, attacked, points, coordinates))
+
+
+def measure_surface(
+    model: nn.Module,
+    attacked: AttackedSet,
+    directions: Iterable[Direction],
+    coordinates: Sequence[float],
+) -> SurfaceResult:
+    """`loss_surface` along two directions, inside `evaluation_context`."""
+    first, second = directions
+    points = (((s, first), (t, second)) for s in coordinates for t in coordinates)
+    return SurfaceResult(*_losses(model, attacked, points, coordinates))
+
+
+def _losses(
+    model: nn.Module,
+    attacked: AttackedSet,
+    points: Iterable[Sequence[tuple[float, Direction]]],
+    coordinates: Sequence[float],
+) -> tuple[Tensor, Tensor]:
+    """The coordinates `(S,)` and the losses `(..., S, N)` at combinations of directions."""
+    rows = []
+    for terms in points:
+        perturbation: dict[str, Tensor] = {}
+        for step, direction in terms:
+            for name, value in direction.items():
+                moved = step * value
+                perturbation[name] = perturbation[name] + moved if name in perturbation else moved
+        with perturbed_weights(model, perturbation):
+            rows.append(attacked.losses(model))
+    losses = torch.stack(rows).unflatten(0, (-1, len(coordinates)))
+    return torch.tensor(coordinates, dtype=torch.float64), losses
 
 
 def steps_along(directions: Directions, num_steps: int, extent: Extent | None) -> list[float]:
-    """The steps s of a landscape along a kind of directions, or other ones.
-
-    Raises:
-        ValueError: If there are fewer than two, or `extent` is not increasing.
-
-    Example:
-        >>> steps_along("adversarial", 3, None), steps_along("random", 3, None)
-        ([0.0, 0.5, 1.0], [-1.0, 0.0, 1.0])
-    """
+    """The steps s of a landscape along a kind of directions, or other ones."""
     check_count("num_steps", num_steps, low=2)
     low, high = extent or ((0.0, 1.0) if directions == "adversarial" else (-1.0, 1.0))
     if not -math.inf < low < high < math.inf:
@@ -242,104 +252,213 @@ def steps_along(directions: Directions, num_steps: int, extent: Extent | None) -
 
 
 def _directions(
-    directions: Directions,
     model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    pgd: PGD,
-    kind: dict[str, Any],
-    shared: dict[str, Any],
+    attacked: AttackedSet,
+    directions: Directions,
+    num_directions: int | None,
+    relative_to: RelativeTo,
+    length: float | None,
 ) -> Iterable[Direction]:
     """Directions of a kind, or those of the caller after a check."""
     if isinstance(directions, str):
-        check_direction_kind(directions, **kind)
-        return make_directions(model, images, labels, pgd, kind=directions, **kind, **shared)
+        return make_directions(
+            model, attacked, directions, num_directions, relative_to=relative_to, length=length
+        )
     directions = [directions] if isinstance(directions, Mapping) else list(directions)
     if not directions:
         raise ValueError("Expected `directions` to hold a direction at least but got none.")
     for direction in directions:
-        check_direction(model, direction)
+        _check_direction(model, direction)
     return directions
 
 
-def measure_landscape(
+def weight_directions(
     model: nn.Module,
     images: Tensor,
     labels: Tensor,
-    pgd: PGD,
     *,
-    directions: Iterable[Direction],
-    coordinates: Sequence[float],
-    **settings: Any,
-) -> LandscapeResult:
-    """`loss_landscape` with checked arguments, inside `evaluation_context`.
-
-    Args:
-        model: Maps images in [0, 1] to logits.
-        images: `(N, C, H, W)`.
-        labels: `(N,)`.
-        pgd: The attack, see `attack_of`.
-        directions: At least one, for example of `make_directions`.
-        coordinates: The steps s, see `steps_along`.
-        **settings: `restarts`, `seed`, `batch_size`, `indices` and `on_attack` of `loss_landscape`.
-    """
-    points = (((s, direction),) for direction in directions for s in coordinates)
-    losses = _losses(model, images, labels, pgd, points, **settings)
-    steps = torch.tensor(coordinates, dtype=torch.float64)
-    return LandscapeResult(steps, losses.unflatten(0, (-1, len(coordinates))))
-
-
-def measure_surface(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    pgd: PGD,
-    *,
-    directions: Sequence[Direction],
-    coordinates: Sequence[float],
-    **settings: Any,
-) -> SurfaceResult:
-    """`loss_surface` with checked arguments, see `measure_landscape`."""
-    first, second = directions
-    points = (((s, first), (t, second)) for s in coordinates for t in coordinates)
-    losses = _losses(model, images, labels, pgd, points, **settings)
-    steps = torch.tensor(coordinates, dtype=torch.float64)
-    return SurfaceResult(steps, losses.unflatten(0, (-1, len(coordinates))))
-
-
-def _losses(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    pgd: PGD,
-    points: Iterable[Sequence[tuple[float, Direction]]],
-    *,
-    restarts: int,
-    seed: int,
-    batch_size: int,
+    kind: DirectionKind = "random",
+    num_directions: int | None = None,
+    relative_to: RelativeTo = "layer",
+    length: float | None = None,
+    eps: float = 8 / 255,
+    steps: int = 10,
+    step_size: float | None = None,
+    norm: Norm = "linf",
+    start: Start = "paper",
+    ascent_steps: int = ASCENT_STEPS,
+    seed: int = 0,
+    batch_size: int = 128,
     indices: Sequence[int] | None = None,
     on_attack: Callable[[], None] | None = None,
-) -> Tensor:
-    """Losses `(P, N)` at the weights plus combinations of directions, attacked anew at each."""
-    rows = []
-    for terms in points:
-        perturbation: dict[str, Tensor] = {}
-        for step, direction in terms:
-            for name, value in direction.items():
-                moved = step * value
-                perturbation[name] = perturbation[name] + moved if name in perturbation else moved
-        with perturbed_weights(model, perturbation):
-            losses = batched_losses(
-                model,
-                images,
-                labels,
-                pgd,
-                # Without steps all restarts are the image itself.
-                restarts=range(restarts if pgd.steps else 1),
-                seed=seed,
-                indices=range(len(images)) if indices is None else indices,
-                parts=batches(len(images), batch_size),
-                on_attack=on_attack,
+) -> Iterator[Perturbation]:
+    """Directions as the paper scales them: the length of each layer is a share of its weight's.
+
+    `random` directions are those of `sample_weight_perturbation` by number, so that average-case
+    flatness at ξ = `length` measures the ends of the same lines; they include biases.
+    `adversarial` ones increase the mean robust loss: from random direction k, `ascent_steps` steps
+    of full length along its gradient, each layer projected back onto its sphere, with adversarial
+    examples computed anew at each step from the direction's starts. The paper's joint attack also
+    ends where its last gradients point, as its steps are longer than its radius. `hessian` ones are
+    the eigenvectors of λ_max and, as a second one, λ_min of the clean loss, without biases.
+
+    Args:
+        model, images, labels: As in `loss_landscape`; random directions need no images.
+        kind: `random`, `adversarial` or `hessian`.
+        num_directions: Number of directions; `None` is 10, or 1 for `hessian`, which has at most 2.
+        relative_to: `layer`, `filter` (Li et al., 2018) or `network`, see `normalize_direction`.
+        length: Relative length; `None` is the paper's 0.5, or 0.025 for `adversarial`.
+        eps, steps, step_size, norm, start: The attack of adversarial directions, as in
+            `evaluate_robustness`.
+        ascent_steps: Steps in weight space of an adversarial direction.
+        seed: Seed of all random numbers.
+        batch_size, indices, on_attack: As in `evaluate_robustness`.
+
+    Returns:
+        The directions by parameter name, computed one after the other.
+
+    Raises:
+        ValueError: If pixels, shapes, or an argument are out of range.
+
+    Example:
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+        >>> images = torch.rand(4, 1, 8, 8)
+        >>> first = next(weight_directions(model, images, torch.arange(4)))["1.weight"]
+        >>> torch.allclose(first.norm(), 0.5 * model[1].weight.norm())
+        True
+    """
+    pgd = PGD(eps, steps, step_size, norm, start=start)
+    attacked = AttackedSet(images, labels, pgd, 1, seed, batch_size, indices, on_attack)
+    return make_directions(
+        model,
+        attacked,
+        kind,
+        num_directions,
+        relative_to=relative_to,
+        length=length,
+        ascent_steps=ascent_steps,
+    )
+
+
+def check_direction_kind(
+    kind: DirectionKind, num_directions: int | None, relative_to: RelativeTo, length: float | None
+) -> None:
+    """Checks the arguments that describe a kind of directions."""
+    check_choice("kind", kind, get_args(DirectionKind))
+    check_choice("relative_to", relative_to, get_args(RelativeTo))
+    count = COUNT[kind] if num_directions is None else num_directions
+    check_count("num_directions", count, low=1)
+    if kind == "hessian" and count > 2:
+        raise ValueError(f"Expected `num_directions` to be 1 or 2 for hessian but got {count}.")
+    check_number("length", LENGTH[kind] if length is None else length)
+
+
+def make_directions(
+    model: nn.Module,
+    attacked: AttackedSet,
+    kind: DirectionKind,
+    num_directions: int | None,
+    *,
+    relative_to: RelativeTo,
+    length: float | None,
+    ascent_steps: int = ASCENT_STEPS,
+) -> Iterator[Perturbation]:
+    """`weight_directions` of an attacked set."""
+    check_direction_kind(kind, num_directions, relative_to, length)
+    check_count("ascent_steps", ascent_steps, low=1)
+    length = LENGTH[kind] if length is None else length
+    count = COUNT[kind] if num_directions is None else num_directions
+    tensors = layer_tensors(model)
+    weights = {name: tensor.value() for name, tensor in tensors.items()}
+
+    def random(relative_to: RelativeTo) -> Iterator[Perturbation]:
+        for k in range(count):
+            yield random_direction(
+                weights, xi=length, seed=attacked.seed, direction=k, relative_to=relative_to
             )
-        rows.append(losses)
-    return torch.stack(rows)
+
+    def adversarial() -> Iterator[Perturbation]:
+        for k, direction in enumerate(random("layer")):
+            for _ in range(ascent_steps):
+                with perturbed_weights(model, direction, tensors):
+                    gradient = _robust_loss_gradient(model, attacked, tensors, k)
+                # The gradient is scaled to the weights w, not to the perturbed ones.
+                for (name, weight), part in zip(weights.items(), gradient):
+                    moved = direction[name] + scale_to(part, weight, length)
+                    direction[name] = scale_to(moved, weight, length)
+            yield direction
+
+    if kind == "random":
+        return random(relative_to)
+    directions = adversarial()
+    if kind == "hessian":
+        result = hessian_extreme_eigenvalues(
+            model,
+            attacked.images,
+            attacked.labels,
+            seed=attacked.seed,
+            batch_size=attacked.batch_size,
+        )
+        directions = iter([result.max_eigenvector, result.min_eigenvector][:count])
+    return (scale_direction(direction, weights, length, relative_to) for direction in directions)
+
+
+def _robust_loss_gradient(
+    model: nn.Module, attacked: AttackedSet, tensors: Mapping[str, LayerTensor], restart: int
+) -> list[Tensor]:
+    """Gradient for the weights of the summed loss on the adversarial examples of one restart."""
+    with evaluation_context(model), differentiable_weights(model, tensors) as leaves:
+        weights = list(leaves.values())
+        total = [torch.zeros_like(weight) for weight in weights]
+        for part in attacked.batches:
+            # Tensors made under inference mode cannot be saved for backward, clones can.
+            images, labels = attacked.images[part], attacked.labels[part].clone()
+            starts = attacked.starts(part, restart)
+            adversarial = attacked.pgd.attack(model, images, labels, starts).images
+            if attacked.on_attack is not None:
+                attacked.on_attack()
+            gradient = weight_gradients(model, weights, adversarial, labels)
+            total = [summand + more for summand, more in zip(total, gradient)]
+    return total
+
+
+def normalize_direction(
+    model: nn.Module,
+    direction: Direction,
+    *,
+    length: float,
+    relative_to: RelativeTo = "layer",
+) -> Perturbation:
+    """Scales a direction relative to the weights.
+
+    `layer` scales each tensor d_l to length · ‖w_l‖, `filter` each slice of it along the first
+    dimension to length times the norm of that filter of w_l (Li et al., 2018), a bias as a whole,
+    and `network` the direction as one vector, so that an eigenvector stays one. What is zero, or
+    relative to zero, becomes zero.
+
+    Raises:
+        ValueError: If a name or a shape is not that of a parameter.
+
+    Example:
+        >>> model = nn.Linear(2, 2)
+        >>> ones = {"weight": torch.ones(2, 2)}
+        >>> scaled = normalize_direction(model, ones, length=1.0, relative_to="filter")
+        >>> torch.allclose(scaled["weight"].norm(dim=1), model.weight.norm(dim=1))
+        True
+    """
+    _check_direction(model, direction)
+    weights = {name: layer_tensor(model, name).value().detach() for name in direction}
+    return scale_direction(direction, weights, length, relative_to)
+
+
+def _check_direction(model: nn.Module, direction: Direction) -> None:
+    """Raises if a name or a shape of a direction is not that of a parameter."""
+    for name, value in direction.items():
+        wanted: object = "a weight of the network"
+        with suppress(ValueError):
+            wanted = tuple(layer_tensor(model, name).value().shape)
+        if wanted != tuple(value.shape):
+            raise ValueError(
+                f"Expected {name} of a direction in `directions` to be {wanted} but got "
+                f"a tensor of shape {tuple(value.shape)}."
+            )

@@ -32,7 +32,7 @@ WEIGHT_NAMES = (
 )
 
 # These hooks set a layer's tensor before each forward, from parameters with these suffixes.
-COMPUTING_HOOKS = (SpectralNorm, WeightNorm, BasePruningMethod)
+HOOKS = (SpectralNorm, WeightNorm, BasePruningMethod)
 SUFFIXES = ("_orig", "_g", "_v")
 
 
@@ -66,9 +66,7 @@ class LayerTensor(NamedTuple):
                 value = getattr(layer, name)
             else:
                 before = getattr(layer, name)
-                for hook in layer._forward_pre_hooks.values():
-                    if isinstance(hook, COMPUTING_HOOKS) and _hook_name(hook) == name:
-                        hook(layer, ())
+                _computing_hooks(layer)[name](layer, ())
                 value = getattr(layer, name)
                 setattr(layer, name, before)
             copied: Tensor = value.detach().clone()
@@ -103,7 +101,7 @@ def perturbed_parameters(model: nn.Module, *, biases: bool = True) -> dict[str, 
 
 
 def layer_tensors(model: nn.Module, *, biases: bool = True) -> dict[str, LayerTensor]:
-    """Finds the tensors of `perturbed_parameters` once, for a loop that reads them often."""
+    """The tensors of `perturbed_parameters`, for code that reads them often."""
     tensors: dict[str, LayerTensor] = {}
     names: dict[object, str] = {}
     behind: dict[str, Sequence[Tensor]] = {}
@@ -118,23 +116,19 @@ def layer_tensors(model: nn.Module, *, biases: bool = True) -> dict[str, LayerTe
             # A tensor is the same if it is one in memory, or computed from the same parameters.
             key = _memory(value) if sources is None else tuple(map(id, sources))
             is_weight = value.ndim > 1 and not attribute.startswith("bias")
-            if key in names or not (biases or is_weight):
-                continue
-            names[key], tensors[name] = name, tensor
-            if sources is not None:
-                behind[name] = sources
+            if key not in names and (biases or is_weight):
+                names[key], tensors[name], behind[name] = name, tensor, sources or ()
     if not tensors:
         raise ValueError(
             "Expected `model` to have convolution or linear layers to perturb but got "
             f"{type(model).__name__} without any."
         )
-    for name, sources in behind.items():
-        for source in sources:
-            if _memory(source) in names:
-                raise ValueError(
-                    f"Expected `{name}` to be computed from parameters of its own but got "
-                    f"`{names[_memory(source)]}`, which another layer computes with as it is."
-                )
+    for name, source in ((name, source) for name, parts in behind.items() for source in parts):
+        if _memory(source) in names:
+            raise ValueError(
+                f"Expected `{name}` to be computed from parameters of its own but got "
+                f"`{names[_memory(source)]}`, which another layer computes with as it is."
+            )
     _warn_of_other_weights(model, [layer for _, layer in layers])
     return tensors
 
@@ -186,8 +180,7 @@ def perturbed_weights(
     own, computed = [], []
     for name, nu in perturbation.items():
         tensor = layer_tensor(model, name) if tensors is None else tensors[name]
-        parameter = tensor.own()
-        if parameter is None:
+        if (parameter := tensor.own()) is None:
             computed.append((tensor, nu))
         else:
             own.append((parameter, nu))
@@ -216,15 +209,13 @@ def differentiable_weights(
 
     These are the parameters themselves, and for what layers compute zeros that are added to it.
     """
-    leaves, frozen, computed = {}, [], []
+    leaves, computed = {}, []
     for name, tensor in tensors.items():
-        leaf = tensor.own()
-        if leaf is None:
+        if (leaf := tensor.own()) is None:
             leaf = torch.zeros_like(tensor.value()).requires_grad_()
             computed.append((tensor, leaf))
-        elif not leaf.requires_grad:
-            frozen.append(leaf)
         leaves[name] = leaf
+    frozen = [leaf for leaf in leaves.values() if not leaf.requires_grad]
     try:
         for leaf in frozen:
             leaf.requires_grad_(True)
@@ -243,16 +234,14 @@ def _added_to_computed(
 
     The parameters behind it are not changed, so there is nothing to restore.
     """
+    alike: dict[object, list[LayerTensor]] = {}
+    for module in model.modules() if summands else ():
+        for name, sources in _computed(module).items():
+            alike.setdefault(tuple(map(id, sources)), []).append(LayerTensor(module, name))
     with ExitStack() as stack:
-        if summands:
-            alike: dict[object, list[LayerTensor]] = {}
-            for module in model.modules():
-                for name, sources in _computed(module).items():
-                    key = tuple(map(id, sources))
-                    alike.setdefault(key, []).append(LayerTensor(module, name))
-            for (layer, name), summand in summands:
-                for tensor in alike[tuple(map(id, _computed(layer)[name]))]:
-                    stack.enter_context(_added(tensor, summand))
+        for (layer, name), summand in summands:
+            for tensor in alike[tuple(map(id, _computed(layer)[name]))]:
+                stack.enter_context(_added(*tensor, summand))
         yield
 
 
@@ -268,11 +257,10 @@ class _Plus(nn.Module):
 
 
 @contextmanager
-def _added(tensor: LayerTensor, summand: Tensor) -> Iterator[None]:
-    layer, name = tensor
+def _added(layer: Any, name: str, summand: Tensor) -> Iterator[None]:
     plus = _Plus(summand.clone() if summand.is_inference() else summand)
     if parametrize.is_parametrized(layer, name):
-        steps = _parametrizations(layer)[name]
+        steps = layer.parametrizations[name]
         steps.append(plus)
         try:
             yield
@@ -292,29 +280,24 @@ def _added(tensor: LayerTensor, summand: Tensor) -> Iterator[None]:
         setattr(layer, name, before)
 
 
-def _computed(layer: nn.Module) -> dict[str, Sequence[Tensor]]:
+def _computed(layer: Any) -> dict[str, Sequence[Tensor]]:
     """Names of the tensors that a layer computes, with the tensors behind each."""
     computed: dict[str, Sequence[Tensor]] = {}
     if isinstance(layer, torch.jit.ScriptModule):
         return computed
     if parametrize.is_parametrized(layer):
-        for name, steps in _parametrizations(layer).items():
+        for name, steps in layer.parametrizations.items():
             computed[name] = [*steps.parameters(), *steps.buffers(recurse=False)]
-    for hook in layer._forward_pre_hooks.values():
-        if isinstance(hook, COMPUTING_HOOKS):
-            name = _hook_name(hook)
-            parts = (getattr(layer, name + suffix, None) for suffix in SUFFIXES)
-            computed[name] = [part for part in parts if part is not None]
+    for name in _computing_hooks(layer):
+        parts = (getattr(layer, name + suffix, None) for suffix in SUFFIXES)
+        computed[name] = [part for part in parts if part is not None]
     return computed
 
 
-def _parametrizations(layer: nn.Module) -> Any:
-    return layer.parametrizations
-
-
-def _hook_name(hook: Any) -> str:
-    name: str = hook._tensor_name if isinstance(hook, BasePruningMethod) else hook.name
-    return name
+def _computing_hooks(layer: nn.Module) -> dict[str, Any]:
+    """Hooks that set a tensor before each forward, by the name of the tensor."""
+    hooks: list[Any] = [h for h in layer._forward_pre_hooks.values() if isinstance(h, HOOKS)]
+    return {h._tensor_name if isinstance(h, BasePruningMethod) else h.name: h for h in hooks}
 
 
 def _tensor_names(layer: nn.Module, computed: Mapping[str, Sequence[Tensor]]) -> list[str]:
@@ -377,7 +360,7 @@ def _check_layer(prefix: str, layer: nn.Module, computed: Container[str]) -> Non
     for name, parameter in parameters.items():
         if not parameter.is_floating_point():
             raise _refusal(prefix, layer, f"`{name}`", "floating point", parameter.dtype)
-    uses_weight = computes_with_its_weight(layer) if single else True  # type: ignore[arg-type]
+    uses_weight = _computes_with_its_weight(layer) if single else True  # type: ignore[arg-type]
     what = f"`{prefix}` ({type(layer).__name__})"
     if uses_weight is None:
         warnings.warn(
@@ -419,18 +402,11 @@ def _warn_of_other_weights(model: nn.Module, layers: Sequence[nn.Module]) -> Non
         )
 
 
-def computes_with_its_weight(layer: _ConvNd | nn.Linear) -> bool | None:
+def _computes_with_its_weight(layer: _ConvNd | nn.Linear) -> bool | None:
     """Whether a layer passes `weight` itself to a convolution or product, not a tensor made of it.
 
     A copy of the layer is tried on zeros, unless its forward is PyTorch's. If that fails, for
     example because `forward` takes other inputs, it is `None`.
-
-    Example:
-        >>> class Standardized(nn.Linear):
-        ...     def forward(self, x):
-        ...         return nn.functional.linear(x, self.weight - self.weight.mean(), self.bias)
-        >>> computes_with_its_weight(Standardized(2, 3)), computes_with_its_weight(nn.Linear(2, 3))
-        (False, True)
     """
     if getattr(layer.forward, "__module__", "").startswith("torch.nn.modules."):
         return True

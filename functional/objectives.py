@@ -62,10 +62,7 @@ def trades_loss(
         model: Maps images in [0, 1] to logits `(N, K)`.
         images: `(N, C, H, W)` in [0, 1].
         labels: `(N,)` true classes.
-        eps: Radius of the attack; as in `pgd_attack`, like the next three.
-        steps: Steps of the attack.
-        step_size: Length of a step.
-        norm: `linf` or `l2`.
+        eps, steps, step_size, norm: The attack, as in `PGD`.
         start: `paper` (Stutz et al.), `uniform` or `gaussian` (Zhang et al.); at `zero` the
             divergence has no gradient.
         lam: Weight λ of the divergence.
@@ -129,12 +126,7 @@ def weighted_divergences(
 def mart_objective(
     clean_logits: Tensor, adversarial_logits: Tensor, labels: Tensor, *, lam: float = 6.0
 ) -> Tensor:
-    """Boosted cross-entropy under attack plus λ times the mean weighted divergence, a scalar.
-
-    Example:
-        >>> mart_objective(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([0]))
-        tensor(1.3861)
-    """
+    """Boosted cross-entropy under attack plus λ times the mean weighted divergence, a scalar."""
     boosted = cross_entropy(adversarial_logits, labels) + margins(adversarial_logits, labels).mean()
     return boosted + lam * weighted_divergences(clean_logits, adversarial_logits, labels).mean()
 
@@ -215,11 +207,6 @@ class TrainingLabels:
         """Returns labels `(N,)` of which about the share `noise` is random.
 
         `draws` are `(N, 2)` uniform in [0, 1): whether a label is drawn anew, and what it becomes.
-
-        Example:
-            >>> draws = torch.tensor([[0.1, 0.99], [0.9, 0.99]])
-            >>> TrainingLabels(noise=0.3).resample(torch.tensor([0, 0]), draws, 4)
-            tensor([3, 0])
         """
         drawn = (draws[:, 1] * num_classes).long().clamp_max(num_classes - 1)
         return torch.where(draws[:, 0] < self.noise, drawn, labels)

@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from robust_flatness.functional.attack import PGD, Criterion, example_losses
-from robust_flatness.functional.checks import check_count, check_examples
+from robust_flatness.functional.attack import PGD, example_losses
+from robust_flatness.functional.checks import check_choice, check_count, check_examples
 from robust_flatness.functional.evaluation import (
     Model,
     evaluation_context,
@@ -19,7 +20,113 @@ from robust_flatness.functional.evaluation import (
 )
 from robust_flatness.functional.noise import Norm, Start
 
+LossKind = Literal["robust", "clean"]
+
 NO_ATTACK = PGD(0.0, steps=0, start="zero")
+
+
+@dataclass(frozen=True)
+class AttackedSet:
+    """The images of a measure and how they are attacked.
+
+    Args:
+        images: `(N, C, H, W)` in [0, 1].
+        labels: `(N,)` true classes.
+        pgd: The attack, with `keep` best.
+        restarts: Number of restarts, of which the worst counts for each example.
+        seed: Seed of the starts, which depend on (seed, example index, restart).
+        batch_size: Images measured at once; changes losses by rounding only.
+        indices: Global index of each image in the whole measured set; `None` numbers them.
+        on_attack: Called after each restart on each batch, for progress.
+
+    Raises:
+        ValueError: If pixels, shapes, or an argument are out of range.
+    """
+
+    images: Tensor
+    labels: Tensor
+    pgd: PGD
+    restarts: int = 1
+    seed: int = 0
+    batch_size: int = 128
+    indices: Sequence[int] | None = None
+    on_attack: Callable[[], None] | None = None
+
+    def __post_init__(self) -> None:
+        check_examples(self.images, self.labels)
+        check_count("restarts", self.restarts, low=1)
+        check_count("batch_size", self.batch_size, low=1)
+
+    def for_loss(self, loss: LossKind) -> "AttackedSet":
+        """Returns this set, or for the clean loss the set without an attack."""
+        check_choice("loss", loss, get_args(LossKind))
+        # Without steps all restarts are the image itself.
+        return self if loss == "robust" else replace(self, pgd=NO_ATTACK, restarts=1)
+
+    @property
+    def batches(self) -> list[slice]:
+        """Positions of the images of each batch."""
+        count = len(self.images)
+        return [slice(i, min(i + self.batch_size, count)) for i in range(0, count, self.batch_size)]
+
+    def units(self, per_batch: bool) -> list[tuple[int | None, list[slice]]]:
+        """The units that share a weight perturbation: the set, or each batch by global index.
+
+        A unit is the number of the batch, `None` for the set, and the positions of its images.
+        """
+        if not per_batch:
+            return [(None, self.batches)]
+        units: list[tuple[int | None, list[slice]]] = []
+        begin = 0
+        for batch, members in groupby(self._indices, key=lambda index: index // self.batch_size):
+            end = begin + len(list(members))
+            units.append((batch, [slice(begin, end)]))
+            begin = end
+        # Without images there is one unit without batches.
+        return units or [(0, [])]
+
+    @property
+    def _indices(self) -> Sequence[int]:
+        return range(len(self.images)) if self.indices is None else self.indices
+
+    def starts(self, part: slice, restart: int) -> Tensor:
+        """Starts of one restart of the attack on a batch, `(N, C, H, W)`."""
+        images, indices = self.images[part], self._indices[part]
+        return self.pgd.starts(images, indices, seed=self.seed, restart=restart)
+
+    def attack(
+        self, model: Model, part: slice, restarts: Iterable[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Attacks one batch by restarts of these numbers, which select their starts, or by all.
+
+        Returns:
+            Highest loss over restarts, and whether none changed the class, `(N,)` each.
+        """
+        images, labels = self.images[part], self.labels[part]
+        losses = torch.full(labels.shape, -math.inf, device=images.device)
+        correct = torch.ones_like(labels, dtype=torch.bool)
+        for restart in range(self.restarts) if restarts is None else restarts:
+            kept = self.pgd.attack(model, images, labels, self.starts(part, restart))
+            if kept.losses is None or kept.predictions is None:
+                raise ValueError(
+                    f"Expected `keep` to be best for a measure but got {self.pgd.keep}."
+                )
+            losses = torch.maximum(losses.to(kept.losses), kept.losses)
+            correct &= kept.predictions == labels
+            if self.on_attack is not None:
+                self.on_attack()
+        return losses, correct
+
+    def losses(
+        self,
+        model: Model,
+        parts: Sequence[slice] | None = None,
+        restarts: Iterable[int] | None = None,
+    ) -> Tensor:
+        """Robust loss of each example of some batches, `(N,)`; `None` takes all batches."""
+        parts = self.batches if parts is None else parts
+        losses = [self.attack(model, part, restarts)[0] for part in parts]
+        return torch.cat(losses) if losses else self.images.new_zeros(0)
 
 
 @dataclass(frozen=True)
@@ -103,7 +210,7 @@ def evaluate_robustness(
         restarts: Number of restarts.
         step_size: Length of a step, as in `PGD`.
         norm: `linf` or `l2`.
-        start: Where the attack starts, see `random_start`.
+        start: Where the attack starts, see `noise.random_start`.
         seed: Seed of the starts, which depend on (seed, example index, restart).
         batch_size: Images measured at once; changes the result by rounding only.
         indices: Global index of each image in the whole measured set; `None` numbers them.
@@ -120,129 +227,27 @@ def evaluate_robustness(
         True
     """
     pgd = PGD(eps, steps, step_size, norm, start=start)
-    check_set(images, labels, restarts, batch_size)
+    attacked = AttackedSet(images, labels, pgd, restarts, seed, batch_size, indices, on_attack)
     with evaluation_context(model):
-        return measure_robustness(
-            model,
-            images,
-            labels,
-            pgd,
-            restarts=restarts,
-            seed=seed,
-            batch_size=batch_size,
-            indices=indices,
-            on_attack=on_attack,
-        )
+        return measure_robustness(model, attacked)
 
 
-def check_set(images: Tensor, labels: Tensor, restarts: int, batch_size: int) -> None:
-    """Checks what all measures under attack take."""
-    check_examples(images, labels)
-    check_count("restarts", restarts, low=1)
-    check_count("batch_size", batch_size, low=1)
-
-
-def measure_robustness(
-    model: Model,
-    images: Tensor,
-    labels: Tensor,
-    pgd: PGD,
-    *,
-    restarts: int,
-    seed: int,
-    batch_size: int,
-    indices: Sequence[int] | None = None,
-    on_attack: Callable[[], None] | None = None,
-) -> RobustnessResult:
-    """`evaluate_robustness` with checked arguments, inside `evaluation_context`."""
-    indices = range(len(images)) if indices is None else indices
+def measure_robustness(model: Model, attacked: AttackedSet) -> RobustnessResult:
+    """`evaluate_robustness` inside `evaluation_context`."""
     columns: list[tuple[Tensor, ...]] = []
-    network = logits_function(model, images)
-    for part in batches(len(images), batch_size):
+    network = logits_function(model, attacked.images)
+    for part in attacked.batches:
+        images, labels = attacked.images[part].clone(), attacked.labels[part].clone()
         with torch.no_grad():
-            logits = network(images[part].clone())
-            clean = nan_unless_finite(example_losses(logits, labels[part].clone()), logits)
-            clean_correct = predicted_classes(logits) == labels[part]
-        losses, correct = worst_losses(
-            model,
-            images[part],
-            labels[part],
-            pgd,
-            restarts=range(restarts),
-            seed=seed,
-            indices=indices[part],
-            on_attack=on_attack,
-        )
+            logits = network(images)
+            clean = nan_unless_finite(example_losses(logits, labels), logits)
+            clean_correct = predicted_classes(logits) == labels
+        losses, correct = attacked.attack(model, part)
         columns.append((clean, clean_correct, losses, clean_correct & correct))
     if not columns:
-        none, flags = images.new_zeros(0), torch.zeros(0, dtype=torch.bool, device=images.device)
-        return RobustnessResult(none, flags, none, flags)
+        none = attacked.images.new_zeros(0)
+        return RobustnessResult(none, none.bool(), none, none.bool())
     return RobustnessResult(*(torch.cat(column) for column in zip(*columns)))
-
-
-def batches(count: int, batch_size: int) -> list[slice]:
-    """Cuts `count` images into batches."""
-    return [slice(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
-
-
-def worst_losses(
-    model: Model,
-    images: Tensor,
-    labels: Tensor,
-    pgd: PGD,
-    *,
-    restarts: Sequence[int],
-    seed: int,
-    indices: Sequence[int],
-    criterion: Criterion = example_losses,
-    on_attack: Callable[[], None] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Attacks one batch several times.
-
-    Args:
-        model: Maps images in [0, 1] to logits.
-        images: `(N, C, H, W)`.
-        labels: `(N,)`.
-        pgd: The attack, with `keep` best.
-        restarts: Numbers of the restarts, which select their starts.
-        seed: Seed of the starts.
-        indices: Global index of each image.
-        criterion: Loss of each example, which the attack increases.
-        on_attack: Called after each restart.
-
-    Returns:
-        Highest loss over restarts, and whether none changed the class, `(N,)` each.
-    """
-    losses = torch.full(labels.shape, -math.inf, device=images.device)
-    correct = torch.ones_like(labels, dtype=torch.bool)
-    for restart in restarts:
-        starts = pgd.starts(images, indices, seed=seed, restart=restart)
-        kept = pgd.attack(model, images, labels, starts, criterion)
-        if kept.losses is None or kept.predictions is None:
-            raise ValueError(f"Expected `keep` to be best for a measure but got {pgd.keep}.")
-        losses = torch.maximum(losses.to(kept.losses), kept.losses)
-        correct &= kept.predictions == labels
-        if on_attack is not None:
-            on_attack()
-    return losses, correct
-
-
-def batched_losses(
-    model: Model,
-    images: Tensor,
-    labels: Tensor,
-    pgd: PGD,
-    *,
-    indices: Sequence[int],
-    parts: Iterable[slice],
-    **settings: Any,
-) -> Tensor:
-    """The losses of `worst_losses`, which takes `settings`, for each part of a set, `(N,)`."""
-    losses = [
-        worst_losses(model, images[part], labels[part], pgd, indices=indices[part], **settings)[0]
-        for part in parts
-    ]
-    return torch.cat(losses) if losses else images.new_zeros(0)
 
 
 def robust_loss(
@@ -270,16 +275,7 @@ def robust_loss(
         >>> robust_loss(model, images, torch.arange(4), eps=0.1, restarts=2).shape
         torch.Size([4])
     """
-    return evaluate_robustness(
-        model,
-        images,
-        labels,
-        eps=eps,
-        steps=steps,
-        restarts=restarts,
-        step_size=step_size,
-        norm=norm,
-        start=start,
-        seed=seed,
-        batch_size=batch_size,
-    ).losses
+    pgd = PGD(eps, steps, step_size, norm, start=start)
+    attacked = AttackedSet(images, labels, pgd, restarts, seed, batch_size)
+    with evaluation_context(model):
+        return attacked.losses(model)

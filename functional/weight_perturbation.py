@@ -182,14 +182,12 @@ def adversarial_weight_perturbation(
         tensors = layer_tensors(model, biases=False)
     else:
         tensors = {name: layer_tensor(model, name) for name in weights}
+
+    def loss() -> Tensor:
+        return objective(model, images, labels)
+
     return adversarial_perturbation(
-        model,
-        tensors,
-        lambda: objective(model, images, labels),
-        xi=xi,
-        steps=steps,
-        mode=mode,
-        reduce=reduce,
+        model, tensors, loss, xi=xi, steps=steps, mode=mode, reduce=reduce
     )
 
 
@@ -205,14 +203,7 @@ def adversarial_perturbation(
 ) -> Perturbation:
     """`adversarial_weight_perturbation` with checked arguments, for a training loop.
 
-    Args:
-        model: The network.
-        tensors: The weights to perturb by name, of `layer_tensors`, which a loop calls once.
-        objective: Returns the scalar loss to increase.
-        xi: As in `adversarial_weight_perturbation`, like the rest.
-        steps: Number of ascent steps.
-        mode: `eval` or `train`.
-        reduce: Averages the gradients over processes.
+    It calls `layer_tensors` once. `objective` returns the scalar loss to increase.
 
     Raises:
         ValueError: If all weights are frozen.
@@ -261,15 +252,14 @@ def scale_direction(
     relative_to: RelativeTo,
     radius: Callable[[int, Tensor, bool], float | Tensor] = lambda *_: 1.0,
 ) -> Perturbation:
-    """Scales a direction to length ξ relative to weights of the same names, in the same order.
+    """Scales a direction to length ξ relative to the weights of its names.
 
     `radius` maps position, weight and whether it is scaled by filter to a factor on ξ.
     """
     if relative_to == "network":
-        vector, weight = (
-            torch.cat([tensors[name].flatten() for name in direction])
-            for tensors in (direction, weights)
-        )
+        weights = {name: weights[name] for name in direction}
+        vector = torch.cat([value.flatten() for value in direction.values()])
+        weight = torch.cat([value.flatten() for value in weights.values()])
         return split_like(scale_to(vector, weight, xi * radius(0, weight, False)), weights)
     scaled = {}
     for position, (name, value) in enumerate(direction.items()):
@@ -281,10 +271,10 @@ def scale_direction(
 
 
 def split_like(vector: Tensor, weights: Mapping[str, Tensor]) -> Perturbation:
-    """Splits a vector into tensors of the shapes and dtypes of the weights."""
+    """Splits a vector into tensors of the shapes, dtypes and devices of the weights."""
     pieces = vector.split([weight.numel() for weight in weights.values()])
     return {
-        name: piece.view(weight.shape).to(weight.dtype)
+        name: piece.view(weight.shape).to(weight)
         for (name, weight), piece in zip(weights.items(), pieces)
     }
 
@@ -296,10 +286,6 @@ def scale_to(
     """Scales a direction to length ξ‖w‖; zero if it, or the weight, is zero or not finite.
 
     With `per_filter` each slice along the first dimension is scaled to ξ times the weight's.
-
-    Example:
-        >>> scale_to(torch.tensor([0.0, 2.0]), torch.tensor([3.0, 4.0]), 0.5)
-        tensor([0.0000, 2.5000])
     """
     direction = _at_least_float32(direction)
     length = _norm(direction, per_filter)
@@ -310,15 +296,7 @@ def scale_to(
 
 @torch.no_grad()
 def onto_ball(perturbation: Tensor, weight: Tensor, xi: float) -> Tensor:
-    """Shortens a perturbation to length ξ‖w‖ if it is longer.
-
-    Example:
-        >>> weight = torch.tensor([3.0, 4.0])
-        >>> onto_ball(torch.tensor([0.0, 9.0]), weight, 0.5)
-        tensor([0.0000, 2.5000])
-        >>> onto_ball(torch.tensor([0.0, 2.0]), weight, 0.5)
-        tensor([0., 2.])
-    """
+    """Shortens a perturbation to length ξ‖w‖ if it is longer."""
     perturbation = _at_least_float32(perturbation)
     length = _norm(perturbation).clamp_min(torch.finfo(perturbation.dtype).tiny)
     ratio = xi * _norm(weight.detach().to(perturbation.dtype)) / length

@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, get_args
+from dataclasses import dataclass, replace
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,7 @@ from robust_flatness.functional.evaluation import (
     nan_unless_finite,
     to_float32,
 )
-from robust_flatness.functional.flatness import (
-    LossIncrease,
-    LossKind,
-    perturbation_units,
-    standard_error,
-)
+from robust_flatness.functional.flatness import LossIncrease, standard_error
 from robust_flatness.functional.layer_weights import (
     LayerTensor,
     differentiable_weights,
@@ -29,12 +24,8 @@ from robust_flatness.functional.layer_weights import (
     perturbed_weights,
 )
 from robust_flatness.functional.noise import Norm, Start, keyed_generator
-from robust_flatness.functional.robust_loss import NO_ATTACK, batched_losses, check_set
-from robust_flatness.functional.weight_perturbation import (
-    onto_ball,
-    scale_to,
-    split_like,
-)
+from robust_flatness.functional.robust_loss import AttackedSet, LossKind
+from robust_flatness.functional.weight_perturbation import onto_ball, scale_to, split_like
 
 
 @dataclass(frozen=True)
@@ -118,7 +109,7 @@ def worst_case_flatness(
         images: `(N, C, H, W)` in [0, 1]; 1000 in the paper.
         labels: `(N,)` true classes.
         xi: Relative radius ξ in each layer; 0.003 in the paper's tables, 0.00075 in its figures.
-        eps: Radius of the attack.
+        eps, step_size, norm, start: The attack, as in `evaluate_robustness`.
         steps: Steps of the joint ascent and of the reference attack, at least 1.
         restarts: Restarts of both.
         weight_step: Length of a step on ν_l relative to ‖w_l‖: 0.01 (the paper's code), with which
@@ -130,12 +121,8 @@ def worst_case_flatness(
         per_batch: Whether each batch of `batch_size` images by global index has its own ν (the
             paper's text), or the whole set shares one (its code, though that moves ν after each
             batch instead of after each pass).
-        step_size: Length of a step, as in `PGD`, like the next two.
-        norm: `linf` or `l2`.
-        start: Where the attack starts.
         seed: Seed of all random numbers.
-        batch_size: Images measured at once.
-        indices: Global index of each image in the whole measured set; `None` numbers them.
+        batch_size, indices: As in `evaluate_robustness`.
         sharing: How other processes, which hold the rest of the set, take part in ν; the losses of
             the result are those of this process's images.
         on_attack: Called twice for each restart on each batch, for progress.
@@ -154,145 +141,103 @@ def worst_case_flatness(
         True
     """
     pgd = PGD(eps, steps, step_size, norm, start=start)
-    check_set(images, labels, restarts, batch_size)
+    attacked = AttackedSet(images, labels, pgd, restarts, seed, batch_size, indices, on_attack)
     check_count("steps", steps, low=1)
     check_number("xi", xi)
     check_number("weight_step", weight_step)
-    check_choice("loss", loss, get_args(LossKind))
     if keep is not None:
         check_choice("keep", keep, get_args(Keep))
     with evaluation_context(model):
         return measure_worst_case_flatness(
             model,
-            images,
-            labels,
-            pgd,
+            attacked,
             xi=xi,
-            restarts=restarts,
             weight_step=weight_step,
             loss=loss,
             keep=keep,
             per_batch=per_batch,
-            seed=seed,
-            batch_size=batch_size,
-            indices=indices,
             sharing=sharing,
-            on_attack=on_attack,
         )
 
 
 def measure_worst_case_flatness(
     model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    pgd: PGD,
+    attacked: AttackedSet,
     *,
     xi: float,
-    restarts: int,
     weight_step: float,
     loss: LossKind,
     keep: Keep | None,
     per_batch: bool,
-    seed: int,
-    batch_size: int,
-    indices: Sequence[int] | None = None,
     sharing: Sharing | None = None,
-    on_attack: Callable[[], None] | None = None,
 ) -> WorstCaseFlatnessResult:
     """`worst_case_flatness` with checked arguments, inside `evaluation_context`."""
     # Raises, before anything is measured, if a weight cannot be perturbed.
     tensors = layer_tensors(model)
-    indices = range(len(images)) if indices is None else indices
-    clean = loss == "clean"
-    keep = keep or ("best" if clean else "last")
-    reference_pgd, reference_restarts = (NO_ATTACK, 1) if clean else (pgd, restarts)
-    ascent_pgd = PGD(0.0, pgd.steps, start="zero") if clean else pgd
+    ascended = attacked
+    if loss == "clean":
+        ascended = replace(attacked, pgd=PGD(0.0, attacked.pgd.steps, start="zero"))
     reference, perturbed = [], []
-    for number, parts in perturbation_units(indices, batch_size, per_batch):
-        reference.append(
-            batched_losses(
-                model,
-                images,
-                labels,
-                reference_pgd,
-                restarts=range(reference_restarts),
-                seed=seed,
-                indices=indices,
-                parts=parts,
-                on_attack=on_attack,
-            )
-        )
-        # Labels made under inference mode cannot be saved for backward, their clones can.
-        data = [Batch(images[part], labels[part].clone(), indices[part]) for part in parts]
+    for number, parts in attacked.units(per_batch):
+        reference.append(attacked.for_loss(loss).losses(model, parts))
         losses = []
-        for restart in range(restarts):
+        for restart in range(attacked.restarts):
             losses.append(
                 _joint_ascent(
                     model,
                     tensors,
-                    data,
-                    ascent_pgd,
+                    ascended,
+                    parts,
                     xi=xi,
                     weight_step=weight_step,
-                    keep=keep,
-                    seed=seed,
+                    keep=keep or ("best" if loss == "clean" else "last"),
                     restart=restart,
                     number=number,
                     sharing=sharing,
                 )
             )
-            for _ in data:
-                if on_attack is not None:
-                    on_attack()
+            for _ in parts:
+                if attacked.on_attack is not None:
+                    attacked.on_attack()
         perturbed.append(torch.stack(losses))
-    if not reference:
-        return WorstCaseFlatnessResult(images.new_zeros(0), images.new_zeros(restarts, 0))
     return WorstCaseFlatnessResult(torch.cat(reference), torch.cat(perturbed, dim=1))
-
-
-class Batch(NamedTuple):
-    """Images `(N, C, H, W)` in [0, 1], labels `(N,)`, and global indices."""
-
-    images: Tensor
-    labels: Tensor
-    indices: Sequence[int]
 
 
 def _joint_ascent(
     model: nn.Module,
     tensors: Mapping[str, LayerTensor],
-    data: Sequence[Batch],
-    pgd: PGD,
+    attacked: AttackedSet,
+    parts: Sequence[slice],
     *,
     xi: float,
     weight_step: float,
     keep: Keep,
-    seed: int,
     restart: int,
     number: int | None,
     sharing: Sharing | None,
 ) -> Tensor:
-    """Increases the mean cross-entropy of a set in ν and δ together; returns the losses `(N,)`.
+    """Increases the mean cross-entropy of batches in ν and δ together; returns the losses `(N,)`.
 
     A step moves each example as the attack does and each layer by `weight_step · ‖w_l‖` along its
     gradient, and projects both, ν onto ‖ν_l‖ ≤ ξ‖w_l‖. All batches share one ν, also with other
     processes unless `number` is that of a batch with its own ν.
     """
-    weights = {name: tensor.value() for name, tensor in tensors.items()}
+    pgd = attacked.pgd
+    # Labels made under inference mode cannot be saved for backward, their clones can.
+    batches = [(attacked.images[part], attacked.labels[part].clone()) for part in parts]
+    starts = [attacked.starts(part, restart) for part in parts]
+    adversarial = [pgd.begin(to_float32(x), start) for (x, _), start in zip(batches, starts)]
     if sharing is None or number is not None:
-        sharing = Sharing(len(data), lambda part: [part])
+        sharing = Sharing(len(batches), lambda total: [total])
+    weights = {name: tensor.value() for name, tensor in tensors.items()}
     perturbation = {}
     for position, (name, weight) in enumerate(weights.items()):
         # Directions uniform, lengths U(0, 1) · ξ‖w_l‖: the start of the paper's code.
         key = () if number is None else ("batch", number)
-        generator = keyed_generator(seed, "weight start", restart, position, *key)
+        generator = keyed_generator(attacked.seed, "weight start", restart, position, *key)
         direction = torch.randn(weight.shape, generator=generator).to(weight)
         length = xi * torch.rand((), generator=generator).item()
         perturbation[name] = scale_to(direction, weight, length)
-    adversarial = []
-    for images, _, indices in data:
-        start = pgd.starts(images, indices, seed=seed, restart=restart)
-        adversarial.append(pgd.begin(to_float32(images), start))
     iterates = []
     for step in range(pgd.steps + 1):
         ascend = step < pgd.steps
@@ -300,7 +245,9 @@ def _joint_ascent(
             perturbed_weights(model, perturbation, tensors),
             differentiable_weights(model, tensors) as leaves,
         ):
-            total, losses = _pass(model, leaves, data, adversarial, pgd, sharing, ascend)
+            total, losses = _pass(
+                model, list(leaves.values()), batches, adversarial, pgd, sharing, ascend
+            )
         iterates.append((total[0].item(), losses))
         if ascend:
             for name, gradient in split_like(total[1:], weights).items():
@@ -315,8 +262,8 @@ def _joint_ascent(
 
 def _pass(
     model: nn.Module,
-    leaves: Mapping[str, Tensor],
-    data: Sequence[Batch],
+    weights: Sequence[Tensor],
+    batches: Sequence[tuple[Tensor, Tensor]],
     adversarial: list[Tensor],
     pgd: PGD,
     sharing: Sharing,
@@ -328,7 +275,6 @@ def _pass(
         Sum of the losses over the whole set and, if it ascends, its gradient for all weights as
         one vector; and this process's losses `(N,)`.
     """
-    weights = list(leaves.values())
     exact = any(weight.dtype == torch.float64 for weight in weights)
     total = weights[0].new_zeros(
         1 + sum(weight.numel() for weight in weights) * ascend,
@@ -336,9 +282,9 @@ def _pass(
     )
     losses = []
     for turn in range(sharing.rounds):
-        part = torch.zeros_like(total)
-        if turn < len(data):
-            images, labels, _ = data[turn]
+        summand = torch.zeros_like(total)
+        if turn < len(batches):
+            images, labels = batches[turn]
             gradients: list[Tensor] = []
             with torch.set_grad_enabled(ascend):
                 moving = adversarial[turn].detach().requires_grad_(ascend)
@@ -350,9 +296,8 @@ def _pass(
                 )
                 adversarial[turn] = pgd.move(moving.detach(), gradient, images)
             losses.append(batch_losses.detach())
-            part = torch.cat(
-                [losses[-1].sum()[None], *(gradient.flatten() for gradient in gradients)]
-            ).to(total)
-        for other in sharing.gather(part):
+            parts = [losses[-1].sum()[None], *(gradient.flatten() for gradient in gradients)]
+            summand = torch.cat(parts).to(total)
+        for other in sharing.gather(summand):
             total += other
     return total, torch.cat(losses) if losses else total.new_zeros(0)

@@ -1,14 +1,12 @@
 """Adversarial training, and AT-AWP."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
 from robust_flatness.functional.attack import PGD, FriendlyPGD, Keep, example_losses
 from robust_flatness.functional.checks import (
@@ -224,8 +222,7 @@ class AT(PGDMixin):
 
     def on_train_epoch_end(self) -> None:
         """Logs the means over the examples of the training batches."""
-        for name, mean in self.means.compute().items():
-            self.log(name, mean, prog_bar=name == "train/robust_loss", sync_dist=True)
+        self.means.log(self)
         # That of the epoch's last step: schedules have moved on already.
         self.log("train/learning_rate", self._learning_rate)
 
@@ -279,16 +276,16 @@ class ATAWP(AWPMixin, AT):
 
 
 class EpochMeans:
-    """Means over the examples of an epoch, summed on the device.
+    """Means over the examples of an epoch and over all processes.
 
-    `Metric.update` and `LightningModule.log` cost time and may wait for the device, so they are
-    called once an epoch.
+    Values are summed on the device, as `LightningModule.log` and the update of a metric cost time
+    in each step.
 
     Example:
         >>> means = EpochMeans()
         >>> means.add({"train/loss": torch.tensor([1.0, 2.0])})
-        >>> means.compute()
-        {'train/loss': tensor(1.5000)}
+        >>> means.sums
+        {'train/loss': (tensor(3.), 2)}
     """
 
     def __init__(self) -> None:
@@ -302,13 +299,10 @@ class EpochMeans:
                 total = values.detach().sum(dtype=torch.float32) + total
                 self.sums[name] = total, count + values.numel()
 
-    def compute(self) -> dict[str, Tensor]:
-        """The means over the examples of all processes, after which sums start at zero."""
-        means = {}
+    def log(self, module: LightningModule) -> None:
+        """Logs the means once an epoch, after which sums start at zero."""
         for name, (total, count) in self.sums.items():
-            # NaN stays NaN; the strategy `disable` would ignore weights (torchmetrics 1.9).
-            mean = MeanMetric(nan_strategy=math.nan).to(total.device)
-            mean.update(total / count, count)
-            means[name] = mean.compute()
+            shown = name == "train/robust_loss"
+            # Lightning weighs the mean of each process by `batch_size`.
+            module.log(name, total / count, batch_size=count, sync_dist=True, prog_bar=shown)
         self.sums.clear()
-        return means

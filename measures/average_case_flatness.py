@@ -9,10 +9,10 @@ from robust_flatness.functional.checks import check_count, check_number
 from robust_flatness.functional.flatness import (
     PAPER_REFERENCE_RESTARTS,
     FlatnessResult,
-    LossKind,
     Protocol,
     measure_flatness,
 )
+from robust_flatness.functional.robust_loss import LossKind
 from robust_flatness.functional.weight_perturbation import Distribution, RelativeTo
 from robust_flatness.measures.base import AttackMeasure, Examples
 
@@ -60,8 +60,7 @@ class AverageCaseFlatness(AttackMeasure):
 
     @override
     def measure(self, network: nn.Module, examples: Examples) -> FlatnessResult:
-        arguments = {**self.own_arguments, **self.shared_arguments(examples)}
-        return measure_flatness(network, examples.images, examples.labels, self.pgd, **arguments)
+        return measure_flatness(network, self.attacked(examples), **self.own_arguments)
 
     @override
     def metric_names(self, split: str) -> tuple[str, ...]:

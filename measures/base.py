@@ -25,6 +25,7 @@ from robust_flatness.functional.checks import (
 from robust_flatness.functional.evaluation import evaluation_context
 from robust_flatness.functional.layer_weights import perturbed_parameters
 from robust_flatness.functional.noise import Norm
+from robust_flatness.functional.robust_loss import AttackedSet
 from robust_flatness.functional.worst_case_flatness import Sharing
 
 Result = TypeVar("Result")
@@ -233,15 +234,18 @@ class AttackMeasure(Measure):
         base = {field.name for field in dataclasses.fields(AttackMeasure)}
         return {name: value for name, value in _fields(self).items() if name not in base}
 
-    def shared_arguments(self, examples: Examples) -> dict[str, Any]:
-        """Arguments that all functions that attack a set have."""
-        return {
-            "restarts": self.restarts,
-            "seed": self.seed,
-            "batch_size": self.batch_size,
-            "indices": examples.indices,
-            "on_attack": examples.progress,
-        }
+    def attacked(self, examples: Examples) -> AttackedSet:
+        """The images of a measure with their attack, as all functions that attack take them."""
+        return AttackedSet(
+            examples.images,
+            examples.labels,
+            self.pgd,
+            self.restarts,
+            self.seed,
+            self.batch_size,
+            examples.indices,
+            examples.progress,
+        )
 
     @override
     def passes(self) -> tuple[int, int]:

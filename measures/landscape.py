@@ -1,32 +1,29 @@
 """The loss around the weights."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from torch import nn
 from typing_extensions import override
 
-from robust_flatness.functional.attack import PGD
 from robust_flatness.functional.checks import check_choice, check_count
-from robust_flatness.functional.directions import (
+from robust_flatness.functional.landscape import (
     ASCENT_STEPS,
     COUNT,
     LENGTH,
+    Direction,
     DirectionKind,
-    check_direction_kind,
-    make_directions,
-)
-from robust_flatness.functional.flatness import LossKind
-from robust_flatness.functional.landscape import (
     LandscapeResult,
     SurfaceResult,
-    attack_of,
+    check_direction_kind,
+    make_directions,
     measure_landscape,
     measure_surface,
     steps_along,
 )
+from robust_flatness.functional.robust_loss import LossKind
 from robust_flatness.functional.weight_perturbation import RelativeTo
 from robust_flatness.measures.base import AttackMeasure, Examples, Processes
 
@@ -86,22 +83,16 @@ class LossLandscape(AttackMeasure):
         steps = self.surface_steps if is_surface else self.num_steps
         count = {SURFACE: 2, "hessian": COUNT["hessian"]}.get(name, self.num_directions)
         points = steps**2 if is_surface else count * steps
-        pgd = attack_of(self.loss, self.pgd)
-        directions = self._directions(network, pgd, examples, processes, kind, count)
+        directions = self._directions(network, examples, processes, kind, count)
+        function: Callable[..., Any] = measure_surface if is_surface else measure_landscape
 
         def measure(share: Examples) -> Any:
-            function = measure_surface if is_surface else measure_landscape
-            return function(
-                network,
-                share.images,
-                share.labels,
-                pgd,
-                directions=directions,
-                coordinates=steps_along(kind, steps, None),
-                **self.shared_arguments(share),
-            )
+            attacked = self.attacked(share).for_loss(self.loss)
+            return function(network, attacked, directions, steps_along(kind, steps, None))
 
-        attack, attempts = (f"PGD-{pgd.steps}", self.restarts) if pgd.steps else ("clean", 1)
+        attack, attempts = ("clean", 1)
+        if self.loss == "robust" and self.steps:
+            attack, attempts = f"PGD-{self.steps}", self.restarts
         return processes.share_out(
             measure,
             examples,
@@ -113,29 +104,19 @@ class LossLandscape(AttackMeasure):
     def _directions(
         self,
         network: nn.Module,
-        pgd: PGD,
         examples: Examples,
         processes: Processes,
         kind: DirectionKind,
         count: int,
-    ) -> Any:
+    ) -> Iterable[Direction]:
         """Directions; those that depend on the images are computed by each process on all."""
         attacks = ASCENT_STEPS * count * math.ceil(len(examples) / self.batch_size)
         text = f"{kind} directions"
         with processes.bar(text, attacks if kind == "adversarial" else 0) as advance:
-            examples = replace(processes.moved(examples), progress=advance)
-            arguments = self.shared_arguments(examples)
-            del arguments["restarts"]
+            whole = replace(processes.moved(examples), progress=advance)
+            attacked = self.attacked(whole).for_loss(self.loss)
             directions = make_directions(
-                network,
-                examples.images,
-                examples.labels,
-                pgd,
-                kind=kind,
-                num_directions=count,
-                relative_to=self.relative_to,
-                length=self.length,
-                **arguments,
+                network, attacked, kind, count, relative_to=self.relative_to, length=self.length
             )
             if kind == "random":
                 # They are made one after the other, and are the same on all processes.

@@ -31,8 +31,7 @@ class RobustLoss(AttackMeasure):
 
     @override
     def measure(self, network: nn.Module, examples: Examples) -> RobustnessResult:
-        arguments = self.shared_arguments(examples)
-        return measure_robustness(network, examples.images, examples.labels, self.pgd, **arguments)
+        return measure_robustness(network, self.attacked(examples))
 
     @override
     def metric_names(self, split: str) -> tuple[str, ...]:

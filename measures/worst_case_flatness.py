@@ -7,7 +7,7 @@ from typing_extensions import override
 
 from robust_flatness.functional.attack import Keep
 from robust_flatness.functional.checks import check_count, check_number
-from robust_flatness.functional.flatness import LossKind
+from robust_flatness.functional.robust_loss import LossKind
 from robust_flatness.functional.worst_case_flatness import (
     WorstCaseFlatnessResult,
     measure_worst_case_flatness,
@@ -59,12 +59,9 @@ class WorstCaseFlatness(AttackMeasure):
     def measure(self, network: nn.Module, examples: Examples) -> WorstCaseFlatnessResult:
         return measure_worst_case_flatness(
             network,
-            examples.images,
-            examples.labels,
-            self.pgd,
+            self.attacked(examples),
             sharing=examples.sharing,
             **self.own_arguments,
-            **self.shared_arguments(examples),
         )
 
     @override

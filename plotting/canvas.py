@@ -13,6 +13,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import RendererBase
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -40,12 +41,7 @@ class PlainFigure(Figure):
 
 
 class MethodStyle(NamedTuple):
-    """The look of a method in all figures of a report.
-
-    Attributes:
-        colour: As `#rrggbb`.
-        marker: Matplotlib's name of a marker.
-    """
+    """The look of a method in all figures: `#rrggbb` and Matplotlib's name of a marker."""
 
     colour: str
     marker: str
@@ -54,9 +50,7 @@ class MethodStyle(NamedTuple):
 def method_styles(methods: Iterable[str], others: Iterable[str] = ()) -> dict[str, MethodStyle]:
     """Assigns colours and markers: the first eight methods differ in colour, 40 in both.
 
-    Args:
-        methods: Methods that come first, in the order of Table 1 and then by name.
-        others: Methods that take what is left, such as those that only a paper has.
+    `methods` come first, in the order of Table 1 and then by name; `others` take what is left.
 
     Example:
         >>> styles = method_styles(["trades", "at"], ["mart"])
@@ -86,14 +80,8 @@ def make_canvas(
 ) -> tuple[Figure, list[Axes]]:
     """Makes a figure without pyplot, which keeps figures alive and may need a display.
 
-    Args:
-        width: In inches.
-        height: In inches.
-        panels: Number of panels.
-        rows: Number of rows.
-
     Returns:
-        The figure, and its panels row by row.
+        The figure of `width` x `height` inches, and its panels row by row.
     """
     figure = PlainFigure(figsize=(width, height), dpi=200, layout="constrained")
     FigureCanvasAgg(figure)
@@ -118,6 +106,17 @@ def add_legend(figure: Figure, columns: int = 4) -> None:
         entries |= dict(zip(labels, handles))
     look: dict[str, Any] = {"fontsize": FONT - 1, "frameon": False, "handlelength": 2.2}
     figure.legend(entries.values(), entries, loc="outside lower center", ncols=columns, **look)
+
+
+def add_bar(
+    figure: Figure, drawn: ScalarMappable, panels: Axes | list[Axes], label: str, **options: Any
+) -> Axes:
+    """Puts a colour bar beside panels, and returns its axes."""
+    bar = figure.colorbar(drawn, ax=panels, **options)
+    bar.set_label(label, fontsize=FONT)
+    bar.ax.tick_params(labelsize=FONT - 1)
+    bar.outline.set_visible(False)
+    return bar.ax
 
 
 def set_title(figure: Figure, title: str | None) -> None:

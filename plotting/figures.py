@@ -25,12 +25,29 @@ from robust_flatness.plotting.canvas import (
     GREY,
     ORANGE,
     PURPLE,
+    add_bar,
     add_legend,
     make_canvas,
     sequential,
     set_title,
 )
 from robust_flatness.run_folder.metrics import LOSSES, Rows, series
+
+# Label, colour, style and width of a line by its metric.
+_Lines = Mapping[str, tuple[str, str, str, float]]
+_LOSSES: _Lines = {
+    "{}/robust_loss_incorrect": ("{}, incorrect", PURPLE, "-", 1.1),
+    "{}/robust_loss": ("{}", ORANGE, "-", 1.8),
+    "{}/robust_loss_correct": ("{}, correct", GREEN, "-", 1.1),
+    "train/robust_loss": ("train", BLUE, "-", 1.8),
+    "train_eval/robust_loss": ("train, weights fixed", BLUE, "--", 1.1),
+}
+_ERRORS: _Lines = {
+    "val/robust_error": ("early-stopping images", "#BBBBBB", "-", 1.0),
+    "test/robust_error": ("test", ORANGE, "-", 1.8),
+    "train/robust_error": ("train", BLUE, "-", 1.8),
+    "train_eval/robust_error": ("train, weights fixed", BLUE, "--", 1.1),
+}
 
 
 def trajectory_figure(
@@ -61,10 +78,7 @@ def trajectory_figure(
     axes.margins(0.1, 0.12)
     axes.set_xlabel("average-case flatness in RLoss (lower is flatter)")
     axes.set_ylabel(f"{split} RLoss")
-    bar = figure.colorbar(dots, ax=axes, pad=0.02, ticks=MaxNLocator(6, integer=True))
-    bar.set_label("epoch", fontsize=FONT)
-    bar.ax.tick_params(labelsize=FONT - 1)
-    bar.outline.set_visible(False)
+    add_bar(figure, dots, axes, "epoch", pad=0.02, ticks=MaxNLocator(6, integer=True))
     set_title(figure, title)
     return figure
 
@@ -82,10 +96,9 @@ def overfitting_figure(
     clean; right, RErr. If nothing was measured on test images, those of `val` are drawn.
 
     Args:
-        rows: Rows with `epoch` and any of `train/robust_loss`, `train_eval/robust_loss`,
-            `test/robust_loss`, `test/robust_loss_correct`, `test/robust_loss_incorrect`,
-            `train/robust_error`, `train_eval/robust_error`, `test/robust_error`,
-            `val/robust_error`.
+        rows: Rows with `epoch` and any of `robust_loss` and `robust_error` of `train`,
+            `train_eval`, `test` and `val`, `test/robust_loss_correct` and
+            `test/robust_loss_incorrect`.
         title: A line above the figure.
         num_classes: Number K of classes, for a line at ln K, the loss of guessing.
         best_epoch: The early-stopped epoch, for a line in both panels.
@@ -94,7 +107,7 @@ def overfitting_figure(
         A figure of 6.8 x 3.3 inches, or None if there is nothing to draw.
     """
     figure, (left, right) = make_canvas(6.8, 3.3, 2)
-    drawn = [_draw_losses(left, rows), _draw_errors(right, rows)]
+    drawn = [_draw_lines(left, rows, _LOSSES), _draw_lines(right, rows, _ERRORS)]
     if not any(drawn):
         return None
     if num_classes is not None:
@@ -114,43 +127,15 @@ def overfitting_figure(
     return figure
 
 
-def _draw_losses(axes: Axes, rows: Rows) -> bool:
+def _draw_lines(axes: Axes, rows: Rows, lines: _Lines) -> bool:
     split = "test" if series(rows, "test/robust_loss") else "val"
-    return _draw_lines(
-        axes,
-        rows,
-        {
-            f"{split}/robust_loss_incorrect": (f"{split}, incorrect", PURPLE, "-", 1.1),
-            f"{split}/robust_loss": (split, ORANGE, "-", 1.8),
-            f"{split}/robust_loss_correct": (f"{split}, correct", GREEN, "-", 1.1),
-            "train/robust_loss": ("train", BLUE, "-", 1.8),
-            "train_eval/robust_loss": ("train, weights fixed", BLUE, "--", 1.1),
-        },
-    )
-
-
-def _draw_errors(axes: Axes, rows: Rows) -> bool:
-    return _draw_lines(
-        axes,
-        rows,
-        {
-            "val/robust_error": ("early-stopping images", "#BBBBBB", "-", 1.0),
-            "test/robust_error": ("test", ORANGE, "-", 1.8),
-            "train/robust_error": ("train", BLUE, "-", 1.8),
-            "train_eval/robust_error": ("train, weights fixed", BLUE, "--", 1.1),
-        },
-    )
-
-
-def _draw_lines(axes: Axes, rows: Rows, lines: Mapping[str, tuple[str, str, str, float]]) -> bool:
     for name, (label, colour, style, width) in lines.items():
-        points = series(rows, name)
+        points = series(rows, name.format(split))
         if points:
+            look: dict[str, Any] = {"color": colour, "linestyle": style, "linewidth": width}
             # A single epoch is not a line, and a few are easier to read with markers.
-            marker: dict[str, Any] = {"marker": "o", "markersize": 2.5} if len(points) <= 20 else {}
-            axes.plot(
-                *zip(*points), color=colour, linestyle=style, linewidth=width, label=label, **marker
-            )
+            look |= {"marker": "o", "markersize": 2.5} if len(points) <= 20 else {}
+            axes.plot(*zip(*points), label=label.format(split), **look)
     return bool(axes.lines)
 
 

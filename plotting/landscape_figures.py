@@ -20,12 +20,12 @@ from robust_flatness.plotting.canvas import (
     AMBER,
     BLACK,
     BLUE,
-    FONT,
     GREEN,
     GREY,
     ORANGE,
     PURPLE,
     SKY,
+    add_bar,
     add_legend,
     make_canvas,
     sequential,
@@ -111,37 +111,20 @@ def surface_figure(
     axes.set_ylabel("step along the second direction")
     _set_step_axis(axes.xaxis)
     _set_step_axis(axes.yaxis)
-    bar = figure.colorbar(
-        filled, ax=axes, pad=0.02, format=FuncFormatter(lambda value, _: f"{value:.2g}")
-    )
-    bar.set_label(loss_name, fontsize=FONT)
-    bar.ax.tick_params(labelsize=FONT - 1)
-    bar.outline.set_visible(False)
+    form = FuncFormatter(lambda value, _: f"{value:.2g}")
+    add_bar(figure, filled, axes, loss_name, pad=0.02, format=form)
     set_title(figure, title)
     return figure
 
 
 def drawn_line(kind: str, landscape: Landscape) -> Array:
-    """The mean over directions, or the highest of adversarial ones.
-
-    Args:
-        kind: Of the directions, such as `random`.
-        landscape: With losses `(D, S, N)`.
-
-    Returns:
-        A loss for each step, `(S,)`.
-    """
+    """The mean over directions, or the highest of `adversarial` ones: a loss for each step."""
     curves = landscape.curves
     return np.asarray(curves.max(axis=0) if kind == "adversarial" else curves.mean(axis=0))
 
 
 def set_loss_axes(all_axes: Sequence[Axes], curves: Sequence[Array]) -> None:
-    """One logarithmic range for all panels, so that they can be compared, and ticks of steps.
-
-    Args:
-        all_axes: The panels.
-        curves: All losses in them, some of them finite.
-    """
+    """Sets one logarithmic range of all losses, of which some are finite, and ticks of steps."""
     values = np.concatenate([losses[np.isfinite(losses)] for losses in curves])
     low, high = max(values.min() / 1.15, _LOWEST), min(values.max() * 1.15, _HIGHEST)
     for axes in all_axes:

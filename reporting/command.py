@@ -28,29 +28,20 @@ def report(
     from robust_flatness.reporting.report import write_report
     from robust_flatness.reporting.table1 import terminal_table
 
-    console = Console()
     written = write_report(runs, folder, data=data, published=published)
-    models = written.models
+    models, console = written.models, Console()
     console.print(terminal_table(written.table, console.width))
     for label in models.labels:
         if settings := models.settings(label):
-            console.print(f"{label}: {settings}", highlight=False, markup=False)
+            print(f"{label}: {settings}")
     if (result := written.correlation) is not None:
-        console.print(
-            f"RLoss and flatness: {result.text}; {result.over}", highlight=False, markup=False
-        )
+        print(f"RLoss and flatness: {result.text}; {result.over}")
     for left_out, reason in written.left_out:
         # A folder's name may not be valid text, and a reason may have several lines.
-        line = " ".join(f"left out: {left_out} {reason}".splitlines()).encode(errors="replace")
-        console.print(line.decode(), markup=False, highlight=False, soft_wrap=True)
-    count = sum(map(len, models.runs.values()))
-    console.print(
-        f"{count} runs, {len(models)} models, {len(written.figures)} figures: "
-        f"{written.folder / 'index.html'}",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
+        line = " ".join(f"left out: {left_out} {reason}".splitlines())
+        print(line.encode(errors="replace").decode())
+    count, page = sum(map(len, models.runs.values())), written.folder / "index.html"
+    print(f"{count} runs, {len(models)} models, {len(written.figures)} figures: {page}")
 
 
 def dashboard(
@@ -73,17 +64,13 @@ def dashboard(
     from robust_flatness.reporting.dashboard import save_dashboard
 
     saved = save_dashboard(project, entity, folder)
-    console = Console()
     for name, url in saved.urls.items():
-        console.print(f"{name}: {url}", soft_wrap=True, highlight=False, markup=False)
+        print(f"{name}: {url}")
     if saved.files:
         later = ["python", "cli.py", "dashboard", "--project", project]
         later += ["--entity", entity] if entity else []
         written = " and ".join(map(str, saved.files.values()))
-        console.print(
+        print(
             f"Weights & Biases {saved.reason}, so the dashboard is written to {written}. To upload "
-            f"it: {'WANDB_MODE=online ' * offline_mode()}{shlex.join(later)}",
-            soft_wrap=True,
-            highlight=False,
-            markup=False,
+            f"it: {'WANDB_MODE=online ' * offline_mode()}{shlex.join(later)}"
         )

@@ -7,16 +7,15 @@ Example:
     '0.85 0.86 over 74 models'
 """
 
-import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from robust_flatness.reporting.frame import Models
+from robust_flatness.run_folder.files import Array
 from robust_flatness.run_folder.metrics import Weights
 
-Array = NDArray[np.float64]
 Interval = tuple[float, float]
 
 _FEWEST = 3  # models for a coefficient, and methods for an interval
@@ -30,8 +29,8 @@ class Correlation:
     """Correlation of two metrics over models.
 
     Attributes:
-        pearson: Pearson's coefficient, in [-1, 1].
-        spearman: Spearman's coefficient, in [-1, 1].
+        pearson: Pearson's coefficient.
+        spearman: Spearman's coefficient.
         pearson_interval: 95 % bootstrap interval over methods; None for fewer than eight models or
             three methods.
         spearman_interval: The same of Spearman's coefficient.
@@ -78,9 +77,9 @@ def correlate(
 
     Args:
         models: Each counts once, whatever its number of seeds.
-        x: Name of a metric, such as `flatness/average/test` or `gap/robust_loss`.
-        y: Name of the other one.
-        weights: Whether to take metrics of the last or of the early-stopped weights.
+        x: A metric, such as `flatness/average/test` or `gap/robust_loss`.
+        y: The other one.
+        weights: Whose metrics.
         resamples: Of the bootstrap, at least 1. Resamples in which a metric is constant have no
             coefficient and are left out.
         seed: Of the bootstrap.
@@ -100,11 +99,15 @@ def correlate(
     from scipy.stats import pearsonr, spearmanr  # not at the top: it takes a second to import
 
     names = sorted(set(points["method"]))
-    method_of = points["method"].map(names.index).to_numpy(dtype=np.int64)
     pearson_interval = spearman_interval = None
     if len(xs) >= _FEWEST_FOR_INTERVAL and len(names) >= _FEWEST:
-        pearson_interval = _interval(xs, ys, method_of, resamples, seed, of_ranks=False)
-        spearman_interval = _interval(xs, ys, method_of, resamples, seed, of_ranks=True)
+        drawn = np.random.default_rng(seed).integers(len(names), size=(resamples, len(names)))
+        times = (drawn[:, :, None] == np.arange(len(names))).sum(axis=1).astype(float)
+        counts = times[:, points["method"].map(names.index)]
+        varies = _varies(xs, counts) & _varies(ys, counts)
+        pearson_interval = _interval(_pearson(xs, ys, counts)[varies])
+        ranks = _ranks(xs, counts), _ranks(ys, counts)
+        spearman_interval = _interval(_pearson(*ranks, counts)[varies])
     return Correlation(
         float(pearsonr(xs, ys).statistic),
         float(spearmanr(xs, ys).statistic),
@@ -115,45 +118,18 @@ def correlate(
     )
 
 
-def _interval(
-    x: Array, y: Array, method_of: NDArray[np.int64], resamples: int, seed: int, *, of_ranks: bool
-) -> Interval | None:
-    """Percentiles of the coefficient over resamples of methods `(M,)`."""
-    from scipy.stats import bootstrap
-
-    methods = np.arange(int(method_of.max()) + 1)
-
-    def coefficient(drawn: NDArray[np.int64], axis: int = -1) -> Array:
-        """Pearson's coefficient of drawn methods `(resamples, M)`; NaN if a metric is constant."""
-        counts = (drawn.reshape(-1, len(methods), 1) == methods).sum(axis=1)
-        counts = counts[:, method_of].astype(float)
-        varies = _varies(x, counts) & _varies(y, counts)
-        a, b = (_ranks(x, counts), _ranks(y, counts)) if of_ranks else (x, y)
-        return np.where(varies, _pearson(a, b, counts), np.nan).reshape(drawn.shape[:-1])
-
-    with warnings.catch_warnings():
-        # SciPy's own interval is not finite if a resample has no coefficient.
-        warnings.simplefilter("ignore")
-        result = bootstrap(
-            (methods,),
-            coefficient,
-            n_resamples=resamples,
-            vectorized=True,
-            method="percentile",
-            random_state=np.random.default_rng(seed),
-        )
-    coefficients = result.bootstrap_distribution
-    if np.isnan(coefficients).all():
+def _interval(coefficients: Array) -> Interval | None:
+    if not len(coefficients):
         return None
     tail = 100 * (1 - _LEVEL) / 2
-    low, high = np.nanpercentile(coefficients, (tail, 100 - tail))
+    low, high = np.percentile(coefficients, (tail, 100 - tail))
     return float(low), float(high)
 
 
-def _varies(values: Array, counts: Array) -> NDArray[np.bool_]:
+def _varies(values: Array, counts: Array) -> Any:
     """Whether a resample has more than one value; `(resamples,)`."""
     drawn = np.where(counts > 0, values, np.nan)
-    return np.asarray(np.nanmax(drawn, axis=1) > np.nanmin(drawn, axis=1))
+    return np.nanmax(drawn, axis=1) > np.nanmin(drawn, axis=1)
 
 
 def _pearson(x: Array, y: Array, counts: Array) -> Array:

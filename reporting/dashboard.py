@@ -39,21 +39,16 @@ _COLUMNS = (
     "summary:final/flatness/average/test",
     "config:seed_everything.value",
 )
-_OVERFITTING = tuple(
-    f"{split}/{name}"
-    for name in ("robust_loss", "robust_error")
-    for split in ("test", "train_eval", "val")
+_OVERFITTING = (
+    *("test/robust_loss", "train_eval/robust_loss", "val/robust_loss"),
+    *("test/robust_error", "train_eval/robust_error", "val/robust_error"),
 )
 _FLATNESS = ("flatness/average/test", "flatness/average/train", "flatness/worst/test")
 _FINAL = (
-    "final/test/robust_loss",
-    "final/test/robust_error",
-    "test/autoattack_error",
-    "final/flatness/average/test",
-    "early_stopped/test/robust_loss",
-    "early_stopped/test/robust_error",
-    "test/autoattack_error_early_stopped",
-    "early_stopped/flatness/average/test",
+    *("final/test/robust_loss", "final/test/robust_error"),
+    *("test/autoattack_error", "final/flatness/average/test"),
+    *("early_stopped/test/robust_loss", "early_stopped/test/robust_error"),
+    *("test/autoattack_error_early_stopped", "early_stopped/flatness/average/test"),
 )
 _TRAINING = ("train/loss", "train/robust_loss", "train/robust_error", "train/learning_rate")
 
@@ -72,8 +67,8 @@ class Dashboard(NamedTuple):
     reason: str
 
 
-class DashboardSection(NamedTuple):
-    """Panels of `wandb_workspaces` under one heading, with a text, `columns` side by side."""
+class _Section(NamedTuple):
+    """Panels under one heading with a text, `columns` side by side."""
 
     name: str
     text: str
@@ -82,14 +77,11 @@ class DashboardSection(NamedTuple):
 
 
 def build_workspace(project: str, entity: str | None = None) -> Any:
-    """Builds the workspace without saving it; needs no network.
+    """Builds a `wandb_workspaces.workspaces.Workspace` without saving it; needs no network.
 
     Args:
         project: The W&B project.
         entity: The W&B user or team; `None` leaves it empty, which is enough for a file.
-
-    Returns:
-        A `wandb_workspaces.workspaces.Workspace`.
 
     Raises:
         ValueError: If the extra `dashboard` is not installed.
@@ -105,7 +97,7 @@ def build_workspace(project: str, entity: str | None = None) -> Any:
             ),
             panel_settings=library.SectionPanelSettings(x_axis="epoch"),
         )
-        for section in dashboard_sections()
+        for section in _sections()
     ]
     return library.Workspace(
         entity=entity or "",
@@ -126,7 +118,7 @@ def build_report(project: str, entity: str | None = None) -> Any:
     """
     library = _library("reports.v2")
     blocks = [library.P(_INTRODUCTION)]
-    for section in dashboard_sections():
+    for section in _sections():
         for panel in section.panels:
             # A page is 24 units wide; the grid places panels side by side itself.
             panel.layout = library.Layout(w=24 // section.columns, h=6)
@@ -156,7 +148,7 @@ def save_dashboard(
     Args:
         project: The W&B project.
         entity: The W&B user or team, by default that of the API key.
-        folder: Folder of `workspace.json` and `report.json` without W&B.
+        folder: Folder of the files.
 
     Raises:
         ValueError: If `project` is empty or the extra `dashboard` is not installed.
@@ -176,51 +168,45 @@ def save_dashboard(
     return Dashboard({}, _write(project, entity, Path(folder)), reason)
 
 
-def dashboard_sections() -> list[DashboardSection]:
-    """Builds all sections anew, because panels remember their place.
-
-    Raises:
-        ValueError: If the extra `dashboard` is not installed.
-    """
+def _sections() -> list[_Section]:
+    # Anew for each page, because panels remember their place.
+    bars = [_panel("BarPlot", name, metrics=[name], max_bars_to_show=MOST_RUNS) for name in _FINAL]
+    clouds = [
+        _scatter("RLoss against flatness, final weights", "final"),
+        _scatter("RLoss against flatness, early-stopped weights", "early_stopped"),
+        _trajectories(),
+    ]
+    images = [
+        _images("Trajectory", "figures/trajectory"),
+        _images("Robust overfitting", "figures/overfitting"),
+    ]
     return [
-        DashboardSection(
+        _Section(
             "Robust overfitting",
             "If a method overfits robustly, RLoss on training images falls towards 0 while RLoss "
             "on test images rises again (Fig. 2). Training images are measured with fixed weights; "
             "the early-stopping images choose the early-stopped weights.",
             _curves(_OVERFITTING),
         ),
-        DashboardSection(
+        _Section(
             "Flatness",
             "How much RLoss rises if the weights move by a share of each layer's norm: smaller is "
             "flatter. In the paper, flatter minima go with lower RLoss across methods (Fig. 1). "
             "Worst-case flatness is shown for runs that measured it.",
-            [
-                *_curves(_FLATNESS),
-                _scatter("RLoss against flatness, final weights", "final"),
-                _scatter("RLoss against flatness, early-stopped weights", "early_stopped"),
-                _trajectories(),
-            ],
+            _curves(_FLATNESS) + clouds,
         ),
-        DashboardSection(
+        _Section(
             "Final metrics",
             "The full protocol, once at the end of each run: on the last weights, and on the "
             "early-stopped ones. Means over the runs of a method.",
-            [
-                _panel("BarPlot", name, metrics=[name], max_bars_to_show=MOST_RUNS)
-                for name in _FINAL
-            ],
+            bars,
             columns=4,
         ),
-        DashboardSection(
+        _Section(
             "Training",
             "Metrics of the training batches, measured while the weights changed, and the figures "
             "that each run drew of itself.",
-            [
-                *_curves(_TRAINING),
-                _images("Trajectory", "figures/trajectory"),
-                _images("Robust overfitting", "figures/overfitting"),
-            ],
+            _curves(_TRAINING) + images,
         ),
     ]
 

@@ -146,10 +146,7 @@ class Models:
 
 
 def read_run(path: str | Path) -> pd.DataFrame:
-    """Reads the trajectory of a finished run.
-
-    Args:
-        path: The run folder.
+    """Reads the trajectory of the finished run in a run folder.
 
     Returns:
         A row for each epoch: `epoch` and a column for each metric; errors are shares of 1. `attrs`
@@ -166,10 +163,7 @@ def read_run(path: str | Path) -> pd.DataFrame:
 
 
 def read_runs(folder: str | Path) -> pd.DataFrame:
-    """Reads the metrics of all finished runs below a folder.
-
-    Args:
-        folder: A folder that contains run folders at any depth, or is one.
+    """Reads the metrics of all finished runs below a folder, at any depth, or in it.
 
     Returns:
         Two rows for each run, with `weights` `final` and `early_stopped`: `run` (the folder's
@@ -204,11 +198,7 @@ def drop_duplicates(runs: Sequence[Run]) -> tuple[list[Run], list[LeftOut]]:
     most metrics stays; of these the one with most images; of these the last by the numbers in its
     name, which is the newest of `at-s0`, `at-s0-2`, `at-s0-10`.
 
-    Args:
-        runs: In any order. Runs without a seed all stay.
-
-    Returns:
-        The runs that stay, in their order, and those left out.
+    Runs without a seed all stay. Returns the runs that stay, in their order, and those left out.
     """
     seeded = [run for run in runs if run.seed is not None]
     best = {_training_key(run): run for run in sorted(seeded, key=_worth)}
@@ -227,23 +217,9 @@ def drop_duplicates(runs: Sequence[Run]) -> tuple[list[Run], list[LeftOut]]:
 
 
 def group_runs(runs: Iterable[Run]) -> Models:
-    """Groups runs by method and settings.
+    """Groups runs of one data set, without duplicates, by method and settings.
 
-    Args:
-        runs: Of one data set, without duplicates.
-
-    Returns:
-        Models, sorted by method and the values of the settings that differ.
-
-    Example:
-        >>> common = {"data": "Digits", "final": {}, "early_stopped": {}, "num_examples": {}}
-        >>> common |= {"trajectory": [], "early_stopped_epoch": None, "epochs": 1}
-        >>> def run(seed, lam):
-        ...     settings = {"seed_everything": seed, "model": {"init_args": {"lam": lam}}}
-        ...     rest = {"wall_time_seconds": 1.0, "settings": settings, **common}
-        ...     return Run(folder=Path("runs"), method="trades", seed=seed, **rest)
-        >>> group_runs([run(0, 6.0), run(1, 6.0), run(0, 9.0)]).labels
-        ['TRADES lam=6', 'TRADES lam=9']
+    Models are sorted by method and the values of the settings that differ.
     """
     by_method: dict[str, list[Run]] = {}
     for run in runs:
@@ -272,9 +248,8 @@ def group_runs(runs: Iterable[Run]) -> Models:
 def metric_values(rows: Iterable[tuple[str, Metrics, Metrics, Mapping[str, int]]]) -> pd.DataFrame:
     """The `values` of `Models`, with the gaps of robust loss among the metrics.
 
-    Args:
-        rows: For each replica the label of its model, metrics of the last and the early-stopped
-            weights, and numbers of images.
+    Each row is a replica: the label of its model, metrics of the last and of the early-stopped
+    weights, and numbers of images.
     """
     long = [
         (label, weights, name, value, images.get(name))
@@ -300,10 +275,6 @@ def metric_values(rows: Iterable[tuple[str, Metrics, Metrics, Mapping[str, int]]
 
 def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Settings by their names on the command line, without those of place, hardware and look.
-
-    Args:
-        settings: Nested, as in `config.yaml`.
-        prefix: Name of the mapping that contains them.
 
     Example:
         >>> flat_settings({"model": {"class_path": "pkg.AT", "init_args": {"eps": 0.2}}})
@@ -416,8 +387,7 @@ def _shown_settings(differences: Sequence[Mapping[str, Any]]) -> list[list[str]]
     for number in range(_FEW_SETTINGS, max(_FEW_SETTINGS, *map(len, trained)) + 1):
         if _are_distinct(texts[:number] for texts in trained):
             return [_cut(texts, number) for texts in trained]
-    shown = trained
-    for number in range(1, max(map(len, measured)) + 1):
+    for number in range(1, max(1, *map(len, measured)) + 1):
         shown = [[*own, *_cut(more, number)] for own, more in zip(trained, measured)]
         if _are_distinct(shown):
             break
@@ -466,9 +436,8 @@ def _epochs(grouped: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
         total = max(run.epochs for run in runs)
         for place, run in enumerate(runs):
             # The last row of an epoch counts.
-            for epoch, row in {row["epoch"]: row for row in run.trajectory}.items():
-                rows.append(
-                    {"label": label, "run": place, "share": (epoch + 1) / total} | dict(row)
-                )
+            last = {row["epoch"]: row for row in run.trajectory}.items()
+            own = {"label": label, "run": place}
+            rows += [{**own, "share": (epoch + 1) / total, **row} for epoch, row in last]
     columns = ["label", "run", "epoch", "share"]
     return pd.DataFrame(rows) if rows else pd.DataFrame(columns=columns)

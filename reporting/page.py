@@ -21,7 +21,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
-from robust_flatness.plotting.canvas import MethodStyle
+from robust_flatness.plotting.landscape_figures import NAMES
 from robust_flatness.reporting.frame import Models, group_runs, natural_key
 from robust_flatness.reporting.page_figures import (
     ERRORS,
@@ -50,6 +50,8 @@ _COLUMNS: tuple[tuple[str, Weights], ...] = (
     ("test/robust_loss", "final"),
     ("test/error", "final"),
 )
+_KINDS = {**NAMES, "surface": "a plane"}
+_WEIGHTS = {"final": "last weights", "early_stopped": "early-stopped weights"}
 # Files of the report that a section of the page links to, if they were written.
 _FILES = {
     "relation": ("flatness", "flatness-own", "worst-flatness", "error-flatness"),
@@ -78,7 +80,7 @@ def write_page(
     browsers since 2023.
 
     Args:
-        path: The HTML file. Its folder is created if it does not exist.
+        path: The HTML file.
         models: Of one data set. There may be none.
         published: The paper's models, drawn faint.
         trajectories: The paper's trajectories, as `published_trajectories` returns them.
@@ -87,15 +89,23 @@ def write_page(
         files: Figures that are in `figures/` beside the page, for links to their PDF files; with
             any, the page also links to the tables.
         schematic_run: The run whose landscape shows how flatness is measured.
-
-    Returns:
-        `path`.
     """
     published = group_runs([]) if published is None else published
     trajectories = pd.DataFrame({"method": []}) if trajectories is None else trajectories
     figures = PageFigures(models, published, trajectories)
     sections = _sections(figures, schematic_run)
-    methods = _methods(models, figures.styles)
+    methods = {
+        method: {
+            "id": method,
+            "label": method_label(method),
+            "is_own": method in models.methods,
+            "colour": style.colour,
+            "path": MARKS[style.marker],
+        }
+        for method, style in figures.styles.items()
+    }
+    able = [label for label in models.labels if _has_curves(models, label)]
+    usual = [label for label in able if models.frame.at[label, "method"] in ("at", "at_awp")]
     payload = {
         "figures": {
             section: {key: figure.to_plotly_json() for key, figure in drawn.items()}
@@ -121,8 +131,8 @@ def write_page(
         x_axes=_options(X_AXES, sections["relation"], 0),
         y_axes=_options(Y_AXES, sections["relation"], 1),
         landscapes={name: _landscape_name(name) for name in sections["landscapes"]},
-        curve_models=[label for label in models.labels if _has_curves(models, label)],
-        chosen=_first_curves(models),
+        curve_models=able,
+        chosen=(usual or able)[:2],
         has_published=bool(len(published) or len(trajectories)),
         guessing=figures.guessing,
         **_table(models, published, methods),
@@ -177,41 +187,14 @@ def _options(names: Iterable[str], drawn: Mapping[str, Any], part: int) -> dict[
 def _landscape_name(key: str) -> str:
     name, _, label = key.partition("|")
     weights, _, kind = name.partition("/")
-    kinds = {
-        "random": "random directions",
-        "adversarial": "adversarial directions",
-        "hessian": "the Hessian's first eigenvector",
-        "surface": "a plane",
-    }
-    whose = {"final": "last weights", "early_stopped": "early-stopped weights"}
-    text = f"{kinds.get(kind, kind)}, {whose.get(weights, weights)}"
+    text = f"{_KINDS.get(kind, kind)}, {_WEIGHTS.get(weights, weights)}"
     return f"{text}: {label}" if label else text
-
-
-def _methods(models: Models, styles: Mapping[str, MethodStyle]) -> dict[str, dict[str, Any]]:
-    return {
-        method: {
-            "id": method,
-            "label": method_label(method),
-            "is_own": method in models.methods,
-            "colour": style.colour,
-            "path": MARKS[style.marker],
-        }
-        for method, style in styles.items()
-    }
 
 
 def _has_curves(models: Models, label: str) -> bool:
     names = ("test/robust_loss", "train/robust_loss", "train_eval/robust_loss")
     errors = ("test/robust_error", "train/robust_error", "val/robust_error")
     return models.series(label, *names, *errors) is not None
-
-
-def _first_curves(models: Models) -> list[str]:
-    """The models whose curves are shown first: AT and AT-AWP, or else any two."""
-    able = [label for label in models.labels if _has_curves(models, label)]
-    first = [label for label in able if models.frame.at[label, "method"] in ("at", "at_awp")]
-    return (first or able)[:2]
 
 
 def _table(
@@ -267,7 +250,7 @@ def _limits(models: Models, name: str, weights: Weights) -> tuple[float, float] 
     """Test errors between good, average and poor models, as in Table 1."""
     if name not in ERRORS or weights != "final":
         return None
-    return group_thresholds(models.column(name)["mean"].tolist())
+    return group_thresholds(models.column(name)["mean"].round(9).tolist())
 
 
 def _cell(
@@ -276,6 +259,8 @@ def _cell(
     if label not in column.index:
         return {"value": "", "text": "–", "spread": "", "group": ""}
     mean, deviation = column.at[label, "mean"], column.at[label, "sd"]
+    # A share of images, whose sum over seeds may be off by the last digit.
+    share = round(mean, 9)
 
     def text(value: float) -> str:
         if metric(name).is_share:
@@ -287,7 +272,7 @@ def _cell(
         "value": float(mean),
         "text": text(mean),
         "spread": "" if math.isnan(deviation) else f"± {text(deviation)}",
-        "group": "good" if mean < low else "poor" if mean >= high else "",
+        "group": "good" if share < low else "poor" if share >= high else "",
     }
 
 
@@ -320,11 +305,8 @@ def _range(values: Sequence[int]) -> str:
 
 
 def _num_images(runs: Sequence[Run]) -> str:
-    names = {
-        "PGD": "test/robust_error",
-        "AutoAttack": "test/autoattack_error",
-        "flatness": "flatness/average/test",
-    }
+    names = {"PGD": "test/robust_error", "AutoAttack": "test/autoattack_error"}
+    names |= {"flatness": "flatness/average/test"}
     counts = {
         label: [run.num_examples[name] for run in runs if name in run.num_examples]
         for label, name in names.items()

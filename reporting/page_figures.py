@@ -5,6 +5,7 @@ Every trace of a model has `meta` with its `method`, its `model` (the label) and
 `layout.meta` is a sentence for the caption.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape as escape_html
@@ -16,10 +17,10 @@ import plotly.graph_objects as go
 
 from robust_flatness.plotting.canvas import BLUE, ORANGE, MethodStyle, method_styles
 from robust_flatness.reporting.correlation import correlate
-from robust_flatness.reporting.frame import Models, flat_settings
+from robust_flatness.reporting.frame import WEIGHTS, Models, flat_settings
 from robust_flatness.reporting.landscape_figures import typical_direction
 from robust_flatness.reporting.panel_figures import published_path, trajectory
-from robust_flatness.reporting.scatter_figures import PUBLISHED
+from robust_flatness.reporting.scatter_figures import PUBLISHED, least_squares
 from robust_flatness.reporting.sweeps import find_sweeps
 from robust_flatness.run_folder.files import Array
 from robust_flatness.run_folder.metrics import Weights, method_label, metric
@@ -95,13 +96,9 @@ class PageFigures:
 
     def scatters(self) -> dict[str, go.Figure]:
         """RLoss and RErr against flatness, by `x|y|weights`."""
-        figures = {}
-        for x in X_AXES:
-            for y in Y_AXES:
-                for weights in ("final", "early_stopped"):
-                    if (figure := self.scatter(x, y, weights)) is not None:
-                        figures[f"{x}|{y}|{weights}"] = figure
-        return figures
+        keys = itertools.product(X_AXES, Y_AXES, WEIGHTS)
+        drawn = {"|".join(key): self.scatter(*key) for key in keys}
+        return {key: figure for key, figure in drawn.items() if figure is not None}
 
     def scatter(self, x: str, y: str, weights: Weights = "final") -> go.Figure | None:
         """Models as points, or None if none of ours, or without ours none at all, has both."""
@@ -112,8 +109,31 @@ class PageFigures:
         for models, is_published in self._sources:
             points = models.points(x, y, weights)
             for method, own in points.groupby("method", sort=False):
-                figure.add_trace(self._points(str(method), own, weights, is_published))
-        figure.layout.meta = self._correlation(x, y, weights)
+                style, name = self.styles[str(method)], _plain(method_label(str(method)))
+                bar: dict[str, Any] = {"type": "data", "color": _faded(style.colour, 0.35)}
+                bar |= {"thickness": 1, "width": 0}
+                figure.add_scatter(
+                    x=_digits(own["x"]),
+                    y=_digits(own["y"]),
+                    error_x={**bar, "array": _digits(own["dx"]), "visible": bool(own["dx"].any())},
+                    error_y={**bar, "array": _digits(own["dy"]), "visible": bool(own["dy"].any())},
+                    ids=[_id(label, weights, is_published) for label in own.index],
+                    mode="markers",
+                    name=f"{name}, {PUBLISHED}" if is_published else name,
+                    marker=_marker(style, is_published, 7 if is_published else 11),
+                    hovertemplate="%{text}<extra></extra>",
+                    meta=_meta(str(method), None, is_published),
+                )
+        sentences = [
+            f"{who}: {result.text}; of {result.num_methods} methods, {result.over}."
+            for who, models in (
+                ("Your runs", self.models),
+                ("Published (CIFAR-10)", self.published),
+            )
+            if (result := correlate(models, x, y, weights=weights)) is not None
+        ]
+        too_few = "Measured for too few models for a correlation."
+        figure.layout.meta = " ".join(sentences) or too_few
         return figure
 
     def views(self) -> dict[str, go.Figure]:
@@ -135,14 +155,13 @@ class PageFigures:
 
     def paths(self) -> go.Figure | None:
         """Trajectories through the plane of flatness and RLoss; `customdata` is the progress."""
-        theirs = dict.fromkeys(self.trajectories.get("method", ()))
         paths = [
             (method, method_label(method), True, published_path(self.trajectories, method))
-            for method in theirs
+            for method in dict.fromkeys(self.trajectories.get("method", ()))
         ]
         paths += [
-            (self.models.frame.at[label, "method"], label, False, trajectory(self.models, label))
-            for label in self.models.labels
+            (method, label, False, trajectory(self.models, label))
+            for label, method in self.models.frame["method"].items()
         ]
         paths = [path for path in paths if len(path[3])]
         if not paths:
@@ -150,8 +169,8 @@ class PageFigures:
         figure = go.Figure(layout=_layout(FLATNESS, LOSS))
         alpha = 0.3 if len(paths) > 8 else 0.6
         for method, label, is_published, path in paths:
-            colour, marker = self.styles[method]
-            look = {"color": _faded(colour, alpha), "width": 1.3}
+            style = self.styles[method]
+            look = {"color": _faded(style.colour, alpha), "width": 1.3}
             look["dash"] = "dot" if is_published else self._dash(label)
             name = f"{_plain(label)}{f', {PUBLISHED}' if is_published else ''}"
             figure.add_scatter(
@@ -160,7 +179,7 @@ class PageFigures:
                 customdata=_digits(path["share"]),
                 mode="lines+markers",
                 line=look,
-                marker=_marker(colour, marker, is_published, 3),
+                marker=_marker(style, is_published, 3),
                 opacity=0.5 if is_published else 1,
                 name=name,
                 hovertemplate=f"<b>{name}</b><br>%{{customdata:.0%}} of training<br>"
@@ -250,24 +269,6 @@ class PageFigures:
                 texts[_id(label, weights, is_published)] = "<br>".join(lines)
         return texts
 
-    def _points(
-        self, method: str, points: pd.DataFrame, weights: Weights, is_published: bool
-    ) -> go.Scatter:
-        colour, marker = self.styles[method]
-        bar = {"type": "data", "color": _faded(colour, 0.35), "thickness": 1, "width": 0}
-        return go.Scatter(
-            x=_digits(points["x"]),
-            y=_digits(points["y"]),
-            ids=[_id(label, weights, is_published) for label in points.index],
-            mode="markers",
-            name=_plain(method_label(method)) + (f", {PUBLISHED}" if is_published else ""),
-            error_x={**bar, "array": _digits(points["dx"]), "visible": bool(points["dx"].any())},
-            error_y={**bar, "array": _digits(points["dy"]), "visible": bool(points["dy"].any())},
-            marker=_marker(colour, marker, is_published, 7 if is_published else 11),
-            hovertemplate="%{text}<extra></extra>",
-            meta=_meta(method, None, is_published),
-        )
-
     def _arrows(self, x: str, y: str) -> go.Figure | None:
         figure = self.scatter(x, y)
         if figure is None:
@@ -277,27 +278,24 @@ class PageFigures:
             last, best = models.points(x, y), models.points(x, y, "early_stopped")
             both = last[last.index.isin(best.index)]
             for method, starts in both.groupby("method", sort=False):
-                ends = best.loc[starts.index]
+                ends, size = best.loc[starts.index], len(starts)
                 colour = _faded(self.styles[str(method)].colour, 0.35 if is_published else 0.75)
+                ids = [_id(label, "early_stopped", is_published) for label in starts.index]
                 # Each arrow is two points, and a gap before the next one.
-                places = {
-                    axis: [p for a, b in zip(_digits(starts[axis]), _digits(ends[axis]))
-                           for p in (a, b, None)]
-                    for axis in "xy"
-                }  # fmt: skip
+                x_places, y_places = (
+                    list(itertools.chain(*zip(_digits(starts[a]), _digits(ends[a]), [None] * size)))
+                    for a in "xy"
+                )
                 figure.add_scatter(
-                    **places,
-                    ids=[
-                        place
-                        for label in starts.index
-                        for place in ("", _id(label, "early_stopped", is_published), "")
-                    ],
+                    x=x_places,
+                    y=y_places,
+                    ids=list(itertools.chain(*(("", name, "") for name in ids))),
                     mode="lines+markers",
                     line={"color": colour, "width": 1 if is_published else 1.5},
                     marker={
                         "symbol": "arrow",
                         "angleref": "previous",
-                        "size": [0, 9, 0] * len(starts),
+                        "size": [0, 9, 0] * size,
                         "color": colour,
                         "line": {"width": 0},
                     },
@@ -305,10 +303,7 @@ class PageFigures:
                     meta=_meta(str(method), None, is_published),
                 )
                 has_arrow |= not is_published or not len(self.models)
-        figure.layout.meta = (
-            "An arrow points from the last to the early-stopped weights of a model. "
-            + figure.layout.meta
-        )
+        _add_note(figure, "An arrow points from the last to the early-stopped weights of a model.")
         return figure if has_arrow else None
 
     def _kink(self, x: str, y: str) -> go.Figure | None:
@@ -320,12 +315,13 @@ class PageFigures:
             text = f" guessing ({loss:.2f})"
             figure.add_vline(loss, line=line, annotation={"text": text, "font_color": _GREY})
         points, edge = self.models.points(x, y), self.guessing[0]
-        for side in (points[points["x"] < edge], points[points["x"] >= edge]):
+        for side in (points[points["x"] <= edge], points[points["x"] > edge]):
             if (trend := _trend(side)) is not None:
                 figure.add_trace(trend)
-        figure.layout.meta = (
+        _add_note(
+            figure,
             "Dotted: least-squares lines of all your models on both sides of the loss of guessing, "
-            "if three are there. " + figure.layout.meta
+            "if three are there.",
         )
         return figure
 
@@ -343,9 +339,10 @@ class PageFigures:
                     trend.line.color = self.styles[method].colour
                     trend.meta = _meta(method, None, is_published)
                     figure.add_trace(trend)
-        figure.layout.meta = (
+        _add_note(
+            figure,
             "Dotted: the least-squares line of each sweep of three models or more, which differ in "
-            "one number of their training alone. " + figure.layout.meta
+            "one number of their training alone.",
         )
         return figure
 
@@ -356,7 +353,7 @@ class PageFigures:
             low, high = min(values), max(values)
             line = {"color": _GREY, "width": 1.2, "dash": "dot"}
             figure.add_shape(type="line", x0=low, y0=low, x1=high, y1=high, line=line)
-            figure.layout.meta = "Dotted: equal on both. " + figure.layout.meta
+            _add_note(figure, "Dotted: equal on both.")
         return figure
 
     def _curve(self, kind: _Curve, number: str) -> Iterator[go.Scatter]:
@@ -458,34 +455,20 @@ class PageFigures:
     def _about(self, models: Models, label: str) -> list[str]:
         """Lines of a hover: the runs and settings, or the published source."""
         if label not in models.runs:
-            return [
-                PUBLISHED,
-                models.frame.at[label, "source"],
-                models.frame.at[label, "statistic"],
-            ]
-        runs = models.runs[label]
+            return [PUBLISHED, *models.frame.loc[label, ["source", "statistic"]]]
+        runs, settings = models.runs[label], models.differs[label].items()
         names = [run.name for run in runs]
-        shown = names if len(names) <= 3 else [*names[:3], f"… ({len(names)} runs)"]
-        differs = [
-            f"{name} = {f'{value:.4g}' if isinstance(value, float) else value}"
-            for name, value in models.differs[label].items()
-        ]
-        if len(differs) > _MOST_LINES:
-            differs = [*differs[:_MOST_LINES], f"… ({len(differs)} settings differ)"]
+        names = names if len(names) <= 3 else [*names[:3], f"… ({len(names)} runs)"]
+        lines = [", ".join(names)]
+        lines += [f"diverged: {models.diverged(label)}"] if models.diverged(label) else []
+        lines += [f"{name} = {_short(value)}" for name, value in list(settings)[:_MOST_LINES]]
+        if len(settings) > _MOST_LINES:
+            lines.append(f"… ({len(settings)} settings differ)")
         eps = flat_settings(runs[0].settings).get("model.eps")
         seeds = ", ".join(str(run.seed) for run in runs if run.seed is not None)
-        rest = [f"eps {eps:.4g}" if isinstance(eps, float) else f"eps {eps}"] if eps else []
+        rest = [f"eps {_short(eps)}"] if eps else []
         rest += [f"epochs {runs[0].epochs}", *([f"seeds {seeds}"] if seeds else [])]
-        diverged = [f"diverged: {models.diverged(label)}"] if models.diverged(label) else []
-        return [", ".join(shown), *diverged, *differs, " · ".join(rest)]
-
-    def _correlation(self, x: str, y: str, weights: Weights) -> str:
-        sentences = []
-        for who, models in (("Your runs", self.models), ("Published (CIFAR-10)", self.published)):
-            if (result := correlate(models, x, y, weights=weights)) is not None:
-                over = f"of {result.num_methods} methods, {result.over}"
-                sentences.append(f"{who}: {result.text}; {over}.")
-        return " ".join(sentences) or "Measured for too few models for a correlation."
+        return [*lines, " · ".join(rest)]
 
     def _dash(self, label: str) -> str:
         return _DASHES[self._rank[label] % len(_DASHES)]
@@ -578,25 +561,32 @@ def _layout(x: str, y: str, **more: Any) -> dict[str, Any]:
     return {"template": "none", "hovermode": "closest", "showlegend": False, **layout, **more}
 
 
-def _marker(colour: str, marker: str, is_published: bool, size: int) -> dict[str, Any]:
+def _marker(style: MethodStyle, is_published: bool, size: int) -> dict[str, Any]:
+    symbol = _SYMBOLS[style.marker]
     if is_published:
-        line = {"width": 1.2, "color": colour}
-        look = {"symbol": f"{_SYMBOLS[marker]}-open", "opacity": 0.5}
+        line = {"width": 1.2, "color": style.colour}
+        look = {"symbol": f"{symbol}-open", "opacity": 0.5}
     else:
         line = {"width": 1, "color": "rgba(255,255,255,0.8)"}
-        look = {"symbol": _SYMBOLS[marker], "opacity": 0.95}
-    return {"size": size, "color": colour, "line": line, **look}
+        look = {"symbol": symbol, "opacity": 0.95}
+    return {"size": size, "color": style.colour, "line": line, **look}
 
 
 def _trend(points: pd.DataFrame) -> go.Scatter | None:
     """The least-squares line between the ends of three points or more."""
-    x, y = points["x"], points["y"]
-    if len(points) < 3 or x.min() == x.max():
+    if (line := least_squares(points)) is None:
         return None
-    ends = np.array([x.min(), x.max()])
-    line = np.polyval(np.polyfit(x, y, 1), ends)
     look = {"color": _GREY, "width": 1.2, "dash": "dot"}
-    return go.Scatter(x=_digits(ends), y=_digits(line), mode="lines", line=look, hoverinfo="skip")
+    ends, values = map(_digits, line)
+    return go.Scatter(x=ends, y=values, mode="lines", line=look, hoverinfo="skip")
+
+
+def _add_note(figure: go.Figure, text: str) -> None:
+    figure.layout.meta = f"{text} {figure.layout.meta}"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _plain(text: str) -> str:

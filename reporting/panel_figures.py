@@ -30,6 +30,7 @@ from robust_flatness.plotting.canvas import (
     GREY,
     ORANGE,
     PURPLE,
+    add_bar,
     add_legend,
     make_canvas,
     sequential,
@@ -59,23 +60,18 @@ class Line(NamedTuple):
     look: dict[str, Any]
 
 
-_TEST: dict[str, Any] = {"color": ORANGE, "linewidth": 1.4}
-_TRAIN: dict[str, Any] = {"color": BLUE, "linewidth": 1.4, "linestyle": (0, (1, 1))}
-_STOPPING: dict[str, Any] = {"color": BLACK, "linewidth": 0.5, "linestyle": "-."}
+def _look(color: str, width: float = 1.4, style: Any = "-") -> dict[str, Any]:
+    return {"color": color, "linewidth": width, "linestyle": style}
+
+
+_TEST, _TRAIN = _look(ORANGE), _look(BLUE, style=(0, (1, 1)))
+_STOPPING = _look(BLACK, 0.5, "-.")
 # `train_eval` has fixed weights and the attack of `test`; `train` stands in if it was not measured.
 _TRAIN_LOSS = ("train_eval/robust_loss", "train/robust_loss")
 _LOSSES = (
-    Line(
-        "test, incorrect when clean",
-        ("test/robust_loss_incorrect",),
-        {"color": PURPLE, "linewidth": 0.7},
-    ),
+    Line("test, incorrect when clean", ("test/robust_loss_incorrect",), _look(PURPLE, 0.7)),
     Line("test", (_LOSS,), _TEST),
-    Line(
-        "test, correct when clean",
-        ("test/robust_loss_correct",),
-        {"color": GREEN, "linewidth": 0.7},
-    ),
+    Line("test, correct when clean", ("test/robust_loss_correct",), _look(GREEN, 0.7)),
     Line("train", _TRAIN_LOSS, _TRAIN),
 )
 _ERRORS = (
@@ -85,16 +81,8 @@ _ERRORS = (
 _MEASURES = (
     Line("RLoss, train", _TRAIN_LOSS, _TRAIN),
     Line("RLoss, test", (_LOSS,), _TEST),
-    Line(
-        "average-case flatness, test",
-        (_FLATNESS,),
-        {"color": GREEN, "linewidth": 1.4, "linestyle": "--"},
-    ),
-    Line(
-        "worst-case flatness, test",
-        ("flatness/worst/test",),
-        {"color": PURPLE, "linewidth": 1.4, "linestyle": "-."},
-    ),
+    Line("average-case flatness, test", (_FLATNESS,), _look(GREEN, style="--")),
+    Line("worst-case flatness, test", ("flatness/worst/test",), _look(PURPLE, style="-.")),
 )
 
 
@@ -106,11 +94,8 @@ def curves_figure(models: Models, *, title: str | None = None) -> Figure | None:
 
     Returns a figure of 6.8 inches in width, or None if no model has test RLoss or RErr.
     """
-    able = [
-        label
-        for label in models.labels
-        if models.series(label, _LOSS, "test/robust_error") is not None
-    ]
+    series = {label: models.series(label, _LOSS, "test/robust_error") for label in models.labels}
+    able = [label for label, one in series.items() if one is not None]
     shown = select_models(models, able, ["at"], MOST_PANELS)
     if not shown:
         return None
@@ -240,11 +225,8 @@ def trajectory(models: Models, label: str) -> pd.DataFrame:
     flatness, losses = models.series(label, _FLATNESS), models.series(label, _LOSS)
     if flatness is None or losses is None:
         return pd.DataFrame(columns=["share", "x", "y"])
-    columns = [
-        series[["share", "mean"]].rename(columns={"mean": axis})
-        for series, axis in ((flatness, "x"), (losses, "y"))
-    ]
-    return columns[0].merge(columns[1], on="share")
+    across, up = (series.set_index("share")["mean"] for series in (flatness, losses))
+    return pd.DataFrame({"x": across, "y": up}).dropna().reset_index()
 
 
 def published_path(published: pd.DataFrame | None, method: str) -> pd.DataFrame:
@@ -293,23 +275,16 @@ class Ruler(NamedTuple):
     set_ticks: Callable[[Axis], None]
 
 
-def small_multiples(
-    titles: Sequence[str], *, heights: Sequence[float] = (1.3,), width: float = 6.8
-) -> tuple[Figure, Panels]:
+def small_multiples(titles: Sequence[str], heights: Sequence[float]) -> tuple[Figure, Panels]:
     """Lays out a column of panels for each model, several models a row.
 
     Returns:
         The figure, and the panels of each model from top to bottom.
-
-    Example:
-        >>> figure, panels = small_multiples(["AT", "TRADES", "MART"], heights=(1.2, 0.8))
-        >>> len(panels), len(panels[0])
-        (3, 2)
     """
     columns = min(_COLUMNS, len(titles))
     rows, deep = -(-len(titles) // columns), len(heights)
     figure, grid = make_canvas(
-        width, rows * sum(heights) + 0.8, rows * deep * columns, rows=rows * deep
+        6.8, rows * sum(heights) + 0.8, rows * deep * columns, rows=rows * deep
     )
     cast(GridSpec, grid[0].get_gridspec()).set_height_ratios([*heights] * rows)
     panels: Panels = [
@@ -390,11 +365,10 @@ def _add_bar(figure: Figure, dots: PathCollection) -> None:
     panels = list(figure.axes)
     shrink = 0.6 if len(panels) > 2 * _COLUMNS else 1.0
     look: dict[str, Any] = {"pad": 0.01, "aspect": 35, "shrink": shrink}
-    bar = figure.colorbar(dots, ax=panels, ticks=MultipleLocator(0.5), **look)
-    bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
-    bar.set_label("share of training", fontsize=_SMALL + 1)
-    bar.ax.tick_params(labelsize=_SMALL)
-    bar.outline.set_visible(False)
+    bar = add_bar(figure, dots, panels, "share of training", ticks=MultipleLocator(0.5), **look)
+    bar.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+    bar.yaxis.label.set_fontsize(_SMALL + 1)
+    bar.tick_params(labelsize=_SMALL)
 
 
 def _unit(eigenvalue: float, highest: float) -> float:

@@ -41,9 +41,6 @@ def published_models(table: Literal["models", "table1", "robustbench"] = "models
         Its rows in the paper's order, with labels as the paper writes them, such as `TRADES λ=9`.
         `frame` has `method`, `source`, `statistic` and `note`.
 
-    Raises:
-        ValueError: If `table` is none of these.
-
     Example:
         >>> published_models("table1").mean("AT", "test/autoattack_error", "early_stopped")
         0.546
@@ -75,9 +72,6 @@ def published_trajectories(figure: Literal["points", "lines"] = "points") -> pd.
     Returns:
         16 rows for each method: `method`, `progress`, which is 1 at the end of training, and
         metrics by the names of a run's trajectory.
-
-    Raises:
-        ValueError: If `figure` is neither.
 
     Example:
         >>> rows = published_trajectories()

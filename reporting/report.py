@@ -89,6 +89,7 @@ def write_report(
     selected, duplicates = drop_duplicates(selected)
     left_out = [*left_out, *others, *duplicates]
     models = group_runs(selected)
+    title = f"{len(models)} models on {data}"
     table = table1(models, published_models("table1") if published else None)
     write_table(table, folder)
     paper = published_models() if published else None
@@ -99,7 +100,7 @@ def write_report(
     example = next(
         (run for label in ordered if typical_direction(run := models.runs[label][0])), None
     )
-    figures = _draw(models, paper, paths, data, ordered, example)
+    figures = _draw(models, paper, paths, title, ordered, example)
     names = _save(folder / "figures", figures)
     write_page(
         folder / "index.html",
@@ -123,14 +124,14 @@ def _on_data(
         reasons = "; ".join(f"{folder}: {reason}" for folder, reason in left_out[:3])
         raise ValueError(
             f"Expected `runs` to hold a finished run but got {root}"
-            f"{f', where {len(left_out)} were left out ({reasons})' if left_out else ''}."
+            f"{f', with {len(left_out)} folders left out ({reasons})' if left_out else ''}."
         )
     counts = Counter(run.data for run in runs)
     chosen = data or counts.most_common(1)[0][0]
     if chosen not in counts:
         raise ValueError(f"Expected `data` to be one of {', '.join(counts)} but got {chosen}.")
     others = [
-        LeftOut(run.folder, f"is on {run.data}, which a report of its own shows")
+        LeftOut(run.folder, f"is on {run.data}; `--data={run.data}` reports it")
         for run in runs
         if run.data != chosen
     ]
@@ -141,17 +142,11 @@ def _draw(
     models: Models,
     paper: Models | None,
     paths: pd.DataFrame | None,
-    data: str,
+    title: str,
     ordered: Sequence[str],
     example: Run | None,
 ) -> dict[str, Callable[[], Figure | None]]:
     """Functions that draw the figures, by file name."""
-    title = f"{len(models)} models on {data}"
-
-    def epochs() -> Figure | None:
-        drawn = (epochs_figure(models, label) for label in ordered)
-        return next((figure for figure in drawn if figure is not None), None)
-
     figures: dict[str, Callable[[], Figure | None]] = {
         "flatness": lambda: flatness_figure(models, published=paper),
         "flatness-own": lambda: flatness_figure(models, title=title),
@@ -165,11 +160,11 @@ def _draw(
         "landscapes": lambda: landscapes_figure(models, title=title),
         "trajectories": lambda: trajectories_figure(models, paths, title=title),
         "schematic": lambda: None if example is None else schematic_figure(example),
-        "epochs": epochs,
+        "epochs": lambda: next(filter(None, (epochs_figure(models, o) for o in ordered)), None),
     }
     classes = models.runs[models.labels[0]][0].num_classes or 0
     if classes > 1:
-        figures["loss-and-error"] = lambda: kink_figure(models, num_classes=classes, title=title)
+        figures["loss-and-error"] = lambda: kink_figure(models, classes, title=title)
     return figures
 
 

@@ -1,8 +1,7 @@
 """Figures with a point for each model (Figs. 1, 6 and 7 of the paper and of its long version).
 
-Each function takes our models, optionally the paper's as `published`, and a `title`. Models that
-lack a metric are left out; a figure of no models is None. Published models are faint rings behind
-ours; they are of CIFAR-10, so compare shapes rather than places.
+Each function takes models and a `title`, and returns a figure of 6.8 x 4.6 inches. Models that lack
+a metric are left out; a figure of no models is None.
 """
 
 import math
@@ -23,12 +22,14 @@ from robust_flatness.plotting.canvas import FONT, GREY, make_canvas, method_styl
 from robust_flatness.reporting.correlation import correlate
 from robust_flatness.reporting.frame import Models
 from robust_flatness.reporting.sweeps import find_sweeps
+from robust_flatness.run_folder.files import Array
 from robust_flatness.run_folder.metrics import method_label, metric
 
 PUBLISHED = "published (CIFAR-10)"
 METHOD = "method"  # the gid of points of a method
 
-_FLATNESS, _LOSS = "flatness/average/test", "test/robust_loss"
+_FLATNESS, _TRAIN_FLATNESS = "flatness/average/test", "flatness/average/train"
+_LOSS, _ERROR = "test/robust_loss", "test/robust_error"
 _FEW = 20  # models that can all be labelled
 # Places of a label beside its point: offset in points, and alignment.
 _OFFSETS = (
@@ -53,47 +54,39 @@ def flatness_figure(
 ) -> Figure | None:
     """Draws robust loss against flatness, with their correlation (Figs. 1 and 7).
 
-    Bars are ± one standard deviation over seeds.
-
-    Returns a figure of 6.8 x 4.6 inches, or None.
+    Bars are ± one standard deviation over seeds. Models of the paper, `published`, are faint rings
+    behind ours; they are of CIFAR-10, so compare shapes rather than places.
     """
     points = models.points(x, y)
     if points.empty:
         return None
-    figure, axes = _plane(models, points, published, x, y)
+    figure, (axes,) = make_canvas(6.8, 4.6)
+    _draw_plane(axes, models, points, x, y)
+    theirs = None if published is None else published.points(x, y)
+    if theirs is not None and len(theirs):
+        ring: dict[str, Any] = {"facecolors": "none", "edgecolors": "#B0B0B0", "linewidths": 0.7}
+        axes.scatter(theirs["x"], theirs["y"], s=14, label=PUBLISHED, zorder=1, **ring)
     if x.startswith("flatness/"):
         axes.set_xlabel(f"{metric(x).title} (lower is flatter)")
-    ours, theirs = correlate(models, x, y), published and correlate(published, x, y)
-    lines = [f"{ours.text}, {ours.over}"] if ours else []
-    lines += [f"{PUBLISHED}: {theirs.text}, {theirs.over}"] if theirs else []
+    sources = {"": models} if published is None else {"": models, f"{PUBLISHED}: ": published}
+    results = {of: correlate(source, x, y) for of, source in sources.items()}
+    lines = [f"{of}{result.text}, {result.over}" for of, result in results.items() if result]
     axes.set_title("\n".join(lines), loc="left", fontsize=FONT - 1, color=GREY)
     return _finish(figure, axes, points, title)
 
 
-def kink_figure(
-    models: Models,
-    *,
-    num_classes: int = 10,
-    y: str = "test/robust_error",
-    published: Models | None = None,
-    title: str | None = None,
-) -> Figure | None:
+def kink_figure(models: Models, num_classes: int, *, title: str | None = None) -> Figure | None:
     """Draws robust error against robust loss, with a least-squares line on either side of ln K.
 
     Beyond ln K, the RLoss of guessing, models are wrong with confidence: the loss rises on while
-    the error hardly does (Fig. 7; the paper splits at 2.3 = ln 10).
-
-    Returns a figure of 6.8 x 4.6 inches, or None. Lines need three models on their side.
-
-    Raises:
-        ValueError: If `num_classes` is below 2.
+    the error hardly does (Fig. 7; the paper splits at 2.3 = ln 10). Lines need three models on
+    their side.
     """
-    if num_classes < 2:
-        raise ValueError(f"Expected `num_classes` to be >= 2 but got {num_classes}.")
-    points = models.points(_LOSS, y)
+    points = models.points(_LOSS, _ERROR)
     if points.empty:
         return None
-    figure, axes = _plane(models, points, published, _LOSS, y)
+    figure, (axes,) = make_canvas(6.8, 4.6)
+    _draw_plane(axes, models, points, _LOSS, _ERROR)
     kink = math.log(num_classes)
     axes.axvline(kink, label=f"guessing (ln {num_classes})", **_REFERENCE)
     for side in (points[points["x"] <= kink], points[points["x"] > kink]):
@@ -101,63 +94,44 @@ def kink_figure(
     return _finish(figure, axes, points, title)
 
 
-def train_flatness_figure(
-    models: Models, *, published: Models | None = None, title: str | None = None
-) -> Figure | None:
-    """Draws flatness on training images against flatness on test images, with the diagonal.
-
-    Returns a figure of 6.8 x 4.6 inches, or None.
-    """
-    y = "flatness/average/train"
-    points = models.points(_FLATNESS, y)
+def train_flatness_figure(models: Models, *, title: str | None = None) -> Figure | None:
+    """Draws flatness on training images against flatness on test images, with the diagonal."""
+    points = models.points(_FLATNESS, _TRAIN_FLATNESS)
     if points.empty:
         return None
-    figure, axes = _plane(models, points, published, _FLATNESS, y)
+    figure, (axes,) = make_canvas(6.8, 4.6)
+    _draw_plane(axes, models, points, _FLATNESS, _TRAIN_FLATNESS)
     axes.axline((0, 0), slope=1, label="equally flat on both", **_REFERENCE)
     return _finish(figure, axes, points, title)
 
 
-def gap_figure(
-    models: Models,
-    *,
-    x: str = _FLATNESS,
-    published: Models | None = None,
-    title: str | None = None,
-) -> Figure | None:
+def gap_figure(models: Models, *, title: str | None = None) -> Figure | None:
     """Draws two gaps of robust loss against flatness: test - train, and last - early-stopped.
 
-    Returns a figure of 6.8 x 4 inches with a panel for each gap that a model has, or None.
+    A gap that no model has gets no panel.
     """
     gaps = ("gap/robust_loss", "last_minus_best/robust_loss")
-    panels = {gap: points for gap in gaps if len(points := models.points(x, gap))}
+    panels = {gap: points for gap in gaps if len(points := models.points(_FLATNESS, gap))}
     if not panels:
         return None
     figure, all_axes = make_canvas(6.8, 4.0, len(panels))
     for axes, (gap, points) in zip(all_axes, panels.items()):
-        _draw_plane(axes, models, points, published, x, gap)
+        _draw_plane(axes, models, points, _FLATNESS, gap)
         axes.axhline(0, color=GREY, linewidth=0.8, zorder=1)
     _add_legend(figure)
     set_title(figure, title)
     return figure
 
 
-def early_stopping_figure(
-    models: Models,
-    *,
-    x: str = _FLATNESS,
-    published: Models | None = None,
-    title: str | None = None,
-) -> Figure | None:
-    """Draws an arrow from each model's last weights to its early-stopped ones.
-
-    Returns a figure of 6.8 x 4.6 inches, or None.
-    """
-    best = models.points(x, _LOSS, "early_stopped")
-    last = models.points(x, _LOSS)
+def early_stopping_figure(models: Models, *, title: str | None = None) -> Figure | None:
+    """Draws an arrow from each model's last weights to its early-stopped ones."""
+    best = models.points(_FLATNESS, _LOSS, "early_stopped")
+    last = models.points(_FLATNESS, _LOSS)
     last = last[last.index.isin(best.index)]
     if last.empty:
         return None
-    figure, axes = _plane(models, last, published, x, _LOSS)
+    figure, (axes,) = make_canvas(6.8, 4.6)
+    _draw_plane(axes, models, last, _FLATNESS, _LOSS)
     styles = method_styles(models.methods)
     for label, start in last.iterrows():
         end, (colour, marker) = best.loc[label], styles[start["method"]]
@@ -174,19 +148,9 @@ def early_stopping_figure(
     return _finish(figure, axes, last, title)
 
 
-def hyperparameter_figure(
-    models: Models,
-    x: str = _FLATNESS,
-    y: str = _LOSS,
-    *,
-    published: Models | None = None,
-    title: str | None = None,
-) -> Figure | None:
-    """Draws sweeps, from light to dark with the value of the setting, with a line through each.
-
-    Returns a figure of 6.8 x 4.6 inches, or None.
-    """
-    placed = models.points(x, y)
+def hyperparameter_figure(models: Models, *, title: str | None = None) -> Figure | None:
+    """Draws sweeps, from light to dark with the value of the setting, with a line through each."""
+    placed = models.points(_FLATNESS, _LOSS)
     sweeps = find_sweeps(models, placed.index)
     if not sweeps:
         return None
@@ -204,8 +168,7 @@ def hyperparameter_figure(
     if len(names) > _FEW:
         ends = [label for sweep in map(list, sweeps) for label in (sweep[0], sweep[-1])]
         names = {label: names[label] for label in ends}
-    _draw_published(axes, published, x, y)
-    _set_axes(axes, x, y)
+    _set_axes(axes, _FLATNESS, _LOSS)
     note = "light to dark: from the lowest to the highest value; dotted: least squares"
     axes.set_title(note, loc="left", fontsize=FONT - 1, color=GREY)
     set_title(figure, title)
@@ -218,19 +181,8 @@ def hyperparameter_figure(
 _REFERENCE: dict[str, Any] = {"color": GREY, "linestyle": "--", "linewidth": 0.9, "zorder": 1}
 
 
-def _plane(
-    models: Models, points: pd.DataFrame, published: Models | None, x: str, y: str
-) -> tuple[Figure, Axes]:
-    figure, (axes,) = make_canvas(6.8, 4.6)
-    _draw_plane(axes, models, points, published, x, y)
-    return figure, axes
-
-
-def _draw_plane(
-    axes: Axes, models: Models, points: pd.DataFrame, published: Models | None, x: str, y: str
-) -> None:
+def _draw_plane(axes: Axes, models: Models, points: pd.DataFrame, x: str, y: str) -> None:
     _draw_points(axes, models, points)
-    _draw_published(axes, published, x, y)
     _set_axes(axes, x, y)
 
 
@@ -248,20 +200,19 @@ def _draw_points(axes: Axes, models: Models, points: pd.DataFrame, **look: Any) 
         axes.scatter(own["x"], own["y"], s=30, zorder=4, **style)
 
 
-def _draw_published(axes: Axes, published: Models | None, x: str, y: str) -> None:
-    points = None if published is None else published.points(x, y)
-    if points is not None and len(points):
-        ring: dict[str, Any] = {"facecolors": "none", "edgecolors": "#B0B0B0", "linewidths": 0.7}
-        axes.scatter(points["x"], points["y"], s=14, label=PUBLISHED, zorder=1, **ring)
+def least_squares(points: pd.DataFrame, at_least: int = 3) -> tuple[Array, Array] | None:
+    """The ends `x` and `y` of the line through points, if there are enough of them."""
+    x, y = points["x"], points["y"]
+    if len(points) < at_least or x.min() == x.max():
+        return None
+    ends = np.array([x.min(), x.max()])
+    return ends, np.polyval(np.polyfit(x, y, 1), ends)
 
 
 def _draw_trend(axes: Axes, points: pd.DataFrame, at_least: int = 3, **look: Any) -> None:
-    """Draws the least-squares line through points, between their ends, if there are enough."""
-    x, y = points["x"], points["y"]
-    if len(points) >= at_least and x.min() < x.max():
-        ends = np.array([x.min(), x.max()])
+    if (line := least_squares(points, at_least)) is not None:
         style: dict[str, Any] = {"linestyle": ":", "linewidth": 1.2, "color": GREY, **look}
-        axes.plot(ends, np.polyval(np.polyfit(x, y, 1), ends), zorder=2, **style)
+        axes.plot(*line, zorder=2, **style)
 
 
 def _set_axes(axes: Axes, x: str, y: str) -> None:

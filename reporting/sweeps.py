@@ -18,15 +18,11 @@ _NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 
 
 def find_sweeps(models: Models, labels: Collection[str] | None = None) -> list[dict[str, str]]:
-    """Finds models of one method that differ in exactly one numeric setting of their training.
+    """Finds models of one method, among `labels` or all, that differ in one number of training.
 
     Models that were measured differently, such as on another number of images, are not a sweep:
     their metrics would differ for another reason. Published models have no settings; those of one
     method are a sweep.
-
-    Args:
-        models: Ours or a paper's.
-        labels: The models to consider; all by default.
 
     Returns:
         For each sweep of two models or more its settings by label, such as `lam=9`, in the order of
@@ -34,8 +30,8 @@ def find_sweeps(models: Models, labels: Collection[str] | None = None) -> list[d
     """
     sweeps: list[dict[str, str]] = []
     for method in models.methods:
-        own = [label for label in models.labels if models.frame.at[label, "method"] == method]
-        own = [label for label in own if labels is None or label in labels]
+        named = models.frame.index[models.frame["method"] == method]
+        own = [label for label in named if labels is None or label in labels]
         if models.runs:
             sweeps += _disjoint(models, own)
         elif len(own) > 1:

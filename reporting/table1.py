@@ -64,7 +64,7 @@ class Column:
         names: Metrics with their attacks. A row shows the first one that was measured.
         weights: Whose metrics.
         importance: The terminal leaves out the least important columns; 0 never appears there.
-        published: The same as `names`, of a paper's row.
+        published: The `names` of a paper's row, if they differ.
     """
 
     key: str
@@ -133,10 +133,33 @@ class Table1:
     @property
     def notes(self) -> list[str]:
         """Sentences below the table: how to read it, and its limits."""
-        return _notes(self)
+        settings = {label: self.models.settings(label) for label in self.frame.index}
+        paper = (
+            f"{PAPER}: Table 1 of Stutz et al., ICCV 2021, one network a row, flatness at ξ = 0.5 "
+            f"and in the worst case at 0.003; all else is on {self.data}. Rows are "
+            "matched by method, whatever its strength."
+        )
+        return [
+            "Mean ± standard deviation over seeds, over n of them if others lack the metric; "
+            f"{DASH} means not measured. Flatness is of RLoss on test images, lower is "
+            "flatter; train RErr is on training images with the weights fixed. AA is AutoAttack.",
+            *_diverged_note(self),
+            *(f"{label}: {text}." for label, text in settings.items() if text),
+            _groups_note(self),
+            *_images_note(self),
+            *([_MIXED] if any(map(self.is_mixed, COLUMNS)) else []),
+            *([paper] if self.published else []),
+        ]
 
-    def attacks(self, column: Column) -> list[str]:
-        """The attacks of a column, AutoAttack first."""
+    def attack(self, column: Column) -> str:
+        """The attacks of a column, AutoAttack first, as its heading names them."""
+        return f" or {MARK}".join(map(_short, self._attacks(column)))
+
+    def is_mixed(self, column: Column) -> bool:
+        """Whether some rows of a column are by AutoAttack and others by PGD."""
+        return len(self._attacks(column)) > 1
+
+    def _attacks(self, column: Column) -> list[str]:
         name = f"{column.key}_attack"
         return sorted(self.frame[name].dropna().unique()) if name in self.frame else []
 
@@ -199,11 +222,7 @@ def table1(models: Models, published: Models | None = None) -> Table1:
 def group_thresholds(errors: Sequence[float]) -> tuple[float, float] | None:
     """The test errors between good, average and poor rows.
 
-    Args:
-        errors: Of each row, as shares of 1.
-
-    Returns:
-        The 30 % and 70 % percentiles in whole percents; None if rows are too few or too close.
+    They are the 30 % and 70 % percentiles in whole percents; None if rows are too few or too close.
 
     Example:
         >>> group_thresholds([0.5, 0.54, 0.6, 0.7])
@@ -221,10 +240,6 @@ def write_table(table: Table1, folder: Path) -> list[Path]:
     The CSV has full numbers: errors as shares of 1, flatness in nats, an empty cell for what was
     not measured. The LaTeX is a `tabular` for `\input`, which needs the package `booktabs`.
 
-    Args:
-        table: The table.
-        folder: Is created if it does not exist.
-
     Returns:
         The files.
     """
@@ -236,32 +251,24 @@ def write_table(table: Table1, folder: Path) -> list[Path]:
 
 
 def terminal_table(table: Table1, width: int = 100) -> Table:
-    """Puts the table into a terminal.
+    """Puts the table into a terminal of some width, to be printed with `rich`.
 
     Clean error and most of the paper's columns are left to the files; below 100 columns, so are
     seeds and all of the paper's, and then the least important columns for which there is no room.
     The caption names them.
 
-    Args:
-        table: The table.
-        width: Of the terminal.
-
-    Returns:
-        A table to be printed with `rich`.
     """
     columns = [column for column in COLUMNS if column.importance]
-    is_wide = width >= _WIDE
-    drawn = _terminal(table, columns, is_wide)
-    console = Console(width=10_000)
-    # The minimum is the width at which only labels fold.
-    while Measurement.get(console, console.options, drawn).minimum > width:
-        if not is_wide and len(columns) == 1:
-            break
+    is_wide, console = width >= _WIDE, Console(width=10_000)
+    while True:
+        drawn = _terminal(table, columns, is_wide)
+        # The minimum is the width at which only labels fold.
+        fits = Measurement.get(console, console.options, drawn).minimum <= width
+        if fits or (len(columns) == 1 and not is_wide):
+            return drawn
         if not is_wide:
             columns.remove(min(columns, key=lambda column: column.importance))
         is_wide = False
-        drawn = _terminal(table, columns, is_wide)
-    return drawn
 
 
 def _cells(models: Models, names: Mapping[str, str | None], weights: Weights) -> pd.DataFrame:
@@ -318,15 +325,10 @@ def _short(attack: str) -> str:
     return "AA" if attack == AUTOATTACK else attack
 
 
-def _attack(table: Table1, column: Column) -> str:
-    return f" or {MARK}".join(map(_short, table.attacks(column)))
-
-
-def _heading(column: Column, attack: str | None, *, is_short: bool = False) -> list[str]:
+def _heading(column: Column, attack: str | None) -> list[str]:
     """The name of a column in lines, the last of them its attack and its unit."""
-    lines = column.heading.split("\n")
-    lines = [_NARROW.get(line, line) for line in lines] if is_short else lines
-    return [*lines, ", ".join(filter(None, (attack, "%" if column.is_error else "nats")))]
+    unit = "%" if column.is_error else "nats"
+    return [*column.heading.split("\n"), f"{attack}, {unit}" if attack else unit]
 
 
 def _number(value: float, column: Column) -> str:
@@ -341,53 +343,58 @@ def _cell(table: Table1, row: pd.Series, column: Column) -> str:
     text = _number(mean, column)
     if not pd.isna(deviation):
         text += f" ± {_number(deviation, column)}"
-    is_marked = len(table.attacks(column)) > 1 and row[f"{column.key}_attack"] == PGD
+    is_marked = table.is_mixed(column) and row[f"{column.key}_attack"] == PGD
     text += f" {MARK}" if is_marked else ""
     return text if n == row["seeds"] else f"{text} (n={n})"
 
 
+def _percents(table: Table1) -> tuple[str, str]:
+    low, high = table.thresholds or (math.nan, math.nan)
+    return f"{100 * low:.0f} %", f"{100 * high:.0f} %"
+
+
 def _group_name(table: Table1, name: str) -> str:
     """A group's name and its bounds of test RErr."""
-    if table.thresholds is None:
-        return name
-    low, high = (f"{100 * threshold:.0f}" for threshold in table.thresholds)
-    bounds = {"good": f" (< {low} %)", "average": f" ({low} to {high} %)", "poor": f" (≥ {high} %)"}
+    low, high = _percents(table)
+    between = f" ({low.removesuffix(' %')} to {high})"
+    bounds = {"good": f" (< {low})", "average": between, "poor": f" (≥ {high})"}
     return name + bounds.get(name, "")
 
 
-def _text_rows(table: Table1) -> list[tuple[bool, list[str]]]:
-    """The table as texts: whether a row names a group, and its cells."""
-    rows: list[tuple[bool, list[str]]] = []
-    num_empty = 1 + len(table.published)
+def _text_rows(table: Table1) -> list[tuple[bool, dict[str, str]]]:
+    """The table as texts: whether a row names a group, and its cells by the keys of headings."""
+    rows: list[tuple[bool, dict[str, str]]] = []
     for name, group in table.groups.items():
         means = table.means(group)
-        texts = [_number(means[c.key], c) if c.key in means else DASH for c in COLUMNS]
-        rows.append((True, [_group_name(table, name), *texts, *[""] * num_empty]))
+        texts = {c.key: _number(means[c.key], c) if c.key in means else DASH for c in COLUMNS}
+        rows.append((True, {"model": _group_name(table, name), **texts}))
         for _, row in group.iterrows():
-            cells = [row["model"], *(_cell(table, row, column) for column in COLUMNS)]
-            cells.append(str(row["seeds"]))
+            texts = {column.key: _cell(table, row, column) for column in COLUMNS}
+            texts |= {"model": row["model"], "seeds": str(row["seeds"])}
             for column in COLUMNS:
                 if column.key in table.published:
-                    value = row[f"paper_{column.key}"]
-                    cells.append(DASH if pd.isna(value) else _number(value, column))
-            rows.append((False, cells))
+                    value = row[key := f"paper_{column.key}"]
+                    texts[key] = DASH if pd.isna(value) else _number(value, column)
+            rows.append((False, texts))
     return rows
 
 
-def _headings(table: Table1) -> list[list[str]]:
+def _headings(table: Table1) -> dict[str, list[str]]:
     """The lines of each column's heading."""
-    own = [_heading(column, _attack(table, column)) for column in COLUMNS]
-    paper = [
-        [f"{PAPER}:", *_heading(column, table.published[column.key])]
+    paper = {
+        f"paper_{column.key}": [f"{PAPER}:", *_heading(column, table.published[column.key])]
         for column in COLUMNS
         if column.key in table.published
-    ]
-    return [["model"], *own, ["seeds"], *paper]
+    }
+    own = {column.key: _heading(column, table.attack(column)) for column in COLUMNS}
+    return {"model": ["model"], **own, "seeds": ["seeds"], **paper}
 
 
 def _markdown(table: Table1) -> str:
-    lines = [[" ".join(h[:-1]) + f" ({h[-1]})" if len(h) > 1 else h[0] for h in _headings(table)]]
-    for is_group, cells in _text_rows(table):
+    headings = _headings(table)
+    lines = [[f"{' '.join(h[:-1])} ({h[-1]})" if len(h) > 1 else h[0] for h in headings.values()]]
+    for is_group, texts in _text_rows(table):
+        cells = [texts.get(key, "") for key in headings]
         if is_group:
             lines.append([f"**{cell}**" if cell else "" for cell in cells])
         else:
@@ -432,15 +439,16 @@ _LATEX_SPECIAL = re.compile("|".join(map(re.escape, _LATEX)))
 
 
 def _latex(table: Table1) -> str:
+    headings = _headings(table)
     # The paper's columns have a common heading above theirs.
-    headings = [
+    heads = [
         r" \\ ".join(_escape_latex(line) for line in lines if line != f"{PAPER}:")
-        for lines in _headings(table)
+        for lines in headings.values()
     ]
-    columns = [headings[0], *(rf"\shortstack[r]{{{heading}}}" for heading in headings[1:])]
+    columns = [heads[0], *(rf"\shortstack[r]{{{head}}}" for head in heads[1:])]
     rows: list[list[str]] = []
     for is_group, cells in _text_rows(table):
-        texts = [_escape_latex(cell) for cell in cells]
+        texts = [_escape_latex(cells.get(key, "")) for key in headings]
         if is_group:
             texts = [rf"\textbf{{{text}}}" if text else "" for text in texts]
             # `to_latex` draws the rule below the headings itself.
@@ -466,10 +474,15 @@ def _escape_latex(text: str) -> str:
 def _terminal(table: Table1, columns: Sequence[Column], is_wide: bool) -> Table:
     left = [column for column in COLUMNS if column.importance and column not in columns]
     caption = [
-        *([_MIXED] if any(len(table.attacks(column)) > 1 for column in columns) else []),
+        *([_MIXED] if any(map(table.is_mixed, columns)) else []),
         *_diverged_note(table),
         *([f"No room for {_names(left)}: see table1.md."] if left else []),
     ]
+    heads = {column.key: _heading(column, table.attack(column)) for column in columns}
+    heads |= {"seeds": ["seeds"]} if is_wide else {}
+    paper = f"paper_{_SORTED_BY.key}"
+    has_paper = is_wide and _SORTED_BY.key in table.published
+    heads |= {paper: [*PAPER.split(" "), "test RErr"]} if has_paper else {}
     drawn = Table(
         title=escape(f"Table 1 on {table.data}"),
         caption=" ".join(caption) or None,
@@ -477,52 +490,20 @@ def _terminal(table: Table1, columns: Sequence[Column], is_wide: bool) -> Table:
         pad_edge=False,
     )
     drawn.add_column("", overflow="fold", min_width=_LABEL)
-    heads = ["\n".join(_heading(c, _attack(table, c), is_short=True)) for c in columns]
-    heads += ["seeds"] if is_wide else []
-    has_paper = is_wide and bool(table.published)
-    heads += ["\n".join([*PAPER.split(" "), "test RErr"])] if has_paper else []
-    for head in heads:
+    for lines in heads.values():
+        head = "\n".join(_NARROW.get(line, line) for line in lines)
         drawn.add_column(head, justify="right", no_wrap=True)
-    places = [1 + COLUMNS.index(column) for column in columns]
-    for is_group, cells in _text_rows(table):
+    for is_group, texts in _text_rows(table):
         if is_group and drawn.rows:
             drawn.add_section()
-        texts = [cells[i] if is_group else cells[i].replace(" ", "") for i in places]
-        texts += [cells[1 + len(COLUMNS)]] if is_wide else []
-        # The paper's first column is test RErr, unless the paper has none for these rows.
-        has_error = _SORTED_BY.key in table.published
-        texts += [cells[2 + len(COLUMNS)] if has_error else DASH] if has_paper else []
-        label = Text(cells[0] if is_group else f"  {cells[0]}")
-        drawn.add_row(label, *texts, style="bold" if is_group else None)
+        label = Text(texts["model"] if is_group else f"  {texts['model']}")
+        cells = [texts.get(key, "").replace(" ", "") for key in heads]
+        drawn.add_row(label, *cells, style="bold" if is_group else None)
     return drawn
 
 
 def _names(columns: Sequence[Column]) -> str:
     return ", ".join(column.heading.replace("\n", " ") for column in columns)
-
-
-def _notes(table: Table1) -> list[str]:
-    notes = [
-        f"Mean ± standard deviation over seeds, of n if fewer than were trained have it; {DASH} "
-        "is what was not measured. Flatness is of RLoss on test images, lower is flatter; train "
-        "RErr is on training images with the weights fixed. AA is AutoAttack.",
-        *_diverged_note(table),
-    ]
-    for label in table.frame.index:
-        if settings := table.models.settings(label):
-            notes.append(f"{label}: {settings}.")
-    notes.append(_groups_note(table))
-    if images := _images_note(table):
-        notes.append(images)
-    if any(len(table.attacks(column)) > 1 for column in COLUMNS):
-        notes.append(_MIXED)
-    if table.published:
-        notes.append(
-            f"{PAPER}: Table 1 of Stutz et al., ICCV 2021, one network a row, flatness at ξ = 0.5 "
-            f"and in the worst case at 0.003; all else is on {table.data}. Rows are beside each "
-            "other by their method, whatever their strength."
-        )
-    return notes
 
 
 def _diverged_note(table: Table1) -> list[str]:
@@ -532,12 +513,12 @@ def _diverged_note(table: Table1) -> list[str]:
 
 def _groups_note(table: Table1) -> str:
     if table.thresholds is None:
-        return "Too few rows, or too close ones, for groups; bold are means over rows."
-    low, high = (f"{100 * threshold:.0f} %" for threshold in table.thresholds)
+        return "Too few rows for groups, or rows too close to each other; bold rows are means."
+    low, high = _percents(table)
     errors = table.frame[f"{_SORTED_BY.key}_mean"]
     note = (
         f"Groups: good below {low} test RErr, poor from {high}: the 30 % and 70 % percentiles over "
-        f"{errors.count()} rows, in whole percents; bold are means over rows. In the paper they "
+        f"{errors.count()} rows, in whole percents; bold rows are means. In the paper they "
         "are 57 % and 60 %, with AT at 62.8 %"
     )
     baseline = errors[(table.frame["method"] == "at") & (table.frame["model"] == "AT")].dropna()
@@ -545,11 +526,11 @@ def _groups_note(table: Table1) -> str:
     return f"{note}{here}."
 
 
-def _images_note(table: Table1) -> str:
+def _images_note(table: Table1) -> list[str]:
     measured: dict[str, list[Column]] = {}
     for column in COLUMNS:
         images = sorted(table.frame[f"{column.key}_images"].dropna().unique())
         if images:
             measured.setdefault(" or ".join(map(str, images)), []).append(column)
     parts = [f"{counts} for {_names(columns)}" for counts, columns in measured.items()]
-    return f"Images: {'; '.join(parts)}." if parts else ""
+    return [f"Images: {'; '.join(parts)}."] if parts else []

@@ -51,11 +51,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     @override
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Reads a checkpoint.
-
-        Raises:
-            ValueError: If a checksum of a local file differs.
-        """
+        """Reads a checkpoint; raises a `ValueError` if a checksum of a local file differs."""
         local = _local(path)
         if local is not None and local.is_file():
             check_archive("ckpt_path", local)

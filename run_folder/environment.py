@@ -21,13 +21,7 @@ PACKAGES = (
 
 
 def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str | None]:
-    """Returns the version of Python and of installed packages.
-
-    Args:
-        packages: Names of distributions.
-
-    Returns:
-        Versions by name, None for a package that is not installed.
+    """Returns the version of Python and of packages, None for one that is not installed.
 
     Example:
         >>> sorted(versions(["torch"]))
@@ -43,14 +37,10 @@ def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str | None]:
 
 
 def hardware(num_processes: int = 1) -> dict[str, Any]:
-    """Returns the machine that this process runs on.
+    """Returns the platform, the CPU's name and cores, and the names of the visible GPUs.
 
     Args:
         num_processes: Number of processes that trained together.
-
-    Returns:
-        The platform, the CPU's name and cores, the names of the GPUs that are visible, and the
-        number of processes.
     """
     import torch  # not at the top: reading runs needs no torch
 

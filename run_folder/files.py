@@ -68,19 +68,13 @@ def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
 
 
 def jsonable(value: Any) -> Any:
-    """Converts settings and metrics to JSON types.
+    """Converts nested settings, metrics, tensors and arrays to JSON types.
 
-    Args:
-        value: Any nesting of mappings, sequences, tensors, arrays, numbers and other objects.
-
-    Returns:
-        Dictionaries with string keys, lists, numbers, strings and None. Numbers that are not finite
-        become None, because `NaN` is not JSON. Objects of other types become strings.
+    Numbers that are not finite become None, because `NaN` is not JSON; objects of other types
+    become strings.
     """
-    if isinstance(value, bool | str) or value is None:
+    if isinstance(value, bool | int | str) or value is None:
         return value
-    if isinstance(value, int):
-        return int(value)
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -93,12 +87,7 @@ def jsonable(value: Any) -> Any:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a mapping as JSON, atomically.
-
-    Args:
-        path: The file. Its folder is created if it does not exist.
-        content: Anything that `jsonable` converts.
-    """
+    """Writes as JSON, atomically, a mapping of anything that `jsonable` converts."""
     text = json.dumps(jsonable(content), indent=2, allow_nan=False, ensure_ascii=False)
     text = _LIST_OF_NUMBERS.sub(lambda match: f"[{' '.join(match[1].split())}]", text)
     write_text(path, text + "\n")
@@ -131,7 +120,7 @@ def write_landscapes(
     `<name>/losses`; and `settings` as JSON.
 
     Args:
-        path: The file. Its folder is created if it does not exist.
+        path: The file.
         landscapes: By name, such as `final/random` or `early_stopped/surface`.
         settings: How they were measured.
     """
@@ -146,10 +135,7 @@ def write_landscapes(
 
 
 def read_landscapes(path: Path) -> tuple[dict[str, Landscape], dict[str, Any]]:
-    """Reads a file of `write_landscapes`.
-
-    Returns:
-        The landscapes by name, and the settings.
+    """Reads the landscapes by name, and the settings, of a file of `write_landscapes`.
 
     Raises:
         ValueError: If the file does not hold landscapes.

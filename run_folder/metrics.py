@@ -21,18 +21,9 @@ Rows = Sequence[Mapping[str, float]]
 Weights = Literal["final", "early_stopped"]
 
 # What titles call the images of a split. `train` has a second meaning, see `Metric.title`.
-SPLITS = {
-    "test": "test",
-    "val": "early-stopping images",
-    "train": "train",
-    "train_eval": "train",
-}
+SPLITS = {"test": "test", "val": "early-stopping images", "train": "train", "train_eval": "train"}
 # The robust loss on the images of each split with fixed weights.
-LOSSES = {
-    "test": "test/robust_loss",
-    "val": "val/robust_loss",
-    "train": "train_eval/robust_loss",
-}
+LOSSES = {"test": "test/robust_loss", "val": "val/robust_loss", "train": "train_eval/robust_loss"}
 
 
 @dataclass(frozen=True)
@@ -86,12 +77,7 @@ class Metric:
         return "max,last" if self.lower_is_better is False else "min,last"
 
     def text(self, value: float, decimals: int = 3) -> str:
-        """A value with its unit if that is `%`.
-
-        Args:
-            value: As logged.
-            decimals: Of values that are no shares; percentages have one.
-        """
+        """A value with its unit if that is `%`; `decimals` are of values that are no shares."""
         return f"{100 * value:.1f} %" if self.is_share else f"{value:.{decimals}f}"
 
 
@@ -178,7 +164,6 @@ def metric(name: str) -> Metric:
         'my/new_measure, early-stopping images'
     """
     logged = name.removeprefix("final/").removeprefix("early_stopped/")
-    ended = logged != name
     key = logged.removesuffix("_early_stopped")
     early_stopped = name.startswith("early_stopped/") or key != logged
     is_deviation = key.endswith("_sem")
@@ -193,7 +178,7 @@ def metric(name: str) -> Metric:
     return replace(
         entry,
         name=logged,
-        once=entry.once or ended,
+        once=entry.once or logged != name,
         # Curvature is of test images unless its name says otherwise.
         split=split or ("test" if key.startswith("hessian/") else ""),
         weights="early_stopped" if early_stopped else "final",
@@ -217,11 +202,7 @@ def _default(key: str) -> Metric:
 
 
 def series(rows: Rows, name: str) -> list[tuple[float, float]]:
-    """Returns the epochs and the finite values of a metric.
-
-    Args:
-        rows: Rows of a run, each with `epoch`.
-        name: The metric.
+    """Returns the epochs and the finite values of a metric in the rows of a run.
 
     Example:
         >>> series([{"epoch": 1, "val/error": 0.5}, {"epoch": 0}], "val/error")
@@ -233,9 +214,6 @@ def series(rows: Rows, name: str) -> list[tuple[float, float]]:
 
 def logged_split(rows: Rows) -> str | None:
     """Returns the first of `test`, `val` and `train` with flatness and robust loss in one epoch.
-
-    Args:
-        rows: Rows of a run.
 
     Example:
         >>> logged_split([{"epoch": 0, "flatness/average/val": 0.1, "val/robust_loss": 2.0}])

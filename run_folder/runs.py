@@ -83,22 +83,14 @@ class Run:
 
 
 class LeftOut(NamedTuple):
-    """A folder that cannot be used.
-
-    Attributes:
-        folder: The folder.
-        reason: Why, in words that follow "left out:".
-    """
+    """A folder that cannot be used, and why, in words that follow "left out:"."""
 
     folder: Path
     reason: str
 
 
 def find_runs(root: str | Path) -> tuple[list[Run], list[LeftOut]]:
-    """Reads all runs below a folder, sorted by path.
-
-    Args:
-        root: A folder that contains run folders at any depth, or is one.
+    """Reads all runs below a folder, or in it, sorted by path.
 
     Returns:
         The finished runs, and folders of runs that are not finished or are broken.
@@ -124,10 +116,7 @@ def find_runs(root: str | Path) -> tuple[list[Run], list[LeftOut]]:
 
 
 def load_run(folder: str | Path) -> Run:
-    """Reads one run.
-
-    Args:
-        folder: The run folder.
+    """Reads the run in a run folder.
 
     Raises:
         ValueError: If the run has not finished, is broken or lacks entries. The message is the
@@ -155,28 +144,30 @@ def load_run(folder: str | Path) -> Run:
 
 
 def _parse(folder: Path, content: Mapping[str, Any]) -> Run:
-    data = _text(content, "data")
-    hardware = _mapping(content, "hardware")
+    names = ("settings", "final", "early_stopped", "num_examples", "versions", "hardware")
+    settings, final, stopped, counts, versions, hardware = (_mapping(content, n) for n in names)
     if not isinstance(hardware.get("gpus") or [], list):
         raise ValueError("`hardware` holds no list of `gpus`")
-    counts = _mapping(content, "num_examples")
-    images = {name: n for name in counts if (n := _count(counts, name, low=1)) is not None}
+    data, final = _text(content, "data"), _finite(final, "final")
+    # AutoAttack logs the error of the early-stopped weights beside that of the last ones.
+    suffix = "_early_stopped"
+    logged = {n.removesuffix(suffix): x for n, x in final.items() if n.endswith(suffix)}
     return Run(
         folder=folder,
         method=_text(content, "method"),
         data=data,
         seed=_count(content, "seed"),
-        settings=_mapping(content, "settings"),
-        final=_finite(_mapping(content, "final"), "final"),
-        early_stopped=_early_stopped(content),
-        num_examples=images,
+        settings=settings,
+        final=final,
+        early_stopped=logged | _finite(stopped, "early_stopped"),
+        num_examples={n: x for n in counts if (x := _count(counts, n, low=1)) is not None},
         trajectory=_rows(content["trajectory"]),
         early_stopped_epoch=_count(content, "early_stopped_epoch"),
         # A run may end within its first epoch; shares of training divide by this number.
         epochs=max(1, _count(content, "epochs") or 0),
         wall_time_seconds=_seconds(content, "wall_time_seconds"),
         num_classes=_count(content, "num_classes", low=1) or _CLASSES.get(data),
-        versions=_mapping(content, "versions"),
+        versions=versions,
         hardware=hardware,
         diverged_epoch=_count(content, "diverged_epoch"),
     )
@@ -228,51 +219,41 @@ def _check_values(value: Any, depth: int = 40) -> None:
         raise ValueError("a number has too many digits")
 
 
+def _entry(content: Mapping[str, Any], name: str, is_valid: bool, expected: str) -> Any:
+    if not is_valid:
+        raise ValueError(f"`{name}` is {reprlib.repr(content[name])}, not {expected}")
+    return content.get(name)
+
+
 def _text(content: Mapping[str, Any], name: str) -> str:
     value = content[name]
-    if not isinstance(value, str) or not value.isprintable() or not 0 < len(value) < 256:
-        raise ValueError(f"`{name}` is {reprlib.repr(value)}, no name in one line")
-    return value
+    is_name = isinstance(value, str) and value.isprintable() and 0 < len(value) < 256
+    return str(_entry(content, name, is_name, "a name in one line"))
 
 
 def _count(content: Mapping[str, Any], name: str, low: int = 0) -> int | None:
     value = content.get(name)
-    if value is not None and (type(value) is not int or value < low):
-        raise ValueError(f"`{name}` is {reprlib.repr(value)}, no integer >= {low}")
-    return value
+    is_count = value is None or (type(value) is int and value >= low)
+    count: int | None = _entry(content, name, is_count, f"an integer >= {low}")
+    return count
 
 
 def _mapping(content: Mapping[str, Any], name: str) -> dict[str, Any]:
     value = content.get(name)
-    if value is not None and not isinstance(value, dict):
-        raise ValueError(f"`{name}` is {reprlib.repr(value)}, no mapping")
-    return value or {}
+    is_mapping = value is None or isinstance(value, dict)
+    return dict(_entry(content, name, is_mapping, "a mapping") or {})
 
 
 def _seconds(content: Mapping[str, Any], name: str) -> float:
     value = content.get(name)
-    if value is None:
-        return math.nan
-    if not is_number(value) or not value >= 0:
-        raise ValueError(f"`{name}` is {reprlib.repr(value)}, no number >= 0")
-    return float(value) if math.isfinite(value) else math.nan
-
-
-def _early_stopped(content: Mapping[str, Any]) -> dict[str, float]:
-    """Metrics of the early-stopped weights, also those that are logged beside the last ones'."""
-    suffix = "_early_stopped"
-    logged = {
-        name.removesuffix(suffix): value
-        for name, value in _mapping(content, "final").items()
-        if name.endswith(suffix)
-    }
-    own = _mapping(content, "early_stopped")
-    return _finite(logged, "final") | _finite(own, "early_stopped")
+    is_time = value is None or (is_number(value) and value >= 0)
+    value = _entry(content, name, is_time, "a number >= 0")
+    return math.nan if value in (None, math.inf) else float(value)
 
 
 def _rows(trajectory: Any) -> list[dict[str, float]]:
     if not isinstance(trajectory, list) or not all(isinstance(row, dict) for row in trajectory):
-        raise ValueError("`trajectory` is no list of mappings")
+        raise ValueError("`trajectory` is not a list of mappings")
     if any(_count(row, "epoch") is None for row in trajectory):
         raise ValueError("a row of its trajectory has no epoch")
     return [_finite(row, "trajectory") for row in trajectory]
@@ -289,5 +270,5 @@ def _finite(metrics: Mapping[str, Any], where: str) -> dict[str, float]:
         # The difference of two shares may be negative.
         low = -1 if "gap/" in name else 0
         if "error" in name and not low <= value <= 1:
-            raise ValueError(f"`{where}` has {name} {value:g}, no share of 1")
+            raise ValueError(f"`{where}` has {name} {value:g}, not a share of 1")
     return finite

@@ -97,18 +97,10 @@ def summary_table(results: Mapping[str, Any], *, folder: str | Path | None = Non
 
 
 def error_interval(errors: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Returns Wilson's confidence interval of an error that was counted on `n` images.
+    """Returns Wilson's confidence interval of the share of `errors` in `n` images.
 
     It stays inside [0, 1] and keeps its level near both ends, unlike the usual
     `p ± 1.96 sqrt(p (1 - p) / n)`.
-
-    Args:
-        errors: Number of misclassified images.
-        n: Number of images.
-        level: Confidence level.
-
-    Returns:
-        The lower and the upper end, as shares of 1.
 
     Raises:
         ValueError: If `n` is below 1, `errors` is outside `[0, n]` or `level` is not within (0, 1).

@@ -1,5 +1,6 @@
 """`python cli.py study`: trains a list of runs, and continues after it was stopped."""
 
+import math
 import os
 import statistics
 from collections.abc import Sequence
@@ -70,7 +71,11 @@ def study(
         options: Options of `fit` for all runs, as after `--`.
     """
     console = Console()
-    chosen = {"rows": _names(rows), "sweep": _names(sweep), "configs": _names(configs)}
+    chosen: dict[str, Any] = {
+        "rows": _names(rows),
+        "sweep": _names(sweep),
+        "configs": _names(configs),
+    }
     if isinstance(seeds, int):
         if not 1 <= seeds <= _MAX_SEEDS:
             raise ValueError(f"Expected `--seeds` to be in [1, {_MAX_SEEDS}] but got {seeds}.")
@@ -83,16 +88,8 @@ def study(
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir():
         raise ValueError(f"Expected `--root` to be a folder but {existing} is a file.")
-    plan = make_plan(
-        command_line,
-        rows=chosen["rows"],
-        sweeps=chosen["sweep"],
-        configs=chosen["configs"],
-        data=data,
-        seeds=seeds,
-        root=folder,
-        options=options or [],
-    )
+    common: dict[str, Any] = {"data": data, "seeds": seeds, "options": options or []}
+    plan = make_plan(command_line, **chosen, **common, root=folder)
     names = _names(only)
     unknown = sorted(set(names) - {run.name for run in plan})
     if unknown:
@@ -133,13 +130,8 @@ def study(
 def visible_devices(devices: Sequence[int] | None, jobs: int) -> list[str]:
     """Returns the names of GPUs for `CUDA_VISIBLE_DEVICES`, which may hide some already.
 
-    Args:
-        devices: Numbers of visible GPUs. `None` takes all of them if there are several jobs, and
-            otherwise none, which leaves the choice to the run.
-        jobs: Number of runs at a time.
-
-    Raises:
-        ValueError: If there is no such GPU.
+    By default these are all GPUs if there are several jobs, and otherwise none, which leaves the
+    choice to the run.
     """
     # Only here, so that `study --help` does not wait for it.
     import torch
@@ -158,15 +150,11 @@ def visible_devices(devices: Sequence[int] | None, jobs: int) -> list[str]:
 
 
 def plan_table(plan: Sequence[PlannedRun], jobs: int) -> Table:
-    """Makes a table of the runs by method and state.
-
-    Its caption estimates how long the rest takes: the epochs that are left at the median time of an
-    epoch in the finished runs of the plan.
-    """
+    """Makes a table of the runs by method and state, with an estimate of the time left."""
     states = {run: state_of(run) for run in plan}
-    # A run that starts anew repeats the epochs in its table.
-    done = {State.FINISHED: lambda run: run.epochs, State.CUT_OFF: epochs_done}
-    left = {run: run.epochs - done.get(states[run], lambda run: 0)(run) for run in plan}
+    done = {run: epochs_done(run) if states[run] is State.CUT_OFF else 0 for run in plan}
+    done |= {run: run.epochs for run in plan if states[run] is State.FINISHED}
+    left = {run: run.epochs - done[run] for run in plan}
     data = ", ".join(sorted({run.data for run in plan}))
     table = Table(title=escape(f"{counted(len(plan))} on {data}"))
     table.add_column("method", no_wrap=True)
@@ -179,14 +167,15 @@ def plan_table(plan: Sequence[PlannedRun], jobs: int) -> Table:
         counts = [len(runs), *(own.count(state) for state in State), sum(left[r] for r in runs)]
         name = escape(stem.rsplit("-", 1)[0])
         table.add_row(name, *map(str, counts), end_section=stem == stems[-1])
-    finished = [result for run in plan if (result := results_of(run))]
-    paces = [result.wall_time_seconds / result.epochs for result in finished]
+    results = [result for run in plan if (result := results_of(run))]
+    # Old runs do not know their time.
+    paces = [pace for r in results if math.isfinite(pace := r.wall_time_seconds / r.epochs)]
     table.caption = "The time left is known once a run has finished."
     if paces:
-        seconds = sum(left.values()) * statistics.median(paces) / jobs
+        seconds = round(sum(left.values()) * statistics.median(paces) / jobs)
         table.caption = (
-            f"About {timedelta(seconds=round(seconds))} with {jobs} at a time, at the median time "
-            "of an epoch in the finished runs."
+            f"About {timedelta(seconds=seconds)} with {jobs} at a time, at the median time of an "
+            "epoch in the finished runs."
         )
     return table
 

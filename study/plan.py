@@ -71,7 +71,7 @@ def make_plan(
     command_line: CommandLine,
     *,
     rows: Sequence[str] = (),
-    sweeps: Sequence[str] = (),
+    sweep: Sequence[str] = (),
     configs: Sequence[str] = (),
     data: str | None = None,
     seeds: Sequence[int] = (0,),
@@ -89,7 +89,7 @@ def make_plan(
     """
     chosen = [
         *(((f"--config={file}",), "") for file in _config_files(rows, configs)),
-        *itertools.chain(*(_sweep_runs(sweep, command_line.read_yaml) for sweep in sweeps)),
+        *itertools.chain(*(_sweep_runs(file, command_line.read_yaml) for file in sweep)),
     ]
     if not chosen:
         raise ValueError(

@@ -32,14 +32,9 @@ _PATIENCE_SECONDS = 60.0
 class Pool:
     """Trains runs in processes of their own. A run that fails does not stop the others.
 
-    Args:
-        jobs: Number of runs at a time.
-        devices: Names of GPUs, as in `CUDA_VISIBLE_DEVICES`. Each run gets one. If empty, the runs
-            choose, and share the threads of the CPU.
-        console: Where finished and failed runs, and on a terminal the progress, are shown.
-
-    Attributes:
-        failures: By run, the last line of its output, or the signal that ended it.
+    Each run gets one of the devices, which are names as in `CUDA_VISIBLE_DEVICES`. Without any, the
+    runs choose, and share the threads of the CPU. `failures` has the last line of the output of
+    each run that failed, or the signal that ended it.
     """
 
     def __init__(

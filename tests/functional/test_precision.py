@@ -9,7 +9,7 @@ from torch import nn
 from robust_flatness.functional import PGD, pgd_attack
 from robust_flatness.functional.evaluation import bfloat16_autocast, full_float32, has_bfloat16
 from robust_flatness.functional.flatness import measure_flatness
-from robust_flatness.functional.robust_loss import measure_robustness
+from robust_flatness.functional.robust_loss import AttackedSet, measure_robustness
 
 CPU = torch.device("cpu")
 
@@ -78,13 +78,7 @@ def test_robust_loss_is_that_of_float32_within_a_hundredth(cpu_as_gpu):
     network = trained_network(images, labels)
     plain, fast = (
         measure_robustness(
-            network,
-            images,
-            labels,
-            PGD(0.03, 10, precision=precision),
-            restarts=3,
-            seed=0,
-            batch_size=64,
+            network, AttackedSet(images, labels, PGD(0.03, 10, precision=precision), restarts=3)
         )
         for precision in ("float32", "bfloat16")
     )
@@ -102,19 +96,14 @@ def test_flatness_in_bfloat16_depends_on_each_perturbation(cpu_as_gpu):
         pgd = PGD(0.03, 5, precision=precision)
         return measure_flatness(
             network,
-            images,
-            labels,
-            pgd,
+            AttackedSet(images, labels, pgd),
             xi=xi,
             num_perturbations=3,
-            restarts=1,
             protocol="shared",
             loss="robust",
             distribution="sphere",
             relative_to="layer",
             per_batch=False,
-            seed=0,
-            batch_size=32,
         ).value
 
     assert flatness("bfloat16") == pytest.approx(flatness("float32"), rel=0.02)

@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy
 
 from robust_flatness.functional import PGD, evaluate_robustness, robust_loss
 from robust_flatness.functional.attack import Iterate
-from robust_flatness.functional.robust_loss import worst_losses
+from robust_flatness.functional.robust_loss import AttackedSet
 
 
 def test_restarts_keep_the_worst_loss_of_each_example(monkeypatch):
@@ -15,14 +15,13 @@ def test_restarts_keep_the_worst_loss_of_each_example(monkeypatch):
     scripted = iter([[1.0, 5.0, 2.0], [3.0, 4.0, 2.0], [2.0, 1.0, 9.0]])
     correct = iter([[True, True, True], [False, True, True], [True, True, True]])
 
-    def attack(self, model, inputs, targets, start, criterion):
+    def attack(self, model, inputs, targets, start):
         right = torch.tensor(next(correct))
         return Iterate(inputs, torch.tensor(next(scripted)), torch.where(right, targets, -1))
 
     monkeypatch.setattr(PGD, "attack", attack)
-    losses, robust = worst_losses(
-        tiny_network(), images, labels, PGD(0.1), restarts=range(3), seed=0, indices=range(3)
-    )
+    attacked = AttackedSet(images, labels, PGD(0.1), restarts=3)
+    losses, robust = attacked.attack(tiny_network(), slice(0, 3))
     assert losses.tolist() == [3.0, 5.0, 9.0]
     assert robust.tolist() == [False, True, True]
 
@@ -54,7 +53,7 @@ def test_clean_errors_count_as_robust_errors(monkeypatch):
     images, labels = images_and_labels(16)
     network = tiny_network().eval()
 
-    def harmless(self, model, inputs, targets, start, criterion):
+    def harmless(self, model, inputs, targets, start):
         return Iterate(inputs, torch.zeros(len(targets)), targets)
 
     monkeypatch.setattr(PGD, "attack", harmless)

@@ -249,7 +249,7 @@ def test_the_command_line_measures_a_network_and_its_file(tmp_path, monkeypatch)
         (["test", "--model=External", "--model.weights=a.ts"], "to be a file but got a.ts"),
         (
             ["test", "--model=External", "--model.network=own.Net"],
-            "own.Net to import but it raises ModuleNotFoundError: No module named 'not_there'",
+            "own.Net to import but own raises ModuleNotFoundError: No module named 'not_there'",
         ),
         (
             ["test", "--model=External", "--model.network=collections.OrderedDict"],

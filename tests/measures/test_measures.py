@@ -68,6 +68,13 @@ def data(*, double: bool = False) -> tuple[Tensor, Tensor]:
     return images.double() if double else images, labels
 
 
+@pytest.mark.parametrize("kind", [RobustLoss, AverageCaseFlatness, WorstCaseFlatness])
+def test_pixels_outside_of_0_to_1_are_refused(kind):
+    images, labels = data()
+    with pytest.raises(ValueError, match="Expected `images` to have pixels in "):
+        kind(**ATTACK)(tiny_network(), 255 * images, labels)
+
+
 @pytest.mark.parametrize(("kind", "function", "settings"), CASES, ids=IDS)
 def test_values_are_those_of_the_function_and_the_network_is_left_alone(kind, function, settings):
     network, measure = tiny_network(), kind(**settings)

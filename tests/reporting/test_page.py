@@ -16,6 +16,7 @@ from run_factory import EARLY_STOPPED, FINAL, make_models, make_run, read_models
 from robust_flatness.reporting.frame import Models
 from robust_flatness.reporting.page import write_page
 from robust_flatness.reporting.published import published_models, published_trajectories
+from robust_flatness.reporting.table1 import table1
 from robust_flatness.run_folder.files import Landscape
 from robust_flatness.run_folder.runs import LeftOut, load_run
 
@@ -146,6 +147,16 @@ def test_table_has_means_deviations_and_groups(tmp_path: Path) -> None:
     assert "–" in table["MART"]
     html = read_html(path)
     assert (html.count('class="good"'), html.count('class="poor"')) == (1, 2)
+
+
+def test_groups_are_those_of_table_1_at_a_rounded_threshold(tmp_path: Path) -> None:
+    # A share of 0.57, off by its last digit.
+    errors = {"at": 0.5, "mart": 0.57 - 1e-16, "mish": 0.58, "silu": 0.6, "gelu": 0.7}
+    runs = [make_run(name, final={"test/robust_error": x}) for name, x in errors.items()]
+    models = make_models(*runs)
+    good = table1(models).groups["good"]["model"]
+    html = read_html(write_page(tmp_path / "index.html", models=models))
+    assert html.count('class="good"') == len(good)
 
 
 def test_autoattack_of_early_stopped_weights_is_found_where_fit_logs_it(tmp_path: Path) -> None:

@@ -97,15 +97,15 @@ def test_what_is_left_out_is_told_with_its_reason(report):
         *("broken", "torn", "old", "unfinished", "other", "copied"),
         *("x", "inf", "5", "red]"),
     }
-    assert reasons["x"].endswith("format (`seed` is 'x', no integer >= 0)")
-    assert reasons["inf"].endswith("format (`epochs` is inf, no integer >= 0)")
-    assert reasons["5"].endswith("format (`data` is 5, no name in one line)")
+    assert reasons["x"].endswith("format (`seed` is 'x', not an integer >= 0)")
+    assert reasons["inf"].endswith("format (`epochs` is inf, not an integer >= 0)")
+    assert reasons["5"].endswith("format (`data` is 5, not a name in one line)")
     assert reasons["red]"] == "not finished: no epoch was recorded"
     assert "results.json is broken" in reasons["broken"]
     assert "landscapes.npz is broken or not of landscapes" in reasons["torn"]
     assert "older format, without trajectory" in reasons["old"]
     assert reasons["unfinished"] == "not finished: 2 epochs were recorded"
-    assert reasons["other"] == "is on CIFAR10, which a report of its own shows"
+    assert reasons["other"] == "is on CIFAR10; `--data=CIFAR10` reports it"
     # It has no landscapes.
     assert reasons["copied"].endswith("/at-Digits-s0, which measured more")
     page = (report.folder / "index.html").read_text()
@@ -144,7 +144,7 @@ def test_the_command_says_what_it_found_and_left_out(study, tmp_path, capsys, mo
     text = " ".join(capsys.readouterr().out.split())
     assert "RLoss and flatness: Pearson 1.00, Spearman 1.00; 4 models: too few for an" in text
     assert "unfinished not finished: 2 epochs were recorded" in text
-    assert "wrong/x results.json is of another format (`seed` is 'x', no integer >= 0)" in text
+    assert "wrong/x results.json is of another format (`seed` is 'x', not an integer >= 0)" in text
     assert "study0/[/red] not finished: no epoch was recorded" in text
     assert "8 runs, 4 models" in text
     assert "report/index.html" in text

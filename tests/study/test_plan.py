@@ -41,7 +41,7 @@ def test_a_set_up_comes_before_the_rows_so_that_they_may_be_shorter():
 
 
 def test_a_sweep_is_a_run_a_value_in_a_folder_of_its_own():
-    plan = make_plan(sweeps=["trades", "configs/sweeps/constant_rate.yaml"], root=ROOT)
+    plan = make_plan(sweep=["trades", "configs/sweeps/constant_rate.yaml"], root=ROOT)
     names = [run.name for run in plan]
     assert names[:2] == ["trades-lam1.0-Digits-s0", "trades-lam3.0-Digits-s0"]
     assert len(names) == len(set(names)) == 7
@@ -83,13 +83,13 @@ def test_the_data_is_what_a_file_names_unless_it_is_typed(tmp_path):
 
 @pytest.mark.parametrize("sweep", sorted(p.stem for p in (CONFIGS / "sweeps").glob("*.yaml")))
 def test_every_sweep_of_the_package_is_a_plan(sweep):
-    names = [run.name for run in make_plan(sweeps=[sweep], root=ROOT)]
+    names = [run.name for run in make_plan(sweep=[sweep], root=ROOT)]
     assert len(names) == len(set(names)) >= 2
     assert all(name.startswith(f"{sweep}-") and "yaml" not in name for name in names)
 
 
 def test_a_config_that_is_swept_is_named_by_its_leaves():
-    names = [run.stem for run in make_plan(sweeps=["cyclic"], root=ROOT)]
+    names = [run.stem for run in make_plan(sweep=["cyclic"], root=ROOT)]
     assert names[0] == "cyclic-epochs_share0.5-cycles1-Digits"
 
 
@@ -98,7 +98,7 @@ def test_a_config_that_is_swept_is_named_by_its_leaves():
     [
         ({}, "Expected `--rows`, `--sweep` or `--configs` to say what to train but got none."),
         ({"rows": ["att"]}, "Expected `--rows` to be all, or some of at, .* but got att."),
-        ({"sweeps": ["nothing"]}, "Expected `--sweep` to be a sweep file or one of .* got nothing"),
+        ({"sweep": ["nothing"]}, "Expected `--sweep` to be a sweep file or one of .* got nothing"),
         (
             {"rows": ["at"], "seeds": []},
             r"Expected `--seeds` to be different numbers but got \[\].",
@@ -145,5 +145,5 @@ def test_what_is_wrong_in_a_sweep_file_is_named(tmp_path, content, sentence):
     file = tmp_path / "mine.yaml"
     file.write_text(content)
     with pytest.raises(ValueError, match=sentence) as refused:
-        make_plan(sweeps=[str(file)], root=ROOT)
+        make_plan(sweep=[str(file)], root=ROOT)
     assert "\n" not in str(refused.value)

@@ -199,9 +199,9 @@ def test_runs_of_other_settings_are_not_taken_for_these(plan, tmp_path):
     (longer,) = make_plan(rows=["at"], root=tmp_path, options=["--trainer.max_epochs=5"])
     with pytest.raises(ValueError, match="with --trainer.max_epochs=4, now 5: choose another"):
         check_same_study(longer)
-    more = [*FOUR, *(f"--model.{name}=1" for name in ("eps", "steps", "alpha", "momentum"))]
+    more = [*FOUR, *(f"--model.{name}=1" for name in ("steps", "tau", "alpha", "momentum"))]
     (other,) = make_plan(rows=["at"], root=tmp_path, options=more)
-    with pytest.raises(ValueError, match=r"--model.eps=\(not set\), now 1; .*; and 1 more: cho"):
+    with pytest.raises(ValueError, match=r"--model.steps=\(not set\), now 1; .*; and 1 more: cho"):
         check_same_study(other)
     for content in ("", "{}", "[]"):
         study_file(plan[0], "json").write_text(content)
@@ -329,6 +329,15 @@ def test_how_long_it_takes_is_read_from_finished_runs(plan):
     assert [line.split("│")[1:-1] for line in text.splitlines() if "│ at " in line] == [
         [" at     ", "    2 ", "        1 ", "       0 ", "   1 ", "           4 "]
     ]
+
+
+def test_a_run_without_its_time_gives_no_estimate(plan):
+    quiet_pool().run(plan[:1])
+    path = plan[0].folder / "results.json"
+    path.write_text(
+        path.read_text().replace('"wall_time_seconds": 8.0', '"wall_time_seconds": null')
+    )
+    assert "time left is known once a run has finished" in printed(plan_table(plan, jobs=2))
 
 
 def printed(table) -> str:

@@ -156,7 +156,7 @@ def test_a_wandb_sweep_is_the_same_list_and_each_agent_trains_one(capsys):
     assert "run the same command without --sweep_file." in text
     content = yaml.safe_load(Path("all.yaml").read_text())
     names = content["parameters"]["only"]["values"]
-    plan = make_plan(rows=["at"], sweeps=["trades"], seeds=[0, 1], root=Path("many"))
+    plan = make_plan(rows=["at"], sweep=["trades"], seeds=[0, 1], root=Path("many"))
     assert names == [run.name for run in plan]
     # As the agent does it.
     command = content["command"]

@@ -190,10 +190,11 @@ class Measure(ABC):
         Raises:
             ValueError: If `eps` is out of range.
         """
+        if getattr(self, "eps", eps) is not None:
+            return self
         measure: Any = copy.copy(self)
-        if getattr(self, "eps", eps) is None:
-            check_radius("data.eps", eps, measure.norm)
-            measure.eps = eps
+        check_radius("data.eps", eps, measure.norm)
+        measure.eps = eps
         return measure
 
 

@@ -56,7 +56,11 @@ def test_callbacks_load_neither_figures_nor_reports_nor_modules() -> None:
         "import sys, robust_flatness.callbacks\n"
         "folders = ('plotting', 'reporting', 'lightning_modules', 'command_line', 'study')\n"
         "print(*(name for name in sys.modules if name.startswith("
-        "tuple(f'robust_flatness.{folder}' for folder in folders))))"
+        "tuple(f'robust_flatness.{folder}' for folder in folders))))\n"
+        "print(sum(name.startswith('robust_flatness') for name in sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == ""
+    loaded, count = done.stdout.splitlines()
+    assert loaded == ""
+    # Other projects load them for the callbacks alone.
+    assert int(count) <= 45

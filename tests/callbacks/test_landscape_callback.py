@@ -1,14 +1,9 @@
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import wandb
-from landscape_ranks import callbacks as two_process_callbacks
 from networks_for_tests import same, snapshot, tiny_body
 from trainers import PLAIN, ToyData, quiet_trainer
 from wandb_reader import read_runs
@@ -20,7 +15,6 @@ from robust_flatness.loggers import make_wandb_logger
 from robust_flatness.run_folder.files import read_landscapes
 
 LIGHT = {"num_examples": 9, "batch_size": 4, "num_steps": 3, "num_directions": 2, "steps": 2}
-SCRIPT = Path(__file__).parent / "landscape_ranks.py"
 
 
 class Scripted(RobustEarlyStopping):
@@ -182,37 +176,6 @@ def test_wandb_gets_the_figure(tmp_path):
     wandb.finish()
     (run,) = read_runs(tmp_path)
     assert any("figures/landscape" in key for row in run.history for key in row)
-
-
-def test_two_processes_measure_what_one_does_bit_for_bit(tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment.pop("PL_GLOBAL_SEED", None)
-    subprocess.run(
-        [sys.executable, str(SCRIPT), str(tmp_path)],
-        env=environment,
-        check=True,
-        timeout=240,
-        cwd=tmp_path,
-        capture_output=True,
-    )
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
-    drift = first["weights"]["network.1.running_mean"] - second["weights"]["network.1.running_mean"]
-    assert drift.abs().max() > 1e-4
-    assert first["logged"] == second["logged"]
-    # One process, with rank 0's weights and statistics.
-    alone = tmp_path / "alone"
-    module = AT(tiny_body, **PLAIN)
-    module.load_state_dict(first["weights"])
-    trainer = quiet_trainer(default_root_dir=alone, callbacks=two_process_callbacks())
-    trainer.test(module, ToyData(), verbose=False)
-    for name, value in trainer.callback_metrics.items():
-        assert first["logged"][name] == value.item(), name
-    ranks, settings = read_landscapes(tmp_path / "landscapes.npz")
-    one, settings_of_one = read_landscapes(alone / "landscapes_test.npz")
-    assert settings == settings_of_one
-    assert list(ranks) == list(one) == [f"final/{n}" for n in (*settings["length"],)]
-    for name in one:
-        assert (ranks[name].losses == one[name].losses).all(), name
 
 
 @pytest.mark.parametrize(

@@ -20,14 +20,20 @@ from trainers import ToyData, quiet_trainer
 
 from robust_flatness.lightning_modules import ATAWP
 from robust_flatness.measures.base import Processes
+from robust_flatness.run_folder.files import read_landscapes
 
 SCRIPT = Path(__file__).parent / "two_processes.py"
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def folder(tmp_path_factory):
+    """The run folder of two processes."""
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def ranks(folder):
     """What each of two processes left."""
-    folder = tmp_path_factory.mktemp("ranks")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     # Another test's seed_everything would make Lightning seed the processes anew.
     environment.pop("PL_GLOBAL_SEED", None)
@@ -71,7 +77,7 @@ def test_ranks_share_one_measure_though_their_statistics_differ(ranks):
         assert same(found["before"], found["after"])
 
 
-def test_two_processes_measure_what_one_does_bit_for_bit(ranks):
+def test_two_processes_measure_what_one_does_bit_for_bit(ranks, folder):
     found = ranks[0]["measured"]
     network, trainer = module(ATAWP), quiet_trainer()
     network.load_state_dict(found["before"])
@@ -82,6 +88,14 @@ def test_two_processes_measure_what_one_does_bit_for_bit(ranks):
         if name == "autoattack":
             result = callback.measure_split(trainer, network, "test", callback.measure)
             assert callback.measure.metrics(result, "test") == found["autoattack"]
+            continue
+        if name == "landscape":
+            landscapes, settings = read_landscapes(folder / "landscapes.npz")
+            assert settings["num_examples"] == 21
+            result = callback.measure_split(trainer, network, "test", callback.measure)
+            assert list(result) == ["random", "adversarial", "hessian", "surface"]
+            for kind, landscape in result.items():
+                assert (landscapes[f"final/{kind}"].losses == landscape.losses.numpy()).all()
             continue
         for metric, value in callback.compute(trainer, network).items():
             assert found["logged"][metric] == torch.tensor(value).item(), metric

@@ -18,7 +18,9 @@ from trainers import PLAIN, EvalBatchNorm, ToyData, quiet_trainer
 
 from robust_flatness.callbacks import (
     AutoAttack,
+    Curvature,
     Flatness,
+    Landscape,
     RobustEarlyStopping,
     RobustEvaluation,
     WorstCaseFlatness,
@@ -103,6 +105,14 @@ def measuring_callbacks():
         "flatness": Flatness(num_perturbations=2, **light),
         "worst": WorstCaseFlatness(restarts=2, xi=0.05, **light),
         "stopping": RobustEarlyStopping(patience=1, **light),
+        "curvature": Curvature(batch_size=CHUNK),
+        "landscape": Landscape(
+            directions=["random", "adversarial", "hessian"],
+            num_steps=3,
+            num_directions=2,
+            surface_steps=2,
+            **light,
+        ),
         "autoattack": AutoAttack(chunk_size=CHUNK, version="custom", attacks=["apgd-ce"]),
     }
 
@@ -133,7 +143,7 @@ def strategy(devices):
     return "ddp" if devices > 1 else "auto"
 
 
-def measured(devices):
+def measured(devices, folder):
     """What every rank measures while BatchNorm statistics drift apart."""
     torch.manual_seed(0)
     callbacks, before = measuring_callbacks(), Recorder()
@@ -141,6 +151,7 @@ def measured(devices):
         max_epochs=3,
         devices=devices,
         strategy=strategy(devices),
+        default_root_dir=folder,
         callbacks=[before, *callbacks.values()],
     )
     built = module(ATAWP)
@@ -184,7 +195,7 @@ def main(folder):
     # It refuses the layer on CPUs.
     nn.parallel.DistributedDataParallel._passing_sync_batchnorm_handle = lambda *_: None
     results = {variant: trained_weights(variant, 2) for variant in VARIANTS}
-    results["measured"] = measured(2)
+    results["measured"] = measured(2, folder)
     rank = torch.distributed.get_rank()
     torch.save(results, Path(folder) / f"rank{rank}.pt")
 

@@ -4,7 +4,7 @@
 
 Training ends in the same bits, global random states are equal, RErr is at least the error, and
 flatness is finite; or a measure refuses the network in one sentence. The results are written to
-`results/random_networks.md`; the suite trains 20 networks, `callbacks/test_random_networks.py`.
+`results/random_networks.md`; the suite trains 12 networks, `callbacks/test_random_networks.py`.
 """
 
 import argparse

@@ -290,7 +290,9 @@ def _has_split_dataset(trainer: Trainer, split: str) -> bool:
 def _channels(normalization: Normalization) -> list[Tensor]:
     """Mean and standard deviation, `(C, 1, 1)` each, float64."""
     mean, std = (torch.tensor(list(v), dtype=torch.float64).view(-1, 1, 1) for v in normalization)
-    if mean.shape != std.shape or not mean.isfinite().all() or not (std > 0).all():
+    # A number that is finite and above 0 in float64 may not be so in the precision of the images.
+    means, stds = mean.float(), std.float()
+    if mean.shape != std.shape or not (means.isfinite() & stds.isfinite() & (stds > 0)).all():
         raise ValueError(
             "Expected `normalization` to be (mean, std), a finite number and one > 0 for each "
             f"channel, but got {normalization}."

@@ -154,10 +154,10 @@ def test_table_has_means_deviations_and_groups(tmp_path: Path) -> None:
 def test_a_metric_that_is_registered_for_tables_is_a_column(tmp_path: Path, monkeypatch) -> None:
     entry = Metric("margin_for_page/mean", "mean margin", in_tables=True)
     monkeypatch.setitem(metrics._BY_NAME, entry.name, entry)
-    run = make_run("at", final=FINAL | {"margin_for_page/mean/test": 0.125, "other/test": 7.0})
+    run = make_run("at", final=FINAL | {"margin_for_page/mean/test": 0.125, "unregistered/test": 7.0})
     html = read_html(write_page(tmp_path / "index.html", models=make_models(run)))
     assert "mean margin, test" in html
-    assert "other" not in html
+    assert "unregistered" not in html
     assert "0.12" in read_table(tmp_path / "index.html")["AT"]
 
 

@@ -1,6 +1,7 @@
 """Properties of a network on fixed images, as plain objects; no Lightning.
 
 Example:
+    >>> import torch
     >>> network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
     >>> images, labels = torch.rand(4, 1, 8, 8), torch.arange(4)
     >>> AverageCaseFlatness(eps=0.1, steps=2)(network, images, labels).increases.shape

@@ -77,7 +77,7 @@ class FixedImages(Callback):
         num_examples: The first so many images are used, or all if there are fewer.
         normalization: `(mean, std)` if module and dataset use normalised images; attacks act on
             pixels in [0, 1] all the same.
-        **kwargs: Arguments of the next class.
+        **kwargs: Arguments of the next base class, such as `measure`.
 
     Attributes:
         images_must_stay: Whether training images that change are refused.

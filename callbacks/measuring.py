@@ -99,7 +99,7 @@ def evaluation_context(trainer: Trainer, module: LightningModule) -> Iterator[No
     """Eval mode with gradients, after which nothing in training has changed.
 
     Modes, weights, buffers, `.grad`, `requires_grad` and random states are restored, see
-    `functional.evaluation_context`. All processes have rank 0's buffers: after a step their
+    `functional.evaluation_context`. All processes have the first one's buffers: after a step their
     BatchNorm statistics differ, and a measure must be that of one network. Forwards are in float32,
     or in float64 if the trainer's precision is 64-true.
 
@@ -192,16 +192,13 @@ def _average(trainer: Trainer, module: LightningModule) -> nn.Module | None:
 
 @contextmanager
 def _weights_restored(module: nn.Module) -> Iterator[None]:
-    tensors, outer = _tensors(module), _OWN_WEIGHTS.get(module)
+    tensors = _tensors(module)
     before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     _OWN_WEIGHTS[module] = before
     try:
         yield
     finally:
-        if outer is None:
-            del _OWN_WEIGHTS[module]
-        else:
-            _OWN_WEIGHTS[module] = outer
+        _OWN_WEIGHTS.pop(module, None)
         with torch.no_grad():
             for name, tensor in tensors.items():
                 tensor.copy_(before[name])

@@ -243,7 +243,9 @@ class AutoAttackError(Measure):
         tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
         for name, tensor in {**tensors, "images": images, "labels": labels}.items():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+            # Bytes, because NumPy has no bfloat16.
+            flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(flat.numpy().tobytes())
         return digest.hexdigest()[:32]
 
     def remove_verdicts(self) -> None:

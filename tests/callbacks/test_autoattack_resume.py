@@ -156,6 +156,12 @@ def test_verdicts_of_equal_weights_in_another_network_are_not_taken(tmp_path):
     assert kept_by(tmp_path, module) == 2
 
 
+def test_images_of_a_type_that_numpy_lacks_are_kept_too(tmp_path):
+    module, (images, labels) = trained(1), dataset(8)[:]
+    half = TensorDataset(images.bfloat16(), labels)
+    assert [kept_by(tmp_path, module, half) for _ in range(2)] == [2, 0]
+
+
 def test_a_chunk_at_another_place_is_another_one(tmp_path):
     module = trained(1)
     images, labels = dataset(4)[:]

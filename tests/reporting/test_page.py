@@ -154,7 +154,8 @@ def test_table_has_means_deviations_and_groups(tmp_path: Path) -> None:
 def test_a_metric_that_is_registered_for_tables_is_a_column(tmp_path: Path, monkeypatch) -> None:
     entry = Metric("margin_for_page/mean", "mean margin", in_tables=True)
     monkeypatch.setitem(metrics._BY_NAME, entry.name, entry)
-    run = make_run("at", final=FINAL | {"margin_for_page/mean/test": 0.125, "unregistered/test": 7.0})
+    measured = {"margin_for_page/mean/test": 0.125, "unregistered/test": 7.0}
+    run = make_run("at", final=FINAL | measured)
     html = read_html(write_page(tmp_path / "index.html", models=make_models(run)))
     assert "mean margin, test" in html
     assert "unregistered" not in html

@@ -41,7 +41,9 @@ def report(
         line = " ".join(f"left out: {left_out} {reason}".splitlines())
         print(line.encode(errors="replace").decode())
     count, page = sum(map(len, models.runs.values())), written.folder / "index.html"
-    print(f"{count} runs, {len(models)} models, {len(written.figures)} figures: {page}")
+    numbers = {"run": count, "model": len(models), "figure": len(written.figures)}
+    parts = (f"{n} {name}{'' if n == 1 else 's'}" for name, n in numbers.items())
+    print(f"{', '.join(parts)}: {page}")
 
 
 def dashboard(

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, DistributedSampler
 
 from robust_flatness.datamodules.images import LabeledImages
 from robust_flatness.functional.checks import check_number
-from robust_flatness.functional.noise import keyed_generator
+from robust_flatness.functional.noise import keyed_generator, keyed_seed
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ class GlobalBatches:
             cast(Dataset[Any], images),  # only its length is used
             self.world_size,
             self.rank,
-            seed=_mix_seed(self.seed),
+            # The sampler adds the epoch, so that a seed itself would repeat the next one's orders.
+            seed=keyed_seed(self.seed, "order"),
             drop_last=True,
         )
         sampler.set_epoch(epoch)
@@ -80,8 +81,7 @@ class GlobalBatches:
         `shared` columns have one value for the global batch; the first three do not depend on the
         number of `columns`.
         """
-        seed = _mix_seed(_mix_seed(self.seed) + epoch) + batch
-        generator = torch.Generator().manual_seed(seed)
+        generator = keyed_generator(self.seed, "augmentation", epoch, batch)
         size = local_size * self.world_size
         parts = [torch.rand(size, n, generator=generator) for n in (3, columns - 3)]
         noise = torch.cat(parts, 1)
@@ -165,9 +165,8 @@ class MixedSampler(DistributedSampler[int]):
     def __iter__(self) -> Iterator[int]:
         """Yields this process's positions in the epoch of `set_epoch`."""
         num_labeled = len(self.images.labeled)
-        # The keys have this spelling because they decide the order of all earlier runs.
-        labeled = self._positions("labelled", num_labeled, self.num_labeled)
-        unlabeled = self._positions("unlabelled", len(self.images.unlabeled), self.num_unlabeled)
+        labeled = self._positions("labeled", num_labeled, self.num_labeled)
+        unlabeled = self._positions("unlabeled", len(self.images.unlabeled), self.num_unlabeled)
         generator = keyed_generator(self.seed, "order", self.epoch)
         for ours, others in zip(labeled, unlabeled):
             batch = torch.cat([ours, others + num_labeled])
@@ -202,8 +201,3 @@ def check_share(share: float, batch_size: int) -> None:
 def epochs_trained(trainer: Trainer) -> int:
     """Returns the number of trained epochs, also while a resumed trainer has not counted on yet."""
     return int(trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
-
-
-def _mix_seed(seed: int) -> int:
-    """Spreads seeds, so that epoch 1 of one seed is not epoch 0 of the next."""
-    return (seed * 1_000_003) % 2**62

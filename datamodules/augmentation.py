@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import AutoAugment, AutoAugmentPolicy
 from robust_flatness.datamodules.batches import GlobalBatches
 from robust_flatness.functional.checks import check_choice
 
-Augment: TypeAlias = Literal["none", "flip_crop", "autoaugment", "autoaugment_batch"]
+Augment: TypeAlias = Literal["none", "flip", "flip_crop", "autoaugment", "autoaugment_batch"]
 """Names of the augmentations."""
 
 
@@ -20,7 +20,7 @@ Augment: TypeAlias = Literal["none", "flip_crop", "autoaugment", "autoaugment_ba
 class Augmentation:
     """Augments batches of training images, in proportion to their size.
 
-    `"flip_crop"` flips, pads with zeros by an eighth of the side (4 pixels at 32, 1 at 8) and
+    `"flip"` flips each image with probability 1/2. `"flip_crop"` flips, pads with zeros by an eighth of the side (4 pixels at 32, 1 at 8) and
     crops. `"autoaugment"` is the paper's row (supplementary material, and `common.py` of its code):
     pad with the mean color, crop, flip, AutoAugment's CIFAR-10 policy, and Cutout of half the side
     (16 pixels at 32) in the mean color. `"autoaugment_batch"` draws one sub-policy for the global
@@ -72,7 +72,8 @@ class Augmentation:
         side = min(images.shape[2:])
         padding = max(1, side // 8)
         moved = noise.to(images.device, non_blocking=True)
-        if self.kind == "flip_crop":
+        if self.kind in ("flip", "flip_crop"):
+            padding = padding if self.kind == "flip_crop" else 0
             return random_flip_and_crop(images, moved, padding, flip=self.flip)
         color = [round(255 * value) for value in self.mean]
         images = random_flip_and_crop(images, moved[:, :3], padding, flip=self.flip, fill=color)

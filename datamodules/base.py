@@ -55,10 +55,12 @@ class RobustDataModule(LightningDataModule, ABC):
         eps: Radius of the ball that measures use on these images, in pixels of [0, 1]; measures in
             L-infinity refuse more than 1 before training.
         batch_size: Images in a global batch, shared among the processes.
-        augment: `"none"`; `"flip_crop"`, which pads by an eighth of the side (4 pixels at 32);
+        augment: `"none"`; `"flip"`; `"flip_crop"`, which pads by an eighth of the side (4 pixels at 32);
             `"autoaugment"`, which adds AutoAugment and Cutout; `"autoaugment_batch"`, with one
             sub-policy per global batch, which is faster. See `Augmentation`.
         flip: Whether augmentation flips images.
+        downsample: Side of the blocks of pixels that are averaged, so that 2 halves the resolution;
+            means are rounded to 8 bits. Above 1 it needs `in_memory`.
         unlabeled: Pseudo-labeled images, see `read_unlabeled`: the pickle of Carmon et al., an
             `.npz`, or a folder; read only if `unlabeled_share` is above 0.
         unlabeled_share: Share of them in each global batch. Above 0, batches have a third part,
@@ -101,6 +103,7 @@ class RobustDataModule(LightningDataModule, ABC):
         batch_size: int = 128,
         augment: Augment = "flip_crop",
         flip: bool = True,
+        downsample: int = 1,
         unlabeled: str | None = None,
         unlabeled_share: float = 0.0,
         num_train: int | None = None,
@@ -116,12 +119,18 @@ class RobustDataModule(LightningDataModule, ABC):
         check_number("eps", eps)
         check_count("batch_size", batch_size, low=1)
         check_count("num_workers", num_workers)
+        check_count("downsample", downsample, low=1)
+        if downsample > 1 and not in_memory:
+            raise ValueError(
+                f"Expected `downsample` to be 1 if `in_memory` is false but got {downsample}."
+            )
         check_choice("augment", augment, get_args(Augment))
         check_share(unlabeled_share, batch_size)
         self.eps = float(eps)
         self.batch_size = batch_size
         self.augment = augment
         self.flip = flip
+        self.downsample = downsample
         self.unlabeled = unlabeled
         self.unlabeled_share = unlabeled_share
         self.sizes = SplitSizes(num_train, num_train_eval, num_val, num_test, val_from)
@@ -186,9 +195,9 @@ class RobustDataModule(LightningDataModule, ABC):
         with errors_on_all_ranks():
             self._read(with_val=True)
             if self.unlabeled_share and "unlabeled" not in self._images:
-                unlabeled = self.unlabeled_source()
+                unlabeled = self._load(self.unlabeled_source())
                 self._check_images(unlabeled, "unlabeled", like=self._images["training"])
-                self._images["unlabeled"] = self._load(unlabeled)
+                self._images["unlabeled"] = unlabeled
         strategy = self.trainer.strategy
         seed = torch.initial_seed() if self.seed is None else self.seed
         self._run_seed = int(strategy.broadcast(seed))
@@ -320,7 +329,7 @@ class RobustDataModule(LightningDataModule, ABC):
         self._images, self._splits = {"training": training, **measured}, splits
 
     def _load(self, images: LabeledImages) -> LabeledImages:
-        return ResidentImages.load(images) if self.in_memory else images
+        return ResidentImages.load(images).downsampled(self.downsample) if self.in_memory else images
 
     def _check_images(
         self, images: LabeledImages, name: str, like: LabeledImages | None = None

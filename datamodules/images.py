@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from rich.progress import track
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 from torch.utils.data import Dataset
 
 Batch: TypeAlias = tuple[Tensor, Tensor]
@@ -116,6 +117,28 @@ class ResidentImages(LabeledImages):
     def subset(self, indices: Sequence[int]) -> "ResidentImages":
         """Returns a copy of the images at `indices`."""
         return ResidentImages(*self.__getitems__(indices))
+
+    def downsampled(self, factor: int) -> "ResidentImages":
+        """Returns the images with blocks of `factor` x `factor` pixels averaged to one.
+
+        Raises:
+            ValueError: If a side is not a multiple of `factor`.
+
+        Example:
+            >>> pixels = torch.tensor([[0, 1], [1, 1]], dtype=torch.uint8).view(1, 1, 2, 2)
+            >>> ResidentImages(pixels, torch.tensor([0])).downsampled(2).images.flatten()
+            tensor([1], dtype=torch.uint8)
+        """
+        if factor == 1:
+            return self
+        height, width = self.images.shape[2:]
+        if height % factor or width % factor:
+            raise ValueError(
+                f"Expected `downsample` to divide the sides {width}x{height} of the images"
+                f" but got {factor}."
+            )
+        means = [avg_pool2d(part.float(), factor).round() for part in self.images.split(500)]
+        return ResidentImages(torch.cat(means).to(torch.uint8), self.labels)
 
     def to(self, device: torch.device | str) -> "ResidentImages":
         """Returns the images on `device`, without a copy if they are there already."""

@@ -1,7 +1,7 @@
 """Robust loss and robust error of a network on a fixed set of images."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Literal, get_args
@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from robust_flatness.functional.attack import PGD, example_losses
+from robust_flatness.functional.attack import PGD, Iterate, example_losses
 from robust_flatness.functional.checks import check_choice, check_count, check_examples
 from robust_flatness.functional.evaluation import (
     Model,
@@ -102,20 +102,35 @@ class AttackedSet:
         Returns:
             Highest loss over restarts, and whether none changed the class, `(N,)` each.
         """
-        images, labels = self.images[part], self.labels[part]
-        losses = torch.full(labels.shape, -math.inf, device=images.device)
+        labels = self.labels[part]
+        losses = torch.full(labels.shape, -math.inf, device=labels.device)
         correct = torch.ones_like(labels, dtype=torch.bool)
+        for _, kept, predictions in self._iterates(model, part, restarts):
+            losses = torch.maximum(losses.to(kept), kept)
+            correct &= predictions == labels
+        return losses, correct
+
+    def adversarial(self, model: Model, part: slice) -> Tensor:
+        """Adversarial examples `(N, C, H, W)` of a batch, of the restart with the highest loss."""
+        worst = Iterate(self.images[part])
+        for images, losses, predictions in self._iterates(model, part):
+            worst = worst.keep_higher(Iterate(images, losses, predictions))
+        return worst.images
+
+    def _iterates(
+        self, model: Model, part: slice, restarts: Iterable[int] | None = None
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Images, losses and predicted classes that each restart keeps."""
+        images, labels = self.images[part], self.labels[part]
         for restart in range(self.restarts) if restarts is None else restarts:
             kept = self.pgd.attack(model, images, labels, self.starts(part, restart))
             if kept.losses is None or kept.predictions is None:
                 raise ValueError(
                     f"Expected `keep` to be best for a measure but got {self.pgd.keep}."
                 )
-            losses = torch.maximum(losses.to(kept.losses), kept.losses)
-            correct &= kept.predictions == labels
+            yield kept.images, kept.losses, kept.predictions
             if self.on_attack is not None:
                 self.on_attack()
-        return losses, correct
 
     def losses(
         self,

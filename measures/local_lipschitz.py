@@ -38,7 +38,8 @@ class LocalLipschitz(AttackMeasure):
 
     Args:
         search_steps: Number of steps of the search for the largest change, eps/3 each.
-        keep: `best` iterate of the search, or `last` as in Yang et al.'s code, which is lower.
+        original: Whether to search as Yang et al.'s code does, which is lower: the last instead of
+            the best iterate, with the gradient of the distance, see `functional.lipschitz`.
 
     Example:
         >>> images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -49,7 +50,7 @@ class LocalLipschitz(AttackMeasure):
     """
 
     search_steps: int = 10
-    keep: Keep = "best"
+    original: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,13 +60,16 @@ class LocalLipschitz(AttackMeasure):
     def measure(self, network: nn.Module, examples: Examples) -> LocalLipschitzResult:
         attacked, logits_of = self.attacked(examples), logits_function(network, examples.images)
         eps, norm = attacked.pgd.eps, self.norm
-        search = PGD(eps, self.search_steps, eps / 3, norm, keep=self.keep, start="gaussian")
+        keep: Keep = "last" if self.original else "best"
+        search = PGD(eps, self.search_steps, eps / 3, norm, keep=keep, start="gaussian")
         quotients = [examples.images.new_zeros(0)]
         values = [examples.images.new_zeros(0)]
         for part in attacked.batches:
             images, indices = examples.images[part], examples.indices[part]
             start = search.starts(images, indices, seed=self.seed, restart=0)
-            quotients.append(local_lipschitz(network, images, search, start))
+            through = self.original
+            found = local_lipschitz(network, images, search, start, through_distance=through)
+            quotients.append(found)
             adversarial = attacked.adversarial(network, part)
             with torch.no_grad():
                 clean, logits = logits_of(images), logits_of(adversarial)

@@ -174,11 +174,11 @@ class FinalEvaluation(FinalMeasure):
         num_perturbations: Number of directions of the flatness; 0 leaves it out.
         xi: Relative length ξ of a perturbation in each layer.
         protocol: Protocol of the flatness, `shared` or `paper`.
-        extras: Further measures of each split, or `all`: `clean` (average-case flatness of the
+        extras: Further measures of each split, or `all`: `margins`, `lipschitz` (local Lipschitz
+            constant), `thickness` (of the boundary), `checks` (attacks that show misleading
+            gradients, see `run_folder.attack_checks`), `clean` (average-case flatness of the
             clean loss, from the same directions), `worst` and `clean_worst` (worst-case flatness
-            at ξ = 0.003 with as many restarts), `curvature` (extreme eigenvalues of the Hessian),
-            `margins`, `lipschitz` (local Lipschitz constant), `thickness` (of the boundary),
-            `checks` (attacks that show misleading gradients).
+            at ξ = 0.003 with as many restarts), `curvature` (extreme eigenvalues of the Hessian).
         steps: Number of steps of the attack.
         restarts: Number of restarts for RLoss and RErr.
         **kwargs: Arguments of `measures.RobustLoss`.
@@ -269,11 +269,11 @@ EXTRAS: dict[str, Callable[[FinalEvaluation], Measure]] = {
     ),
     "worst": lambda e: WorstCaseFlatness(restarts=e.restarts, **e.attack),
     "clean_worst": lambda e: WorstCaseFlatness(loss="clean", restarts=e.restarts, **e.attack),
-    "curvature": lambda e: Curvature(batch_size=e.measure.batch_size, seed=e.measure.seed),
     "margins": lambda e: Margins(**e.attack),
     "lipschitz": lambda e: LocalLipschitz(**e.attack),
     "thickness": lambda e: BoundaryThickness(batch_size=e.measure.batch_size, seed=e.measure.seed),
     "checks": lambda e: AttackChecks(**{**e.attack, "steps": min(10, e.attack["steps"])}),
+    "curvature": lambda e: Curvature(batch_size=e.measure.batch_size, seed=e.measure.seed),
 }
 
 

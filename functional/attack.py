@@ -60,14 +60,9 @@ class Iterate(NamedTuple):
 
         A loss that is NaN, or that comes from logits that are not finite, is the highest.
         """
-        losses = nan_unless_finite(losses, logits)
-        return self.keep_higher(Iterate(images, losses, predicted_classes(logits)))
-
-    def keep_higher(self, other: "Iterate") -> "Iterate":
-        """Takes, for each example, this or another iterate with a loss, this one on ties."""
-        images, losses, predictions = other
-        if self.losses is None or self.predictions is None or losses is None or predictions is None:
-            return other
+        predictions, losses = predicted_classes(logits), nan_unless_finite(losses, logits)
+        if self.losses is None or self.predictions is None:
+            return Iterate(images, losses, predictions)
         higher = losses.nan_to_num(math.inf, math.inf) > self.losses.nan_to_num(math.inf, math.inf)
         return Iterate(
             torch.where(_per_image(higher, images), images, self.images),

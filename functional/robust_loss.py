@@ -1,7 +1,7 @@
 """Robust loss and robust error of a network on a fixed set of images."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Literal, get_args
@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from robust_flatness.functional.attack import PGD, Iterate, example_losses
+from robust_flatness.functional.attack import PGD, example_losses
 from robust_flatness.functional.checks import check_choice, check_count, check_examples
 from robust_flatness.functional.evaluation import (
     Model,
@@ -17,6 +17,7 @@ from robust_flatness.functional.evaluation import (
     logits_function,
     nan_unless_finite,
     predicted_classes,
+    to_float32,
 )
 from robust_flatness.functional.noise import Norm, Start
 
@@ -102,35 +103,39 @@ class AttackedSet:
         Returns:
             Highest loss over restarts, and whether none changed the class, `(N,)` each.
         """
-        labels = self.labels[part]
-        losses = torch.full(labels.shape, -math.inf, device=labels.device)
-        correct = torch.ones_like(labels, dtype=torch.bool)
-        for _, kept, predictions in self._iterates(model, part, restarts):
-            losses = torch.maximum(losses.to(kept), kept)
-            correct &= predictions == labels
-        return losses, correct
-
-    def adversarial(self, model: Model, part: slice) -> Tensor:
-        """Adversarial examples `(N, C, H, W)` of a batch, of the restart with the highest loss."""
-        worst = Iterate(self.images[part])
-        for images, losses, predictions in self._iterates(model, part):
-            worst = worst.keep_higher(Iterate(images, losses, predictions))
-        return worst.images
-
-    def _iterates(
-        self, model: Model, part: slice, restarts: Iterable[int] | None = None
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Images, losses and predicted classes that each restart keeps."""
         images, labels = self.images[part], self.labels[part]
+        losses = torch.full(labels.shape, -math.inf, device=images.device)
+        correct = torch.ones_like(labels, dtype=torch.bool)
         for restart in range(self.restarts) if restarts is None else restarts:
             kept = self.pgd.attack(model, images, labels, self.starts(part, restart))
             if kept.losses is None or kept.predictions is None:
-                raise ValueError(
-                    f"Expected `keep` to be best for a measure but got {self.pgd.keep}."
-                )
-            yield kept.images, kept.losses, kept.predictions
+                raise _refusal(self.pgd)
+            losses = torch.maximum(losses.to(kept.losses), kept.losses)
+            correct &= kept.predictions == labels
             if self.on_attack is not None:
                 self.on_attack()
+        return losses, correct
+
+    def adversarial(self, model: Model, part: slice) -> Tensor:
+        """Attacks one batch; returns each example of its worst restart `(N, C, H, W)`.
+
+        Without steps these are the images, which costs no forward.
+        """
+        images, labels = self.images[part], self.labels[part]
+        worst = to_float32(images).clone()
+        highest = torch.full(labels.shape, -math.inf, device=images.device)
+        for restart in range(self.restarts):
+            if self.pgd.steps:
+                kept = self.pgd.attack(model, images, labels, self.starts(part, restart))
+                if kept.losses is None:
+                    raise _refusal(self.pgd)
+                losses = kept.losses.nan_to_num(math.inf, math.inf)
+                higher = (losses > highest).view(-1, *[1] * (images.ndim - 1))
+                worst = torch.where(higher, kept.images, worst)
+                highest = torch.maximum(highest.to(losses), losses)
+            if self.on_attack is not None:
+                self.on_attack()
+        return worst
 
     def losses(
         self,
@@ -142,6 +147,10 @@ class AttackedSet:
         parts = self.batches if parts is None else parts
         losses = [self.attack(model, part, restarts)[0] for part in parts]
         return torch.cat(losses) if losses else self.images.new_zeros(0)
+
+
+def _refusal(pgd: PGD) -> ValueError:
+    return ValueError(f"Expected `keep` to be best for a measure but got {pgd.keep}.")
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,7 @@ class LocalLipschitz(AttackMeasure):
 
     @override
     def passes(self) -> tuple[int, int]:
-        forward, backward = super().passes()
+        # Without steps nothing is attacked.
+        forward, backward = super().passes() if self.steps else (0, 0)
         # The search, the images, and both again for the divergence.
         return forward + self.search_steps + 4, backward + self.search_steps

@@ -95,8 +95,8 @@ class Margins(AttackMeasure):
 
     @override
     def passes(self) -> tuple[int, int]:
-        forward, backward = super().passes()
-        # The images and their adversarial examples.
+        # Without steps nothing is attacked; images and adversarial examples are evaluated.
+        forward, backward = super().passes() if self.steps else (0, 0)
         return forward + 2, backward
 
 

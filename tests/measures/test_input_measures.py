@@ -1,4 +1,4 @@
-"""Measures in input space: cost, invariances, and checks that tell masked gradients from healthy."""
+"""Measures in input space: cost, invariances, and checks that flag masked gradients."""
 
 import dataclasses
 import math

@@ -5,15 +5,15 @@ import pytest
 
 from robust_flatness.run_folder.attack_checks import attack_checks, class_errors, error_curve
 
-IMAGES = np.arange(1000)
+images = np.arange(1000)
 HEALTHY = {
-    "test/correct_at_eps/0.05": IMAGES < 700,
-    "test/correct_at_eps/0.1": IMAGES < 500,
-    "test/correct_at_eps/1": IMAGES < 0,
-    "test/correct_at_eps/0.1/more_steps": IMAGES < 490,
-    "test/correct_at_eps/0.1/square": IMAGES < 490,
-    "test/robust_correct": IMAGES < 480,
-    "test/autoattack_correct": IMAGES < 460,
+    "test/correct_at_eps/0.05": images < 700,
+    "test/correct_at_eps/0.1": images < 500,
+    "test/correct_at_eps/1": images < 0,
+    "test/correct_at_eps/0.1/more_steps": images < 490,
+    "test/correct_at_eps/0.1/square": images < 490,
+    "test/robust_correct": images < 480,
+    "test/autoattack_correct": images < 460,
 }
 
 
@@ -31,9 +31,9 @@ def test_each_rule_flags_what_exceeds_its_tolerance(name, array, correct, text):
     assert all(check["passed"] for check in attack_checks(HEALTHY))
     # One image less, or more, is within the tolerance.
     within = correct - 1 if name in ("largest radius", "more steps") else correct + 1
-    nearly = attack_checks({**HEALTHY, array: IMAGES < within})
+    nearly = attack_checks({**HEALTHY, array: images < within})
     assert all(check["passed"] for check in nearly)
-    failed = [c for c in attack_checks({**HEALTHY, array: IMAGES < correct}) if not c["passed"]]
+    failed = [c for c in attack_checks({**HEALTHY, array: images < correct}) if not c["passed"]]
     assert [check["name"] for check in failed] == [name]
     assert text in failed[0]["text"]
 
@@ -47,16 +47,16 @@ def test_one_image_is_chance():
 
 
 def test_a_radius_is_compared_with_all_smaller_ones():
-    slow = {f"test/correct_at_eps/{k}": IMAGES < 500 + 6 * k for k in (1, 2, 3)}
+    slow = {f"test/correct_at_eps/{k}": images < 500 + 6 * k for k in (1, 2, 3)}
     assert attack_checks(slow)[1]["text"] == "RErr falls by 1.2 points from ε = 1 to 3"
 
 
 def test_what_was_not_measured_is_not_decided():
-    for arrays in ({}, {"test/robust_correct": IMAGES < 1}):
+    for arrays in ({}, {"test/robust_correct": images < 1}):
         assert not attack_checks(arrays)
         assert not error_curve(arrays)
         assert not class_errors(arrays)
-    pgd = {"train_eval/robust_correct": IMAGES < 500, "train/autoattack_correct": IMAGES[:50] < 40}
+    pgd = {"train_eval/robust_correct": images < 500, "train/autoattack_correct": images[:50] < 40}
     checks = attack_checks(pgd)
     assert [check["passed"] for check in checks] == [None, None, None, None, False]
     assert checks[-1]["text"].endswith("is 20.0 points on 50 images")

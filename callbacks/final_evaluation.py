@@ -25,14 +25,19 @@ from robust_flatness.functional.checks import check_choice
 from robust_flatness.functional.flatness import Protocol
 from robust_flatness.loggers.epoch_csv import EpochCSVLogger
 from robust_flatness.measures import (
+    AttackChecks,
     AutoAttackError,
     AverageCaseFlatness,
+    BoundaryThickness,
     Curvature,
+    LocalLipschitz,
+    Margins,
     Measure,
     RobustLoss,
     WorstCaseFlatness,
 )
 from robust_flatness.measures.base import Split
+from robust_flatness.measures.robust_loss import PREFIX
 
 Metrics = dict[str, float]
 # In the run folder, until the run has ended.
@@ -169,7 +174,9 @@ class FinalEvaluation(FinalMeasure):
         num_perturbations: Number of directions of the flatness; 0 leaves it out.
         xi: Relative length ξ of a perturbation in each layer.
         protocol: Protocol of the flatness, `shared` or `paper`.
-        extras: Further measures of each split, or `all`: `clean` (average-case flatness of the
+        extras: Further measures of each split, or `all`: `margins`, `lipschitz` (local Lipschitz
+            constant), `thickness` (of the boundary), `checks` (attacks that show misleading
+            gradients, see `run_folder.attack_checks`), `clean` (average-case flatness of the
             clean loss, from the same directions), `worst` and `clean_worst` (worst-case flatness
             at ξ = 0.003 with as many restarts), `curvature` (extreme eigenvalues of the Hessian).
         steps: Number of steps of the attack.
@@ -248,6 +255,9 @@ class FinalEvaluation(FinalMeasure):
             pair = [metrics.get(f"{prefix}/{name}") for prefix in ("test", "train_eval")]
             if pair[0] is not None and pair[1] is not None:
                 metrics[f"gap/{name}"] = pair[0] - pair[1]
+        for split in self.splits:
+            labels = self.examples(trainer, pl_module, split).labels
+            self.final_arrays[f"{weights}/{PREFIX[split]}/labels"] = labels
         return metrics
 
 
@@ -259,6 +269,10 @@ EXTRAS: dict[str, Callable[[FinalEvaluation], Measure]] = {
     ),
     "worst": lambda e: WorstCaseFlatness(restarts=e.restarts, **e.attack),
     "clean_worst": lambda e: WorstCaseFlatness(loss="clean", restarts=e.restarts, **e.attack),
+    "margins": lambda e: Margins(**e.attack),
+    "lipschitz": lambda e: LocalLipschitz(**e.attack),
+    "thickness": lambda e: BoundaryThickness(batch_size=e.measure.batch_size, seed=e.measure.seed),
+    "checks": lambda e: AttackChecks(**{**e.attack, "steps": min(10, e.attack["steps"])}),
     "curvature": lambda e: Curvature(batch_size=e.measure.batch_size, seed=e.measure.seed),
 }
 

@@ -8,21 +8,29 @@ Example:
     torch.Size([10, 4])
 """
 
+from robust_flatness.measures.attack_checks import AttackChecks
 from robust_flatness.measures.autoattack import AutoAttackError
 from robust_flatness.measures.average_case_flatness import AverageCaseFlatness
 from robust_flatness.measures.base import AttackMeasure, Examples, Measure, Processes
+from robust_flatness.measures.boundary_thickness import BoundaryThickness
 from robust_flatness.measures.curvature import Curvature
 from robust_flatness.measures.landscape import LossLandscape
+from robust_flatness.measures.local_lipschitz import LocalLipschitz
+from robust_flatness.measures.margins import Margins
 from robust_flatness.measures.robust_loss import RobustLoss
 from robust_flatness.measures.worst_case_flatness import WorstCaseFlatness
 
 __all__ = [
+    "AttackChecks",
     "AttackMeasure",
     "AutoAttackError",
     "AverageCaseFlatness",
+    "BoundaryThickness",
     "Curvature",
     "Examples",
+    "LocalLipschitz",
     "LossLandscape",
+    "Margins",
     "Measure",
     "Processes",
     "RobustLoss",

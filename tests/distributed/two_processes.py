@@ -19,6 +19,7 @@ from trainers import PLAIN, EvalBatchNorm, ToyData, quiet_trainer
 from robust_flatness.callbacks import (
     AutoAttack,
     Curvature,
+    EpochMeasure,
     Flatness,
     Landscape,
     RobustEarlyStopping,
@@ -34,6 +35,7 @@ from robust_flatness.lightning_modules import (
     ATSelfSupervision,
     EntropySGD,
 )
+from robust_flatness.measures import AttackChecks, BoundaryThickness, LocalLipschitz, Margins
 from robust_flatness.networks import ResNet18
 
 CHUNK = 4
@@ -106,6 +108,10 @@ def measuring_callbacks():
         "worst": WorstCaseFlatness(restarts=2, xi=0.05, **light),
         "stopping": RobustEarlyStopping(patience=1, **light),
         "curvature": Curvature(batch_size=CHUNK),
+        "margins": EpochMeasure(measure=Margins(**light)),
+        "lipschitz": EpochMeasure(measure=LocalLipschitz(**light)),
+        "thickness": EpochMeasure(measure=BoundaryThickness(batch_size=CHUNK, num_points=8)),
+        "checks": EpochMeasure(measure=AttackChecks(**light, square_queries=10)),
         "landscape": Landscape(
             directions=["random", "adversarial", "hessian"],
             num_steps=3,

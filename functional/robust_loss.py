@@ -17,6 +17,7 @@ from robust_flatness.functional.evaluation import (
     logits_function,
     nan_unless_finite,
     predicted_classes,
+    to_float32,
 )
 from robust_flatness.functional.noise import Norm, Start
 
@@ -108,14 +109,33 @@ class AttackedSet:
         for restart in range(self.restarts) if restarts is None else restarts:
             kept = self.pgd.attack(model, images, labels, self.starts(part, restart))
             if kept.losses is None or kept.predictions is None:
-                raise ValueError(
-                    f"Expected `keep` to be best for a measure but got {self.pgd.keep}."
-                )
+                raise _refusal(self.pgd)
             losses = torch.maximum(losses.to(kept.losses), kept.losses)
             correct &= kept.predictions == labels
             if self.on_attack is not None:
                 self.on_attack()
         return losses, correct
+
+    def adversarial(self, model: Model, part: slice) -> Tensor:
+        """Attacks one batch; returns each example of its worst restart `(N, C, H, W)`.
+
+        Without steps these are the images, which costs no forward.
+        """
+        images, labels = self.images[part], self.labels[part]
+        worst = to_float32(images).clone()
+        highest = torch.full(labels.shape, -math.inf, device=images.device)
+        for restart in range(self.restarts):
+            if self.pgd.steps:
+                kept = self.pgd.attack(model, images, labels, self.starts(part, restart))
+                if kept.losses is None:
+                    raise _refusal(self.pgd)
+                losses = kept.losses.nan_to_num(math.inf, math.inf)
+                higher = (losses > highest).view(-1, *[1] * (images.ndim - 1))
+                worst = torch.where(higher, kept.images, worst)
+                highest = torch.maximum(highest.to(losses), losses)
+            if self.on_attack is not None:
+                self.on_attack()
+        return worst
 
     def losses(
         self,
@@ -127,6 +147,10 @@ class AttackedSet:
         parts = self.batches if parts is None else parts
         losses = [self.attack(model, part, restarts)[0] for part in parts]
         return torch.cat(losses) if losses else self.images.new_zeros(0)
+
+
+def _refusal(pgd: PGD) -> ValueError:
+    return ValueError(f"Expected `keep` to be best for a measure but got {pgd.keep}.")
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from trainers import PLAIN, EvalBatchNorm, ToyData, quiet_trainer
 from robust_flatness.callbacks import (
     AutoAttack,
     Curvature,
+    EpochMeasure,
     Flatness,
     Landscape,
     RobustEarlyStopping,
@@ -33,6 +34,12 @@ from robust_flatness.lightning_modules import (
     ATEntropySGD,
     ATSelfSupervision,
     EntropySGD,
+)
+from robust_flatness.measures import (
+    AdaptiveSharpness,
+    FirstOrderFlatness,
+    GradientNorm,
+    HessianTrace,
 )
 from robust_flatness.networks import ResNet18
 
@@ -106,6 +113,18 @@ def measuring_callbacks():
         "worst": WorstCaseFlatness(restarts=2, xi=0.05, **light),
         "stopping": RobustEarlyStopping(patience=1, **light),
         "curvature": Curvature(batch_size=CHUNK),
+        **{
+            f"{type(measure).__name__} {i}": EpochMeasure(measure=measure)
+            for i, measure in enumerate(
+                (
+                    AdaptiveSharpness(num_perturbations=2, **light),
+                    AdaptiveSharpness(case="worst", weight_steps=3, **light),
+                    HessianTrace(num_probes=2, batch_size=CHUNK),
+                    GradientNorm(**light),
+                    FirstOrderFlatness(weight_steps=2, **light),
+                )
+            )
+        },
         "landscape": Landscape(
             directions=["random", "adversarial", "hessian"],
             num_steps=3,

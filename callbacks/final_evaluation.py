@@ -270,6 +270,8 @@ class FinalEvaluation(FinalMeasure):
         return metrics
 
 
+# The number of images in a batch is part of the definition of sharpness.
+M = {"batch_size": 128}
 # Measures by name. An extra takes from the evaluation what it shares with it: `attack` is the
 # arguments of `AttackMeasure`.
 EXTRAS: dict[str, Callable[[FinalEvaluation], Measure]] = {
@@ -279,15 +281,10 @@ EXTRAS: dict[str, Callable[[FinalEvaluation], Measure]] = {
     "worst": lambda e: WorstCaseFlatness(restarts=e.restarts, **e.attack),
     "clean_worst": lambda e: WorstCaseFlatness(loss="clean", restarts=e.restarts, **e.attack),
     "curvature": lambda e: Curvature(batch_size=e.measure.batch_size, seed=e.measure.seed),
-    # The number of images in a batch is part of the definition.
-    "adaptive_average": lambda e: AdaptiveSharpness(**{**e.attack, "batch_size": 128}),
-    "adaptive_worst": lambda e: AdaptiveSharpness(case="worst", **{**e.attack, "batch_size": 128}),
-    "clean_adaptive_average": lambda e: AdaptiveSharpness(
-        loss="clean", **{**e.attack, "batch_size": 128}
-    ),
-    "clean_adaptive_worst": lambda e: AdaptiveSharpness(
-        case="worst", loss="clean", **{**e.attack, "batch_size": 128}
-    ),
+    "adaptive_average": lambda e: AdaptiveSharpness(**e.attack | M),
+    "adaptive_worst": lambda e: AdaptiveSharpness(case="worst", **e.attack | M),
+    "clean_adaptive_average": lambda e: AdaptiveSharpness(loss="clean", **e.attack | M),
+    "clean_adaptive_worst": lambda e: AdaptiveSharpness(case="worst", loss="clean", **e.attack | M),
     "hessian_trace": lambda e: HessianTrace(**e.attack),
     "gradient_norm": lambda e: GradientNorm(**e.attack),
     "clean_gradient_norm": lambda e: GradientNorm(loss="clean", **e.attack),

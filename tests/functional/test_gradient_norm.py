@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 from networks_for_tests import images_and_labels, tiny_network
-from scaled_networks import scaled
+from scaled_networks import scaled, scaled_filters, without_eps
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -37,6 +37,16 @@ def test_scaling_normalised_layers_changes_the_norm_and_not_the_relative_norm(fa
         [factor, factor, factor, 1, 1], dtype=torch.float64
     )
     torch.testing.assert_close(moved.gradient_norms, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_scaling_filters_changes_the_relative_norm():
+    images, labels = images_and_labels(12)
+    plain, moved = (
+        gradient_norm(change(without_eps(tiny_network().double())), images.double(), labels)
+        for change in (nn.Identity(), scaled_filters)
+    )
+    assert moved.gradient_norms[-1] == pytest.approx(plain.gradient_norms[-1].item(), rel=1e-9)
+    assert moved.relative_norm != pytest.approx(plain.relative_norm, rel=1e-2)
 
 
 def test_the_relative_norm_is_the_slope_of_worst_case_flatness_at_fixed_images():

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 from networks_for_tests import images_and_labels, same, snapshot, tiny_network
-from scaled_networks import scaled
+from scaled_networks import scaled, scaled_filters, without_eps
 from torch import nn
 from torch.nn.functional import cross_entropy, softplus
 
@@ -82,25 +82,6 @@ def test_average_tends_to_the_curvature_relative_to_the_weights(norm, variance):
     expected = rho**2 / 2 * variance * curvature
     assert result.standard_error < 0.1 * expected
     assert result.value == pytest.approx(expected, abs=3 * result.standard_error)
-
-
-def scaled_filters(network: nn.Sequential) -> nn.Sequential:
-    """Each filter scaled by a factor of its own, with the BatchNorm behind it made to undo that."""
-    for convolution, norm in ((network[0], network[1]), (network[3], network[4])):
-        factors = torch.linspace(0.5, 3.0, len(convolution.weight)).double()
-        with torch.no_grad():
-            # BatchNorm has one eps for all filters: without it the function stays the same.
-            convolution.weight.mul_(factors.view(-1, 1, 1, 1))
-            if convolution.bias is not None:
-                convolution.bias.mul_(factors)
-            norm.running_mean.mul_(factors)
-            norm.running_var.mul_(factors**2)
-    return network
-
-
-def without_eps(network: nn.Sequential) -> nn.Sequential:
-    network[1].eps = network[4].eps = 0.0
-    return network
 
 
 @pytest.mark.parametrize("loss", ["robust", "clean"])

@@ -133,6 +133,20 @@ def layer_tensors(model: nn.Module, *, biases: bool = True) -> dict[str, LayerTe
     return tensors
 
 
+def all_tensors(model: nn.Module) -> dict[str, LayerTensor]:
+    """The tensors of `layer_tensors`, then all other parameters: those of normalization layers."""
+    tensors = layer_tensors(model)
+    behind = {id(source) for m in model.modules() for s in _computed(m).values() for source in s}
+    known = {_memory(own) for tensor in tensors.values() if (own := tensor.own()) is not None}
+    for prefix, module in model.named_modules():
+        for attribute, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in behind and _memory(parameter) not in known:
+                known.add(_memory(parameter))
+                name = f"{prefix}.{attribute}" if prefix else attribute
+                tensors[name] = LayerTensor(module, attribute)
+    return tensors
+
+
 def layer_tensor(model: nn.Module, name: str) -> LayerTensor:
     """Returns the tensor of a name, which may be any name of a shared one.
 

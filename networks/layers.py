@@ -133,6 +133,9 @@ class ReparameterizedBatchNorm2d(nn.Module):
         [0.0, 0.0, 0.0]
     """
 
+    # Added to `weight` in the forward pass. Measures that are relative to weights read it.
+    weight_offset = 1.0
+
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
         super().__init__()
         self.statistics = nn.BatchNorm2d(num_features, eps=eps, momentum=momentum, affine=False)

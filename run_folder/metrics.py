@@ -101,6 +101,34 @@ METRICS = (
     Metric("flatness/worst", "worst-case flatness", "nats"),
     Metric("flatness/clean_average", "average-case flatness of the clean loss", "nats"),
     Metric("flatness/clean_worst", "worst-case flatness of the clean loss", "nats"),
+    Metric("flatness/first_order", "first-order flatness", "nats", in_tables=True),
+    Metric("flatness/clean_first_order", "first-order flatness (clean)", "nats", in_tables=True),
+    Metric("sharpness/adaptive_average", "average adaptive sharpness", "nats", in_tables=True),
+    Metric("sharpness/adaptive_worst", "worst adaptive sharpness", "nats", in_tables=True),
+    Metric(
+        "sharpness/clean_adaptive_average",
+        "average adaptive sharpness (clean)",
+        "nats",
+        in_tables=True,
+    ),
+    Metric(
+        "sharpness/clean_adaptive_worst", "worst adaptive sharpness (clean)", "nats", in_tables=True
+    ),
+    Metric("gradient/norm", "gradient norm", in_tables=True),
+    Metric("gradient/clean_norm", "gradient norm (clean)", in_tables=True),
+    Metric("gradient/relative_norm", "relative gradient norm", "nats", in_tables=True),
+    Metric(
+        "gradient/clean_relative_norm", "relative gradient norm (clean)", "nats", in_tables=True
+    ),
+    Metric("hessian/trace", "Hessian trace", in_tables=True),
+    Metric("hessian/robust_trace", "Hessian trace (fixed attacks)", in_tables=True),
+    Metric("hessian/scale_free_trace", "scale-free Hessian trace", "nats", in_tables=True),
+    Metric(
+        "hessian/robust_scale_free_trace",
+        "scale-free Hessian trace (fixed attacks)",
+        "nats",
+        in_tables=True,
+    ),
     Metric("hessian/max_eigenvalue", "largest Hessian eigenvalue"),
     Metric("hessian/min_eigenvalue", "smallest Hessian eigenvalue", lower_is_better=None),
     Metric("hessian/convexity", "convexity |λ_min| / |λ_max|"),
@@ -194,7 +222,9 @@ def metric(name: str) -> Metric:
     key = "/".join(parts)
     entry = _BY_NAME.get(key) or _default(key)
     if is_deviation:
-        entry = replace(entry, label=f"standard error of {entry.label}", lower_is_better=None)
+        label = f"standard error of {entry.label}"
+        # Tables show it behind its value.
+        entry = replace(entry, label=label, lower_is_better=None, in_tables=False)
     return replace(
         entry,
         name=logged,

@@ -21,7 +21,16 @@ from robust_flatness.callbacks import (
     RobustEvaluation,
 )
 from robust_flatness.callbacks.measuring import evaluation_context, swapped_weights
-from robust_flatness.measures import AttackChecks, BoundaryThickness, LocalLipschitz, Margins
+from robust_flatness.measures import (
+    AdaptiveSharpness,
+    AttackChecks,
+    BoundaryThickness,
+    FirstOrderFlatness,
+    GradientNorm,
+    HessianTrace,
+    LocalLipschitz,
+    Margins,
+)
 
 LIGHT = {"num_examples": 12, "steps": 2, "eps": 0.1, "batch_size": 5}
 
@@ -58,6 +67,14 @@ class Foreign(LightningModule):
 
 
 def measuring_callbacks() -> list[Callback]:
+    few = {"eps": 0.1, "steps": 1, "batch_size": 5}
+    derivatives = [
+        AdaptiveSharpness(num_perturbations=2, parameters="all", **few),
+        AdaptiveSharpness(case="worst", weight_steps=2, **few),
+        HessianTrace(num_probes=1, **few),
+        GradientNorm(**few),
+        FirstOrderFlatness(weight_steps=1, **few),
+    ]
     return [
         RobustEvaluation(**LIGHT),
         RobustEvaluation(split="train", **LIGHT),
@@ -75,6 +92,7 @@ def measuring_callbacks() -> list[Callback]:
             )
         ),
         AutoAttack(num_examples=6, eps=0.1, version="custom", attacks=["apgd-ce"]),
+        *(EpochMeasure(measure=measure, num_examples=6) for measure in derivatives),
     ]
 
 

@@ -35,7 +35,16 @@ from robust_flatness.lightning_modules import (
     ATSelfSupervision,
     EntropySGD,
 )
-from robust_flatness.measures import AttackChecks, BoundaryThickness, LocalLipschitz, Margins
+from robust_flatness.measures import (
+    AdaptiveSharpness,
+    AttackChecks,
+    BoundaryThickness,
+    FirstOrderFlatness,
+    GradientNorm,
+    HessianTrace,
+    LocalLipschitz,
+    Margins,
+)
 from robust_flatness.networks import ResNet18
 
 CHUNK = 4
@@ -112,6 +121,18 @@ def measuring_callbacks():
         "lipschitz": EpochMeasure(measure=LocalLipschitz(**light)),
         "thickness": EpochMeasure(measure=BoundaryThickness(batch_size=CHUNK, num_points=8)),
         "checks": EpochMeasure(measure=AttackChecks(**light, square_queries=10)),
+        **{
+            f"{type(measure).__name__} {i}": EpochMeasure(measure=measure)
+            for i, measure in enumerate(
+                (
+                    AdaptiveSharpness(num_perturbations=2, **light),
+                    AdaptiveSharpness(case="worst", weight_steps=3, **light),
+                    HessianTrace(num_probes=2, batch_size=CHUNK),
+                    GradientNorm(**light),
+                    FirstOrderFlatness(weight_steps=2, **light),
+                )
+            )
+        },
         "landscape": Landscape(
             directions=["random", "adversarial", "hessian"],
             num_steps=3,

@@ -9,15 +9,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from robust_flatness.functional.attack import PGD, example_losses
+from robust_flatness.functional.attack import PGD
 from robust_flatness.functional.checks import check_choice, check_count, check_examples
-from robust_flatness.functional.evaluation import (
-    Model,
-    evaluation_context,
-    logits_function,
-    nan_unless_finite,
-    predicted_classes,
-)
+from robust_flatness.functional.evaluation import Model, evaluation_context
 from robust_flatness.functional.noise import Norm, Start
 
 LossKind = Literal["robust", "clean"]
@@ -234,16 +228,12 @@ def evaluate_robustness(
 
 def measure_robustness(model: Model, attacked: AttackedSet) -> RobustnessResult:
     """`evaluate_robustness` inside `evaluation_context`."""
+    clean = replace(attacked.for_loss("clean"), on_attack=None)
     columns: list[tuple[Tensor, ...]] = []
-    network = logits_function(model, attacked.images)
     for part in attacked.batches:
-        images, labels = attacked.images[part].clone(), attacked.labels[part].clone()
-        with torch.no_grad():
-            logits = network(images)
-            clean = nan_unless_finite(example_losses(logits, labels), logits)
-            clean_correct = predicted_classes(logits) == labels
+        clean_losses, clean_correct = clean.attack(model, part)
         losses, correct = attacked.attack(model, part)
-        columns.append((clean, clean_correct, losses, clean_correct & correct))
+        columns.append((clean_losses, clean_correct, losses, clean_correct & correct))
     if not columns:
         none = attacked.images.new_zeros(0)
         return RobustnessResult(none, none.bool(), none, none.bool())

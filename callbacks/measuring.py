@@ -1,7 +1,7 @@
 """Measuring a network in the middle of training, so that training does not notice."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -133,11 +133,9 @@ def averaged_weights(trainer: Trainer, module: LightningModule) -> Iterator[None
         module: The module.
     """
     average = None if module in _OWN_WEIGHTS else _average(trainer, module)
-    if average is None:
-        yield
-        return
-    with _weights_restored(module):
-        copy_weights(average, module)
+    with _weights_restored(module) if average is not None else nullcontext():
+        if average is not None:
+            copy_weights(average, module)
         yield
 
 

@@ -21,17 +21,11 @@ NO_ATTACK = PGD(0.0, steps=0, start="zero")
 
 @dataclass(frozen=True)
 class AttackedSet:
-    """The images of a measure and how they are attacked.
+    """The images of a measure and how they are attacked, as in `evaluate_robustness`.
 
     Args:
-        images: `(N, C, H, W)` in [0, 1].
-        labels: `(N,)` true classes.
+        images, labels, restarts, seed, batch_size, indices, on_attack: As there.
         pgd: The attack, with `keep` best.
-        restarts: Number of restarts, of which the worst counts for each example.
-        seed: Seed of the starts, which depend on (seed, example index, restart).
-        batch_size: Images measured at once; changes losses by rounding only.
-        indices: Global index of each image in the whole measured set; `None` numbers them.
-        on_attack: Called after each restart on each batch, for progress.
 
     Raises:
         ValueError: If pixels, shapes, or an argument are out of range.

@@ -5,6 +5,7 @@ import re
 import warnings
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -237,10 +238,29 @@ def _added_to_computed(
         for name, sources in _computed(module).items():
             alike.setdefault(tuple(map(id, sources)), []).append(LayerTensor(module, name))
     with ExitStack() as stack:
-        for (layer, name), summand in summands:
-            for tensor in alike[tuple(map(id, _computed(layer)[name]))]:
-                stack.enter_context(_added(*tensor, summand))
+        for (source, attribute), summand in summands:
+            plus = _Plus(summand.clone() if summand.is_inference() else summand)
+            for layer, name in alike[tuple(map(id, _computed(source)[attribute]))]:
+                if parametrize.is_parametrized(layer, name):
+                    steps: Any = layer.parametrizations[name]  # type: ignore[index]
+                    steps.append(plus)
+                    stack.callback(_remove, steps, plus)
+                else:
+                    # At once for code that reads the tensor without calling the layer, such as
+                    # fused attention.
+                    stack.callback(setattr, layer, name, getattr(layer, name))
+                    hook = partial(_add_to, name=name, plus=plus)
+                    hook(layer)
+                    stack.callback(layer.register_forward_pre_hook(hook).remove)
         yield
+
+
+def _remove(steps: nn.ModuleList, plus: nn.Module) -> None:
+    del steps[[*steps].index(plus)]
+
+
+def _add_to(layer: nn.Module, *_: Any, name: str, plus: nn.Module) -> None:
+    setattr(layer, name, plus(getattr(layer, name)))
 
 
 class _Plus(nn.Module):
@@ -252,30 +272,6 @@ class _Plus(nn.Module):
 
     def forward(self, computed: Tensor) -> Tensor:
         return computed + self.summand
-
-
-@contextmanager
-def _added(layer: Any, name: str, summand: Tensor) -> Iterator[None]:
-    plus = _Plus(summand.clone() if summand.is_inference() else summand)
-    if parametrize.is_parametrized(layer, name):
-        steps = layer.parametrizations[name]
-        steps.append(plus)
-        try:
-            yield
-        finally:
-            del steps[[*steps].index(plus)]
-        return
-    before = getattr(layer, name)
-    # Also for code that reads the tensor without calling the layer, such as fused attention.
-    setattr(layer, name, plus(before))
-    handle = layer.register_forward_pre_hook(
-        lambda layer, _: setattr(layer, name, plus(getattr(layer, name)))
-    )
-    try:
-        yield
-    finally:
-        handle.remove()
-        setattr(layer, name, before)
 
 
 def _computed(layer: Any) -> dict[str, Sequence[Tensor]]:

@@ -152,9 +152,6 @@ def in_fork(read: Callable[[], Any], what: str) -> Any:
             other processes, nor change files or shared memory. What it returns is pickled.
         what: What it reads, for the message.
 
-    Returns:
-        What `read` returned.
-
     Raises:
         ValueError: With the sentence of a `Refusal`, or if `read` fails in another way.
 

@@ -88,7 +88,7 @@ class EpochMeasure(MeasuringCallback, HoldsMeasure):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.prepare(trainer, pl_module, self.split, [self.measure])
-        others = [c for c in trainer.callbacks if isinstance(c, EpochMeasure)]  # type: ignore[attr-defined]
+        others = epoch_measures(trainer)
         if trainer.state.fn == TrainerFn.FITTING and others and others[-1] is self:
             announce_cost(trainer, pl_module, others)
 
@@ -145,6 +145,11 @@ class EpochMeasure(MeasuringCallback, HoldsMeasure):
         )
         last = epoch + 1 == trainer.max_epochs or steps >= trainer.max_steps > -1 or stops
         return epoch % self.every_n_epochs == 0 or last
+
+
+def epoch_measures(trainer: Trainer) -> list[EpochMeasure]:
+    """Returns the trainer's callbacks that measure at the end of epochs."""
+    return [c for c in trainer.callbacks if isinstance(c, EpochMeasure)]  # type: ignore[attr-defined]
 
 
 class _HoldsRobustLoss(HoldsMeasure):

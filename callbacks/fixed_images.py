@@ -41,16 +41,12 @@ FEW = 64
 
 @dataclass
 class _Read:
-    """What a run has read from its loaders, by split and number of images.
+    """What a run has read from its loaders, by split and number of images."""
 
-    Attributes:
-        batches: Indices, if the loader draws them at random.
-        digests: Hashes of the images and labels.
-        unchecked: Epoch and a few training images, to be read again in a later epoch.
-    """
-
+    # Indices, if the loader draws them at random.
     batches: dict[str, Batches] = field(default_factory=dict)
     digests: dict[str, list[str]] = field(default_factory=dict)
+    # Epoch and a few training images, to be read again in a later epoch.
     unchecked: tuple[int, Delivery] | None = None
 
 

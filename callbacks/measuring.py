@@ -75,11 +75,7 @@ class MeasuringCallback(FixedImages):
     def measure_split(
         self, trainer: Trainer, pl_module: LightningModule, split: str, measure: Measure
     ) -> Any:
-        """Measures the weights that the module holds, on all processes together.
-
-        Returns:
-            The result for all images, on every process.
-        """
+        """Measures the weights that the module holds; every process gets the whole result."""
         examples = self.examples(trainer, pl_module, split)
         bar = partial(_progress_bar, trainer, split)
         processes = Processes(trainer.global_rank, trainer.world_size, pl_module.device, bar)
@@ -100,10 +96,6 @@ def evaluation_context(trainer: Trainer, module: LightningModule) -> Iterator[No
     `functional.evaluation_context`. All processes have the first one's buffers: after a step their
     BatchNorm statistics differ, and a measure must be that of one network. Forwards are in float32,
     or in float64 if the trainer's precision is 64-true.
-
-    Args:
-        trainer: The trainer.
-        module: The module.
     """
     with ExitStack() as stack:
         stack.enter_context(evaluation.evaluation_context(module))
@@ -127,10 +119,6 @@ def averaged_weights(trainer: Trainer, module: LightningModule) -> Iterator[None
     Averages are those of a `WeightAveraging` callback, Lightning's or this package's, anywhere
     among the trainer's callbacks. Nothing changes outside of `fit`, before the first update, or if
     the module holds other weights already.
-
-    Args:
-        trainer: The trainer.
-        module: The module.
     """
     average = None if module in _OWN_WEIGHTS else _average(trainer, module)
     with _weights_restored(module) if average is not None else nullcontext():
@@ -141,12 +129,7 @@ def averaged_weights(trainer: Trainer, module: LightningModule) -> Iterator[None
 
 @contextmanager
 def swapped_weights(module: LightningModule, weights: Weights) -> Iterator[None]:
-    """Gives a module other weights and buffers, and its own back bit for bit.
-
-    Args:
-        module: The module.
-        weights: A state dict of it, on any device.
-    """
+    """Gives a module the weights and buffers of a state dict, and its own back bit for bit."""
     with _weights_restored(module):
         module.load_state_dict(weights)
         yield
@@ -218,13 +201,10 @@ def data_eps(trainer: Trainer) -> float:
 
 
 def warn_if_results_stay(trainer: Trainer, callback: Callback, *attributes: str) -> None:
-    """Warns if results of a callback stay in the processes that are spawned to compute them.
+    """Warns if the attributes with a callback's results stay in processes that are spawned.
 
-    Args:
-        trainer: The trainer. Lightning brings weights and logged metrics back from `ddp_spawn` and
-            the like, but not its callbacks.
-        callback: The callback.
-        attributes: Where it keeps its results.
+    Lightning brings weights and logged metrics back from `ddp_spawn` and the like, but not its
+    callbacks.
     """
     if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
         rank_zero_warn(

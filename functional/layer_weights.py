@@ -82,12 +82,8 @@ def perturbed_parameters(model: nn.Module, *, biases: bool = True) -> dict[str, 
     norm, pruning or another parametrization it is the tensor that the layer computes with, as a
     copy.
 
-    Args:
-        model: The network.
-        biases: Whether to include biases (flatness) or not (AT-AWP).
-
-    Returns:
-        Tensors by name, each once, in the order of `model.named_modules()`.
+    They are by name, each once, in the order of `model.named_modules()`; flatness includes biases,
+    AT-AWP does not.
 
     Raises:
         ValueError: If the network has no convolution and no linear layer, or one whose tensors

@@ -129,7 +129,10 @@ def averaged_weights(trainer: Trainer, module: LightningModule) -> Iterator[None
 
 @contextmanager
 def swapped_weights(module: LightningModule, weights: Weights) -> Iterator[None]:
-    """Gives a module the weights and buffers of a state dict, and its own back bit for bit."""
+    """Gives a module the weights and buffers of a state dict, and its own back bit for bit.
+
+    It may be nested, also inside `averaged_weights`: `own_weights` stay those of the module.
+    """
     with _weights_restored(module):
         module.load_state_dict(weights)
         yield

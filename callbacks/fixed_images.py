@@ -18,7 +18,6 @@ from typing_extensions import override
 from robust_flatness.callbacks.delivery import (
     Delivery,
     changing,
-    has_loader,
     has_own_hooks,
     read_delivery,
     source_of,
@@ -42,16 +41,12 @@ FEW = 64
 
 @dataclass
 class _Read:
-    """What a run has read from its loaders, by split and number of images.
+    """What a run has read from its loaders, by split and number of images."""
 
-    Attributes:
-        batches: Indices, if the loader draws them at random.
-        digests: Hashes of the images and labels.
-        unchecked: Epoch and a few training images, to be read again in a later epoch.
-    """
-
+    # Indices, if the loader draws them at random.
     batches: dict[str, Batches] = field(default_factory=dict)
     digests: dict[str, list[str]] = field(default_factory=dict)
+    # Epoch and a few training images, to be read again in a later epoch.
     unchecked: tuple[int, Delivery] | None = None
 
 
@@ -124,7 +119,9 @@ class FixedImages(Callback):
             if earlier is None or dataset is not None or has_examples(trainer, split):
                 # Inference tensors could not take part in an attack.
                 with isolate_rng(), torch.inference_mode(False), torch.no_grad():
-                    earlier = self._read(trainer, pl_module, split, dataset)
+                    with errors_on_all_ranks():
+                        earlier = self._read(trainer, pl_module, split, dataset)
+                    _check_alike(trainer, earlier)
             self._examples[split] = earlier
         return self._examples[split]
 
@@ -170,27 +167,6 @@ class FixedImages(Callback):
         _READ[trainer] = _Read(**checkpoint.get(CHECKPOINT_KEY, {}))
 
     def _read(
-        self,
-        trainer: Trainer,
-        module: LightningModule,
-        split: str,
-        dataset: Dataset[Any] | None,
-    ) -> Examples:
-        """The images, if all processes read the same; an error of one is one of all."""
-        with errors_on_all_ranks():
-            examples = self._read_here(trainer, module, split, dataset)
-        if trainer.world_size > 1 and torch.distributed.is_initialized():
-            digests: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(digests, _digest(examples))
-            for rank, digest in enumerate(digests):
-                if digest != digests[0]:
-                    raise ValueError(
-                        "Expected all ranks to measure the same images but those of rank "
-                        f"{rank} are not those of rank 0; pass `dataset=`."
-                    )
-        return examples
-
-    def _read_here(
         self,
         trainer: Trainer,
         module: LightningModule,
@@ -269,7 +245,9 @@ class PixelInput(nn.Module):
 
 def has_examples(trainer: Trainer, split: str) -> bool:
     """Returns whether the trainer's data has a split, by a loader or by `split_dataset`."""
-    return _has_split_dataset(trainer, split) or has_loader(trainer, split)
+    source = source_of(trainer, split)
+    has_loader = source.instance is not None and source.is_defined()
+    return has_loader or _has_split_dataset(trainer, split)
 
 
 def warn_of_one_class(examples: Examples, num_classes: int, split: str) -> None:
@@ -280,6 +258,19 @@ def warn_of_one_class(examples: Examples, num_classes: int, split: str) -> None:
             f"{int(examples.labels[0])} although the network has {num_classes} classes. If the "
             "data are sorted by class, raise `num_examples` or pass a shuffled `dataset=`."
         )
+
+
+def _check_alike(trainer: Trainer, examples: Examples) -> None:
+    """Raises if processes have read different images."""
+    if trainer.world_size > 1 and torch.distributed.is_initialized():
+        digests: list[Any] = [None] * trainer.world_size
+        torch.distributed.all_gather_object(digests, _digest(examples))
+        other = next((rank for rank, own in enumerate(digests) if own != digests[0]), None)
+        if other is not None:
+            raise ValueError(
+                f"Expected all ranks to measure the same images but those of rank {other} are not "
+                "those of rank 0; pass `dataset=`."
+            )
 
 
 def _has_split_dataset(trainer: Trainer, split: str) -> bool:

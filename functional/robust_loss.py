@@ -9,14 +9,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from robust_flatness.functional.attack import PGD, example_losses
+from robust_flatness.functional.attack import PGD
 from robust_flatness.functional.checks import check_choice, check_count, check_examples
 from robust_flatness.functional.evaluation import (
     Model,
     evaluation_context,
-    logits_function,
-    nan_unless_finite,
-    predicted_classes,
     to_float32,
 )
 from robust_flatness.functional.noise import Norm, Start
@@ -28,17 +25,11 @@ NO_ATTACK = PGD(0.0, steps=0, start="zero")
 
 @dataclass(frozen=True)
 class AttackedSet:
-    """The images of a measure and how they are attacked.
+    """The images of a measure and how they are attacked, as in `evaluate_robustness`.
 
     Args:
-        images: `(N, C, H, W)` in [0, 1].
-        labels: `(N,)` true classes.
+        images, labels, restarts, seed, batch_size, indices, on_attack: As there.
         pgd: The attack, with `keep` best.
-        restarts: Number of restarts, of which the worst counts for each example.
-        seed: Seed of the starts, which depend on (seed, example index, restart).
-        batch_size: Images measured at once; changes losses by rounding only.
-        indices: Global index of each image in the whole measured set; `None` numbers them.
-        on_attack: Called after each restart on each batch, for progress.
 
     Raises:
         ValueError: If pixels, shapes, or an argument are out of range.
@@ -258,16 +249,12 @@ def evaluate_robustness(
 
 def measure_robustness(model: Model, attacked: AttackedSet) -> RobustnessResult:
     """`evaluate_robustness` inside `evaluation_context`."""
+    clean = replace(attacked.for_loss("clean"), on_attack=None)
     columns: list[tuple[Tensor, ...]] = []
-    network = logits_function(model, attacked.images)
     for part in attacked.batches:
-        images, labels = attacked.images[part].clone(), attacked.labels[part].clone()
-        with torch.no_grad():
-            logits = network(images)
-            clean = nan_unless_finite(example_losses(logits, labels), logits)
-            clean_correct = predicted_classes(logits) == labels
+        clean_losses, clean_correct = clean.attack(model, part)
         losses, correct = attacked.attack(model, part)
-        columns.append((clean, clean_correct, losses, clean_correct & correct))
+        columns.append((clean_losses, clean_correct, losses, clean_correct & correct))
     if not columns:
         none = attacked.images.new_zeros(0)
         return RobustnessResult(none, none.bool(), none, none.bool())

@@ -70,20 +70,12 @@ def sample_weight_perturbation(
     check_number("xi", xi)
     check_choice("distribution", distribution, get_args(Distribution))
     check_choice("relative_to", relative_to, get_args(RelativeTo))
-    return random_direction(
-        perturbed_parameters(model),
-        xi=xi,
-        seed=seed,
-        direction=direction,
-        distribution=distribution,
-        relative_to=relative_to,
-        batch=batch,
-    )
+    weights = perturbed_parameters(model)
+    return random_direction(weights, xi, seed, direction, distribution, relative_to, batch)
 
 
 def random_direction(
     weights: Mapping[str, Tensor],
-    *,
     xi: float,
     seed: int,
     direction: int,

@@ -129,12 +129,12 @@ def test_the_tasks_of_lightnings_bar_keep_their_places() -> None:
     assert bar.progress is not None
     first = bar.progress.add_task("training", total=1)
     for what in ("flatness", "robust loss"):
-        with _progress_bar(trainer, what, total=2) as on_attack:
+        with _progress_bar(trainer, "val", what, total=2) as on_attack:
             on_attack()
             shown = [task for task in bar.progress.tasks if task.visible]
             assert [(task.description, task.completed) for task in shown] == [
                 ("training", 0),
-                (what, 1),
+                (f"val: {what}", 1),
             ]
     second = bar.progress.add_task("validation", total=1)
     for task in (first, second):

@@ -209,7 +209,7 @@ class FinalEvaluation(FinalMeasure):
         num_perturbations: int = 10,
         xi: float = 0.5,
         protocol: Protocol = "shared",
-        extras: Sequence[str] = (),
+        extras: Sequence[str] | str = (),
         steps: int = 20,
         restarts: int = 10,
         **kwargs: Any,

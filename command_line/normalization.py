@@ -17,17 +17,9 @@ def undo_normalization(
 ) -> None:
     """Has normalised images measured, and trained on, as pixels in [0, 1].
 
-    Callbacks take the normalization of the data, unless they have one of their own, and a module of
-    the user's own takes the images as they are delivered. Modules of this package take pixels: for
-    them the normalization is undone as each batch arrives.
-
-    Args:
-        data: May have `normalization`, its `(mean, std)` of each channel.
-        model: That trains or is tested.
-        callbacks: That measure.
-
-    Raises:
-        ValueError: If `normalization` is something else.
+    Callbacks take the `normalization` of the data, `(mean, std)` of each channel, unless they have
+    one of their own, and a module of the user's own takes the images as they are delivered. Modules
+    of this package take pixels: for them it is undone as each batch arrives.
     """
     normalization = getattr(data, "normalization", None)
     if normalization is None:

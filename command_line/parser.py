@@ -32,6 +32,11 @@ _CHOICES = {
 }
 
 
+def program() -> str:
+    """How this process was called, such as `cli.py` and `robust-flatness`."""
+    return Path(sys.argv[0]).name or "cli.py"
+
+
 def check_environment() -> None:
     """Ends with status 2 if Lightning or W&B cannot read a variable, which some are on import."""
     for name, value in os.environ.items():
@@ -89,10 +94,10 @@ def reason_of(error: Exception) -> str:
     name = type(cause).__name__
     if isinstance(cause, (ValueError, OSError)) or name == "MisconfigurationException":
         return str(error)
-    lines = [(Path(frame.filename).name, frame.lineno) for frame in extract_tb(cause.__traceback__)]
-    return (
-        f"{name}: {cause}".rstrip(". ") + "".join(f" ({f}, line {n})" for f, n in lines[-1:]) + "."
-    )
+    places = [
+        f" ({Path(f.filename).name}, line {f.lineno})" for f in extract_tb(cause.__traceback__)
+    ]
+    return f"{name}: {cause}".rstrip(". ") + "".join(places[-1:]) + "."
 
 
 def run_function(function: Callable[..., Any], arguments: Sequence[str], **passed: Any) -> None:
@@ -100,8 +105,7 @@ def run_function(function: Callable[..., Any], arguments: Sequence[str], **passe
 
     Args:
         function: With types and a docstring, which is its `--help`.
-        arguments: As typed, beginning with the command's name. What follows `--` is the function's
-            `options`.
+        arguments: As typed, beginning with the command's name. What follows `--` are its `options`.
         passed: Arguments of the function that are not typed.
     """
     name, *typed = arguments
@@ -109,7 +113,9 @@ def run_function(function: Callable[..., Any], arguments: Sequence[str], **passe
         index = typed.index("--")
         typed, passed = typed[:index], {**passed, "options": typed[index + 1 :]}
     description = (function.__doc__ or "").split("\n\n")[0]
-    parser = OneSentenceParser(prog=f"cli.py {name}", allow_abbrev=False, description=description)
+    parser = OneSentenceParser(
+        prog=f"{program()} {name}", allow_abbrev=False, description=description
+    )
     parser.typed = read_options(typed)
     parser.add_function_arguments(function, as_group=False, as_positional=True, skip={*passed})
     # A switch may stand alone, as in `fit`.

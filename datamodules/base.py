@@ -13,17 +13,17 @@ from robust_flatness.datamodules.batches import (
     GlobalBatches,
     MixedImages,
     MixedSampler,
-    check_share,
-    epochs_trained,
 )
 from robust_flatness.datamodules.images import (
     EvaluationImages,
     LabeledImages,
     ResidentImages,
+    SplitSizes,
+    ValFrom,
     channel_statistics,
+    make_splits,
     to_unit_range,
 )
-from robust_flatness.datamodules.splits import SplitSizes, ValFrom, make_splits
 from robust_flatness.datamodules.unlabeled_files import read_unlabeled
 from robust_flatness.functional.checks import (
     Eps,
@@ -117,7 +117,12 @@ class RobustDataModule(LightningDataModule, ABC):
         check_count("batch_size", batch_size, low=1)
         check_count("num_workers", num_workers)
         check_choice("augment", augment, get_args(Augment))
-        check_share(unlabeled_share, batch_size)
+        check_number("unlabeled_share", unlabeled_share, high=1)
+        if 0 < unlabeled_share < 1 and not 0 < round(unlabeled_share * batch_size) < batch_size:
+            raise ValueError(
+                f"Expected `unlabeled_share` to give each batch of {batch_size} images of both"
+                f" kinds but got {unlabeled_share}."
+            )
         self.eps = float(eps)
         self.batch_size = batch_size
         self.augment = augment
@@ -235,25 +240,24 @@ class RobustDataModule(LightningDataModule, ABC):
         Raises:
             RuntimeError: If there is no trainer whose processes share the batches.
         """
-        trainer, batches = self._attached_trainer(), self._global_batches()
+        batches, root_device = self._global_batches(), self._attached_trainer.strategy.root_device
         dataset: Dataset[Any] = self._images["training"]
         # Workers fetch as soon as there is an iterator, which on resume is before the trainer sets
         # the sampler's epoch.
-        epoch = epochs_trained(trainer)
-        sampler: DistributedSampler[Any] = batches.sampler(self._images["training"], epoch)
+        sampler: DistributedSampler[Any] = batches.sampler(self._images["training"], self._epoch)
         if "unlabeled" in self._images:
             dataset = MixedImages(self._images["training"], self._images["unlabeled"])
             sampler = MixedSampler(dataset, batches, self.unlabeled_share)
-            sampler.set_epoch(epoch)
+            sampler.set_epoch(self._epoch)
         num_workers = 0 if self.in_memory else self.num_workers
         return DataLoader(
             dataset,
-            batches.local_size,
+            batches.batch_size // batches.world_size,
             sampler=sampler,
             collate_fn=default_convert,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
-            pin_memory=not self.in_memory and trainer.strategy.root_device.type == "cuda",
+            pin_memory=not self.in_memory and root_device.type == "cuda",
         )
 
     def test_dataloader(self) -> DataLoader[Any]:
@@ -274,11 +278,12 @@ class RobustDataModule(LightningDataModule, ABC):
         images = batch[0] if isinstance(batch, (list, tuple)) and batch else None
         if not isinstance(images, torch.Tensor) or images.dtype != torch.uint8:
             return batch
-        trainer = self._attached_trainer()
+        trainer = self._attached_trainer
         if trainer.training:
             # The trainer counts a batch only after its transfer.
-            position = (epochs_trained(trainer), trainer.fit_loop.batch_idx + 1)
-            noise = self._augmentation.noise(self._global_batches(), len(images), *position)
+            batch_idx = trainer.fit_loop.batch_idx + 1
+            batches = self._global_batches()
+            noise = self._augmentation.noise(batches, len(images), self._epoch, batch_idx)
             images = self._augmentation(images, noise)
         # The trainer converts floats to its precision before this hook, but not these.
         return trainer.precision_plugin.convert_input(to_unit_range(images)), *batch[1:]
@@ -346,13 +351,19 @@ class RobustDataModule(LightningDataModule, ABC):
                 f" have, but got {size[1]}x{size[0]}."
             )
 
+    @property
     def _attached_trainer(self) -> Trainer:
         if self.trainer is None:
             raise RuntimeError("Expected a trainer that uses the datamodule but got none.")
         return self.trainer
 
+    @property
+    def _epoch(self) -> int:
+        """The number of trained epochs, also while a resumed trainer has not counted on yet."""
+        return int(self._attached_trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
+
     def _global_batches(self) -> GlobalBatches:
-        trainer = self._attached_trainer()
+        trainer = self._attached_trainer
         if self._run_seed is None:
             raise RuntimeError("Expected `setup('fit')` before training batches but got no call.")
         return GlobalBatches(

@@ -94,10 +94,9 @@ def reason_of(error: Exception) -> str:
     name = type(cause).__name__
     if isinstance(cause, (ValueError, OSError)) or name == "MisconfigurationException":
         return str(error)
-    places = [
-        f" ({Path(f.filename).name}, line {f.lineno})" for f in extract_tb(cause.__traceback__)
-    ]
-    return f"{name}: {cause}".rstrip(". ") + "".join(places[-1:]) + "."
+    frames = extract_tb(cause.__traceback__)[-1:]
+    places = [f" ({Path(frame.filename).name}, line {frame.lineno})" for frame in frames]
+    return f"{name}: {cause}".rstrip(". ") + "".join(places) + "."
 
 
 def run_function(function: Callable[..., Any], arguments: Sequence[str], **passed: Any) -> None:

@@ -89,11 +89,10 @@ class CLI(LightningCLI):
 
     parser_class: type[LightningArgumentParser] = Parser
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """`fit` and `test`; nothing is validated or predicted outside callbacks."""
-        both = LightningCLI.subcommands()
-        return {name: both[name] for name in ("fit", "test")}
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The one of `fit` and `test` that was typed: each takes time to build."""
+        known = LightningCLI.subcommands()
+        return {name: known[name] for name in ("fit", "test") if name in self.parser_kwargs}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the default callbacks and links what the data knows into the model."""
@@ -345,7 +344,7 @@ def run_lightning_cli(arguments: Sequence[str], cli_class: type[CLI] = CLI) -> N
             seed_everything_default=0,
             parser_class=cli_class.parser_class,
             parser_kwargs={
-                **{name: {"default_config_files": [str(DEFAULTS)]} for name in CLI.subcommands()},
+                arguments[0]: {"default_config_files": [str(DEFAULTS)]},
                 # A share of a name would also be a misspelt one.
                 "allow_abbrev": False,
             },

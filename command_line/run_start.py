@@ -103,8 +103,7 @@ def resume_command(folder: Path) -> str | None:
     last = folder / "checkpoints" / "last.ckpt"
     if not last.is_file():
         return None
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    script = sys.argv[0] or "cli.py"
+    spec, script = getattr(sys.modules["__main__"], "__spec__", None), sys.argv[0] or "cli.py"
     program = ["python", script] if script.endswith(".py") else [Path(script).name]
     if spec is not None:
         program = ["python", "-m", spec.name.removesuffix(".__main__")]

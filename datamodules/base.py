@@ -8,12 +8,8 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_convert
 
-from robust_flatness.datamodules.augmentation import Augment, Augmentation
-from robust_flatness.datamodules.batches import (
-    GlobalBatches,
-    MixedImages,
-    MixedSampler,
-)
+from robust_flatness.datamodules.augmentation import FILLED, Augment, Augmentation
+from robust_flatness.datamodules.batches import GlobalBatches, MixedImages, MixedSampler
 from robust_flatness.datamodules.images import (
     EvaluationImages,
     LabeledImages,
@@ -198,7 +194,7 @@ class RobustDataModule(LightningDataModule, ABC):
         seed = torch.initial_seed() if self.seed is None else self.seed
         self._run_seed = int(strategy.broadcast(seed))
         self._global_batches().check(len(self._images["training"]))
-        mean = self.mean if Augmentation.needs_mean(self.augment) else ()
+        mean = self.mean if self.augment in FILLED else ()
         self._augmentation = Augmentation(self.augment, self.flip, mean)
         for name, images in self._images.items():
             if name in ("training", "unlabeled") and self.in_memory:
@@ -267,13 +263,8 @@ class RobustDataModule(LightningDataModule, ABC):
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Converts uint8 images to floats in [0, 1], and augments them in training.
 
-        Args:
-            batch: Images `(N, C, H, W)`, labels `(N,)` and further parts, on the device. Batches
-                that do not begin with uint8 images are from other loaders and returned as they are.
-            dataloader_idx: Not used.
-
-        Returns:
-            Images, float32 or of the trainer's precision, and the other parts as they are.
+        Batches that do not begin with uint8 images are from other loaders and returned as they are.
+        Images become float32, or of the trainer's precision.
         """
         images = batch[0] if isinstance(batch, (list, tuple)) and batch else None
         if not isinstance(images, torch.Tensor) or images.dtype != torch.uint8:
@@ -289,7 +280,7 @@ class RobustDataModule(LightningDataModule, ABC):
         return trainer.precision_plugin.convert_input(to_unit_range(images)), *batch[1:]
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state in a checkpoint: the seed, so that a resumed run shuffles as before."""
+        """Returns the seed, so that a resumed run shuffles as before."""
         return {"seed": self._run_seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -298,25 +289,18 @@ class RobustDataModule(LightningDataModule, ABC):
             self._run_seed = state_dict["seed"]
 
     def _read(self, *, with_val: bool) -> None:
-        """Reads the splits, or only checks them if images are not kept in memory.
-
-        Args:
-            with_val: Whether there must be images for early stopping, which a test does not need.
-        """
+        """Reads the splits, or only checks them if not `in_memory`; a test needs no `val`."""
         if self._images and ("val" in self._images or not with_val):
             return
         train, test = self.sources()
         self._check_images(train, "training")
         self._check_images(test, "test")
         splits = make_splits(*self.orders(len(train), len(test)), self.sizes, with_val=with_val)
-        training = self._load(train.subset(splits["training"]))
-        measured = {
-            "train": training.subset(range(len(splits["train"]))),
-            "test": self._load(test.subset(splits["test"])),
-        }
-        if splits["val"]:
-            source = test if self.sizes.val_from == "test" else train
-            measured["val"] = self._load(source.subset(splits["val"]))
+        val = test if self.sizes.val_from == "test" else train
+        sources = {"training": train, "test": test} | ({"val": val} if splits["val"] else {})
+        measured = {k: self._load(source.subset(splits[k])) for k, source in sources.items()}
+        training = measured.pop("training")
+        measured["train"] = training.subset(range(len(splits["train"])))
         if not self.in_memory:
             # Damaged images raise their error now, and not when they are first measured.
             for images in measured.values():

@@ -126,12 +126,9 @@ class MixedSampler(DistributedSampler[int]):
 
     Each global batch of B images has exactly `round(share * B)` pseudo-labeled ones. Both kinds are
     drawn without replacement, one permutation after the other, which continue from epoch to epoch.
-    An epoch has as many batches as the labeled images alone would have, the last one smaller, so a
-    permutation of them takes about 1 / (1 - share) epochs. Each global batch is shuffled before it
-    is shared, so that BatchNorm sees a mixture on each process.
-
-    The code of the paper and of Carmon et al. draws the pseudo-labeled images with replacement;
-    without replacement, the number of times that each was seen is known.
+    (The code of the paper and of Carmon et al. draws pseudo-labeled images with replacement.) An
+    epoch has as many batches as the labeled images alone would have, the last one smaller. Each
+    global batch is shuffled before it is shared, so that BatchNorm sees a mixture on each process.
 
     All of it follows from seed and epoch, so that a resumed run continues exactly. Lightning calls
     `set_epoch`, and does not replace a `DistributedSampler`.

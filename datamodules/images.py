@@ -131,13 +131,7 @@ class ResidentImages(LabeledImages):
 
 
 class EvaluationImages(Dataset[tuple[Tensor, int]]):
-    """The view of images that measures take: float32 images `(C, H, W)` in [0, 1], in order.
-
-    Example:
-        >>> white = torch.full((1, 1, 1, 1), 255, dtype=torch.uint8)
-        >>> EvaluationImages(ResidentImages(white, torch.tensor([7])))[0]
-        (tensor([[[1.]]]), 7)
-    """
+    """The view of images that measures take: float32 images `(C, H, W)` in [0, 1], in order."""
 
     def __init__(self, images: LabeledImages) -> None:
         self.images = images
@@ -165,8 +159,7 @@ def to_unit_range(images: Tensor) -> Tensor:
 def channel_statistics(images: LabeledImages, chunk: int = 500) -> tuple[list[float], list[float]]:
     """Computes mean and standard deviation of each channel, for pixels in [0, 1].
 
-    Pixels are counted by value, `chunk` images at a time, so that the result is exact and does not
-    depend on `chunk`.
+    Pixels are counted by value, so that the result is exact and does not depend on `chunk`.
 
     Raises:
         ValueError: If all pixels of a channel are equal.

@@ -142,7 +142,7 @@ class RobustDataModule(LightningDataModule, ABC):
     def orders(self, num_train: int, num_test: int) -> tuple[list[int], list[int]]:
         """Returns the order in which `num_train` training and `num_test` test images count.
 
-        Splits are the first and the last images of these lists. The default is the order of the
+        Splits are the first and the last images of these lists, by default in the order of the
         sources. The order must depend neither on the run nor on its seed.
         """
         return list(range(num_train)), list(range(num_test))

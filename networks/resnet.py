@@ -207,6 +207,10 @@ class ResNet(ResidualNetwork):
 class ResNet18(ResNet):
     """The paper's `ResNet`, with four stages of two blocks: 11,174,922 parameters for 10 classes.
 
+    Args:
+        width: Channels of the stem and of the first stage.
+        **kwargs: `activation`, `norm` and `dropout` of `ResNet`.
+
     Example:
         >>> ResNet18(num_classes=10, width=4)(torch.rand(2, 3, 32, 32)).shape
         torch.Size([2, 10])
@@ -223,6 +227,10 @@ class SmallResNet(ResNet):
 
     It has all that the measures meet in a ResNet-18 (a bias in the stem, 1x1 shortcuts, both kinds
     of normalization, a linear layer), at a cost of milliseconds on a laptop.
+
+    Args:
+        width: Channels of the stem and of the first stage.
+        **kwargs: `activation`, `norm` and `dropout` of `ResNet`.
 
     Example:
         >>> SmallResNet(num_classes=10)(torch.rand(2, 1, 8, 8)).shape

@@ -7,17 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = (
-    "robust-flatness",
-    "torch",
-    "torchvision",
-    "lightning",
-    "torchmetrics",
-    "pyautoattack",
-    "numpy",
-    "scikit-learn",
-    "wandb",
-)
+PACKAGES = ("robust-flatness", "torch", "torchvision", "lightning", "torchmetrics", "pyautoattack")
+PACKAGES += ("numpy", "scikit-learn", "wandb")
 
 
 def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str | None]:
@@ -37,11 +28,7 @@ def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str | None]:
 
 
 def hardware(num_processes: int = 1) -> dict[str, Any]:
-    """Returns the platform, the CPU's name and cores, and the names of the visible GPUs.
-
-    Args:
-        num_processes: Number of processes that trained together.
-    """
+    """Returns the platform, the CPU's name and cores, the visible GPUs' names, and processes."""
     import torch  # not at the top: reading runs needs no torch
 
     return {

@@ -86,6 +86,7 @@ def make_plan(
         ValueError: If there is nothing to train, a name or file is unknown, an option cannot apply
             to all runs, or two runs would share a folder.
     """
+    chosen: list[tuple[tuple[str, ...], str]]
     chosen = [((f"--config={file}",), "") for file in _config_files(rows, configs)]
     chosen += itertools.chain(*(_sweep_runs(file, command_line.read_yaml) for file in sweep))
     if not chosen:

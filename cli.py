@@ -38,7 +38,7 @@ def study_functions() -> Any:
         return lambda *args: resolve_name(f"{COMMAND_LINE}.{name}")(*args)
 
     functions = {
-        "read_options": "options:read_options",
+        "read_options": "parser:read_options",
         "merge_settings": "lightning_cli:merge_settings",
         "check_arguments": "lightning_cli:check_arguments",
         "read_yaml": "files:read_mapping",

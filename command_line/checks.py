@@ -12,7 +12,7 @@ from torch import Tensor
 
 from robust_flatness.command_line.components import DEFAULT_CALLBACKS, LEAVABLE, LINKED
 from robust_flatness.command_line.files import run_folder_of, settings_of_run
-from robust_flatness.command_line.options import Option
+from robust_flatness.command_line.parser import Option
 from robust_flatness.command_line.presets import EXTERNAL
 from robust_flatness.lightning_modules import AT
 from robust_flatness.lightning_modules.checkpoints import CLASS_KEY, read_checkpoint

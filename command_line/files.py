@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from robust_flatness.command_line.options import Option
+from robust_flatness.command_line.parser import Option
 from robust_flatness.lightning_modules.checkpoints import read_checkpoint
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -38,15 +38,20 @@ from robust_flatness.command_line.components import (
     OPTIONAL_CALLBACKS,
 )
 from robust_flatness.command_line.files import DEFAULTS, Settings, run_folder_of
-from robust_flatness.command_line.normalization import undo_normalization
-from robust_flatness.command_line.options import leaves, options_of, read_options
-from robust_flatness.command_line.parser import OneSentenceParser, reason_of
+from robust_flatness.command_line.parser import (
+    OneSentenceParser,
+    leaves,
+    options_of,
+    read_options,
+    reason_of,
+)
 from robust_flatness.command_line.presets import merge_presets
 from robust_flatness.command_line.run_start import (
     RunStart,
     interrupted_status,
     resume_command,
     sigterm_exits,
+    undo_normalization,
 )
 from robust_flatness.datamodules import RobustDataModule
 from robust_flatness.datamodules.batches import GlobalBatches

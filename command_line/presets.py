@@ -38,7 +38,7 @@ from robust_flatness.command_line.files import (
     snake_case,
     with_overlays,
 )
-from robust_flatness.command_line.options import Option, leaves, options_of, read_options
+from robust_flatness.command_line.parser import Option, leaves, options_of, read_options
 from robust_flatness.functional.checks import check_choice, read_number
 from robust_flatness.functional.noise import Norm
 from robust_flatness.networks.user_network import UserNetwork, check_buildable, import_path

@@ -25,7 +25,7 @@ class CommandLine(NamedTuple):
     """The functions of the command line, a layer above, that a study calls.
 
     Attributes:
-        read_options: Splits arguments into options, as `command_line.options` does.
+        read_options: Splits arguments into options, as `read_options` of the command line does.
         merge_settings: Merges presets and files; also returns the remaining arguments.
         check_arguments: Raises a `ValueError` if `fit` refuses the arguments.
         read_yaml: Reads the mapping in a YAML file, which error messages call by an option's name.

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from robust_flatness.cli import main
-from robust_flatness.command_line.options import read_options
+from robust_flatness.command_line.parser import read_options
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]

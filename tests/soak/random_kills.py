@@ -179,7 +179,8 @@ class Kills:
     """
 
     def __init__(self, root: Path, temporary: Path, seed: int = 0) -> None:
-        CONTEXT.set_forkserver_preload(["robust_flatness.cli"])
+        # `robust_flatness.cli` imports neither torch nor Lightning.
+        CONTEXT.set_forkserver_preload(["robust_flatness.command_line.lightning_cli"])
         self.root, self.temporary, self.draw = root, temporary, random.Random(seed)
         (root / "whole").mkdir()
         whole = Victim(root / "whole", temporary)

@@ -37,14 +37,10 @@ def study_functions() -> Any:
     def imported_when_called(name: str) -> Callable[..., Any]:
         return lambda *args: resolve_name(f"{COMMAND_LINE}.{name}")(*args)
 
-    functions = {
-        "read_options": "parser:read_options",
-        "merge_settings": "lightning_cli:merge_settings",
-        "check_arguments": "lightning_cli:check_arguments",
-        "read_yaml": "files:read_mapping",
-    }
+    names = ["parser:read_options", "lightning_cli:merge_settings"]
+    names += ["lightning_cli:check_arguments", "files:read_mapping"]
     command_line = resolve_name("robust_flatness.study.plan:CommandLine")
-    return command_line(**{key: imported_when_called(n) for key, n in functions.items()})
+    return command_line(*map(imported_when_called, names))
 
 
 def main(args: Sequence[str] | None = None, cli_class: type[Any] | None = None) -> None:

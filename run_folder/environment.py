@@ -7,8 +7,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("robust-flatness", "torch", "torchvision", "lightning", "torchmetrics", "pyautoattack")
-PACKAGES += ("numpy", "scikit-learn", "wandb")
+PACKAGES = (
+    *("robust-flatness", "torch", "torchvision", "lightning", "torchmetrics", "pyautoattack"),
+    *("numpy", "scikit-learn", "wandb"),
+)
 
 
 def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str | None]:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +12,6 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
-from random_kills import CONTEXT
 
 from robust_flatness import cli
 from robust_flatness.cli import CLI, main
@@ -343,30 +343,25 @@ RESUME = [
 ]
 
 
-def train_until_killed(folder: str) -> None:
-    """Trains in a process of its own, which kills itself after two epochs."""
-    os.chdir(folder)
-    torch.set_num_threads(1)
-    sys.argv = ["cli.py"]
-    build = CLI.instantiate_trainer
-
-    def instantiate(self, **kwargs):
-        trainer = build(self, **kwargs)
-        trainer.callbacks.append(Kill(2))
-        return trainer
-
-    CLI.instantiate_trainer = instantiate
-    main([*RESUME, "--trainer.default_root_dir=killed"])
-
-
 @pytest.mark.slow
 def test_killed_and_resumed_run_equals_the_uninterrupted_one(tmp_path):
-    # As `test_random_kills.py` does, for whose process the package is imported once more anyway.
-    CONTEXT.set_forkserver_preload(["robust_flatness.command_line.lightning_cli"])
-    process = CONTEXT.Process(target=train_until_killed, args=(str(tmp_path),))
-    process.start()
-    process.join(timeout=120)
-    assert process.exitcode == -signal.SIGKILL
+    script = tmp_path / "killed.py"
+    folders = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+    script.write_text(
+        f"import sys; sys.path[:0] = {folders}\n"
+        "import torch; torch.set_num_threads(1)\n"
+        "from test_cli import RESUME, Kill, CLI, main\n"
+        "build = CLI.instantiate_trainer\n"
+        "def instantiate(self, **kwargs):\n"
+        "    trainer = build(self, **kwargs)\n"
+        "    trainer.callbacks.append(Kill(2))\n"
+        "    return trainer\n"
+        "CLI.instantiate_trainer = instantiate\n"
+        "sys.argv = ['cli.py']\n"
+        "main([*RESUME, '--trainer.default_root_dir=killed'])\n"
+    )
+    ended = subprocess.run([sys.executable, str(script)], capture_output=True, timeout=120)
+    assert ended.returncode == -signal.SIGKILL
     killed, whole = Path("killed/ATAWP-Digits-s0"), Path("whole/ATAWP-Digits-s0")
     assert len((killed / "metrics.csv").read_text().splitlines()) == 3
     main(

@@ -179,8 +179,7 @@ class Kills:
     """
 
     def __init__(self, root: Path, temporary: Path, seed: int = 0) -> None:
-        # `robust_flatness.cli` imports neither torch nor Lightning.
-        CONTEXT.set_forkserver_preload(["robust_flatness.command_line.lightning_cli"])
+        CONTEXT.set_forkserver_preload(["robust_flatness.cli"])
         self.root, self.temporary, self.draw = root, temporary, random.Random(seed)
         (root / "whole").mkdir()
         whole = Victim(root / "whole", temporary)

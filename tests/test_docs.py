@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from robust_flatness.cli import main
+from robust_flatness.command_line.parser import read_options
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -185,12 +186,15 @@ def inline_options() -> list[list[str]]:
 
 
 def conflict(first: list[str], second: list[str]) -> bool:
-    """Whether both set an option, or one chooses the class that the other's options belong to."""
-    own, other = (
-        {re.split("[=+]", a)[0] for a in s if a.startswith("--")} for s in (first, second)
-    )
-    pairs = [(f"{a}.", f"{b}.") for a in own for b in other]
-    return "--config" in own | other or any(a.startswith(b) or b.startswith(a) for a, b in pairs)
+    """Whether both set an option, or one chooses the class that the other's options belong to.
+
+    Equal options, such as `--model=ATAWP`, are for both.
+    """
+    own, other = ({o.name.rstrip("+"): o.value for o in read_options(s)} for s in (first, second))
+    equal = {name for name, _ in own.items() & other.items()}
+    pairs = [(f"{a}.", f"{b}.") for a in own.keys() - equal for b in other.keys() - equal]
+    files = own.get("config") != other.get("config")
+    return files or any(a.startswith(b) or b.startswith(a) for a, b in pairs)
 
 
 def merged(snippets: list[list[str]]) -> list[list[str]]:

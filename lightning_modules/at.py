@@ -70,6 +70,9 @@ class AT(PGDMixin):
         norm: `linf` or `l2`.
         keep: `best` (the paper) or `last` iterate.
         start: `paper`, `uniform`, `gaussian` or `zero`, see `functional.noise.random_start`.
+        start_scale: Factor on the radius of a `paper` or `uniform` start, see `PGD`.
+        projection: Whether the training attack stays in the ball; without, FGSM becomes N-FGSM, see
+            `PGD`. Measures always stay in it.
         craft_mode: `eval` (the paper) or `train`, which moves BatchNorm statistics while crafting.
         tau: Stops the attack τ iterates after an example is misclassified, see `FriendlyPGD`.
         incorrect: What to do with images that are misclassified when clean: `attack` them, `ignore`
@@ -110,6 +113,8 @@ class AT(PGDMixin):
         norm: Norm = "linf",
         keep: Keep = "best",
         start: Start = "paper",
+        start_scale: float = 1.0,
+        projection: bool = True,
         craft_mode: Mode = "eval",
         tau: int | None = None,
         incorrect: Incorrect = "attack",
@@ -137,7 +142,10 @@ class AT(PGDMixin):
         if eps_scale != 1:
             step_size = PGD(eps, steps, step_size, norm).length
         settings = (eps * eps_scale, steps, step_size, norm, keep, start, craft_mode)
-        self.pgd = PGD(*settings) if tau is None else FriendlyPGD(*settings, tau=tau)
+        reach: dict[str, Any] = {"start_scale": start_scale, "projection": projection}
+        self.pgd = (
+            PGD(*settings, **reach) if tau is None else FriendlyPGD(*settings, **reach, tau=tau)
+        )
         self.training_labels = TrainingLabels(label_noise, label_smoothing, smoothing_spread)
         self.normalize = Normalize(mean, std)
         self.network = channels_last(build_network(network, num_classes, in_channels))

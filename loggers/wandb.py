@@ -29,6 +29,7 @@ from robust_flatness.run_folder.metrics import metric
 # step.
 EPOCH_PREFIXES = (
     *("train/", "train_eval/", "val/", "test/", "flatness/", "hessian/", "awp/"),
+    *("single_step/", "gradient/"),
     *("final/", "early_stopped/", "figures/"),
 )
 

@@ -14,6 +14,7 @@ from robust_flatness.measures.base import AttackMeasure, Examples, Measure, Proc
 from robust_flatness.measures.curvature import Curvature
 from robust_flatness.measures.landscape import LossLandscape
 from robust_flatness.measures.robust_loss import RobustLoss
+from robust_flatness.measures.single_step import SingleStepRobustness
 from robust_flatness.measures.worst_case_flatness import WorstCaseFlatness
 
 __all__ = [
@@ -26,5 +27,6 @@ __all__ = [
     "Measure",
     "Processes",
     "RobustLoss",
+    "SingleStepRobustness",
     "WorstCaseFlatness",
 ]

@@ -1,6 +1,8 @@
 """Adversarial training, and AT-AWP."""
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any, Literal, get_args
 
 import torch
@@ -170,6 +172,14 @@ class AT(PGDMixin):
         """Logits `(N, num_classes)` of images `(N, C, H, W)` in [0, 1]."""
         logits: Tensor = self.network(self.normalize(images))
         return logits
+
+    def to_torch(self) -> nn.Sequential:
+        """A copy in eval mode without Lightning, which maps images in [0, 1] to logits.
+
+        Its parts are `normalize` and `network`; it returns the same bits as this module.
+        """
+        parts = OrderedDict(normalize=self.normalize, network=self.network)
+        return deepcopy(nn.Sequential(parts)).eval()
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """Crafts, draws label noise, perturbs the weights (`AWPMixin`), and takes the objective."""

@@ -8,7 +8,7 @@ from typing_extensions import override
 
 from robust_flatness.functional.attack import PGD, example_losses
 from robust_flatness.functional.evaluation import Model, logits_function
-from robust_flatness.functional.robust_loss import measure_robustness
+from robust_flatness.functional.robust_loss import estimate_text, measure_robustness
 from robust_flatness.measures.base import AttackMeasure, Examples
 
 
@@ -25,6 +25,17 @@ class SingleStepResult:
     fgsm_correct: Tensor
     pgd_correct: Tensor
     alignments: Tensor
+
+    def __repr__(self) -> str:
+        """One line: errors and alignment with their standard errors over examples."""
+        fgsm, pgd = (
+            estimate_text(~correct, percent=True)
+            for correct in (self.fgsm_correct, self.pgd_correct)
+        )
+        return (
+            f"error under FGSM {fgsm}, under PGD {pgd}, gradient alignment "
+            f"{estimate_text(self.alignments)} ({len(self.alignments)} examples)"
+        )
 
     @property
     def fgsm_error(self) -> float:

@@ -168,11 +168,11 @@ def plot_overfitting(
     Raises:
         ValueError: If there is nothing to draw.
     """
-    rows = _rows(run)
+    rows, figure = _rows(run), None
     if axes is None:
         from matplotlib import pyplot
 
-        axes = pyplot.subplots(1, 2, figsize=(6.8, 3.3), layout="constrained")[1]
+        figure, axes = pyplot.subplots(1, 2, figsize=(6.8, 3.3), layout="constrained")
     left, right = axes
     best_epoch = getattr(run, "attrs", {}).get("early_stopped_epoch")
     if not _draw_overfitting(left, right, rows, num_classes, best_epoch):
@@ -180,7 +180,10 @@ def plot_overfitting(
             "Expected `run` to have robust_loss or robust_error of a split in an epoch but got "
             f"{len(rows)} epochs without."
         )
-    left.legend(fontsize=FONT - 1, frameon=False)
+    if figure is None:
+        left.legend(fontsize=FONT - 1, frameon=False)
+    else:
+        add_legend(figure)
     return left, right
 
 

@@ -7,7 +7,7 @@ from trainers import dataset, loader, quiet_trainer
 
 from robust_flatness.callbacks import CatastrophicOverfitting, MeasuredCheckpoint
 from robust_flatness.functional import PGD
-from robust_flatness.measures import SingleStepRobustness
+from robust_flatness.measures import Examples, SingleStepRobustness
 
 # Errors under FGSM and PGD by epoch.
 OVERFITS = [(0.6, 0.7), (0.4, 0.5), (0.45, 0.55), (0.2, 0.9), (0.1, 0.4), (0.1, 1.0)]
@@ -69,6 +69,24 @@ def test_a_resumed_run_remembers_and_a_checkpoint_holds_the_weights(tmp_path):
     fit(resumed, 4, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
     assert (resumed.overfitted_epoch, resumed.epoch_before) == (3, 1)
     assert same(resumed.weights_before, first.weights[1])
+
+
+def test_watching_changes_no_weight_and_logs():
+    torch.manual_seed(0)
+    callback = CatastrophicOverfitting(dataset=dataset(9), eps=0.1, steps=2, batch_size=4)
+    watched = fit(callback, 2)
+    torch.manual_seed(0)
+    alone = quiet_trainer(max_epochs=2)
+    alone.fit(Foreign(), loader(8))
+    assert same(snapshot(watched.lightning_module), snapshot(alone.lightning_module))
+    assert set(callback.metric_names) <= set(watched.callback_metrics)
+
+
+def test_a_process_may_have_no_images():
+    images, labels = images_and_labels(0)
+    result = SingleStepRobustness().measure(tiny_network(), Examples(images, labels, []))
+    shapes = [tensor.shape for tensor in (result.fgsm_correct, result.alignments)]
+    assert shapes == [(0,), (0,)]
 
 
 def test_measures_what_the_names_say():

@@ -1,5 +1,6 @@
 """Callbacks that measure a network while it trains, in any Lightning project."""
 
+from robust_flatness.callbacks.catastrophic_overfitting import CatastrophicOverfitting
 from robust_flatness.callbacks.epoch_measures import (
     Curvature,
     EpochMeasure,
@@ -25,6 +26,7 @@ from robust_flatness.callbacks.weight_clipping import WeightClipping
 
 __all__ = [
     "AutoAttack",
+    "CatastrophicOverfitting",
     "Curvature",
     "EpochMeasure",
     "FinalEvaluation",

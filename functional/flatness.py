@@ -13,7 +13,7 @@ from robust_flatness.functional.checks import check_choice, check_count, check_n
 from robust_flatness.functional.evaluation import evaluation_context
 from robust_flatness.functional.layer_weights import layer_tensors, perturbed_weights
 from robust_flatness.functional.noise import Norm, Start
-from robust_flatness.functional.robust_loss import AttackedSet, LossKind
+from robust_flatness.functional.robust_loss import AttackedSet, LossKind, estimate_text
 from robust_flatness.functional.weight_perturbation import (
     Distribution,
     RelativeTo,
@@ -51,6 +51,13 @@ class LossIncrease:
 @dataclass(frozen=True)
 class FlatnessResult(LossIncrease):
     """Average-case flatness, with the losses at w and at w + ν_k for K directions."""
+
+    def __repr__(self) -> str:
+        """One line: the value with its standard error over directions."""
+        return (
+            f"average-case flatness {estimate_text(self.increases.mean(dim=1))} "
+            f"({len(self.increases)} directions), loss at w {estimate_text(self.reference_losses)}"
+        )
 
     @property
     def value(self) -> float:

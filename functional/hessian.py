@@ -45,6 +45,13 @@ class HessianResult:
     max_eigenvector: Perturbation
     min_eigenvector: Perturbation
 
+    def __repr__(self) -> str:
+        """One line, without the eigenvectors."""
+        return (
+            f"Hessian eigenvalues {self.min_eigenvalue:.3g} to {self.max_eigenvalue:.3g}, "
+            f"convexity {self.convexity_ratio:.3g}"
+        )
+
     @property
     def convexity_ratio(self) -> float:
         """|λ_min| / |λ_max|, 0 if the loss is convex; NaN if λ_max is 0."""

@@ -52,6 +52,15 @@ class LandscapeResult:
     coordinates: Tensor
     losses: Tensor
 
+    def __repr__(self) -> str:
+        """One line: the size, and the lowest and the highest point of the mean curve."""
+        directions, steps, _ = self.losses.shape
+        return (
+            f"loss {self.mean.min():.3f} to {self.mean.max():.3f} at {steps} steps from "
+            f"{self.coordinates.min():g} to {self.coordinates.max():g}, mean of {directions} "
+            "directions"
+        )
+
     @property
     def curves(self) -> Tensor:
         """Mean loss along each direction, `(D, S)`."""
@@ -84,6 +93,14 @@ class SurfaceResult:
 
     coordinates: Tensor
     losses: Tensor
+
+    def __repr__(self) -> str:
+        """One line: the size, and the lowest and the highest mean loss."""
+        return (
+            f"loss {self.mean.min():.3f} to {self.mean.max():.3f} on a grid of "
+            f"{len(self.coordinates)} x {len(self.coordinates)} steps from "
+            f"{self.coordinates.min():g} to {self.coordinates.max():g}"
+        )
 
     @property
     def mean(self) -> Tensor:

@@ -164,6 +164,17 @@ class RobustnessResult:
     losses: Tensor
     robust_correct: Tensor
 
+    def __repr__(self) -> str:
+        """One line: errors and RLoss with their standard errors over examples."""
+        error, robust_error = (
+            estimate_text(~correct, percent=True)
+            for correct in (self.clean_correct, self.robust_correct)
+        )
+        return (
+            f"error {error}, RErr {robust_error}, RLoss {estimate_text(self.losses)} "
+            f"({len(self.losses)} examples)"
+        )
+
     @property
     def error(self) -> float:
         """Share of clean images that are misclassified, in [0, 1]."""
@@ -188,6 +199,23 @@ class RobustnessResult:
     def robust_loss_incorrect(self) -> float:
         """RLoss of the examples that are incorrect when clean (Fig. 2); NaN if there are none."""
         return _mean(self.losses[~self.clean_correct])
+
+
+def estimate_text(values: Tensor, *, percent: bool = False) -> str:
+    """The mean of values `(N,)` with its standard error, as results print it.
+
+    Example:
+        >>> estimate_text(torch.tensor([1.0, 2.0, 3.0]))
+        '2.000 ± 0.577'
+        >>> estimate_text(torch.tensor([True, False]), percent=True)
+        '50.0 ± 50.0 %'
+    """
+    values = values.double() * (100 if percent else 1)
+    decimals = 1 if percent else 3
+    text = f"{_mean(values):.{decimals}f}"
+    if len(values) > 1:
+        text += f" ± {(values.std() / math.sqrt(len(values))).item():.{decimals}f}"
+    return f"{text} %" if percent else text
 
 
 def _mean(values: Tensor) -> float:

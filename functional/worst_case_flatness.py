@@ -24,7 +24,7 @@ from robust_flatness.functional.layer_weights import (
     perturbed_weights,
 )
 from robust_flatness.functional.noise import Norm, Start, keyed_generator
-from robust_flatness.functional.robust_loss import AttackedSet, LossKind
+from robust_flatness.functional.robust_loss import AttackedSet, LossKind, estimate_text
 from robust_flatness.functional.weight_perturbation import onto_ball, scale_to, split_like
 
 
@@ -47,6 +47,13 @@ class Sharing:
 @dataclass(frozen=True)
 class WorstCaseFlatnessResult(LossIncrease):
     """Worst-case flatness, with the losses at w and at w + ν and x + δ of each restart."""
+
+    def __repr__(self) -> str:
+        """One line: the value with its standard error over examples."""
+        return (
+            f"worst-case flatness {estimate_text(self.increases[self.worst_restart])} (worst of "
+            f"{len(self.increases)} restarts), loss at w {estimate_text(self.reference_losses)}"
+        )
 
     @property
     def value(self) -> float:

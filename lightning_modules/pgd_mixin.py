@@ -18,7 +18,7 @@ from robust_flatness.functional.evaluation import (
     module_modes,
     to_float32,
 )
-from robust_flatness.functional.noise import keyed_generator, keyed_seed, random_start
+from robust_flatness.functional.noise import keyed_generator, keyed_seed
 
 # Loss, logits of adversarial examples, and further terms to log, one value for each example.
 ObjectiveTerms = tuple[Tensor, Tensor, Mapping[str, Tensor]]
@@ -70,13 +70,8 @@ class BatchNoise:
 
     def starts(self, pgd: PGD, shape: Sequence[int], purpose: str, device: torch.device) -> Tensor:
         """This process's random starts of an attack, of shape `(N, C, H, W)`."""
-        starts = random_start(
-            (self.world_size * shape[0], *shape[1:]),
-            eps=pgd.eps,
-            norm=pgd.norm,
-            start=pgd.start,
-            generator=self.generator(purpose, device),
-        )
+        whole = (self.world_size * shape[0], *shape[1:])
+        starts = pgd.draw_start(whole, self.generator(purpose, device))
         return starts[self.rank :: self.world_size]
 
     @contextmanager

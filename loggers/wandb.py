@@ -30,6 +30,7 @@ from robust_flatness.run_folder.metrics import metric
 # step.
 EPOCH_PREFIXES = (
     *("train/", "train_eval/", "val/", "test/", "flatness/", "hessian/", "awp/"),
+    *("single_step/", "gradient/"),
     *("final/", "early_stopped/", "figures/"),
 )
 
@@ -232,8 +233,7 @@ def log_trajectory(
     """
     import wandb
 
-    points = [[row.get(name, math.nan) for name in ("epoch", *names)] for row in rows]
-    points = [point for point in points if all(map(math.isfinite, point))]
+    points = trajectory_points(rows, names)
     content: dict[str, Any] = {
         f"figures/{name}": wandb.Image(str(path)) for name, path in images.items()
     }
@@ -244,6 +244,14 @@ def log_trajectory(
         content["trajectory"] = wandb.plot.scatter(table, "flatness", "robust_loss", title=title)
     if content:
         logger.log_metrics({**content, "epoch": rows[-1]["epoch"]})
+
+
+def trajectory_points(
+    rows: Sequence[Mapping[str, float]], names: tuple[str, str]
+) -> list[list[float]]:
+    """Epoch, flatness and robust loss of the rows that have both, as finite numbers."""
+    points = [[row.get(name, math.nan) for name in ("epoch", *names)] for row in rows]
+    return [point for point in points if all(map(math.isfinite, point))]
 
 
 def log_summary(logger: WandbLogger, table: Table, epoch: int) -> None:

@@ -22,6 +22,7 @@ from robust_flatness.measures.landscape import LossLandscape
 from robust_flatness.measures.local_lipschitz import LocalLipschitz
 from robust_flatness.measures.margins import Margins
 from robust_flatness.measures.robust_loss import RobustLoss
+from robust_flatness.measures.single_step import SingleStepRobustness
 from robust_flatness.measures.worst_case_flatness import WorstCaseFlatness
 
 __all__ = [
@@ -42,5 +43,6 @@ __all__ = [
     "Measure",
     "Processes",
     "RobustLoss",
+    "SingleStepRobustness",
     "WorstCaseFlatness",
 ]

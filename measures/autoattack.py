@@ -19,6 +19,7 @@ from typing_extensions import override
 from robust_flatness.functional.checks import Eps, check_count, check_radius
 from robust_flatness.functional.evaluation import logits_function, predicted_classes
 from robust_flatness.functional.noise import Norm
+from robust_flatness.functional.robust_loss import estimate_text
 from robust_flatness.measures.base import DEFAULT_EPS, Examples, Measure
 from robust_flatness.run_folder.files import write_arrays
 
@@ -48,6 +49,11 @@ class Verdicts:
     """
 
     correct: Tensor
+
+    def __repr__(self) -> str:
+        """One line: the robust error with its standard error over images."""
+        error = estimate_text(~self.correct, percent=True)
+        return f"RErr (AutoAttack) {error} ({len(self.correct)} examples)"
 
     @property
     def robust_error(self) -> float:

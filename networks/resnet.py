@@ -167,6 +167,9 @@ class ResNet(ResidualNetwork):
         activation: `"relu"`, `"silu"`, `"gelu"` or `"mish"`, for all layers.
         norm: `"reparameterized"` (the paper's, scale `1 + weight`) or `"batch"`.
         dropout: Probability of dropout in each block, 0.1 in the paper's row.
+        preactivation: Whether blocks are those of WideResNets, with normalization and activation
+            after the last stage instead of the stem, whose convolution has no bias: the PreAct
+            ResNet-18 of Rice et al. (2020) with `norm="batch"`.
 
     Shape:
         Images `(N, in_channels, H, W)`, features `(N, width * 2 ** (len(blocks) - 1))`, logits
@@ -190,17 +193,17 @@ class ResNet(ResidualNetwork):
         activation: Activation = "relu",
         norm: Norm = "reparameterized",
         dropout: float = 0.0,
+        preactivation: bool = False,
     ) -> None:
         sizes = {"num_classes": num_classes, "in_channels": in_channels, "width": width}
         _check_positive(**sizes, blocks=min(blocks, default=0))
         widths = [width, *(width * 2**stage for stage in range(len(blocks)))]
         layers = {"activation": activation, "norm": norm, "dropout": dropout}
-        body = nn.Sequential(
-            nn.Conv2d(in_channels, width, 3, padding=1),
-            make_norm(norm, width),
-            make_activation(activation),
-            *_stages(BasicBlock, widths, blocks, **layers),
-        )
+        stem = nn.Conv2d(in_channels, width, 3, padding=1, bias=not preactivation)
+        block = PreactivationBlock if preactivation else BasicBlock
+        stages = _stages(block, widths, blocks, **layers)
+        end = make_norm(norm, widths[-1] if preactivation else width), make_activation(activation)
+        body = nn.Sequential(stem, *((*stages, *end) if preactivation else (*end, *stages)))
         super().__init__(body, num_classes, in_channels, widths[-1])
 
 
@@ -209,7 +212,7 @@ class ResNet18(ResNet):
 
     Args:
         width: Channels of the stem and of the first stage.
-        **kwargs: `activation`, `norm` and `dropout` of `ResNet`.
+        **kwargs: `activation`, `norm`, `dropout` and `preactivation` of `ResNet`.
 
     Example:
         >>> ResNet18(num_classes=10, width=4)(torch.rand(2, 3, 32, 32)).shape

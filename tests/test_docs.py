@@ -74,6 +74,8 @@ def run_block(
 def test_python_blocks_are_those_that_the_tests_below_run():
     having = {page.relative_to(ROOT).as_posix() for page in PAGES if blocks(page, "python")}
     pages = {"README.md", "docs/command-line.md", "docs/measures.md", "docs/variants.md"}
+    # Run by test_docs_elsewhere.py.
+    pages.add("docs/elsewhere.md")
     assert having == pages
 
 

@@ -26,6 +26,7 @@ EPOCHS = {**IMAGES, "every_n_epochs": 1}
 OPTIONS: dict[str, dict[str, Any]] = {
     "RobustEvaluation": {**EPOCHS, **ATTACK},
     "RobustEarlyStopping": {**EPOCHS, **ATTACK, "split": "val", "steps": 7, "patience": None},
+    "CatastrophicOverfitting": {**EPOCHS, **ATTACK, "split": "val", "jump": 0.1},
     "Flatness": {**EPOCHS, **FLATNESS},
     "WorstCaseFlatness": {**EPOCHS, **WORST},
     "Curvature": {**EPOCHS, **COMMON, "num_examples": 500, "tolerance": 1e-3},

@@ -28,7 +28,7 @@ _INTRODUCTION = (
     "Adversarial training of several methods, after Stutz, Hein, Schiele, Robust Generalization "
     "and Flat Minima. RLoss is the cross-entropy on adversarial examples, RErr the share of images "
     "that are misclassified clean or under attack, flatness the rise of RLoss under random "
-    "perturbations of the weights. A colour is a method, and its runs with different seeds are "
+    "perturbations of the weights. A color is a method, and its runs with different seeds are "
     "replicas: curves show their mean and range."
 )
 # Pinned columns of the table of runs, after the run's name.
@@ -238,7 +238,7 @@ def _curves(names: Sequence[str]) -> list[Any]:
 
 
 def _scatter(title: str, weights: str) -> Any:
-    """A point for each run in the colour of its group."""
+    """A point for each run in the color of its group."""
     library = _library("reports.v2")
     return library.ScatterPlot(
         title=title,

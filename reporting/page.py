@@ -2,8 +2,9 @@
 
 Example:
     >>> import tempfile
+    >>> from robust_flatness.reporting.frame import group_runs
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     path = write_page(Path(folder) / "index.html", models=group_runs([]))
+    ...     path = write_page(Path(folder) / "index.html", Figures(group_runs([])))
     ...     "Robust generalization" in path.read_text(encoding="utf-8")
     True
 """
@@ -22,16 +23,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
 from robust_flatness.plotting.landscape_figures import NAMES
-from robust_flatness.reporting.frame import Models, group_runs, natural_key
-from robust_flatness.reporting.page_figures import (
-    ERRORS,
-    MARKS,
-    X_AXES,
-    Y_AXES,
-    PageFigures,
-    schematic,
-    templates,
-)
+from robust_flatness.reporting.figures import ERRORS, Figures
+from robust_flatness.reporting.frame import Models, natural_key
+from robust_flatness.reporting.plotly_figures import X_AXES, Y_AXES, hovers, page_figures, templates
 from robust_flatness.reporting.table1 import group_thresholds
 from robust_flatness.run_folder.files import write_text
 from robust_flatness.run_folder.metrics import Weights, method_label, metric
@@ -50,6 +44,14 @@ _COLUMNS: tuple[tuple[str, Weights], ...] = (
     ("test/robust_loss", "final"),
     ("test/error", "final"),
 )
+# SVG paths of markers in 12 x 12 pixels, for the list of methods and the table.
+_MARKS = {
+    "o": "M6 1.2a4.8 4.8 0 1 0 .01 0z",
+    "s": "M1.7 1.7h8.6v8.6H1.7z",
+    "^": "M6 1l5.2 9.4H.8z",
+    "D": "M6 .6L11.4 6 6 11.4.6 6z",
+    "v": "M6 11L.8 1.6h10.4z",
+}
 _KINDS = {**NAMES, "surface": "a plane"}
 _WEIGHTS = {"final": "last weights", "early_stopped": "early-stopped weights"}
 # Files of the report that a section of the page links to, if they were written.
@@ -65,14 +67,11 @@ _FILES = {
 
 def write_page(
     path: Path,
+    figures: Figures,
     *,
-    models: Models,
-    published: Models | None = None,
-    trajectories: pd.DataFrame | None = None,
     left_out: Sequence[LeftOut] = (),
     title: str = "Robust generalization and flat minima",
     files: Collection[str] = (),
-    schematic_run: Run | None = None,
 ) -> Path:
     """Writes the page atomically.
 
@@ -81,37 +80,40 @@ def write_page(
 
     Args:
         path: The HTML file.
-        models: Of one data set. There may be none.
-        published: The paper's models, drawn faint.
-        trajectories: The paper's trajectories, as `published_trajectories` returns them.
+        figures: Of models of one data set. There may be none.
         left_out: Folders that hold no usable run.
         title: The heading.
         files: Figures that are in `figures/` beside the page, for links to their PDF files; with
             any, the page also links to the tables.
-        schematic_run: The run whose landscape shows how flatness is measured.
     """
-    published = group_runs([]) if published is None else published
-    trajectories = pd.DataFrame({"method": []}) if trajectories is None else trajectories
-    figures = PageFigures(models, published, trajectories)
-    sections = _sections(figures, schematic_run)
+    models, published = figures.models, figures.published
+    sections = page_figures(figures)
     methods = {
         method: {
             "id": method,
             "label": method_label(method),
             "is_own": method in models.methods,
-            "colour": style.colour,
-            "path": MARKS[style.marker],
+            "color": style.color,
+            "path": _MARKS[style.marker],
         }
         for method, style in figures.styles.items()
     }
-    able = [label for label in models.labels if _has_curves(models, label)]
+    # Models with a curve of a loss or an error.
+    drawn = [
+        trace for name in ("losses", "errors") for f in sections[name].values() for trace in f.data
+    ]
+    able = [
+        label
+        for label in models.labels
+        if any(t.meta and t.meta["model"] == label and t.name for t in drawn)
+    ]
     usual = [label for label in able if models.frame.at[label, "method"] in ("at", "at_awp")]
     payload = {
         "figures": {
             section: {key: figure.to_plotly_json() for key, figure in drawn.items()}
             for section, drawn in sections.items()
         },
-        "hovers": figures.hovers(),
+        "hovers": hovers(figures),
         "templates": {n: template.to_plotly_json() for n, template in templates().items()},
     }
     environment = Environment(
@@ -133,8 +135,8 @@ def write_page(
         landscapes={name: _landscape_name(name) for name in sections["landscapes"]},
         curve_models=able,
         chosen=(usual or able)[:2],
-        has_published=bool(len(published) or len(trajectories)),
-        guessing=figures.guessing,
+        has_published=bool(len(published) or len(figures.trajectories)),
+        guessing=list(figures.guessing.values()),
         **_table(models, published, methods),
         # Parent folders on this machine are private.
         left_out=[("/".join(folder.parts[-2:]), reason) for folder, reason in left_out],
@@ -145,22 +147,6 @@ def write_page(
     )
     write_text(path, page)
     return path
-
-
-def _sections(figures: PageFigures, run: Run | None) -> dict[str, dict[str, Any]]:
-    """The figures of each section, by the values of its selectors."""
-    single = {
-        "paths": figures.paths(),
-        "losses": figures.curves("losses"),
-        "errors": figures.curves("errors"),
-        "schematic": None if run is None else schematic(run),
-    }
-    return {
-        "relation": figures.scatters(),
-        "views": figures.views(),
-        "landscapes": figures.landscapes(),
-        **{name: {} if figure is None else {"": figure} for name, figure in single.items()},
-    }
 
 
 @lru_cache(maxsize=1)
@@ -189,12 +175,6 @@ def _landscape_name(key: str) -> str:
     weights, _, kind = name.partition("/")
     text = f"{_KINDS.get(kind, kind)}, {_WEIGHTS.get(weights, weights)}"
     return f"{text}: {label}" if label else text
-
-
-def _has_curves(models: Models, label: str) -> bool:
-    names = ("test/robust_loss", "train/robust_loss", "train_eval/robust_loss")
-    errors = ("test/robust_error", "train/robust_error", "val/robust_error")
-    return models.series(label, *names, *errors) is not None
 
 
 def _table(

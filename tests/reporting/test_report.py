@@ -15,8 +15,9 @@ from rich.console import Console
 from run_factory import EARLY_STOPPED, FINAL, make_models, make_run, write_metrics, write_run
 
 from robust_flatness.cli import main
+from robust_flatness.reporting.figures import Figures
+from robust_flatness.reporting.matplotlib_figures import relation_figure
 from robust_flatness.reporting.report import write_report
-from robust_flatness.reporting.scatter_figures import flatness_figure
 from robust_flatness.reporting.table1 import table1, terminal_table
 from robust_flatness.run_folder.files import Landscape
 from robust_flatness.run_folder.summary import summary_table
@@ -154,7 +155,8 @@ def test_the_command_says_what_it_found_and_left_out(study, tmp_path, capsys, mo
 def test_names_are_shown_as_they_are(capsys):
     names = (r"$\foo$", "[/red]", "a$b$ <b>")
     models = make_models(*(make_run(name, data=r"$\bar$", final=FINAL) for name in names))
-    figure = flatness_figure(models, title=r"on $\bar$ [/red]")
+    relation = Figures(models).relation("flatness/average/test", "test/robust_loss")
+    figure = relation_figure(relation, title=r"on $\bar$ [/red]")
     figure.savefig(io.BytesIO(), dpi=30)
     shown = {text.get_text() for text in figure.findobj(Text)}
     assert {*names, r"on $\bar$ [/red]"} <= shown

@@ -7,13 +7,14 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from robust_flatness.plotting.canvas import GREY, method_styles
-from robust_flatness.reporting.correlation import Correlation, correlate
+from robust_flatness.reporting.correlation import Correlation, correlate, correlation_table
 from robust_flatness.reporting.frame import Models, flat_settings, group_runs
 from robust_flatness.reporting.sweeps import find_sweeps
 from robust_flatness.run_folder.files import Array
@@ -121,6 +122,12 @@ class Figures:
         self.baseline_first = sorted(models.labels, key=lambda label: methods[label] != "at")
         seeds = (models.runs[label][0] for label in self.baseline_first if models.runs)
         self.example = next(filter(typical_rise, seeds), None)
+
+    @cached_property
+    def correlations(self) -> pd.DataFrame:
+        """The correlations of each measure, of our models as `runs` and of the paper's."""
+        sources = {"runs": self.models, "paper, CIFAR-10": self.published}
+        return correlation_table({of: models for of, models in sources.items() if len(models)})
 
     def relation(self, x: str, y: str, weights: Weights = "final") -> Relation | None:
         """Models as points; None if none of ours, or without ours none at all, has both metrics."""

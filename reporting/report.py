@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
 from rich.progress import track
 
 from robust_flatness.reporting.correlation import Correlation, correlate
@@ -25,13 +24,6 @@ from robust_flatness.reporting.published import published_models, published_traj
 from robust_flatness.reporting.table1 import Table1, table1, write_table
 from robust_flatness.run_folder.files import atomic_write
 from robust_flatness.run_folder.runs import LeftOut, find_runs
-
-# Measures that the paper relates to robustness.
-_FLATNESS = (
-    *(FLATNESS, "flatness/worst/test", "flatness/average/train"),
-    *("flatness/clean_average/test", "hessian/max_eigenvalue"),
-)
-_ROBUSTNESS = (LOSS, "test/robust_error", "test/autoattack_error")
 
 
 @dataclass(frozen=True)
@@ -93,10 +85,9 @@ def write_report(
     table = table1(models, published_models("table1") if published else None)
     write_table(table, folder)
     paper = published_models() if published else None
-    correlations = _correlations(models, paper)
-    with atomic_write(folder / "correlations.csv") as temporary:
-        correlations.to_csv(temporary, index=False, lineterminator="\r\n")
     figures = Figures(models, paper, published_trajectories() if published else None)
+    with atomic_write(folder / "correlations.csv") as temporary:
+        figures.correlations.to_csv(temporary, index=False, lineterminator="\r\n")
     names = _save(folder / "figures", figures, chosen)
     write_page(
         folder / "index.html",
@@ -151,23 +142,3 @@ def _save(folder: Path, figures: Figures, data: str) -> list[str]:
                 figure.savefig(temporary, format=kind)
         names += [] if figure is None else [name]
     return names
-
-
-def _correlations(models: Models, paper: Models | None) -> pd.DataFrame:
-    """A row for each measured pair of flatness and robustness, of the runs and of the paper."""
-    rows = []
-    for x in _FLATNESS:
-        for y in _ROBUSTNESS:
-            for of, source in (("runs", models), ("paper, CIFAR-10", paper)):
-                result = None if source is None else correlate(source, x, y)
-                if result is not None:
-                    pearson = result.pearson_interval or (None, None)
-                    spearman = result.spearman_interval or (None, None)
-                    numbers = (result.num_models, result.num_methods)
-                    rows.append(
-                        (x, y, of, result.pearson, *pearson, result.spearman, *spearman, *numbers)
-                    )
-    coefficients = [
-        f"{name}{end}" for name in ("pearson", "spearman") for end in ("", "_low", "_high")
-    ]
-    return pd.DataFrame(rows, columns=["x", "y", "of", *coefficients, "models", "methods"])

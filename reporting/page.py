@@ -18,18 +18,17 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
 from robust_flatness.plotting.landscape_figures import NAMES
-from robust_flatness.reporting.figures import ERRORS, Figures
+from robust_flatness.reporting.figures import ERRORS, FLATNESS, Figures
 from robust_flatness.reporting.frame import Models, natural_key
 from robust_flatness.reporting.plotly_figures import X_AXES, Y_AXES, hovers, page_figures, templates
 from robust_flatness.reporting.table1 import group_thresholds
 from robust_flatness.run_folder.files import write_text
-from robust_flatness.run_folder.metrics import Weights, method_label, metric
-from robust_flatness.run_folder.runs import LeftOut, Run
+from robust_flatness.run_folder.metrics import Metric, Weights, method_label, metric
+from robust_flatness.run_folder.runs import LeftOut
 
 _PACKAGES = ("robust-flatness", "torch", "lightning")
 _COLUMNS: tuple[tuple[str, Weights], ...] = (
@@ -98,15 +97,11 @@ def write_page(
         }
         for method, style in figures.styles.items()
     }
-    # Models with a curve of a loss or an error.
-    drawn = [
-        trace for name in ("losses", "errors") for f in sections[name].values() for trace in f.data
-    ]
-    able = [
-        label
-        for label in models.labels
-        if any(t.meta and t.meta["model"] == label and t.name for t in drawn)
-    ]
+    curves = [*sections["losses"].values(), *sections["errors"].values()]
+    drawn = {
+        t.meta["model"] for figure in curves for t in figure.data if t.meta and t.hovertemplate
+    }
+    able = [label for label in models.labels if label in drawn]
     usual = [label for label in able if models.frame.at[label, "method"] in ("at", "at_awp")]
     payload = {
         "figures": {
@@ -182,73 +177,62 @@ def _table(
 ) -> dict[str, Any]:
     """The rows of the table of all models, and its columns."""
     further = sorted(name for name in set(models.values["metric"]) if metric(name).in_tables)
+    known = [*_COLUMNS, *((name, "final") for name in further)]
     columns = [
-        (name, weights)
-        for name, weights in (*_COLUMNS, *((name, "final") for name in further))
-        if len(models.column(name, weights)) or len(published.column(name, weights))
+        column for column in known if len(models.column(*column)) or len(published.column(*column))
     ]
-    limits = [_limits(models, name, weights) for name, weights in columns]
+    # Test errors between good, average and poor models, as in Table 1.
+    limits = {
+        (name, "final"): group_thresholds(models.column(name)["mean"].round(9).tolist())
+        for name in ERRORS
+    }
     rows = []
     for source in (models, published):
-        values = [source.column(name, weights) for name, weights in columns]
         is_published = source is published
+        values = {column: source.column(*column) for column in columns}
         for label, method in source.frame["method"].items():
-            cells = [
-                _cell(column, str(label), name, None if is_published else limit)
-                for column, (name, _), limit in zip(values, columns, limits)
+            row = {"label": label, "method": methods[method], "is_published": is_published}
+            row["seeds"] = len(source.runs.get(str(label), ()))
+            row["settings"] = source.settings(str(label)) if row["seeds"] else ""
+            row["cells"] = [
+                _cell(
+                    metric(column[0]),
+                    *(own.loc[label, ["mean", "sd"]] if label in own.index else (math.nan,) * 2),
+                    (not is_published and limits.get(column)) or (-math.inf, math.inf),
+                )
+                for column, own in values.items()
             ]
-            runs = source.runs.get(str(label), ())
-            rows.append(
-                {
-                    "label": label,
-                    "key": natural_key(str(label)),
-                    "method": methods[method],
-                    "is_published": is_published,
-                    "settings": source.settings(str(label)) if runs else "",
-                    "seeds": len(runs),
-                    "cells": cells,
-                }
-            )
+            rows.append(row)
     # By label until the script sorts them, so that the page reads well without it.
-    rows.sort(key=lambda row: (row["is_published"], row["key"]))
-    first = next((i for i, (n, w) in enumerate(columns) if len(models.column(n, w))), -1)
-    unmeasured = [
-        metric(f"{weights}/{name}").title
-        for name, weights in _COLUMNS
-        if len(models) and models.column(name, weights).empty
-    ]
+    rows.sort(key=lambda row: (row["is_published"], natural_key(str(row["label"]))))
+    has = [len(models.column(*column)) > 0 for column in columns]
     return {
         "columns": [metric(f"{weights}/{name}").axis_label for name, weights in columns],
         "rows": rows,
-        "sorted_by": first,
-        "unmeasured": unmeasured,
-        "has_groups": any(limits),
+        "sorted_by": has.index(True) if any(has) else -1,
+        "unmeasured": [
+            metric(f"{weights}/{name}").title
+            for name, weights in _COLUMNS
+            if len(models) and models.column(name, weights).empty
+        ],
+        "has_groups": any(limits.values()),
         "has_seeds": any(len(runs) > 1 for runs in models.runs.values()),
     }
 
 
-def _limits(models: Models, name: str, weights: Weights) -> tuple[float, float] | None:
-    """Test errors between good, average and poor models, as in Table 1."""
-    if name not in ERRORS or weights != "final":
-        return None
-    return group_thresholds(models.column(name)["mean"].round(9).tolist())
-
-
 def _cell(
-    column: pd.DataFrame, label: str, name: str, limits: tuple[float, float] | None
+    described: Metric, mean: float, deviation: float, limits: tuple[float, float]
 ) -> dict[str, Any]:
-    if label not in column.index:
+    if math.isnan(mean):
         return {"value": "", "text": "–", "spread": "", "group": ""}
-    mean, deviation = column.at[label, "mean"], column.at[label, "sd"]
-    # A share of images, whose sum over seeds may be off by the last digit.
-    share = round(mean, 9)
 
     def text(value: float) -> str:
-        if metric(name).is_share:
+        if described.is_share:
             return f"{100 * value:.1f}"
         return f"{value:.0f}" if abs(value) >= 100 else f"{value:.2f}"
 
-    low, high = limits or (-math.inf, math.inf)
+    # A share of images, whose sum over seeds may be off by the last digit.
+    share, (low, high) = round(mean, 9), limits
     return {
         "value": float(mean),
         "text": text(mean),
@@ -262,46 +246,31 @@ def _facts(models: Models) -> list[tuple[str, str]]:
     runs = [run for own in models.runs.values() for run in own]
     if not runs:
         return [("Runs", "none that finished")]
-    seeds = sorted({run.seed for run in runs if run.seed is not None})
-    facts = [
-        ("Data", _list(run.data for run in runs)),
-        ("Runs", f"{len(runs)} ({len(models)} models, {len(models.methods)} methods)"),
-        ("Seeds", ", ".join(map(str, seeds))),
-        ("Epochs", _range([run.epochs for run in runs])),
-        ("Diverged", ", ".join(filter(None, map(models.diverged, models.labels)))),
-        ("Test images", _num_images(runs)),
-        ("Hardware", _list(map(_hardware, runs))),
-        ("Versions", _list(map(_versions, runs))),
-    ]
-    return [(name, text) for name, text in facts if text]
 
+    def span(values: Sequence[int]) -> str:
+        low, high = min(values), max(values)
+        return str(low) if low == high else f"{low} to {high}"
 
-def _list(texts: Iterable[str]) -> str:
-    return "; ".join(dict.fromkeys(text for text in texts if text))
-
-
-def _range(values: Sequence[int]) -> str:
-    low, high = min(values), max(values)
-    return str(low) if low == high else f"{low} to {high}"
-
-
-def _num_images(runs: Sequence[Run]) -> str:
-    names = {"PGD": "test/robust_error", "AutoAttack": "test/autoattack_error"}
-    names |= {"flatness": "flatness/average/test"}
-    counts = {
+    images = {
         label: [run.num_examples[name] for run in runs if name in run.num_examples]
-        for label, name in names.items()
+        for label, name in (("PGD", ERRORS[1]), ("AutoAttack", ERRORS[0]), ("flatness", FLATNESS))
     }
-    return ", ".join(f"{_range(images)} ({label})" for label, images in counts.items() if images)
-
-
-def _hardware(run: Run) -> str:
-    gpus = run.hardware.get("gpus") or []
-    cores = run.hardware.get("cpu_cores")
-    cpu = str(run.hardware.get("cpu") or "CPU")
-    return ", ".join(map(str, gpus)) or (f"{cpu}, {cores} cores" if cores else "")
-
-
-def _versions(run: Run) -> str:
-    named = ((name, run.versions.get(name)) for name in _PACKAGES)
-    return ", ".join(f"{name} {version}" for name, version in named if version)
+    hardware, versions = [], []
+    for run in runs:
+        cores = run.hardware.get("cpu_cores")
+        cpu = f"{run.hardware.get('cpu') or 'CPU'}, {cores} cores" if cores else ""
+        hardware.append(", ".join(map(str, run.hardware.get("gpus") or [])) or cpu)
+        named = ((name, run.versions.get(name)) for name in _PACKAGES)
+        versions.append(", ".join(f"{name} {version}" for name, version in named if version))
+    seeds = sorted({run.seed for run in runs if run.seed is not None})
+    facts = {
+        "Data": "; ".join(dict.fromkeys(run.data for run in runs)),
+        "Runs": f"{len(runs)} ({len(models)} models, {len(models.methods)} methods)",
+        "Seeds": ", ".join(map(str, seeds)),
+        "Epochs": span([run.epochs for run in runs]),
+        "Diverged": ", ".join(filter(None, map(models.diverged, models.labels))),
+        "Test images": ", ".join(f"{span(n)} ({label})" for label, n in images.items() if n),
+        "Hardware": "; ".join(dict.fromkeys(filter(None, hardware))),
+        "Versions": "; ".join(dict.fromkeys(filter(None, versions))),
+    }
+    return [(name, text) for name, text in facts.items() if text]

@@ -7,8 +7,9 @@ Example:
     '0.85 0.86 over 74 models'
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -119,14 +120,16 @@ def correlate(
     if number < _FEWEST + (given is not None):
         return None
     values = [column.to_numpy(dtype=float) for column in columns]
-    coefficients = _coefficients(values, np.ones((1, number)))
+    # Which model is of which method, `(models, methods)`.
+    groups = np.array([[float(method == name) for name in names] for method in points["method"]])
+    coefficients = _coefficients(values, groups, np.ones((1, len(names))))
     if not np.isfinite(coefficients).all():
         return None
     intervals: list[Interval | None] = [None] * 3
     if number >= _FEWEST_FOR_INTERVAL and len(names) >= _FEWEST:
         drawn = np.random.default_rng(seed).integers(len(names), size=(resamples, len(names)))
         times = (drawn[:, :, None] == np.arange(len(names))).sum(axis=1).astype(float)
-        resampled = _coefficients(values, times[:, points["method"].map(names.index)])
+        resampled = _coefficients(values, groups, times)
         finite = [one[np.isfinite(one)] for one in resampled]
         intervals = [tuple(np.percentile(one, (2.5, 97.5))) if len(one) else None for one in finite]
     return Correlation(*map(float, coefficients[:, 0]), *intervals, number, len(names))
@@ -157,34 +160,35 @@ def correlation_table(sources: Mapping[str, Models]) -> pd.DataFrame:
                         if result is not None:
                             key = {"x": x, "y": y, "of": of, "weights": weights}
                             rows.append({**key, "given": given or "", **_row(result)})
-    return pd.DataFrame(rows)
+    columns = None if rows else ["x", "y", "of", "weights", "given"]
+    return pd.DataFrame(rows, columns=columns)
 
 
-def _row(result: Correlation) -> dict[str, float | None]:
-    row: dict[str, float | None] = {}
+def _row(result: Correlation) -> dict[str, float]:
+    row: dict[str, float] = {}
     for name in ("pearson", "spearman", "kendall"):
-        low, high = asdict(result)[f"{name}_interval"] or (None, None)
-        row |= {name: asdict(result)[name], f"{name}_low": low, f"{name}_high": high}
+        low, high = getattr(result, f"{name}_interval") or (math.nan, math.nan)
+        row |= {name: getattr(result, name), f"{name}_low": low, f"{name}_high": high}
     return row | {"models": result.num_models, "methods": result.num_methods}
 
 
-def _coefficients(values: list[Array], counts: Array) -> Array:
+def _coefficients(values: list[Array], groups: Array, times: Array) -> Array:
     """Pearson's, Spearman's and Kendall's coefficient of resamples, `(3, resamples)`.
 
     All three are sums over pairs of models (Daniels 1944): of differences, of differences of ranks
-    and of signs. In a resample, model i occurs `counts[:, i]` times. Equal values differ by exactly
-    0, so that a constant metric has no coefficient (NaN).
+    and of signs. In a resample, all models of method m occur `times[:, m]` times. Equal values
+    differ by exactly 0, so that a constant metric has no coefficient (NaN).
     """
     differences = [value[:, None] - value for value in values]
     signs = [np.sign(difference) for difference in differences]
     # Ranks within each resample, from their mean; repeated models are ties.
-    ranks = [counts @ sign.T for sign in signs]
+    ranks = [times @ (sign @ groups).T for sign in signs]
 
     def pairs(a: Array, b: Array) -> Array:
-        return np.asarray(((counts @ (a * b)) * counts).sum(axis=1))
+        return np.asarray(((times @ (groups.T @ (a * b) @ groups)) * times).sum(axis=1))
 
     def ranked(a: Array, b: Array) -> Array:
-        return np.asarray((counts * a * b).sum(axis=1))
+        return np.asarray((times @ groups.T * a * b).sum(axis=1))
 
     found = []
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -193,7 +197,7 @@ def _coefficients(values: list[Array], counts: Array) -> Array:
             xy, xz, yz = (
                 np.clip(product(parts[i], parts[j]) / (norms[i] * norms[j]), -1, 1)
                 if len(parts) > j
-                else np.zeros(len(counts))
+                else np.zeros(len(times))
                 for i, j in ((0, 1), (0, 2), (1, 2))
             )
             # Without a third metric, its correlations of 0 change nothing.

@@ -15,7 +15,7 @@ import pandas as pd
 
 from robust_flatness.plotting.canvas import GREY, method_styles
 from robust_flatness.reporting.correlation import Correlation, correlate, correlation_table
-from robust_flatness.reporting.frame import Models, flat_settings, group_runs
+from robust_flatness.reporting.frame import WEIGHTS, Models, flat_settings, group_runs
 from robust_flatness.reporting.sweeps import find_sweeps
 from robust_flatness.run_folder.files import Array
 from robust_flatness.run_folder.metrics import METHOD_LABELS, Weights, method_label
@@ -128,6 +128,46 @@ class Figures:
         """The correlations of each measure, of our models as `runs` and of the paper's."""
         sources = {"runs": self.models, "paper, CIFAR-10": self.published}
         return correlation_table({of: models for of, models in sources.items() if len(models)})
+
+    @cached_property
+    def details(self) -> dict[str, pd.DataFrame]:
+        """What some runs measure beyond metrics, a row each: checks, RErr against ε and by class.
+
+        All have `model`, `run` and `weights`. `checks` add `name`, `passed` and `text`;
+        `error_curve` adds `eps` and `robust_error`, `class_errors` `split`, `class` and the same.
+        """
+        rows: dict[str, list[dict[str, Any]]] = {}
+        for label, runs in self.models.runs.items():
+            for run in runs:
+                for weights in WEIGHTS:
+                    key = {"model": label, "run": run.name, "weights": weights}
+                    curve = run.error_curve.get(weights, {})
+                    pairs = zip(curve.get("eps", ()), curve.get("robust_error", ()))
+                    found = {
+                        "checks": run.checks.get(weights, ()),
+                        "error_curve": [{"eps": e, "robust_error": error} for e, error in pairs],
+                        "class_errors": [
+                            {"split": split, "class": number, "robust_error": error}
+                            for split, errors in run.class_errors.get(weights, {}).items()
+                            for number, error in enumerate(errors)
+                        ],
+                    }
+                    for name, own in found.items():
+                        rows.setdefault(name, []).extend({**key, **row} for row in own)
+        return {name: pd.DataFrame(own) for name, own in rows.items() if own}
+
+    def details_lines(self, name: str, x: str) -> list[Trace]:
+        """RErr of the last weights on test images by `x`, a line of means over seeds a model."""
+        rows = self.details.get(name, pd.DataFrame({"model": [], "weights": []}))
+        rows = rows[rows["weights"] == "final"]
+        if "split" in rows:
+            rows = rows[rows["split"] == "test"]
+        lines = []
+        for label, own in rows.groupby("model", sort=False):
+            means = own.groupby(x)["robust_error"].mean()
+            points = pd.DataFrame({"x": means.index, "y": means.to_numpy()})
+            lines.append(self.line(str(label), points, width=1.6))
+        return lines
 
     def relation(self, x: str, y: str, weights: Weights = "final") -> Relation | None:
         """Models as points; None if none of ours, or without ours none at all, has both metrics."""

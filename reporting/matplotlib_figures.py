@@ -44,6 +44,7 @@ from robust_flatness.plotting.canvas import (
     small_multiples,
 )
 from robust_flatness.plotting.landscape_figures import NAMES, set_loss_axes
+from robust_flatness.reporting.correlation import TARGETS
 from robust_flatness.reporting.figures import (
     ADAM,
     BATCH_SIZE,
@@ -58,7 +59,7 @@ from robust_flatness.reporting.figures import (
     typical_rise,
 )
 from robust_flatness.reporting.frame import Models
-from robust_flatness.run_folder.metrics import METHOD_LABELS, method_label, metric
+from robust_flatness.run_folder.metrics import METHOD_LABELS, Weights, method_label, metric
 from robust_flatness.run_folder.runs import Run
 
 METHOD = "method"  # the gid of points of a method
@@ -104,9 +105,9 @@ def relation_figure(
             axes.set_title("\n".join(lines), loc="left", fontsize=FONT - 1, color=GREY)
             if relation.x.startswith("flatness/"):
                 axes.set_xlabel(f"{axes.get_xlabel()} (lower is flatter)")
+        points = _draw_relation(axes, relation, published)
         if relation.y.startswith(("gap/", "last_minus_best/")):
             axes.axhline(0, color=GREY, linewidth=0.8, zorder=1)
-        points = _draw_relation(axes, relation, published)
     set_title(figure, title)
     add_legend(figure, 5, **_LEGEND)
     if len(shown) == 1:
@@ -143,6 +144,44 @@ def sweeps_figure(figures: Figures, *, title: str | None = None) -> Figure | Non
     shown = points.index.isin(ends) | (len(points) <= _FEW)
     names = {i: name for i, name in enumerate(points["name"]) if shown[i]}
     name_points(axes, points[["x", "y"]].to_numpy(float), names)
+    return figure
+
+
+def correlations_figure(
+    figures: Figures, weights: Weights = "final", *, title: str | None = None
+) -> Figure | None:
+    """Draws Kendall's coefficient of each measure with each loss, error and gap.
+
+    A panel each for our runs and for the paper's models, both also with train RErr held fixed.
+    """
+    table = figures.correlations
+    table = table[table["weights"] == weights] if len(table) else table
+    if table.empty or "runs" not in set(table["of"]):
+        return None
+    grids = {
+        key: rows.pivot(index="x", columns="y", values="kendall")
+        for key, rows in table.groupby(["of", "given"], sort=False)
+    }
+    names = list(dict.fromkeys(table.loc[table["of"] == "runs", "x"]))
+    targets = [name for name in TARGETS if name in set(table["y"])]
+    figure, all_axes = make_canvas(6.8, 1.9 + 0.2 * len(names), len(grids))
+    for axes, ((of, given), grid) in zip(all_axes, grids.items()):
+        values = grid.reindex(index=names, columns=targets).to_numpy(float)
+        look: dict[str, Any] = {"cmap": "RdBu_r", "vmin": -1, "vmax": 1, "aspect": "auto"}
+        drawn = axes.imshow(values, **look)
+        for (i, j), value in np.ndenumerate(values):
+            color = "white" if abs(value) > 0.6 else BLACK
+            text = "" if math.isnan(value) else f"{value:.2f}".replace("0.", ".")
+            axes.text(j, i, text, ha="center", va="center", fontsize=SMALL - 2, color=color)
+        axes.grid(False)
+        axes.set_title(f"{of}\n{'given train RErr' if given else 'raw'}", fontsize=SMALL)
+        words = [metric(target).title.replace(", test", "") for target in targets]
+        axes.set_xticks(range(len(targets)), words, rotation=90, fontsize=SMALL)
+        words = [textwrap.fill(metric(name).title, 30) for name in names]
+        first = axes is all_axes[0]
+        axes.set_yticks(range(len(names)), words if first else [""] * len(names), fontsize=SMALL)
+    add_bar(figure, drawn, all_axes, "Kendall's τ", pad=0.01, aspect=30)
+    set_title(figure, title)
     return figure
 
 
@@ -328,7 +367,8 @@ def trajectories_figure(figures: Figures, *, title: str | None = None) -> Figure
             "vmin": 0,
             "vmax": 1,
         }
-        dots = axes.scatter("x", "y", c="share", data=path, cmap=sequential(), **look)
+        look |= {"c": path["share"], "cmap": sequential()}
+        dots = axes.scatter(path["x"], path["y"], **look)
         for name, set_limits in (("x", axes.set_xlim), ("y", axes.set_ylim)):
             low, high = kept[name].min(), kept[name].max()
             margin = 0.08 * (high - low) or 0.1

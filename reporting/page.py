@@ -18,6 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
@@ -58,7 +59,10 @@ _FILES = {
     "relation": ("flatness", "flatness-own", "worst-flatness", "error-flatness"),
     "paths": ("trajectories",),
     "curves": ("curves", "epochs"),
-    "views": ("early-stopping", "loss-and-error", "hyperparameters", "train-flatness", "gaps"),
+    "views": (
+        *("early-stopping", "loss-and-error", "hyperparameters", "train-flatness", "gaps"),
+        *("correlations", "correlations-early-stopped"),
+    ),
     "landscapes": ("landscapes",),
     "schematic": ("schematic",),
 }
@@ -86,6 +90,7 @@ def write_page(
             any, the page also links to the tables.
     """
     models, published = figures.models, figures.published
+    checks = figures.details.get("checks", pd.DataFrame()).to_dict("records")
     sections = page_figures(figures)
     methods = {
         method: {
@@ -133,6 +138,12 @@ def write_page(
         has_published=bool(len(published) or len(figures.trajectories)),
         guessing=list(figures.guessing.values()),
         **_table(models, published, methods),
+        details=list(figures.details) if files else [],
+        checks=sorted(
+            (check for check in checks if check["passed"] is not True),
+            key=lambda check: check["passed"] is None,
+        ),
+        num_checks=len(checks),
         # Parent folders on this machine are private.
         left_out=[("/".join(folder.parts[-2:]), reason) for folder, reason in left_out],
         plotly=_plotly(),

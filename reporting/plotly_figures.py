@@ -63,6 +63,11 @@ def page_figures(figures: Figures) -> dict[str, _Drawn]:
         "Last minus early-stopped RLoss": figures.relation(FLATNESS, GAPS[1]),
         "RLoss against curvature": figures.relation(_CURVATURE, LOSS),
     }
+    more = {
+        "RErr against ε": _details(figures, "error_curve", "eps", "ε"),
+        "RErr of each class": _details(figures, "class_errors", "class", "class"),
+        **_correlations(figures.correlations),
+    }
     single = {
         "paths": _paths(figures),
         "losses": _curves(figures, "losses"),
@@ -71,7 +76,8 @@ def page_figures(figures: Figures) -> dict[str, _Drawn]:
     }
     return {
         "relation": {key: _scatter(panel) for key, panel in relations.items() if panel},
-        "views": {title: _scatter(panel) for title, panel in views.items() if panel},
+        "views": {title: _scatter(panel) for title, panel in views.items() if panel}
+        | {title: figure for title, figure in more.items() if figure},
         "landscapes": _landscapes(figures),
         **{name: {} if figure is None else {"": figure} for name, figure in single.items()},
     }
@@ -228,6 +234,57 @@ def _curves(figures: Figures, panel: str) -> go.Figure | None:
         for loss in figures.guessing.values():
             figure.add_hline(loss, line={"color": _GREY, "width": 1.2, "dash": "dot"})
     return figure
+
+
+def _details(figures: Figures, name: str, x: str, title: str) -> go.Figure | None:
+    """RErr of each model against another number than an epoch."""
+    lines = figures.details_lines(name, x)
+    figure = go.Figure(layout=_layout("", ERRORS[1]))
+    figure.layout.xaxis.title.text = title
+    for trace in lines:
+        hover = f"{title} %{{x:.3g}}: RErr %{{y:.1%}}"
+        figure.add_scatter(**_line(trace, hover) | {"mode": "lines+markers"})
+    figure.layout.meta = "Last weights, test images, means over seeds."
+    return figure if lines else None
+
+
+def _correlations(table: pd.DataFrame) -> _Drawn:
+    """Kendall's coefficients by source, weights and what is held fixed."""
+    drawn: _Drawn = {}
+    for (of, weights, given), rows in table.groupby(["of", "weights", "given"], sort=False):
+        texts = []
+        for _, row in rows.iterrows():
+            lines = [f"{row['models']} models, {row['methods']} methods"]
+            for name in ("pearson", "spearman", "kendall"):
+                low, high = row[f"{name}_low"], row[f"{name}_high"]
+                interval = "" if math.isnan(low) else f" [{low:.2f}, {high:.2f}]"
+                lines.append(f"{name.capitalize()}: {row[name]:.2f}{interval}")
+            texts.append("<br>".join(lines))
+        figure = go.Figure(layout=_layout("", ""))
+        figure.add_heatmap(
+            x=[metric(y).title.replace(", test", "") for y in rows["y"]],
+            y=[metric(x).title for x in rows["x"]],
+            z=_digits(rows["kendall"]),
+            customdata=texts,
+            texttemplate="%{z:.2f}",
+            hovertemplate="%{y}<br>%{x}<br>%{customdata}<extra></extra>",
+            colorscale="RdBu",
+            reversescale=True,
+            zmin=-1,
+            zmax=1,
+            colorbar={"title": {"text": "τ"}, "outlinewidth": 0},
+            meta={"method": None, "model": None, "published": str(of) != "runs"},
+        )
+        figure.layout.yaxis.autorange = "reversed"
+        of_whom = "published" if str(of) != "runs" else "your runs"
+        words = [of_whom, "early-stopped weights" if weights == "early_stopped" else "last weights"]
+        words += ["train RErr held fixed"] if given else []
+        figure.layout.meta = (
+            "Kendall's τ-b of each measure with each loss, error and gap over models, of any "
+            "number of seeds; with train RErr held fixed, a partial coefficient."
+        )
+        drawn[f"Correlations: {', '.join(words)}"] = figure
+    return drawn
 
 
 def _landscapes(figures: Figures) -> _Drawn:

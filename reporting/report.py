@@ -11,6 +11,7 @@ from robust_flatness.reporting.correlation import Correlation, correlate
 from robust_flatness.reporting.figures import ERRORS, FLATNESS, GAPS, LOSS, Figures
 from robust_flatness.reporting.frame import Models, drop_duplicates, group_runs
 from robust_flatness.reporting.matplotlib_figures import (
+    correlations_figure,
     curves_figure,
     epochs_figure,
     landscapes_figure,
@@ -54,6 +55,8 @@ def write_report(
 ) -> Report:
     """Writes `index.html`, `table1.md/.csv/.tex`, `correlations.csv` and `figures/`.
 
+    If runs have them, also `checks.csv`, `error_curve.csv` and `class_errors.csv`.
+
     Args:
         runs: A folder that contains run folders at any depth.
         folder: The report's folder; files of an earlier report are replaced.
@@ -86,8 +89,14 @@ def write_report(
     write_table(table, folder)
     paper = published_models() if published else None
     figures = Figures(models, paper, published_trajectories() if published else None)
-    with atomic_write(folder / "correlations.csv") as temporary:
-        figures.correlations.to_csv(temporary, index=False, lineterminator="\r\n")
+    tables = {"correlations": figures.correlations, **figures.details}
+    for name in ("correlations", "checks", "error_curve", "class_errors"):
+        path = folder / f"{name}.csv"
+        if name not in tables:
+            path.unlink(missing_ok=True)
+            continue
+        with atomic_write(path) as temporary:
+            tables[name].to_csv(temporary, index=False, lineterminator="\r\n")
     names = _save(folder / "figures", figures, chosen)
     write_page(
         folder / "index.html",
@@ -114,6 +123,10 @@ def _save(folder: Path, figures: Figures, data: str) -> list[str]:
         ),
         "error-flatness": lambda: relation_figure(
             relation(FLATNESS, ERRORS[1]), title=title, heading=True
+        ),
+        "correlations": lambda: correlations_figure(figures, title=f"{title}, last weights"),
+        "correlations-early-stopped": lambda: correlations_figure(
+            figures, "early_stopped", title=f"{title}, early-stopped weights"
         ),
         "train-flatness": lambda: relation_figure(figures.train_flatness(), title=title),
         "gaps": lambda: relation_figure(*(relation(FLATNESS, gap) for gap in GAPS), title=title),

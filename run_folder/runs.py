@@ -51,6 +51,9 @@ class Run:
         num_classes: Number K of classes, if known.
         versions: Of the packages that ran.
         hardware: Of the machine.
+        checks: By weights, mappings with `name`, `passed` (None if not decided) and `text`.
+        error_curve: By weights, `eps` and the `robust_error` at each.
+        class_errors: By weights and split, the robust error of each class.
         landscapes: By name, such as `final/random`, as means over examples: `(D, S, 1)`.
     """
 
@@ -70,6 +73,9 @@ class Run:
     versions: Mapping[str, str] = field(default_factory=dict)
     hardware: Mapping[str, Any] = field(default_factory=dict)
     diverged_epoch: int | None = None
+    checks: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    error_curve: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
+    class_errors: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
     landscapes: Mapping[str, Landscape] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -170,6 +176,9 @@ def _parse(folder: Path, content: Mapping[str, Any]) -> Run:
         versions=versions,
         hardware=hardware,
         diverged_epoch=_count(content, "diverged_epoch"),
+        checks=_checks(content),
+        error_curve=_lists(content, "error_curve"),
+        class_errors=_lists(content, "class_errors"),
     )
 
 
@@ -242,6 +251,28 @@ def _mapping(content: Mapping[str, Any], name: str) -> dict[str, Any]:
     value = content.get(name)
     is_mapping = value is None or isinstance(value, dict)
     return dict(_entry(content, name, is_mapping, "a mapping") or {})
+
+
+def _checks(content: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    def is_check(check: Any) -> bool:
+        texts = isinstance(check, dict) and [check.get("name"), check.get("text")]
+        return bool(texts) and all(isinstance(text, str) for text in texts)
+
+    checks = _mapping(content, "checks")
+    for own in checks.values():
+        is_valid = isinstance(own, list) and all(map(is_check, own))
+        _entry(content, "checks", is_valid, "lists of `name`, `passed` and `text`")
+    return checks
+
+
+def _lists(content: Mapping[str, Any], name: str) -> dict[str, dict[str, list[float]]]:
+    entries = _mapping(content, name)
+    for lists in entries.values():
+        values = list(lists.values()) if isinstance(lists, dict) else [None]
+        is_valid = all(isinstance(one, list) and all(map(is_number, one)) for one in values)
+        is_valid = is_valid and (name != "error_curve" or len(set(map(len, values))) <= 1)
+        _entry(content, name, is_valid, "mappings of lists of numbers")
+    return entries
 
 
 def _seconds(content: Mapping[str, Any], name: str) -> float:

@@ -132,7 +132,10 @@ def correlate(
         resampled = _coefficients(values, groups, times)
         finite = [one[np.isfinite(one)] for one in resampled]
         intervals = [tuple(np.percentile(one, (2.5, 97.5))) if len(one) else None for one in finite]
-    return Correlation(*map(float, coefficients[:, 0]), *intervals, number, len(names))
+    pearson, spearman, kendall = map(float, coefficients[:, 0])
+    return Correlation(
+        pearson, spearman, kendall, intervals[0], intervals[1], intervals[2], number, len(names)
+    )
 
 
 def correlation_table(sources: Mapping[str, Models]) -> pd.DataFrame:

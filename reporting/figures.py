@@ -250,10 +250,8 @@ class Figures:
         if relation is None:
             return None
         points = pd.concat([trace.points for trace in relation.traces])
-        look = {"label": "equally flat on both", "dash": "dash"}
-        return _add(
-            relation, "Dashed: equal on both.", [Trace(points=points, kind="diagonal", **look)]
-        )
+        line = Trace(points=points, kind="diagonal", label="equally flat on both", dash="dash")
+        return _add(relation, "Dashed: equal on both.", [line])
 
     def paths(self) -> list[Trace]:
         """Trajectories through the plane of flatness and RLoss, of models that have both.
@@ -268,8 +266,9 @@ class Figures:
                 look = {"kind": "line", "model": method_label(str(method)), "is_published": True}
                 traces.append(self._trace(str(method), own, **look))
         for label in self.models.labels:
-            both = [self.models.series(label, name) for name in (FLATNESS, LOSS)]
-            if not any(one is None for one in both):
+            measured = [self.models.series(label, name) for name in (FLATNESS, LOSS)]
+            both = [series for series in measured if series is not None]
+            if len(both) == 2:
                 across, up = (one.set_index("share")["mean"] for one in both)
                 path = pd.DataFrame({"x": across, "y": up}).dropna().rename_axis("share")
                 traces += [self.line(label, path.reset_index())] if len(path) else []
@@ -319,7 +318,8 @@ def typical_rise(run: Run | None) -> Rise | None:
     losses = np.array([np.interp((-1.0, 0.0, 1.0), steps, curve) for curve in curves])
     typical = int(np.argsort(losses[:, 2])[len(losses) // 2])
     rise = float((losses[:, 2] - losses[:, 1]).mean())
-    return Rise(steps, curves, typical, *map(float, losses[typical]), rise)
+    before, here, beyond = map(float, losses[typical])
+    return Rise(steps, curves, typical, before, here, beyond, rise)
 
 
 def select_models(

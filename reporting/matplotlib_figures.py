@@ -69,7 +69,7 @@ _MOST_PANELS, _MOST_LINES = 20, 12
 _WARM_UP = 0.05
 _DASHES = {"solid": "-", "dash": "--", "dot": ":"}
 _PERCENT = PercentFormatter(1.0, decimals=0, symbol=" %")
-_LEGEND = {"fontsize": FONT - 1.5, "handlelength": 1.4, "columnspacing": 1.2}
+_LEGEND: dict[str, Any] = {"fontsize": FONT - 1.5, "handlelength": 1.4, "columnspacing": 1.2}
 _LEGEND |= {"handletextpad": 0.4, "labelspacing": 0.35}
 
 
@@ -175,7 +175,7 @@ def correlations_figure(
             axes.text(j, i, text, ha="center", va="center", fontsize=SMALL - 2, color=color)
         axes.grid(False)
         axes.set_title(f"{of}\n{'given train RErr' if given else 'raw'}", fontsize=SMALL)
-        words = [metric(target).title.replace(", test", "") for target in targets]
+        words = [metric(target).title.removesuffix(", test") for target in targets]
         axes.set_xticks(range(len(targets)), words, rotation=90, fontsize=SMALL)
         words = [textwrap.fill(metric(name).title, 30) for name in names]
         first = axes is all_axes[0]
@@ -228,7 +228,8 @@ def _draw_points(axes: Axes, trace: Trace, points: pd.DataFrame | None = None, *
 def _draw_arrows(axes: Axes, trace: Trace) -> None:
     places = list(zip(trace.points["x"], trace.points["y"]))
     ring: dict[str, Any] = {"marker": trace.marker, "facecolors": "white", "linewidths": 0.9}
-    axes.scatter(*zip(*places[1::2]), s=22, edgecolors=trace.color, zorder=3, **ring)
+    x, y = zip(*places[1::2])
+    axes.scatter(x, y, s=22, edgecolors=trace.color, zorder=3, **ring)
     arrow = {"arrowstyle": "->", "color": trace.color, "linewidth": 0.9, "mutation_scale": 8}
     arrow |= {"shrinkA": 0, "shrinkB": 3}
     for start, end in zip(places[::2], places[1::2]):

@@ -208,7 +208,8 @@ def _table(
             row["cells"] = [
                 _cell(
                     metric(column[0]),
-                    *(own.loc[label, ["mean", "sd"]] if label in own.index else (math.nan,) * 2),
+                    own["mean"].get(label, math.nan),
+                    own["sd"].get(label, math.nan),
                     (not is_published and limits.get(column)) or (-math.inf, math.inf),
                 )
                 for column, own in values.items()

@@ -207,7 +207,7 @@ def _curves(figures: Figures, panel: str) -> go.Figure | None:
                 points = pd.DataFrame({"x": epochs, "y": series["mean"]})
                 trace = figures.line(model, points, dash=dash, width=width)
                 mark = _MARKS[figures.rank[model] % len(_MARKS)]
-                look = {
+                look: dict[str, Any] = {
                     "x": epochs,
                     "mode": "lines+markers" if mark else "lines",
                     "marker": {"symbol": mark or "circle", "size": 7, "maxdisplayed": 6},
@@ -262,7 +262,7 @@ def _correlations(table: pd.DataFrame) -> _Drawn:
             texts.append("<br>".join(lines))
         figure = go.Figure(layout=_layout("", ""))
         figure.add_heatmap(
-            x=[metric(y).title.replace(", test", "") for y in rows["y"]],
+            x=[metric(y).title.removesuffix(", test") for y in rows["y"]],
             y=[metric(x).title for x in rows["x"]],
             z=_digits(rows["kendall"]),
             customdata=texts,

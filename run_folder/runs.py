@@ -255,8 +255,9 @@ def _mapping(content: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def _checks(content: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     def is_check(check: Any) -> bool:
-        texts = isinstance(check, dict) and [check.get("name"), check.get("text")]
-        return bool(texts) and all(isinstance(text, str) for text in texts)
+        if not isinstance(check, dict):
+            return False
+        return all(isinstance(check.get(name), str) for name in ("name", "text"))
 
     checks = _mapping(content, "checks")
     for own in checks.values():
@@ -268,10 +269,12 @@ def _checks(content: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
 def _lists(content: Mapping[str, Any], name: str) -> dict[str, dict[str, list[float]]]:
     entries = _mapping(content, name)
     for lists in entries.values():
-        values = list(lists.values()) if isinstance(lists, dict) else [None]
+        values: list[Any] = list(lists.values()) if isinstance(lists, dict) else [lists]
         is_valid = all(isinstance(one, list) and all(map(is_number, one)) for one in values)
-        is_valid = is_valid and (name != "error_curve" or len(set(map(len, values))) <= 1)
         _entry(content, name, is_valid, "mappings of lists of numbers")
+        # The points of a curve have both coordinates.
+        is_valid = name != "error_curve" or len({len(one) for one in values}) <= 1
+        _entry(content, name, is_valid, "lists of equal length")
     return entries
 
 

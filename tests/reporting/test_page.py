@@ -103,6 +103,12 @@ def test_points_are_the_means_of_the_models(page: Path) -> None:
     assert bars["array"] == [pytest.approx(math.sqrt(2 * 0.02**2), rel=1e-4)]
 
 
+def test_a_sweep_of_two_models_has_a_line_as_in_the_png(page: Path) -> None:
+    view = read_payload(page)["figures"]["views"]["Hyper-parameters: a trend for each sweep"]
+    (line,) = [t for t in view["data"] if t["mode"] == "lines" and not t["meta"]["published"]]
+    assert (line["meta"]["method"], line["x"], line["y"]) == ("trades", [1.5, 2.0], [1.2, 1.5])
+
+
 def test_own_methods_have_colours_of_their_own(page: Path) -> None:
     figure = read_payload(page)["figures"]["relation"][f"{FLATNESS}|{LOSS}|final"]
     colours = {trace["name"]: trace["marker"]["color"] for trace in traces(figure)}

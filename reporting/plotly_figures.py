@@ -7,6 +7,7 @@ Every trace of a model has `meta` with its `method`, its `model` (the label) and
 
 import itertools
 import math
+import textwrap
 from collections.abc import Iterable
 from dataclasses import replace
 from html import escape
@@ -263,7 +264,8 @@ def _correlations(table: pd.DataFrame) -> _Drawn:
         figure = go.Figure(layout=_layout("", ""))
         figure.add_heatmap(
             x=[metric(y).title.removesuffix(", test") for y in rows["y"]],
-            y=[metric(x).title for x in rows["x"]],
+            # Short lines leave room on a phone.
+            y=["<br>".join(textwrap.wrap(_plain(metric(x).title), 18)) for x in rows["x"]],
             z=_digits(rows["kendall"]),
             customdata=texts,
             texttemplate="%{z:.2f}",

@@ -33,7 +33,7 @@ from robust_flatness.plotting.canvas import (
 )
 from robust_flatness.run_folder.metrics import LOSSES, Rows, logged_split, series
 
-# Label, colour, style and width of a line by its metric.
+# Label, color, style and width of a line by its metric.
 _Lines = Mapping[str, tuple[str, str, str, float]]
 _LOSSES: _Lines = {
     "{}/robust_loss_incorrect": ("{}, incorrect", PURPLE, "-", 1.1),
@@ -216,10 +216,10 @@ def _draw_overfitting(
 
 def _draw_lines(axes: Axes, rows: Rows, lines: _Lines) -> bool:
     split = "test" if series(rows, "test/robust_loss") else "val"
-    for name, (label, colour, style, width) in lines.items():
+    for name, (label, color, style, width) in lines.items():
         points = series(rows, name.format(split))
         if points:
-            look: dict[str, Any] = {"color": colour, "linestyle": style, "linewidth": width}
+            look: dict[str, Any] = {"color": color, "linestyle": style, "linewidth": width}
             # A single epoch is not a line, and a few are easier to read with markers.
             look |= {"marker": "o", "markersize": 2.5} if len(points) <= 20 else {}
             axes.plot(*zip(*points), label=label.format(split), **look)

@@ -51,6 +51,9 @@ class Run:
         num_classes: Number K of classes, if known.
         versions: Of the packages that ran.
         hardware: Of the machine.
+        checks: By weights, mappings with `name`, `passed` (None if not decided) and `text`.
+        error_curve: By weights, `eps` and the `robust_error` at each.
+        class_errors: By weights and split, the robust error of each class.
         landscapes: By name, such as `final/random`, as means over examples: `(D, S, 1)`.
     """
 
@@ -70,6 +73,9 @@ class Run:
     versions: Mapping[str, str] = field(default_factory=dict)
     hardware: Mapping[str, Any] = field(default_factory=dict)
     diverged_epoch: int | None = None
+    checks: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    error_curve: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
+    class_errors: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
     landscapes: Mapping[str, Landscape] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -176,6 +182,9 @@ def _parse(folder: Path, content: Mapping[str, Any]) -> Run:
         versions=_mapping(content, "versions"),
         hardware=hardware,
         diverged_epoch=_count(content, "diverged_epoch"),
+        checks=_checks(content),
+        error_curve=_lists(content, "error_curve"),
+        class_errors=_lists(content, "class_errors"),
     )
 
 
@@ -248,6 +257,35 @@ def _count(content: Mapping[str, Any], name: str, low: int = 0) -> int | None:
 
 def _mapping(content: Mapping[str, Any], name: str) -> dict[str, Any]:
     return dict(_entry(content, name, lambda x: isinstance(x, dict), "a mapping") or {})
+
+
+def _checks(content: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    def is_check(check: Any) -> bool:
+        texts = (
+            [check.get(name) for name in ("name", "text")] if isinstance(check, dict) else [None]
+        )
+        return all(isinstance(text, str) for text in texts)
+
+    def are_checks(weights: Any) -> bool:
+        return all(isinstance(own, list) and all(map(is_check, own)) for own in weights.values())
+
+    checks = _mapping(content, "checks")
+    return dict(_entry({"checks": checks}, "checks", are_checks, "lists of `name` and `text`"))
+
+
+def _lists(content: Mapping[str, Any], name: str) -> dict[str, dict[str, list[float]]]:
+    def are_lists(weights: Any) -> bool:
+        for lists in weights.values():
+            values = list(lists.values()) if isinstance(lists, dict) else [lists]
+            if not all(isinstance(one, list) and all(map(is_number, one)) for one in values):
+                return False
+            # The points of a curve have both coordinates.
+            if name == "error_curve" and len({len(one) for one in values}) > 1:
+                return False
+        return True
+
+    lists = _mapping(content, name)
+    return dict(_entry({name: lists}, name, are_lists, "mappings of lists of numbers"))
 
 
 def _finite(metrics: Mapping[str, Any], where: str) -> dict[str, float]:

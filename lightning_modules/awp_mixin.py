@@ -5,7 +5,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.optim import Optimizer
 
 from robust_flatness.functional.checks import check_choice, check_count, check_number
@@ -13,6 +13,7 @@ from robust_flatness.functional.evaluation import Mode
 from robust_flatness.functional.layer_weights import LayerTensor, layer_tensors, perturbed_weights
 from robust_flatness.functional.weight_perturbation import (
     adversarial_perturbation,
+    mean_over_ranks,
     random_perturbation,
 )
 from robust_flatness.lightning_modules.pgd_mixin import PGDMixin
@@ -176,16 +177,6 @@ class AWPMixin(PGDMixin):
                 f"{type(optimizer).__name__}."
             )
         return configured
-
-
-def mean_over_ranks(gradients: list[Tensor]) -> list[Tensor]:
-    """Gradients averaged over all processes in one all-reduce, so that ν is the same on each."""
-    if not distributed.is_initialized() or distributed.get_world_size() == 1:
-        return gradients
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    distributed.all_reduce(flat)
-    means = (flat / distributed.get_world_size()).split([g.numel() for g in gradients])
-    return [mean.view_as(gradient) for mean, gradient in zip(means, gradients)]
 
 
 class RestoreWeights(Callback):

@@ -1,5 +1,9 @@
 """Callbacks that measure a network while it trains, in any Lightning project."""
 
+from robust_flatness.callbacks.adversarial_training import (
+    AdversarialTraining,
+    AdversarialWeightPerturbation,
+)
 from robust_flatness.callbacks.epoch_measures import (
     Curvature,
     EpochMeasure,
@@ -24,6 +28,8 @@ from robust_flatness.callbacks.weight_averaging import WeightAveraging
 from robust_flatness.callbacks.weight_clipping import WeightClipping
 
 __all__ = [
+    "AdversarialTraining",
+    "AdversarialWeightPerturbation",
     "AutoAttack",
     "Curvature",
     "EpochMeasure",

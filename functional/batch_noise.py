@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from robust_flatness.functional.attack import PGD
+from robust_flatness.functional.attack import PGD, Criterion, example_losses
+from robust_flatness.functional.evaluation import Model
 from robust_flatness.functional.noise import keyed_generator, keyed_seed, random_start
 
 
@@ -67,6 +68,36 @@ class BatchNoise:
             generator=self.generator(purpose, device),
         )
         return starts[self.rank :: self.world_size]
+
+    def craft(
+        self,
+        pgd: PGD,
+        model: Model,
+        images: Tensor,
+        labels: Tensor,
+        criterion: Criterion = example_losses,
+        start: Tensor | None = None,
+    ) -> Tensor:
+        """Adversarial examples for this process's part of the batch.
+
+        Args:
+            pgd: The attack.
+            model: Maps images in [0, 1] to what `criterion` takes.
+            images: `(N, C, H, W)` in [0, 1].
+            labels: `(N,)`, or any target with N rows that `criterion` takes.
+            criterion: Maps logits and labels to the losses `(N,)` to increase.
+            start: Perturbations `(N, C, H, W)` to start from; `None` draws them. A second attack in
+                a step needs starts of another purpose, see `starts`.
+
+        Returns:
+            `(N, C, H, W)` in [0, 1], without a graph, in the type of `images`.
+        """
+        if len(images) == 0:
+            return images
+        if start is None:
+            start = self.starts(pgd, images.shape, "start", images.device)
+        # The attack is in float32 at least; training may be in half precision.
+        return pgd.attack(model, images, labels, start, criterion).images.to(images.dtype)
 
     @contextmanager
     def dropout(self, network: nn.Module, device: torch.device) -> Iterator[None]:

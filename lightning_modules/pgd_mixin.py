@@ -77,26 +77,9 @@ class PGDMixin(LightningModule):
         model: Model | None = None,
         start: Tensor | None = None,
     ) -> Tensor:
-        """Adversarial examples for this process's part of the batch.
-
-        Args:
-            images: `(N, C, H, W)` in [0, 1].
-            labels: `(N,)`, or any target with N rows that `criterion` takes.
-            criterion: Maps logits and labels to the losses `(N,)` to increase.
-            model: What is attacked; `None` for the module itself.
-            start: Perturbations `(N, C, H, W)` to start from; `None` draws them. A second attack in
-                a step needs starts of another purpose, see `BatchNoise.starts`.
-
-        Returns:
-            `(N, C, H, W)` in [0, 1], without a graph, in the type of `images`.
-        """
-        if len(images) == 0:
-            return images
-        if start is None:
-            start = self.noise.starts(self.pgd, images.shape, "start", images.device)
+        """`BatchNoise.craft` with the module's attack, of the module unless `model` is set."""
         attacked = self if model is None else model
-        # The attack is in float32 at least; training may be in half precision.
-        return self.pgd.attack(attacked, images, labels, start, criterion).images.to(images.dtype)
+        return self.noise.craft(self.pgd, attacked, images, labels, criterion, start)
 
     @property
     def noise(self) -> BatchNoise:

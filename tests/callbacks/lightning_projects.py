@@ -18,7 +18,11 @@ def tiny(seed=0):
 
 
 def residual():
-    return ResNet(BasicBlock, [1, 1, 1, 1], num_classes=10)
+    network = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=10)
+    # The last two stages have most of the weights.
+    network.layer3 = network.layer4 = nn.Identity()
+    network.fc = nn.Linear(128, 10)
+    return network
 
 
 def transformer():

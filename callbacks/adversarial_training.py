@@ -22,6 +22,14 @@ CLOSURES = "an optimizer that evaluates its closure once in a step"
 
 
 class _HoldsPGD:
+    """Holds an attack.
+
+    Args:
+        eps: Radius of the perturbation, in pixel units of images in [0, 1].
+        step_size: Length of a step; None is eps · 0.007 / (8/255), the paper's 0.007 at 8/255.
+        **kwargs: Other arguments of `functional.PGD`.
+    """
+
     def __init__(self, *, eps: Eps = 8 / 255, step_size: Eps | None = None, **kwargs: Any) -> None:
         self.pgd = PGD(eps, step_size=step_size, **kwargs)
 

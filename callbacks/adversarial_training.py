@@ -1,5 +1,6 @@
 """Callbacks that train any LightningModule on adversarial examples and at perturbed weights."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -211,15 +212,23 @@ class AdversarialWeightPerturbation(TrainingStepCallback, _HoldsAWP):
         check_count("warmup", warmup)
         self.warmup = warmup
         self._hooks: list[RemovableHandle] = []
-        self._begin_batch()
+        self._forget()
 
-    def _begin_batch(self) -> None:
-        self._closures = self._backwards = self._updates = 0
+    def _forget(self) -> None:
+        self.awp.forget()
+        self._batch, self._counts = -1, Counter[str]()
+
+    def _count(self, event: str) -> int:
+        """Counts an event, and returns how often it has happened in the current batch."""
+        if self._batch != self.noise.step:
+            self._batch, self._counts = self.noise.step, Counter()
+        self._counts[event] += 1
+        return self._counts[event]
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        self.awp.forget()
+        self._forget()
         self.awp.find(pl_module)
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, LBFGS):
@@ -240,17 +249,9 @@ class AdversarialWeightPerturbation(TrainingStepCallback, _HoldsAWP):
         self.awp.find(pl_module)
 
     @override
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        self._begin_batch()
-
-    @override
     def around_step(self, step: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
         module, noise = self.module, self.noise
-        self._closures += 1
-        if self._closures > 1:
+        if self._count("step") > 1:
             raise self._refusal(CLOSURES, type(self.trainer.optimizers[0]).__name__)
         if self.trainer.current_epoch >= self.warmup:
             images, labels = self.images_and_labels(batch)
@@ -266,8 +267,7 @@ class AdversarialWeightPerturbation(TrainingStepCallback, _HoldsAWP):
         return output
 
     def _around_backward(self, backward: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        self._backwards += 1
-        if self._backwards > 1:
+        if self._count("backward") > 1:
             raise self._refusal("one backward for each batch", "a second one")
         try:
             backward(*args, **kwargs)
@@ -276,8 +276,7 @@ class AdversarialWeightPerturbation(TrainingStepCallback, _HoldsAWP):
 
     def _before_update(self, optimizer: Optimizer, *_: Any) -> None:
         self.awp.restore()
-        self._updates += 1
-        if self._updates > 1 and not self.module.automatic_optimization:
+        if not self.module.automatic_optimization and self._count("update") > 1:
             raise self._refusal("one optimizer step for each batch", "a second one")
 
     @override

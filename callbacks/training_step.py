@@ -4,14 +4,13 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from typing_extensions import override
 
 from robust_flatness.functional.attack import example_losses
-from robust_flatness.functional.batch_noise import BatchNoise
+from robust_flatness.functional.batch_noise import BatchNoise, agreed_seed
 from robust_flatness.functional.checks import errors_on_all_ranks
 from robust_flatness.functional.evaluation import to_float32
 
@@ -137,20 +136,17 @@ class TrainingStepCallback(Callback):
                 f"Expected a `strategy` that has all weights on each process, such as ddp, for "
                 f"{name} but got {type(trainer.strategy).__name__}."
             )
-        own = torch.initial_seed() if self.seed is None else self.seed
-        self.seed = int(trainer.strategy.broadcast(own))
+        self.seed = agreed_seed(trainer, self.seed)
         self._trainer, self._module = trainer, pl_module
-        wrap(pl_module, "training_step", self.order, self.around_step)
+        wrap(pl_module, "training_step", self.order, self._around_step)
 
-    @override
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def _around_step(self, step: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
         # Once only: the check waits for the device.
         if not self._checked:
             with errors_on_all_ranks():
                 self.check_images(self.images_and_labels(batch)[0])
             self._checked = True
+        return self.around_step(step, batch, *args, **kwargs)
 
     @override
     def on_exception(

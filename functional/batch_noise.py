@@ -110,6 +110,11 @@ class BatchNoise:
             yield
 
 
+def agreed_seed(trainer: Any, seed: int | None) -> int:
+    """The seed of a Lightning trainer's first process; `None` is that of PyTorch."""
+    return int(trainer.strategy.broadcast(torch.initial_seed() if seed is None else seed))
+
+
 def forked_random_state(device: torch.device) -> AbstractContextManager[None]:
     """Restores the random states of the CPU and of one device afterwards."""
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])

@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from robust_flatness.functional.attack import PGD, Criterion, example_losses
-from robust_flatness.functional.batch_noise import BatchNoise, forked_random_state
+from robust_flatness.functional.batch_noise import BatchNoise, agreed_seed, forked_random_state
 from robust_flatness.functional.checks import check_examples, check_outputs, errors_on_all_ranks
 from robust_flatness.functional.evaluation import (
     Model,
@@ -93,8 +93,7 @@ class PGDMixin(LightningModule):
 
     def on_fit_start(self) -> None:
         """Agrees on one seed for the noise of all processes, or keeps that of the checkpoint."""
-        own = torch.initial_seed() if self.run_seed is None else self.run_seed
-        self.run_seed = int(self.trainer.strategy.broadcast(own))
+        self.run_seed = agreed_seed(self.trainer, self.run_seed)
 
     def on_train_batch_start(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         """Checks images and labels of the first batch, and the size of the last one.

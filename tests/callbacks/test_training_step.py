@@ -7,7 +7,6 @@ from collections import OrderedDict, UserDict, namedtuple
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import LearningRateFinder
 from lightning_projects import MEAN, STD, Project, classifier, normalised
 from networks_for_tests import PassCounter, images_and_labels, snapshot
 from torch import nn
@@ -187,18 +186,6 @@ def test_a_compiled_module_is_trained_and_keeps_its_compiled_step():
     assert "training_step" in vars(own)
     assert vars(own)["training_step"].__name__ == "training_step"
     torch.testing.assert_close(*ends)
-
-
-def test_tuning_before_fit_trains_adversarially_too(tmp_path):
-    module = Remembers()
-    finder = LearningRateFinder(num_training_steps=4, update_attr=False)
-    callbacks = [AdversarialTraining(eps=EPS, steps=1), AdversarialWeightPerturbation(), finder]
-    fit(module, callbacks, loader(16), default_root_dir=tmp_path)
-    clean = [image.flip(2) for image in loader(16).dataset.tensors[0]]
-    # Of the search and of training.
-    assert len(module.seen) == 2 + 2
-    for batch in module.seen:
-        assert not any(torch.equal(image, other) for image in batch[0] for other in clean)
 
 
 class Outputs(Project):

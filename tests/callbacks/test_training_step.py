@@ -104,6 +104,20 @@ def test_validation_stays_clean_and_normalised_images_stay_in_the_ball_of_pixels
     assert torch.equal(torch.cat(module.validated), clean)
 
 
+def test_rounded_numbers_of_a_normalisation_may_leave_the_range_a_little():
+    images = images_and_labels(8)[0].round()
+    module = Remembers()
+    mean = [value + 1e-5 for value in MEAN]
+    fit(
+        module,
+        [AdversarialTraining(normalization=(mean, STD), steps=1)],
+        batch_of(normalised(images)),
+    )
+    pixels = module.seen[0][0] * torch.tensor(STD).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
+    assert pixels.min() > -1e-6
+    assert pixels.max() < 1 + 1e-6
+
+
 def test_a_fraction_of_the_batch_is_attacked_and_the_rest_is_the_same_bits():
     module = Remembers(lr=0.0)
     fit(module, [AdversarialTraining(eps=EPS, steps=2, fraction=0.25)], loader(8))
@@ -128,6 +142,7 @@ def test_the_radius_rises_in_the_warm_up():
         (seen[0] - clean[0]).abs().max().item() for seen, clean in zip(module.seen, module.ended)
     ]
     assert radii == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1], rel=1e-4)
+    assert [at.attack_of(epoch).length for epoch in range(5)] == pytest.approx(radii)
 
 
 def test_an_attack_costs_its_passes_alone():

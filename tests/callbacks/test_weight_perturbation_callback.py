@@ -219,6 +219,14 @@ class TwoUpdates(RawManual):
     configure_optimizers = Project.configure_optimizers
 
 
+def test_lbfgs_is_refused_before_the_first_step():
+    module = Watched(optimizer=torch.optim.LBFGS)
+    message = "Expected an optimizer that evaluates its closure once in a step .* but got LBFGS"
+    with pytest.raises(ValueError, match=message):
+        fit(module)
+    assert module.moved == []
+
+
 def normalization_only():
     return nn.Sequential(nn.Flatten(), nn.LayerNorm(192))
 
@@ -226,11 +234,6 @@ def normalization_only():
 @pytest.mark.parametrize(
     ("build", "arguments", "message"),
     [
-        (
-            lambda: Project(optimizer=torch.optim.LBFGS),
-            {},
-            "Expected an optimizer that evaluates its closure once in a step .* but got LBFGS",
-        ),
         (lambda: Project(optimizer=Twice), {}, "evaluates its closure once .* but got Twice"),
         (TwoBackwards, {}, "Expected one backward for each batch .* but got a second one"),
         (TwoUpdates, {}, "Expected one optimizer step for each batch .* but got a second one"),

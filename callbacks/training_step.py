@@ -9,7 +9,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from torch import Tensor
 from typing_extensions import override
 
-from robust_flatness.functional.attack import example_losses
+from robust_flatness.functional.attack import PGD, example_losses
 from robust_flatness.functional.batch_noise import BatchNoise, agreed_seed
 from robust_flatness.functional.checks import errors_on_all_ranks
 from robust_flatness.functional.evaluation import to_float32
@@ -135,6 +135,12 @@ class TrainingStepCallback(Callback):
             raise ValueError(
                 f"Expected a `strategy` that has all weights on each process, such as ddp, for "
                 f"{name} but got {type(trainer.strategy).__name__}."
+            )
+        if isinstance(getattr(pl_module, "pgd", None), PGD):
+            raise ValueError(
+                f"Expected a module that trains on clean images for {name} but got "
+                f"{type(pl_module).__name__}, which attacks them itself; use its arguments, or "
+                "ATAWP for weight perturbations."
             )
         self.seed = agreed_seed(trainer, self.seed)
         self._trainer, self._module = trainer, pl_module

@@ -7,14 +7,16 @@ from collections import OrderedDict, UserDict, namedtuple
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning_projects import MEAN, STD, Project, classifier, normalised
-from networks_for_tests import PassCounter, images_and_labels, snapshot
+from networks_for_tests import PassCounter, images_and_labels, snapshot, tiny_body
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
 from torch.utils.data import DataLoader, TensorDataset
-from trainers import loader, quiet_trainer
+from trainers import PLAIN, loader, quiet_trainer
 
 from robust_flatness.callbacks import AdversarialTraining, AdversarialWeightPerturbation
+from robust_flatness.lightning_modules import AT
 
 EPS = 0.1
 Pair = namedtuple("Pair", ["labels", "images"])
@@ -329,6 +331,21 @@ def test_what_cannot_be_attacked_is_refused_by_name_before_the_first_update(kind
     with pytest.raises(ValueError, match=message):
         fit(module, [kind(**arguments)], batches)
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_a_module_that_attacks_images_itself_is_refused(kind):
+    module = AT(tiny_body, **PLAIN)
+    with pytest.raises(ValueError, match="Expected a module that trains on clean .* but got AT"):
+        fit(module, [kind()], loader(8))
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_strategies_that_shard_weights_are_refused(kind, monkeypatch):
+    sharded = "robust_flatness.callbacks.training_step.SHARDED"
+    monkeypatch.setattr(sharded, (SingleDeviceStrategy,))
+    with pytest.raises(ValueError, match="Expected a `strategy` that has all weights .* Single"):
+        fit(Project(), [kind()], loader(8))
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,20 @@ def test_manual_and_automatic_optimization_train_alike():
     assert same(*ends)
 
 
+def test_a_random_direction_leaves_frozen_weights():
+    class Frozen(Watched):
+        def training_step(self, batch, batch_idx):
+            self.frozen = torch.equal(self.network[3].weight, tiny()[3].weight)
+            return super().training_step(batch, batch_idx)
+
+    module = Frozen()
+    module.network[3].weight.requires_grad_(False)
+    awp = AdversarialWeightPerturbation(xi=XI, direction="random")
+    quiet_trainer(callbacks=[awp]).fit(module, loader(8))
+    assert module.moved == [True, True]
+    assert module.frozen
+
+
 def test_statistics_of_batchnorm_come_from_perturbed_weights():
     means = []
     for xi in (0.0, XI):

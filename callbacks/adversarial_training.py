@@ -122,7 +122,7 @@ class AdversarialTraining(TrainingStepCallback, _HoldsPGD):
         # The first rows of the global batch, so that any number of processes attacks the same.
         first = slice(len(range(noise.rank, attacked, noise.world_size)))
         start = noise.starts(pgd, images.shape, "start", images.device)[first]
-        pixels = self.to_pixels(images[first]).clamp(0, 1)
+        pixels = self.to_pixels(images[first])
         network = _AttackedModule(self.module, self, labels[first])
         criterion = example_losses if self.criterion is None else _first_column
         with noise.dropout(self.module, images.device):

@@ -77,7 +77,7 @@ class RawManual(Manual):
 
 def fit(module, callbacks=(), batches=None, **kwargs):
     awp = AdversarialWeightPerturbation(xi=XI)
-    trainer = quiet_trainer(callbacks=[awp, *callbacks], **kwargs)
+    trainer = quiet_trainer(callbacks=[*callbacks, awp], **kwargs)
     trainer.fit(module, batches or loader(16))
     return trainer
 
@@ -146,12 +146,24 @@ def test_a_step_without_a_loss_updates_nothing_at_perturbed_weights(accumulate):
     class Skips(Watched):
         def training_step(self, batch, batch_idx):
             loss = super().training_step(batch, batch_idx)
-            return None if batch_idx == 1 else loss
+            return None if batch_idx == 0 else loss
 
-    module = Skips()
-    fit(module, accumulate_grad_batches=accumulate)
+    module, ends = Skips(), Ends()
+    fit(module, [ends], accumulate_grad_batches=accumulate)
     assert module.moved == [True] * 3
     assert not any(module.updated)
+    # Without gradients nothing was updated.
+    assert not ends.moved[0]
+
+
+class Ends(Callback):
+    """Looks at the weights when a batch ends, as weight averaging does."""
+
+    def __init__(self):
+        self.moved = []
+
+    def on_train_batch_end(self, trainer, module, *args):
+        self.moved.append(module.is_moved)
 
 
 class Fails(Callback):
@@ -183,8 +195,11 @@ def test_weights_come_back_after_an_exception(where):
             raise RuntimeError("half-way")
 
     module, fails = Failing(), Fails(where == "between")
+    awp = AdversarialWeightPerturbation(xi=XI)
     with pytest.raises(RuntimeError, match="half-way"):
-        fit(module, [fails])
+        # Between the two nothing but the callback's own hook comes before the other's.
+        added = [awp, fails] if where == "between" else [fails, awp]
+        quiet_trainer(callbacks=added).fit(module, loader(16))
     assert module.moved[0]
     assert not fails.moved
     assert not module.is_moved

@@ -64,6 +64,7 @@ def one_batch(batch):
     ("make", "where", "keys"),
     [
         (lambda x, y: [x, y], (0, 1), {}),
+        (lambda x, y: [x, y[:, None]], (0, 1), {}),
         (lambda x, y: (x, y, "name"), (0, 1), {}),
         (lambda x, y: (y, x), (1, 0), {"image_key": 1, "label_key": 0}),
         (lambda x, y: Pair(y, x), (1, 0), KEYS),
@@ -88,7 +89,7 @@ def test_training_step_gets_adversarial_images_in_a_batch_of_the_same_type(make,
     assert seen[where[0]].max() <= 1
     network = module.network.eval()
     assert cross_entropy(network(seen[where[0]]), labels) > cross_entropy(network(clean), labels)
-    assert torch.equal(seen[where[1]], labels)
+    assert torch.equal(seen[where[1]], batch[where[1]])
     # Neither the dataset's memory nor the batch of other hooks is written.
     assert torch.equal(images, kept)
     assert torch.equal(clean, kept.flip(3) if isinstance(batch, list) else kept)

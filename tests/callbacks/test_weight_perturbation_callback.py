@@ -285,8 +285,9 @@ def test_what_cannot_be_restored_in_time_is_refused(build, arguments, message):
 
 def test_a_resumed_run_goes_on_exactly(tmp_path):
     def run(epochs, checkpoint=None):
-        torch.manual_seed(0 if checkpoint is None else 9)
         module = Project()
+        # The checkpoint's seed counts.
+        torch.manual_seed(0 if checkpoint is None else 9)
         callbacks = [
             AdversarialTraining(steps=2, warmup=2),
             AdversarialWeightPerturbation(direction="random", xi=XI),

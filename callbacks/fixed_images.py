@@ -97,7 +97,7 @@ class FixedImages(Callback):
         check_choice("split", split, get_args(Split))
         check_count("num_examples", num_examples, low=1)
         if normalization is not None:
-            _channels(normalization)  # Checks it.
+            channels(normalization)  # Checks it.
         self.split, self.dataset = split, dataset
         self.num_examples, self.normalization = num_examples, normalization
         self._examples: dict[str, Examples] = {}
@@ -211,7 +211,7 @@ class FixedImages(Callback):
     def _make(self, images: Tensor, labels: Tensor) -> Examples:
         """Checks images and labels and undoes a normalisation."""
         if self.normalization is not None:
-            mean, std = (channels.to(images) for channels in _channels(self.normalization))
+            mean, std = (values.to(images) for values in channels(self.normalization))
             images = images * std + mean
             if images.min() >= -ROUNDING and images.max() <= 1 + ROUNDING:
                 images = images.clamp(0, 1)
@@ -234,7 +234,7 @@ class PixelInput(nn.Module):
     def __init__(self, module: nn.Module, normalization: Normalization) -> None:
         super().__init__()
         self.module = module
-        for name, values in zip(("mean", "std"), _channels(normalization)):
+        for name, values in zip(("mean", "std"), channels(normalization)):
             self.register_buffer(name, values)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -278,7 +278,7 @@ def _has_split_dataset(trainer: Trainer, split: str) -> bool:
     return isinstance(source, LightningDataModule) and hasattr(source, "split_dataset")
 
 
-def _channels(normalization: Normalization) -> list[Tensor]:
+def channels(normalization: Normalization) -> list[Tensor]:
     """Mean and standard deviation, `(C, 1, 1)` each, float64."""
     mean, std = (torch.tensor(list(v), dtype=torch.float64).view(-1, 1, 1) for v in normalization)
     # A number that is finite and above 0 in float64 may not be so in the precision of the images.

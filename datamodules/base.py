@@ -21,6 +21,7 @@ from robust_flatness.datamodules.images import (
     to_unit_range,
 )
 from robust_flatness.datamodules.unlabeled_files import read_unlabeled
+from robust_flatness.functional.batch_noise import agreed_seed
 from robust_flatness.functional.checks import (
     Eps,
     check_choice,
@@ -190,15 +191,15 @@ class RobustDataModule(LightningDataModule, ABC):
                 unlabeled = self.unlabeled_source()
                 self._check_images(unlabeled, "unlabeled", like=self._images["training"])
                 self._images["unlabeled"] = self._load(unlabeled)
-        strategy = self.trainer.strategy
-        seed = torch.initial_seed() if self.seed is None else self.seed
-        self._run_seed = int(strategy.broadcast(seed))
+        self._run_seed = agreed_seed(self.trainer, self.seed)
         self._global_batches().check(len(self._images["training"]))
         mean = self.mean if self.augment in FILLED else ()
         self._augmentation = Augmentation(self.augment, self.flip, mean)
         for name, images in self._images.items():
             if name in ("training", "unlabeled") and self.in_memory:
-                self._images[name] = cast(ResidentImages, images).to(strategy.root_device)
+                self._images[name] = cast(ResidentImages, images).to(
+                    self.trainer.strategy.root_device
+                )
 
     def split_dataset(self, split: str) -> EvaluationImages:
         """Returns the images of a split, always in the same order; no trainer is needed.

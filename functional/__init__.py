@@ -1,6 +1,8 @@
 """The mathematics: pure functions on tensors and networks, without a Trainer."""
 
 from robust_flatness.functional.attack import PGD, FriendlyPGD, pgd_attack
+from robust_flatness.functional.awp import AWP
+from robust_flatness.functional.batch_noise import BatchNoise
 from robust_flatness.functional.flatness import FlatnessResult, average_case_flatness
 from robust_flatness.functional.gradient_norm import (
     FirstOrderFlatnessResult,
@@ -47,7 +49,9 @@ from robust_flatness.functional.worst_case_flatness import (
 )
 
 __all__ = [
+    "AWP",
     "PGD",
+    "BatchNoise",
     "FirstOrderFlatnessResult",
     "FlatnessResult",
     "FriendlyPGD",

@@ -73,13 +73,15 @@ def run_block(
 
 def test_python_blocks_are_those_that_the_tests_below_run():
     having = {page.relative_to(ROOT).as_posix() for page in PAGES if blocks(page, "python")}
-    pages = {"README.md", "docs/command-line.md", "docs/measures.md", "docs/variants.md"}
-    # Run by test_docs_elsewhere.py.
-    pages.add("docs/elsewhere.md")
+    pages = {"README.md", "docs/any-module.md", "docs/command-line.md", "docs/measures.md"}
+    # The last one is run by test_docs_elsewhere.py.
+    pages |= {"docs/variants.md", "docs/elsewhere.md"}
     assert having == pages
 
 
-def test_readme_callbacks_in_another_project(tmp_path, monkeypatch):
+@pytest.fixture
+def my_project(tmp_path, monkeypatch):
+    """Another project, in the current folder."""
     # Another project has its own `callbacks` folder, another forward, normalized inputs.
     (tmp_path / "callbacks").mkdir()
     (tmp_path / "callbacks" / "__init__.py").write_text("MINE = True\n")
@@ -109,6 +111,12 @@ def test_readme_callbacks_in_another_project(tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.chdir(tmp_path)
+    for name in ("callbacks", "my_project"):
+        monkeypatch.setitem(sys.modules, name, None)
+        del sys.modules[name]
+
+
+def test_readme_callbacks_in_another_project(my_project):
     torch.manual_seed(0)
     names = run_block("README.md", {})
     logged = names["trainer"].callback_metrics
@@ -126,6 +134,13 @@ def test_readme_callbacks_in_another_project(tmp_path, monkeypatch):
     )
     for name, value in alone.state_dict().items():
         assert torch.equal(value, watched[name]), name
+
+
+def test_training_callbacks_in_another_project(my_project):
+    torch.manual_seed(0)
+    logged = run_block("docs/any-module.md", {})["trainer"].callback_metrics
+    assert {"flatness/average/val", "val/robust_error"} <= set(logged)
+    assert logged["awp/relative_norm_max"] == pytest.approx(0.01, rel=1e-4)
 
 
 def test_datamodule_that_declares_its_normalization():

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pkgutil import resolve_name
 from typing import Any
 
-from robust_flatness.command_line.parser import check_environment, run_function
+from robust_flatness.command_line.parser import check_environment, program, run_function
 
 COMMAND_LINE = "robust_flatness.command_line"
 FUNCTIONS = {
@@ -22,10 +22,6 @@ COMMANDS = {
     "report": "turn finished runs into tables, figures and one HTML page",
     "dashboard": "set up a W&B workspace and report page",
 }
-HELP = f"""usage: cli.py [-h] [--version] COMMAND ...
-
-commands, each with a --help of its own:
-{chr(10).join(f"  {name:<11}{text}" for name, text in COMMANDS.items())}"""
 
 
 def __getattr__(name: str) -> Any:
@@ -37,13 +33,14 @@ def __getattr__(name: str) -> Any:
 
 def study_functions() -> Any:
     """What a study calls of the command line; imported when it does."""
-    names = ["options:read_options", "lightning_cli:merge_settings"]
-    names += ["lightning_cli:check_arguments", "files:read_mapping"]
 
     def imported_when_called(name: str) -> Callable[..., Any]:
         return lambda *args: resolve_name(f"{COMMAND_LINE}.{name}")(*args)
 
-    return resolve_name("robust_flatness.study.plan:CommandLine")(*map(imported_when_called, names))
+    names = ["parser:read_options", "lightning_cli:merge_settings"]
+    names += ["lightning_cli:check_arguments", "files:read_mapping"]
+    command_line = resolve_name("robust_flatness.study.plan:CommandLine")
+    return command_line(*map(imported_when_called, names))
 
 
 def main(args: Sequence[str] | None = None, cli_class: type[Any] | None = None) -> None:
@@ -66,7 +63,9 @@ def main(args: Sequence[str] | None = None, cli_class: type[Any] | None = None) 
         run = resolve_name(f"{COMMAND_LINE}.lightning_cli:run_lightning_cli")
         run(arguments, cli_class or __getattr__("CLI"))
     elif command in ("-h", "--help"):
-        print(HELP)
+        print(f"usage: {program()} [-h] [--version] COMMAND ...\n")
+        print("commands, each with a --help of its own:")
+        print("\n".join(f"  {name:<11}{text}" for name, text in COMMANDS.items()))
     elif command == "--version":
         print(f"robust-flatness {version('robust-flatness')}")
     else:

@@ -1,5 +1,10 @@
 """Callbacks that measure a network while it trains, in any Lightning project."""
 
+from robust_flatness.callbacks.adversarial_training import (
+    AdversarialTraining,
+    AdversarialWeightPerturbation,
+)
+from robust_flatness.callbacks.catastrophic_overfitting import CatastrophicOverfitting
 from robust_flatness.callbacks.epoch_measures import (
     Curvature,
     EpochMeasure,
@@ -24,7 +29,10 @@ from robust_flatness.callbacks.weight_averaging import WeightAveraging
 from robust_flatness.callbacks.weight_clipping import WeightClipping
 
 __all__ = [
+    "AdversarialTraining",
+    "AdversarialWeightPerturbation",
     "AutoAttack",
+    "CatastrophicOverfitting",
     "Curvature",
     "EpochMeasure",
     "FinalEvaluation",

@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.heap import BufferWrapper
@@ -67,12 +67,6 @@ def source_of(trainer: Trainer, split: str) -> _DataLoaderSource:
     return source
 
 
-def has_loader(trainer: Trainer, split: str) -> bool:
-    """Returns whether the trainer has a loader of a split, or can request it."""
-    source = source_of(trainer, split)
-    return source.instance is not None and source.is_defined()
-
-
 def has_own_hooks(trainer: Trainer) -> bool:
     """Returns whether batches pass through transfer hooks of the user."""
     selector = trainer._data_connector._datahook_selector
@@ -108,14 +102,15 @@ def read_delivery(
     Raises:
         ValueError: If there is no such loader, it cannot be read, or its images are not fixed.
     """
-    state = {}
-    if module.device.type != "cpu" and has_own_hooks(trainer):
-        # A fork has no GPU: hooks get weights and buffers on the CPU.
-        tensors = [*module.named_parameters(), *module.named_buffers()]
-        state = {name: tensor.detach().cpu() for name, tensor in tensors}
+    # A fork has no GPU: hooks get weights and buffers on the CPU.
+    moved = module.device.type != "cpu" and has_own_hooks(trainer)
+    tensors = [*module.parameters(), *module.buffers()] if moved else []
+    copies = [tensor.detach().cpu() for tensor in tensors]
 
     def read() -> tuple[np.ndarray, np.ndarray, Batches | None]:
-        held = _replace_tensors(module, state)
+        held = [tensor.data for tensor in tensors]
+        for tensor, copy in zip(tensors, copies):
+            tensor.data, module._device = copy, torch.device("cpu")
         trainer.state.stage = RunningStage.VALIDATING if dataset is not None else STAGES[split]
         module.train(trainer.training)
         seed_all(0)
@@ -157,9 +152,6 @@ def in_fork(read: Callable[[], Any], what: str) -> Any:
             other processes, nor change files or shared memory. What it returns is pickled.
         what: What it reads, for the message.
 
-    Returns:
-        What `read` returned.
-
     Raises:
         ValueError: With the sentence of a `Refusal`, or if `read` fails in another way.
 
@@ -168,7 +160,8 @@ def in_fork(read: Callable[[], Any], what: str) -> Any:
         >>> in_fork(lambda: log.append(1) or len(log), "a log"), log
         (1, [])
     """
-    answer, refusal, problem = None, None, "forks are not available here"
+    answer: Any = None
+    problem: Refusal | str | None = "forks are not available here"
     if "fork" in multiprocessing.get_all_start_methods():
         context = multiprocessing.get_context("fork")
         receiver, sender = context.Pipe(duplex=False)
@@ -181,7 +174,7 @@ def in_fork(read: Callable[[], Any], what: str) -> Any:
             sender.close()
             # A lock that another thread holds stays locked in a fork.
             if receiver.poll(TIMEOUT):
-                answer, refusal, problem = receiver.recv()
+                answer, problem = receiver.recv()
                 process.join()
             else:
                 problem = f"no answer in {TIMEOUT} s"
@@ -192,8 +185,8 @@ def in_fork(read: Callable[[], Any], what: str) -> Any:
             problem = str(error)
         finally:
             receiver.close()
-    if refusal:
-        raise ValueError(refusal)
+    if isinstance(problem, Refusal):
+        raise problem
     if problem:
         raise ValueError(
             f"Expected to read {what} in a fork of this process, so that training does not "
@@ -209,12 +202,17 @@ def _answer(read: Callable[[], Any], sender: Connection) -> None:
     warnings.simplefilter("ignore")
     # A fork has one thread, and other processes do not wait for it.
     torch.set_num_threads(1)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("a loader or hook exchanges tensors with other ranks")
+
     for name in EXCHANGES:
-        setattr(torch.distributed, name, _refuse_exchange)
+        setattr(torch.distributed, name, refuse)
     setattr(torch.distributed, "barrier", lambda *_, **__: None)  # noqa: B010
     # What a fork writes to files or to shared memory stays.
     builtins.open = io.open = _open_to_read
-    answer = refusal = problem = None
+    answer: Any = None
+    problem: Refusal | str | None = None
     try:
         before = _shared_numbers()
         with torch.inference_mode(False), torch.no_grad():
@@ -222,10 +220,10 @@ def _answer(read: Callable[[], Any], sender: Connection) -> None:
         if _shared_numbers() != before:
             raise RuntimeError("it changes shared memory")
     except Refusal as error:
-        refusal = str(error)
+        problem = error
     except BaseException as error:
         problem = " ".join(f"{type(error).__name__}: {error}".split())
-    sender.send((answer, refusal, problem))
+    sender.send((answer, problem))
 
 
 def _open_to_read(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
@@ -240,10 +238,6 @@ def _shared_numbers() -> list[bytes]:
     return [bytes(arena.buffer) for arena in arenas]
 
 
-def _refuse_exchange(*_: Any, **__: Any) -> None:
-    raise RuntimeError("a loader or hook exchanges tensors with other ranks")
-
-
 def _loop(trainer: Trainer, split: str) -> Any:
     if split == "train":
         return trainer.fit_loop
@@ -255,7 +249,15 @@ def _loader(trainer: Trainer, split: str) -> DataLoader[Any]:
     loop, stage = _loop(trainer, split), STAGES[split]
     combined = loop._combined_loader
     if combined is None:
-        loaders = _request(trainer, loop._data_source, stage)
+        try:
+            loaders = _request_dataloader(loop._data_source)
+        except Exception:
+            # In `fit` Lightning has not set up a datamodule for the test.
+            datamodule = loop._data_source.instance
+            if split != "test" or not isinstance(datamodule, LightningDataModule):
+                raise
+            datamodule.setup("test")
+            loaders = _request_dataloader(loop._data_source)
         is_combined = isinstance(loaders, CombinedLoader)
         combined = loaders if is_combined else CombinedLoader(loaders, "sequential")
         overfit: float = trainer.overfit_batches  # type: ignore[attr-defined]
@@ -286,17 +288,6 @@ def _loader(trainer: Trainer, split: str) -> DataLoader[Any]:
     return loader
 
 
-def _request(trainer: Trainer, source: _DataLoaderSource, stage: RunningStage) -> Any:
-    try:
-        return _request_dataloader(source)
-    except Exception:
-        # In `fit` Lightning has not set up a datamodule for the test.
-        if stage != RunningStage.TESTING or not isinstance(source.instance, LightningDataModule):
-            raise
-        source.instance.setup("test")
-        return _request_dataloader(source)
-
-
 def _read(
     trainer: Trainer,
     module: LightningModule,
@@ -306,7 +297,12 @@ def _read(
 ) -> tuple[Tensor, Tensor]:
     images: list[Tensor] = []
     labels: list[Tensor] = []
-    for batch in _collated(loader, batches):
+    if loader.num_workers and loader.worker_init_fn is not None:
+        loader.worker_init_fn(0)
+    indices: dict[str, Any] = {"batch_sampler": batches}
+    if loader.batch_sampler is None:
+        indices = {"batch_size": None, "sampler": [index for batch in batches for index in batch]}
+    for batch in DataLoader(loader.dataset, collate_fn=loader.collate_fn, **indices):
         if isinstance(trainer.precision_plugin, DoublePrecision):
             # Half precision would round pixels before normalisation is undone.
             batch = trainer.precision_plugin.convert_input(batch)
@@ -327,16 +323,6 @@ def _read(
     if not images:
         raise Refusal("Expected the loader to deliver images but got an empty one.")
     return torch.cat(images)[:count], torch.cat(labels)[:count]
-
-
-def _collated(loader: DataLoader[Any], batches: Batches) -> Iterator[Any]:
-    """The batches as they leave `collate_fn`, read in this process."""
-    if loader.num_workers and loader.worker_init_fn is not None:
-        loader.worker_init_fn(0)
-    indices: dict[str, Any] = {"batch_sampler": batches}
-    if loader.batch_sampler is None:
-        indices = {"batch_size": None, "sampler": [index for batch in batches for index in batch]}
-    return iter(DataLoader(loader.dataset, collate_fn=loader.collate_fn, **indices))
 
 
 def _shared_tensors(loader: DataLoader[Any], module: LightningModule) -> list[tuple[Tensor, int]]:
@@ -369,15 +355,3 @@ def _nested_datasets(loader: DataLoader[Any]) -> list[Any]:
     while (inner := getattr(datasets[-1], "dataset", None)) is not None:
         datasets.append(inner)
     return datasets
-
-
-def _replace_tensors(module: LightningModule, state: dict[str, Tensor]) -> list[Tensor]:
-    """Puts tensors on the CPU in place of a module's own, and returns these to be kept."""
-    held = []
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if name in state:
-            held.append(tensor.data)
-            tensor.data = state[name]
-    if state:
-        module._device = torch.device("cpu")
-    return held

@@ -1,7 +1,7 @@
 """Callbacks that measure at the end of epochs."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -88,7 +88,7 @@ class EpochMeasure(MeasuringCallback, HoldsMeasure):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.prepare(trainer, pl_module, self.split, [self.measure])
-        others = [c for c in trainer.callbacks if isinstance(c, EpochMeasure)]  # type: ignore[attr-defined]
+        others = epoch_measures(trainer)
         if trainer.state.fn == TrainerFn.FITTING and others and others[-1] is self:
             announce_cost(trainer, pl_module, others)
 
@@ -100,7 +100,9 @@ class EpochMeasure(MeasuringCallback, HoldsMeasure):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.is_due(trainer):
             self._unmeasured_epoch = None
-            _log(pl_module, self.measure_epoch(trainer, pl_module, trainer.current_epoch))
+            metrics = self.measure_epoch(trainer, pl_module, trainer.current_epoch)
+            # The largest of equal values is exact for any number of processes; their mean is not.
+            pl_module.log_dict(metrics, sync_dist=True, reduce_fx="max")
         else:
             self._unmeasured_epoch = trainer.current_epoch
 
@@ -120,7 +122,7 @@ class EpochMeasure(MeasuringCallback, HoldsMeasure):
 
     @override
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _log(pl_module, self.compute(trainer, pl_module))
+        pl_module.log_dict(self.compute(trainer, pl_module), sync_dist=True, reduce_fx="max")
 
     def measure_epoch(
         self, trainer: Trainer, pl_module: LightningModule, epoch: int
@@ -143,6 +145,11 @@ class EpochMeasure(MeasuringCallback, HoldsMeasure):
         )
         last = epoch + 1 == trainer.max_epochs or steps >= trainer.max_steps > -1 or stops
         return epoch % self.every_n_epochs == 0 or last
+
+
+def epoch_measures(trainer: Trainer) -> list[EpochMeasure]:
+    """Returns the trainer's callbacks that measure at the end of epochs."""
+    return [c for c in trainer.callbacks if isinstance(c, EpochMeasure)]  # type: ignore[attr-defined]
 
 
 class _HoldsRobustLoss(HoldsMeasure):
@@ -282,9 +289,3 @@ def _is_own_run(trainer: Trainer, pl_module: LightningModule) -> bool:
     return bool(command_line) and all(
         type(p).__module__.startswith("robust_flatness.") for p in parts
     )
-
-
-def _log(pl_module: LightningModule, metrics: Mapping[str, float]) -> None:
-    """Logs metrics that every process knows, also those that are not finite."""
-    # The largest of equal values is exact for any number of processes; their mean is not.
-    pl_module.log_dict(metrics, sync_dist=True, reduce_fx="max")

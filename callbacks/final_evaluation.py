@@ -25,14 +25,23 @@ from robust_flatness.functional.checks import check_choice
 from robust_flatness.functional.flatness import Protocol
 from robust_flatness.loggers.epoch_csv import EpochCSVLogger
 from robust_flatness.measures import (
+    AdaptiveSharpness,
+    AttackChecks,
     AutoAttackError,
     AverageCaseFlatness,
+    BoundaryThickness,
     Curvature,
+    FirstOrderFlatness,
+    GradientNorm,
+    HessianTrace,
+    LocalLipschitz,
+    Margins,
     Measure,
     RobustLoss,
     WorstCaseFlatness,
 )
 from robust_flatness.measures.base import Split
+from robust_flatness.measures.robust_loss import PREFIX
 
 Metrics = dict[str, float]
 # In the run folder, until the run has ended.
@@ -169,9 +178,15 @@ class FinalEvaluation(FinalMeasure):
         num_perturbations: Number of directions of the flatness; 0 leaves it out.
         xi: Relative length ξ of a perturbation in each layer.
         protocol: Protocol of the flatness, `shared` or `paper`.
-        extras: Further measures of each split, or `all`: `clean` (average-case flatness of the
+        extras: Further measures of each split, or `all`: `margins`, `lipschitz` (local Lipschitz
+            constant), `thickness` (of the boundary), `checks` (attacks that show misleading
+            gradients, see `run_folder.attack_checks`), `clean` (average-case flatness of the
             clean loss, from the same directions), `worst` and `clean_worst` (worst-case flatness
-            at ξ = 0.003 with as many restarts), `curvature` (extreme eigenvalues of the Hessian).
+            at ξ = 0.003 with as many restarts), `curvature` (extreme eigenvalues of the Hessian),
+            `adaptive_average` and `adaptive_worst` (sharpness relative to each weight, in batches
+            of 128), `hessian_trace`, `gradient_norm`, `first_order` (largest gradient near the
+            weights); with `clean_` in front, all of these but the trace for the clean loss. A line
+            at the start says what they cost.
         steps: Number of steps of the attack.
         restarts: Number of restarts for RLoss and RErr.
         **kwargs: Arguments of `measures.RobustLoss`.
@@ -194,7 +209,7 @@ class FinalEvaluation(FinalMeasure):
         num_perturbations: int = 10,
         xi: float = 0.5,
         protocol: Protocol = "shared",
-        extras: Sequence[str] = (),
+        extras: Sequence[str] | str = (),
         steps: int = 20,
         restarts: int = 10,
         **kwargs: Any,
@@ -235,6 +250,17 @@ class FinalEvaluation(FinalMeasure):
         return type(self).__qualname__
 
     @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        costs = []
+        for name, measure in zip(self.extras, self._measures[-len(self.extras) :]):
+            passes = measure.passes()
+            text = "depends on the network" if passes is None else "{:,} + {:,}".format(*passes)
+            costs.append(f"{name} {text}")
+        if costs and trainer.is_global_zero:
+            print(f"Forward + backward passes of each image for extras: {', '.join(costs)}.")
+
+    @override
     def dataset_of(self, split: str) -> Dataset[Any] | None:
         return self.datasets.get(split)
 
@@ -248,9 +274,14 @@ class FinalEvaluation(FinalMeasure):
             pair = [metrics.get(f"{prefix}/{name}") for prefix in ("test", "train_eval")]
             if pair[0] is not None and pair[1] is not None:
                 metrics[f"gap/{name}"] = pair[0] - pair[1]
+        for split in self.splits:
+            labels = self.examples(trainer, pl_module, split).labels
+            self.final_arrays[f"{weights}/{PREFIX[split]}/labels"] = labels
         return metrics
 
 
+# The number of images in a batch is part of the definition of sharpness.
+M = {"batch_size": 128}
 # Measures by name. An extra takes from the evaluation what it shares with it: `attack` is the
 # arguments of `AttackMeasure`.
 EXTRAS: dict[str, Callable[[FinalEvaluation], Measure]] = {
@@ -259,7 +290,20 @@ EXTRAS: dict[str, Callable[[FinalEvaluation], Measure]] = {
     ),
     "worst": lambda e: WorstCaseFlatness(restarts=e.restarts, **e.attack),
     "clean_worst": lambda e: WorstCaseFlatness(loss="clean", restarts=e.restarts, **e.attack),
+    "margins": lambda e: Margins(**e.attack),
+    "lipschitz": lambda e: LocalLipschitz(**e.attack),
+    "thickness": lambda e: BoundaryThickness(batch_size=e.measure.batch_size, seed=e.measure.seed),
+    "checks": lambda e: AttackChecks(**{**e.attack, "steps": min(10, e.attack["steps"])}),
     "curvature": lambda e: Curvature(batch_size=e.measure.batch_size, seed=e.measure.seed),
+    "adaptive_average": lambda e: AdaptiveSharpness(**e.attack | M),
+    "adaptive_worst": lambda e: AdaptiveSharpness(case="worst", **e.attack | M),
+    "clean_adaptive_average": lambda e: AdaptiveSharpness(loss="clean", **e.attack | M),
+    "clean_adaptive_worst": lambda e: AdaptiveSharpness(case="worst", loss="clean", **e.attack | M),
+    "hessian_trace": lambda e: HessianTrace(**e.attack),
+    "gradient_norm": lambda e: GradientNorm(**e.attack),
+    "clean_gradient_norm": lambda e: GradientNorm(loss="clean", **e.attack),
+    "first_order": lambda e: FirstOrderFlatness(**e.attack),
+    "clean_first_order": lambda e: FirstOrderFlatness(loss="clean", **e.attack),
 }
 
 

@@ -18,7 +18,6 @@ from typing_extensions import override
 from robust_flatness.callbacks.delivery import (
     Delivery,
     changing,
-    has_loader,
     has_own_hooks,
     read_delivery,
     source_of,
@@ -42,16 +41,12 @@ FEW = 64
 
 @dataclass
 class _Read:
-    """What a run has read from its loaders, by split and number of images.
+    """What a run has read from its loaders, by split and number of images."""
 
-    Attributes:
-        batches: Indices, if the loader draws them at random.
-        digests: Hashes of the images and labels.
-        unchecked: Epoch and a few training images, to be read again in a later epoch.
-    """
-
+    # Indices, if the loader draws them at random.
     batches: dict[str, Batches] = field(default_factory=dict)
     digests: dict[str, list[str]] = field(default_factory=dict)
+    # Epoch and a few training images, to be read again in a later epoch.
     unchecked: tuple[int, Delivery] | None = None
 
 
@@ -102,7 +97,7 @@ class FixedImages(Callback):
         check_choice("split", split, get_args(Split))
         check_count("num_examples", num_examples, low=1)
         if normalization is not None:
-            _channels(normalization)  # Checks it.
+            channels(normalization)  # Checks it.
         self.split, self.dataset = split, dataset
         self.num_examples, self.normalization = num_examples, normalization
         self._examples: dict[str, Examples] = {}
@@ -124,7 +119,9 @@ class FixedImages(Callback):
             if earlier is None or dataset is not None or has_examples(trainer, split):
                 # Inference tensors could not take part in an attack.
                 with isolate_rng(), torch.inference_mode(False), torch.no_grad():
-                    earlier = self._read(trainer, pl_module, split, dataset)
+                    with errors_on_all_ranks():
+                        earlier = self._read(trainer, pl_module, split, dataset)
+                    _check_alike(trainer, earlier)
             self._examples[split] = earlier
         return self._examples[split]
 
@@ -176,27 +173,6 @@ class FixedImages(Callback):
         split: str,
         dataset: Dataset[Any] | None,
     ) -> Examples:
-        """The images, if all processes read the same; an error of one is one of all."""
-        with errors_on_all_ranks():
-            examples = self._read_here(trainer, module, split, dataset)
-        if trainer.world_size > 1 and torch.distributed.is_initialized():
-            digests: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(digests, _digest(examples))
-            for rank, digest in enumerate(digests):
-                if digest != digests[0]:
-                    raise ValueError(
-                        "Expected all ranks to measure the same images but those of rank "
-                        f"{rank} are not those of rank 0; pass `dataset=`."
-                    )
-        return examples
-
-    def _read_here(
-        self,
-        trainer: Trainer,
-        module: LightningModule,
-        split: str,
-        dataset: Dataset[Any] | None,
-    ) -> Examples:
         count, own_hooks = self.num_examples, False
         if dataset is None and _has_split_dataset(trainer, split):
             # Transfer hooks of the user apply to what its datamodule delivers.
@@ -235,7 +211,7 @@ class FixedImages(Callback):
     def _make(self, images: Tensor, labels: Tensor) -> Examples:
         """Checks images and labels and undoes a normalisation."""
         if self.normalization is not None:
-            mean, std = (channels.to(images) for channels in _channels(self.normalization))
+            mean, std = (values.to(images) for values in channels(self.normalization))
             images = images * std + mean
             if images.min() >= -ROUNDING and images.max() <= 1 + ROUNDING:
                 images = images.clamp(0, 1)
@@ -258,7 +234,7 @@ class PixelInput(nn.Module):
     def __init__(self, module: nn.Module, normalization: Normalization) -> None:
         super().__init__()
         self.module = module
-        for name, values in zip(("mean", "std"), _channels(normalization)):
+        for name, values in zip(("mean", "std"), channels(normalization)):
             self.register_buffer(name, values)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -269,7 +245,9 @@ class PixelInput(nn.Module):
 
 def has_examples(trainer: Trainer, split: str) -> bool:
     """Returns whether the trainer's data has a split, by a loader or by `split_dataset`."""
-    return _has_split_dataset(trainer, split) or has_loader(trainer, split)
+    source = source_of(trainer, split)
+    has_loader = source.instance is not None and source.is_defined()
+    return has_loader or _has_split_dataset(trainer, split)
 
 
 def warn_of_one_class(examples: Examples, num_classes: int, split: str) -> None:
@@ -282,12 +260,25 @@ def warn_of_one_class(examples: Examples, num_classes: int, split: str) -> None:
         )
 
 
+def _check_alike(trainer: Trainer, examples: Examples) -> None:
+    """Raises if processes have read different images."""
+    if trainer.world_size > 1 and torch.distributed.is_initialized():
+        digests: list[Any] = [None] * trainer.world_size
+        torch.distributed.all_gather_object(digests, _digest(examples))
+        other = next((rank for rank, own in enumerate(digests) if own != digests[0]), None)
+        if other is not None:
+            raise ValueError(
+                f"Expected all ranks to measure the same images but those of rank {other} are not "
+                "those of rank 0; pass `dataset=`."
+            )
+
+
 def _has_split_dataset(trainer: Trainer, split: str) -> bool:
     source = source_of(trainer, split).instance
     return isinstance(source, LightningDataModule) and hasattr(source, "split_dataset")
 
 
-def _channels(normalization: Normalization) -> list[Tensor]:
+def channels(normalization: Normalization) -> list[Tensor]:
     """Mean and standard deviation, `(C, 1, 1)` each, float64."""
     mean, std = (torch.tensor(list(v), dtype=torch.float64).view(-1, 1, 1) for v in normalization)
     # A number that is finite and above 0 in float64 may not be so in the precision of the images.

@@ -1,7 +1,8 @@
 """Measuring a network in the middle of training, so that training does not notice."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -74,17 +75,10 @@ class MeasuringCallback(FixedImages):
     def measure_split(
         self, trainer: Trainer, pl_module: LightningModule, split: str, measure: Measure
     ) -> Any:
-        """Measures the weights that the module holds, on all processes together.
-
-        Returns:
-            The result for all images, on every process.
-        """
-
-        def progress(text: str, total: int) -> Any:
-            return _progress_bar(trainer, f"{split}: {text}", total)
-
+        """Measures the weights that the module holds; every process gets the whole result."""
         examples = self.examples(trainer, pl_module, split)
-        processes = Processes(trainer.global_rank, trainer.world_size, pl_module.device, progress)
+        bar = partial(_progress_bar, trainer, split)
+        processes = Processes(trainer.global_rank, trainer.world_size, pl_module.device, bar)
         measure = measure.with_default_eps(data_eps(trainer))
         with evaluation_context(trainer, pl_module):
             return measure.measure_set(self._network(pl_module), examples, processes)
@@ -102,16 +96,16 @@ def evaluation_context(trainer: Trainer, module: LightningModule) -> Iterator[No
     `functional.evaluation_context`. All processes have the first one's buffers: after a step their
     BatchNorm statistics differ, and a measure must be that of one network. Forwards are in float32,
     or in float64 if the trainer's precision is 64-true.
-
-    Args:
-        trainer: The trainer.
-        module: The module.
     """
-    with (
-        evaluation.evaluation_context(module),
-        _default_type_of_training(trainer, module),
-        evaluation.full_float32(module.device),
-    ):
+    with ExitStack() as stack:
+        stack.enter_context(evaluation.evaluation_context(module))
+        if trainer.precision == "64-true":
+            # Forwards create tensors of the type that they have in training.
+            types = torch.float64, torch.get_default_dtype()
+            begin, end = (lambda *_, kind=kind: torch.set_default_dtype(kind) for kind in types)
+            stack.callback(module.register_forward_pre_hook(begin).remove)
+            stack.callback(module.register_forward_hook(end, always_call=True).remove)
+        stack.enter_context(evaluation.full_float32(module.device))
         if trainer.world_size > 1:
             for buffer in module.buffers():
                 torch.distributed.broadcast(buffer, src=0)
@@ -125,27 +119,19 @@ def averaged_weights(trainer: Trainer, module: LightningModule) -> Iterator[None
     Averages are those of a `WeightAveraging` callback, Lightning's or this package's, anywhere
     among the trainer's callbacks. Nothing changes outside of `fit`, before the first update, or if
     the module holds other weights already.
-
-    Args:
-        trainer: The trainer.
-        module: The module.
     """
     average = None if module in _OWN_WEIGHTS else _average(trainer, module)
-    if average is None:
-        yield
-        return
-    with _weights_restored(module):
-        copy_weights(average, module)
+    with _weights_restored(module) if average is not None else nullcontext():
+        if average is not None:
+            copy_weights(average, module)
         yield
 
 
 @contextmanager
 def swapped_weights(module: LightningModule, weights: Weights) -> Iterator[None]:
-    """Gives a module other weights and buffers, and its own back bit for bit.
+    """Gives a module the weights and buffers of a state dict, and its own back bit for bit.
 
-    Args:
-        module: The module.
-        weights: A state dict of it, on any device.
+    It may be nested, also inside `averaged_weights`: `own_weights` stay those of the module.
     """
     with _weights_restored(module):
         module.load_state_dict(weights)
@@ -194,32 +180,16 @@ def _average(trainer: Trainer, module: LightningModule) -> nn.Module | None:
 def _weights_restored(module: nn.Module) -> Iterator[None]:
     tensors = _tensors(module)
     before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-    _OWN_WEIGHTS[module] = before
+    # Inside another exchange the module's own weights are those before the outer one.
+    _OWN_WEIGHTS.setdefault(module, before)
     try:
         yield
     finally:
-        _OWN_WEIGHTS.pop(module, None)
+        if _OWN_WEIGHTS.get(module) is before:
+            del _OWN_WEIGHTS[module]
         with torch.no_grad():
             for name, tensor in tensors.items():
                 tensor.copy_(before[name])
-
-
-@contextmanager
-def _default_type_of_training(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """Has forwards create tensors of the type that they have in training, if that is float64."""
-    if trainer.precision != "64-true":
-        yield
-        return
-    default = torch.get_default_dtype()
-    hooks = (
-        module.register_forward_pre_hook(lambda *_: torch.set_default_dtype(torch.float64)),
-        module.register_forward_hook(lambda *_: torch.set_default_dtype(default), always_call=True),
-    )
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _tensors(module: nn.Module) -> Weights:
@@ -234,13 +204,10 @@ def data_eps(trainer: Trainer) -> float:
 
 
 def warn_if_results_stay(trainer: Trainer, callback: Callback, *attributes: str) -> None:
-    """Warns if results of a callback stay in the processes that are spawned to compute them.
+    """Warns if the attributes with a callback's results stay in processes that are spawned.
 
-    Args:
-        trainer: The trainer. Lightning brings weights and logged metrics back from `ddp_spawn` and
-            the like, but not its callbacks.
-        callback: The callback.
-        attributes: Where it keeps its results.
+    Lightning brings weights and logged metrics back from `ddp_spawn` and the like, but not its
+    callbacks.
     """
     if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
         rank_zero_warn(
@@ -251,7 +218,9 @@ def warn_if_results_stay(trainer: Trainer, callback: Callback, *attributes: str)
 
 
 @contextmanager
-def _progress_bar(trainer: Trainer, text: str, total: int) -> Iterator[Callable[[], None]]:
+def _progress_bar(
+    trainer: Trainer, split: str, text: str, total: int
+) -> Iterator[Callable[[], None]]:
     """Shows a bar if the trainer shows Rich bars, and yields the function that advances it."""
     bar = trainer.progress_bar_callback
     if not isinstance(bar, RichProgressBar) or not bar.is_enabled or total == 0:
@@ -265,11 +234,10 @@ def _progress_bar(trainer: Trainer, text: str, total: int) -> Iterator[Callable[
     )
     if not running:
         progress.start()
-    if progress in _TASKS:
-        progress.reset(_TASKS[progress], description=text, total=total, visible=True)
-    else:
-        _TASKS[progress] = progress.add_task(text, total=total)
+    if progress not in _TASKS:
+        _TASKS[progress] = progress.add_task("", total=total)
     task = _TASKS[progress]
+    progress.reset(task, description=f"{split}: {text}", total=total, visible=True)
     try:
         yield lambda: progress.update(task, advance=1, refresh=True)
     finally:

@@ -27,6 +27,7 @@ from robust_flatness.callbacks.trajectory import (
 )
 from robust_flatness.loggers.epoch_csv import EpochCSVLogger
 from robust_flatness.loggers.wandb import log_summary, warn_on_failure
+from robust_flatness.run_folder.attack_checks import attack_checks, class_errors, error_curve
 from robust_flatness.run_folder.environment import hardware, versions
 from robust_flatness.run_folder.files import write_arrays, write_json
 from robust_flatness.run_folder.metrics import LOSSES, metric
@@ -45,6 +46,10 @@ class Results(Callback):
     taken from the trajectory: its last row has those of the final weights, and the row of the
     early-stopped epoch those of the early-stopped ones.
 
+    From these values follow `checks`, `error_curve` and `class_errors` of `final` and
+    `early_stopped`, see `run_folder.attack_checks`. What was not measured is left out. Failed
+    checks are printed below the table.
+
     `diverged_epoch` is the first epoch whose RLoss of fixed images was not finite (without RLoss,
     its flatness), `null` if there is none. JSON has no NaN and no infinity: these are `null`.
 
@@ -62,6 +67,7 @@ class Results(Callback):
         self._seconds_before = 0.0
         self._fitting = False
         self._table: Table | None = None
+        self._failed: list[str] = []
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -92,8 +98,9 @@ class Results(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Only now has the progress bar left the terminal.
         if self._table is not None:
-            Console().print(self._table)
-            self._table = None
+            for part in (self._table, *self._failed):
+                Console().print(part, markup=False, highlight=False)
+            self._table, self._failed = None, []
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -132,9 +139,14 @@ class Results(Callback):
             _fill_in(results)
             if results["diverged_epoch"] is None and not _is_finite(results["final"]):
                 results["diverged_epoch"] = results["epochs"] - 1
+        arrays = _arrays(trainer)
+        results |= _from_arrays(arrays)
+        self._failed = _failed(results)
         if self._folder is not None:
             # Results last: a run that has them has finished.
-            _write_arrays(self._folder / name.replace("results", "examples"), trainer)
+            if arrays:
+                path = self._folder / name.replace("results", "examples")
+                write_arrays(path.with_suffix(".npz"), arrays)
             write_json(self._folder / name, results)
         with warn_on_failure("print the table of results"):
             self._table = summary_table(results, folder=_short(self._folder))
@@ -167,14 +179,39 @@ def _gather(trainer: Trainer) -> dict[str, dict[str, Any]]:
     return measured
 
 
-def _write_arrays(path: Path, trainer: Trainer) -> None:
-    """Writes the values of each example, so that reports need nothing else."""
+def _arrays(trainer: Trainer) -> dict[str, Any]:
+    """The values of each example, so that reports need nothing else."""
     arrays: dict[str, Any] = {}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         tensors = getattr(callback, "final_arrays", None) or {}
         arrays |= {name: values.cpu().numpy() for name, values in tensors.items()}
-    if arrays:
-        write_arrays(path.with_suffix(".npz"), arrays)
+    return arrays
+
+
+def _from_arrays(arrays: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Checks, curve and errors of classes, of final and early-stopped weights, if measured."""
+    rules = {"checks": attack_checks, "error_curve": error_curve, "class_errors": class_errors}
+    entries: dict[str, dict[str, Any]] = {}
+    for weights in ("final", "early_stopped"):
+        names = [name for name in arrays if name.startswith(f"{weights}/")]
+        own = {name.removeprefix(f"{weights}/"): arrays[name] for name in names}
+        for entry, rule in rules.items():
+            if value := rule(own):
+                entries.setdefault(entry, {})[weights] = value
+    return entries
+
+
+def _failed(results: Mapping[str, Any]) -> list[str]:
+    """A line for each failed check; the weights are named if only one of both fails it."""
+    failed: dict[str, list[str]] = {}
+    for weights, checks in results.get("checks", {}).items():
+        for check in checks:
+            if check["passed"] is False:
+                failed.setdefault(check["text"], []).append(weights)
+    return [
+        f"Check failed ({' and '.join(names).replace('_', '-')} weights): {text}."
+        for text, names in failed.items()
+    ]
 
 
 def _rows(trainer: Trainer) -> list[dict[str, float]]:

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from typing_extensions import override
 
-from robust_flatness.callbacks.epoch_measures import EpochMeasure, RobustEvaluation
+from robust_flatness.callbacks.epoch_measures import RobustEvaluation, epoch_measures
 from robust_flatness.callbacks.measuring import averaged_weights, is_finite, warn_if_results_stay
 from robust_flatness.functional.checks import check_count
 from robust_flatness.measures.base import Split
@@ -167,7 +167,7 @@ class MeasuredCheckpoint(ModelCheckpoint):
     def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
         if current is None or not bool(torch.isfinite(torch.as_tensor(current))):
             return False
-        logging = [c for c in _epoch_measures(trainer) if self.monitor in c.metrics]
+        logging = [c for c in epoch_measures(trainer) if self.monitor in c.metrics]
         # A metric that somebody else logs is judged as Lightning does.
         if logging and all(c.measured_step != trainer.global_step for c in logging):
             return False
@@ -180,7 +180,7 @@ class MeasuredCheckpoint(ModelCheckpoint):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
-        late = [c for c in _epoch_measures(trainer) if c.measured_late]
+        late = [c for c in epoch_measures(trainer) if c.measured_late]
         if not late or trainer.fast_dev_run or not self.save_top_k:  # type: ignore[attr-defined]
             return
         if self.monitor is None or any(self.monitor in callback.metrics for callback in late):
@@ -197,7 +197,3 @@ class MeasuredCheckpoint(ModelCheckpoint):
         if self._ended_epoch is not None:
             # As in checkpoints that are written in the epoch, which has ended by now.
             checkpoint["epoch"] = self._ended_epoch
-
-
-def _epoch_measures(trainer: Trainer) -> list[EpochMeasure]:
-    return [c for c in trainer.callbacks if isinstance(c, EpochMeasure)]  # type: ignore[attr-defined]

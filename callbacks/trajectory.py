@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from robust_flatness.callbacks.measuring import warn_if_results_stay
 from robust_flatness.loggers.epoch_csv import EpochCSVLogger
-from robust_flatness.loggers.wandb import log_trajectory, warn_on_failure
+from robust_flatness.loggers.figures import log_figures
+from robust_flatness.loggers.wandb import warn_on_failure
 from robust_flatness.run_folder.files import atomic_write
 from robust_flatness.run_folder.metrics import LOSSES, logged_split
 
@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
 
 class Trajectory(Callback):
-    """Writes `figures/trajectory.png` and `figures/overfitting.png`, and sends both to W&B.
+    """Writes `figures/trajectory.png` and `figures/overfitting.png`, and sends both to loggers.
+
+    Weights & Biases, TensorBoard and MLflow get the figures and the path, see `log_figures`.
 
     Rows come from the first `EpochCSVLogger` of the trainer, because a logger receives only what
     was logged in that epoch, while `trainer.callback_metrics` keeps old values of what is measured
@@ -48,8 +50,8 @@ class Trajectory(Callback):
 
     Args:
         every_n_epochs: How often figures are drawn during training; at its end they always are.
-        figures: Whether to draw at all. Without, rows are still kept complete, and W&B still gets
-            its table and chart.
+        figures: Whether to draw at all. Without, rows are still kept complete, and loggers still
+            get the path, W&B as a table and a chart.
 
     Attributes:
         method: Name of what is trained, for titles; None for the module's class.
@@ -168,9 +170,8 @@ class Trajectory(Callback):
                 images = self._save_figures(trainer, pl_module, split)
         names = (f"flatness/average/{split}", LOSSES[split])
         for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                with warn_on_failure("log the trajectory to Weights & Biases"):
-                    log_trajectory(logger, rows, images, names)
+            with warn_on_failure(f"log the trajectory to {type(logger).__name__}"):
+                log_figures(logger, rows, images, names)
 
     def _save_figures(
         self, trainer: Trainer, pl_module: LightningModule, split: str

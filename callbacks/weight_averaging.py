@@ -226,10 +226,6 @@ class WeightAveraging(FixedImages, LightningWeightAveraging):
         """Re-estimates the average's BatchNorm statistics, if that is requested and not yet done.
 
         All processes have the same averaged weights and images, so they need not communicate.
-
-        Args:
-            trainer: The trainer.
-            pl_module: The module in training, which is not touched.
         """
         if self.batch_norm == "average" or self._updates in (0, self._reestimated_at):
             return
@@ -277,14 +273,13 @@ class WeightAveraging(FixedImages, LightningWeightAveraging):
 def scaled_decay(decay: float, reference_steps: int, steps: float) -> float:
     """Returns the decay τ whose horizon 1 / (1 - τ) is the same share of another training.
 
+    It is 0 if the horizon would be less than a step.
+
     Args:
         decay: Decay in [0, 1) of a training of `reference_steps`.
         reference_steps: Number of steps of that training, >= 1.
         steps: Number of steps of the other one, as Lightning counts them: -1 or infinite if
             unlimited.
-
-    Returns:
-        Decay in [0, 1); 0 if the horizon would be less than a step.
 
     Raises:
         ValueError: If `steps` is no number of steps.
@@ -304,12 +299,8 @@ def scaled_decay(decay: float, reference_steps: int, steps: float) -> float:
 def reestimate_batch_norm(network: nn.Module, images: Tensor, batch_size: int) -> None:
     """Replaces BatchNorm's running statistics by the mean of those of batches of images.
 
-    One pass in train mode, with a fixed seed for Dropout, that leaves global random state alone.
-
-    Args:
-        network: Its running statistics are written in place.
-        images: `(N, ...)`, on any device.
-        batch_size: Number of images in a batch, at most.
+    One pass in train mode over batches of at most `batch_size`, with a fixed seed for Dropout, that
+    leaves global random state alone.
     """
     parameters = list(network.parameters())
     images = images.to(parameters[0]) if parameters else images

@@ -57,8 +57,8 @@ class WeightClipping(Callback):
         self._release()
         self._check(pl_module)
         self._clip(pl_module)
-        hook = partial(self._after_step, pl_module)
         # On the optimizer itself, so that nothing can see weights that are not yet clipped.
+        hook = partial(self._clip, pl_module)
         self._hooks = [o.register_step_post_hook(hook) for o in trainer.optimizers]
 
     @override
@@ -84,11 +84,8 @@ class WeightClipping(Callback):
         while self._hooks:
             self._hooks.pop().remove()
 
-    def _after_step(self, module: nn.Module, *_: Any) -> None:
-        self._clip(module)
-
     @torch.no_grad()
-    def _clip(self, module: nn.Module) -> None:
+    def _clip(self, module: nn.Module, *_: Any) -> None:
         for parameter in self._clipped(module).values():
             parameter.clamp_(-self.w_max, self.w_max)
 

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from robust_flatness.command_line.components import DEFAULT_CALLBACKS, LEAVABLE, LINKED
 from robust_flatness.command_line.files import run_folder_of, settings_of_run
-from robust_flatness.command_line.options import Option
+from robust_flatness.command_line.parser import Option
 from robust_flatness.command_line.presets import EXTERNAL
 from robust_flatness.lightning_modules import AT
 from robust_flatness.lightning_modules.checkpoints import CLASS_KEY, read_checkpoint
@@ -33,8 +33,12 @@ _TO_GO_ON = ("epoch", "global_step", "loops", "callbacks", "optimizer_states", "
 _OF_MODULES = ("train/", "awp/", "entropy_sgd/", "label_noise/", "unlabeled/")
 
 
-def _refuse(option: str, expected: str, got: Any) -> None:
+def _refuse(option: str, expected: str, got: Any) -> NoReturn:
     raise ValueError(f"Expected `--{option}` to be {expected} but got {got}.")
+
+
+def _refuse_checkpoint(path: str, expected: str, got: str) -> NoReturn:
+    raise ValueError(f"Expected `--ckpt_path` to {expected} but {path} {got}.")
 
 
 def left_out(config: Namespace) -> set[str]:
@@ -43,11 +47,7 @@ def left_out(config: Namespace) -> set[str]:
 
 
 def check_settings(config: Namespace, subcommand: str) -> None:
-    """Refuses settings of `fit` or `test` that would fail late, or train nothing.
-
-    Raises:
-        ValueError: If a setting is out of range.
-    """
+    """Refuses settings of `fit` or `test` that would fail late, or train nothing."""
     for key in ("model", "data", "trainer", *DEFAULT_CALLBACKS):
         if not isinstance(config.get(key), Namespace):
             _refuse(key, "a mapping", config.get(key))
@@ -66,9 +66,9 @@ def check_settings(config: Namespace, subcommand: str) -> None:
     if not isinstance(seed, bool) and not 0 <= seed < 2**32:
         _refuse("seed_everything", f"in [0, {2**32 - 1}]", seed)
     if unknown := left_out(config) - set(LEAVABLE):
+        names = ", ".join(sorted(unknown))
         raise ValueError(
-            f"Expected `--without` to name some of {', '.join(LEAVABLE)} but got "
-            f"{', '.join(sorted(unknown))}."
+            f"Expected `--without` to name some of {', '.join(LEAVABLE)} but got {names}."
         )
 
 
@@ -90,18 +90,17 @@ def _check_trainer(trainer: Namespace) -> None:
 
 
 def _check_names(config: Namespace) -> None:
-    best, last = config.best_checkpoint.filename, config.last_checkpoint.filename
-    files = {"best_checkpoint.filename": best, "last_checkpoint.filename": last}
-    names = {key: config[key] for key in ("name", "folder", "project", "group")}
-    for key, value in {**names, **files}.items():
+    files = ("best_checkpoint.filename", "last_checkpoint.filename")
+    for key in ("name", "folder", "project", "group", *files):
+        value = config[key]
         if value is None:
             continue
-        if key in names and (not value.strip() or not value.isprintable()):
+        if key not in files and (not value.strip() or not value.isprintable()):
             _refuse(key, "a printable name", repr(value))
-        wanted = "a folder's name" if key == "name" else "a file's name"
         is_name = value.isprintable() and Path(value).name == value
         if key in ("name", *files) and not is_name:
-            _refuse(key, wanted, repr(value))
+            _refuse(key, "a folder's name" if key == "name" else "a file's name", repr(value))
+    best, last = (config[key] for key in files)
     if best is not None and best == last:
         options = " and ".join(f"`--{key}`" for key in files)
         raise ValueError(f"Expected {options} to differ but got {best!r} for both.")
@@ -110,24 +109,12 @@ def _check_names(config: Namespace) -> None:
 
 
 def check_linked(
-    config: Namespace,
-    written: Sequence[Option],
-    typed: Sequence[Option],
-    data: LightningDataModule,
+    config: Namespace, written: Sequence[Option], typed: Sequence[Option], data: LightningDataModule
 ) -> None:
-    """Refuses arguments of the model that the data would silently replace.
+    """Refuses arguments of the model, in files or typed, that the data would silently replace.
 
     A `mean` or `std` in a file is that of the data that a network was trained on, which its
     checkpoint brings along: only those that are typed are refused.
-
-    Args:
-        config: Of the subcommand, before anything is built.
-        written: Values of files and checkpoint.
-        typed: The options as they were typed.
-        data: The data.
-
-    Raises:
-        ValueError: If the data has another value.
     """
     names = {option.name for option in typed}
     names |= {o.name for o in written if o.name in ("model.num_classes", "model.in_channels")}
@@ -161,81 +148,55 @@ def check_start(config: Namespace, subcommand: str) -> dict[str, tuple[int, ...]
     content = read_checkpoint(path, "--ckpt_path")
     wrote, asked = content.get(CLASS_KEY), config.model.class_path.rsplit(".", 1)[-1]
     if wrote not in (None, asked):
-        raise ValueError(
-            f"Expected `--ckpt_path` to be a checkpoint of {asked} but {path} is one of {wrote}."
-        )
-    _check_same_run(config, run_folder_of(path))
+        _refuse_checkpoint(path, f"be a checkpoint of {asked}", f"is one of {wrote}")
+    if folder := run_folder_of(path):
+        run = settings_of_run(folder)
+        for key in ("name", "folder", "seed_everything"):
+            value, had = config.get(key), run.get(key)
+            same = key == "folder" and value and Path(value).expanduser().resolve() == folder
+            if value != had and not same:
+                _refuse(key, f"that of the run that goes on, {had},", value)
     resume = subcommand == "fit"
     for key in ("state_dict", "pytorch-lightning_version", *(_TO_GO_ON if resume else ())):
         if key not in content:
-            raise ValueError(
-                f"Expected `--ckpt_path` to be a checkpoint of Lightning but {path} holds no "
-                f"`{key}`."
-            )
+            _refuse_checkpoint(path, "be a checkpoint of Lightning", f"holds no `{key}`")
     if resume:
-        _check_progress(content, path, config.trainer.max_epochs)
+        for key in ("epoch", "global_step"):
+            if not isinstance(content[key], int) or content[key] < 0:
+                got = f"holds {content[key]!r}"
+                _refuse_checkpoint(path, f"hold a number as `{key}`", got)
+        done, epochs = content["epoch"] + 1, config.trainer.max_epochs
+        if epochs not in (None, -1) and done > epochs:
+            _refuse("trainer.max_epochs", f">= {done}, the epochs behind {path},", epochs)
     weights = content["state_dict"]
     if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
-        raise ValueError(
-            f"Expected `--ckpt_path` to hold tensors as weights but {path} holds something else."
-        )
+        _refuse_checkpoint(path, "hold tensors as weights", "holds something else")
     return {name: tuple(value.shape) for name, value in weights.items()}
 
 
-def _check_same_run(config: Namespace, folder: Path | None) -> None:
-    run = {} if folder is None else settings_of_run(folder)
-    for key in ("name", "folder", "seed_everything") if folder else ():
-        asked, had = config.get(key), run.get(key)
-        same_folder = key == "folder" and asked and Path(asked).expanduser().resolve() == folder
-        if asked != had and not same_folder:
-            _refuse(key, f"that of the run that goes on, {had},", asked)
-
-
-def _check_progress(content: Mapping[str, Any], path: str, max_epochs: int | None) -> None:
-    for key in ("epoch", "global_step"):
-        if not isinstance(content[key], int) or content[key] < 0:
-            raise ValueError(
-                f"Expected `--ckpt_path` to hold a number as `{key}` but {path} holds "
-                f"{content[key]!r}."
-            )
-    done = content["epoch"] + 1
-    if max_epochs not in (None, -1) and done > max_epochs:
-        _refuse("trainer.max_epochs", f">= {done}, the epochs behind {path},", max_epochs)
-
-
 def check_weights(model: LightningModule, saved: Mapping[str, tuple[int, ...]], path: str) -> None:
-    """Refuses a checkpoint whose weights are not those of the model.
+    """Refuses a checkpoint whose weights, by names and shapes, are not those of the model.
 
-    Args:
-        model: Built, not yet loaded. A class that changes checkpoints as they load is trusted.
-        saved: Shapes of the checkpoint's weights.
-        path: Its file, for the message.
-
-    Raises:
-        ValueError: If names or shapes differ.
+    A class that changes checkpoints as they load is trusted.
     """
     loads = type(model).on_load_checkpoint
     changes = loads not in (LightningModule.on_load_checkpoint, AT.on_load_checkpoint)
     if changes or not model.strict_loading:
         return
     own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    start = f"Expected `--ckpt_path` to hold the weights of this {type(model).__name__} but {path}"
+    expected = f"hold the weights of this {type(model).__name__}"
     for name in sorted(own.keys() ^ saved.keys()):
-        raise ValueError(f"{start} {'lacks' if name in own else 'holds also'} {name}.")
+        _refuse_checkpoint(path, expected, f"{'lacks' if name in own else 'holds also'} {name}")
     for name, shape in own.items():
         if shape != saved[name]:
-            raise ValueError(
-                f"{start} holds {name} of shape {saved[name]}, and the model has {shape}."
-            )
+            got = f"holds {name} of shape {saved[name]}, and the model has {shape}"
+            _refuse_checkpoint(path, expected, got)
 
 
 def check_monitors(trainer: Trainer, module: LightningModule) -> None:
     """Refuses callbacks that watch a metric which nothing logs.
 
     What a module or a callback of the user's own logs is not known.
-
-    Raises:
-        ValueError: If a metric is not known.
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     known = {name for callback in callbacks for name in getattr(callback, "metric_names", ())}

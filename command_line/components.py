@@ -22,6 +22,7 @@ OPTIONAL_CALLBACKS: dict[str, type[Callback]] = {
     "worst_flatness": callbacks.WorstCaseFlatness,
     "curvature": callbacks.Curvature,
     "landscape": callbacks.Landscape,
+    "catastrophic_overfitting": callbacks.CatastrophicOverfitting,
 }
 # Callbacks that every run has, each with its arguments under this name on the command line.
 DEFAULT_CALLBACKS: dict[str, type[Callback]] = {

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from robust_flatness.command_line.options import Option
+from robust_flatness.command_line.parser import Option
 from robust_flatness.lightning_modules.checkpoints import read_checkpoint
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -35,12 +35,7 @@ class _UniqueKeys(_Loader):
 
 
 def read_mapping(source: str, option: str = "--config", text: str | None = None) -> Settings:
-    """Reads YAML that holds options.
-
-    Args:
-        source: Path of the file, or what was typed.
-        option: The option that names it, for messages.
-        text: The YAML, if it was typed.
+    """Reads options from the YAML file `source`, which `option` named, or from typed `text`.
 
     Raises:
         ValueError: If it cannot be read, is not YAML, is too large, or holds no options.
@@ -76,11 +71,7 @@ def read_mapping(source: str, option: str = "--config", text: str | None = None)
 def read_config(source: str) -> tuple[Settings, Path | None]:
     """Reads what `--config` takes: a file, one of the package's by its name, or typed YAML.
 
-    Returns:
-        The settings, and the file.
-
-    Raises:
-        ValueError: If there is no such file, or it holds no options.
+    Returns the settings, and the file.
     """
     if source.lstrip().startswith("{"):
         return read_mapping(source, text=source), None
@@ -96,10 +87,15 @@ def read_config(source: str) -> tuple[Settings, Path | None]:
     )
 
 
-def preset_of_data(data: str) -> Settings:
-    """Reads `configs/data/<data>.yaml`, by the class path of the data; empty if there is none."""
-    file = CONFIGS / "data" / f"{_snake(data)}.yaml"
+def read_preset(*parts: str) -> Settings:
+    """Reads a file of `configs/`; empty if there is none."""
+    file = CONFIGS.joinpath(*parts)
     return read_mapping(str(file)) if file.is_file() else {}
+
+
+def snake_case(class_path: str) -> str:
+    """A class name as files are called by it, such as `image_folder`."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", class_path.rsplit(".", 1)[-1]).lower()
 
 
 def with_overlays(
@@ -107,14 +103,8 @@ def with_overlays(
 ) -> list[Settings]:
     """The settings of a file on one data set: its own, those `on_data`, those of its overlay.
 
-    Args:
-        settings: Of the file.
-        file: Its path; only presets of the package have an overlay, `configs/<data>/<name>.yaml`.
-        data: Class path of the data.
-        known: Names of the package's classes of data.
-
-    Raises:
-        ValueError: If `on_data` is no mapping of mappings by names or class paths of data.
+    Only presets of the package have an overlay, `configs/<data>/<name>.yaml`. `known` are the names
+    of the package's classes of data.
     """
     sections, short = settings.pop("on_data", {}), data.rsplit(".", 1)[-1]
     mappings = sections.items() if isinstance(sections, dict) else [(None, None)]
@@ -127,13 +117,8 @@ def with_overlays(
             )
     layers = [settings, sections.get(short, sections.get(data, {}))]
     if file is not None and file.resolve().is_relative_to(CONFIGS.resolve()):
-        overlay = CONFIGS / _snake(data) / file.name
-        layers += [read_mapping(str(overlay))] if overlay.is_file() else []
+        layers.append(read_preset(snake_case(data), file.name))
     return layers
-
-
-def _snake(class_path: str) -> str:
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", class_path.rsplit(".", 1)[-1]).lower()
 
 
 def run_folder_of(checkpoint: str | None) -> Path | None:
@@ -145,11 +130,7 @@ def run_folder_of(checkpoint: str | None) -> Path | None:
 
 
 def settings_of_run(folder: Path) -> Settings:
-    """The settings of a run, without the checkpoint that it went on from.
-
-    Raises:
-        ValueError: If its `config.yaml` is not one that a run writes.
-    """
+    """The settings of a run, without the checkpoint that it went on from."""
     file = str(folder / "config.yaml")
     settings = read_mapping(file, "--ckpt_path")
     for key in ("model", "data"):

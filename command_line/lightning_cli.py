@@ -38,15 +38,20 @@ from robust_flatness.command_line.components import (
     OPTIONAL_CALLBACKS,
 )
 from robust_flatness.command_line.files import DEFAULTS, Settings, run_folder_of
-from robust_flatness.command_line.normalization import undo_normalization
-from robust_flatness.command_line.options import options_of, read_options
-from robust_flatness.command_line.parser import OneSentenceParser, reason_of
+from robust_flatness.command_line.parser import (
+    OneSentenceParser,
+    leaves,
+    options_of,
+    read_options,
+    reason_of,
+)
 from robust_flatness.command_line.presets import merge_presets
 from robust_flatness.command_line.run_start import (
     RunStart,
     interrupted_status,
     resume_command,
     sigterm_exits,
+    undo_normalization,
 )
 from robust_flatness.datamodules import RobustDataModule
 from robust_flatness.datamodules.batches import GlobalBatches
@@ -89,11 +94,10 @@ class CLI(LightningCLI):
 
     parser_class: type[LightningArgumentParser] = Parser
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """`fit` and `test`; nothing is validated or predicted outside callbacks."""
-        both = LightningCLI.subcommands()
-        return {name: both[name] for name in ("fit", "test")}
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The one of `fit` and `test` that was typed: each takes time to build."""
+        known = LightningCLI.subcommands()
+        return {name: known[name] for name in ("fit", "test") if name in self.parser_kwargs}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the default callbacks and links what the data knows into the model."""
@@ -117,9 +121,10 @@ class CLI(LightningCLI):
         parser.typed = read_options(arguments)
         try:
             self._presets = presets = merge_presets(arguments)
+            written = [leaf for layer in presets.layers for leaf in leaves(layer)]
             for each in (parser, self._parser(subcommand)):
                 assert isinstance(each, Parser)
-                each.typed, each.written = parser.typed, presets.written
+                each.typed, each.written = parser.typed, written
                 each.known = partial(self._known_options, subcommand)
             self.config = parser.parse_args([subcommand, *presets.arguments])
             check_settings(self.config[subcommand], subcommand)
@@ -135,9 +140,10 @@ class CLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Sets the norm of further callbacks; lets `test` leave the run's config.yaml alone."""
-        config, presets = self.config[self.subcommand], self._presets
-        callbacks = config.trainer.callbacks or []
-        set_by_name = {option.name for option in (*presets.written, *presets.typed)}
+        callbacks, presets = self.config[self.subcommand].trainer.callbacks or [], self._presets
+        parser = self.parser
+        assert isinstance(parser, Parser)
+        set_by_name = {option.name for option in (*parser.written, *presets.typed)}
         for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
             for name, value in presets.threat_model.items():
                 arguments = callback.get("init_args") or {}
@@ -224,7 +230,11 @@ class CLI(LightningCLI):
         trainer.callbacks = [*own, *self._default_callbacks()]
         undo_normalization(self.datamodule, self.model, trainer.callbacks)
         if trainer.precision is None and isinstance(self.model, AT):
-            kwargs.setdefault("precision", self._precision(trainer.accelerator))
+            # `bf16-mixed` on GPUs that have bfloat16, unless an older file says `fast: false`.
+            on_gpu = trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+            fast = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+            fast = fast and self.config[self.subcommand].model.init_args.get("fast") is not False
+            kwargs.setdefault("precision", "bf16-mixed" if fast else None)
         built = super().instantiate_trainer(logger=self._loggers(), **kwargs)
         callbacks: list[Callback] = built.callbacks  # type: ignore[attr-defined]
         for start in [c for c in callbacks if isinstance(c, RunStart)]:
@@ -242,14 +252,6 @@ class CLI(LightningCLI):
             check_monitors(built, self.model)
             self._compare_threat_models()
         return built
-
-    def _precision(self, accelerator: Any) -> str | None:
-        """`bf16-mixed` on GPUs that have bfloat16, unless an older file says `fast: false`."""
-        if accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
-            return None
-        arguments = self.config[self.subcommand].model.init_args
-        supported = torch.cuda.is_bf16_supported(including_emulation=False)
-        return "bf16-mixed" if supported and arguments.get("fast") is not False else None
 
     def _compare_threat_models(self) -> None:
         """Says in a line if measures have another radius or norm than training."""
@@ -303,7 +305,17 @@ class CLI(LightningCLI):
         config = self.config_init[self.subcommand]
         if config.trainer.fast_dev_run:
             return False
-        self._folder, own = self.run_folder(), config.trainer.logger
+        own, resumed = config.trainer.logger, run_folder_of(config.get("ckpt_path"))
+        stem = f"{self.method}-{type(self.datamodule).__name__}-s{config.seed_everything}"
+        # Absolute, as ModelCheckpoint forgets its best score if its folder's name changes.
+        root = Path(config.trainer.default_root_dir or "runs").expanduser().resolve()
+        if resumed is not None:
+            self._folder = RunFolder(resumed)
+        elif config.folder is None:
+            numbered = (root / f"{stem}-{number}" for number in count(2))
+            self._folder = RunFolder.claim_first(chain([root / stem], numbered))
+        else:
+            self._folder = RunFolder.claim_first([Path(config.folder).expanduser().resolve()])
         folder = self._folder.path
         table = EpochCSVLogger(folder)
         table.recording = self.subcommand == "fit"
@@ -322,29 +334,6 @@ class CLI(LightningCLI):
             self._wandb_logger.hold()
         return [table]
 
-    def run_folder(self) -> RunFolder:
-        """The checkpoint's run folder, else a new `runs/<method>-<data>-s<seed>`.
-
-        The first process alone decides: others learn it through `trainer.log_dir`.
-        """
-        config = self.config[self.subcommand]
-        resumed = run_folder_of(config.get("ckpt_path"))
-        if resumed is not None:
-            return RunFolder(resumed)
-        if config.folder is not None:
-            folder = Path(config.folder).expanduser().resolve()
-            try:
-                return RunFolder.claim_first([folder])
-            except FileExistsError as error:
-                raise ValueError(
-                    f"Expected `--folder` to be a new folder but {folder} exists."
-                ) from error
-        stem = f"{self.method}-{type(self.datamodule).__name__}-s{config.seed_everything}"
-        # Absolute, as ModelCheckpoint forgets its best score if its folder's name changes.
-        root = Path(config.trainer.default_root_dir or "runs").expanduser().resolve()
-        numbered = (root / f"{stem}-{number}" for number in count(2))
-        return RunFolder.claim_first(chain([root / stem], numbered))
-
 
 def run_lightning_cli(arguments: Sequence[str], cli_class: type[CLI] = CLI) -> None:
     """Runs `fit` or `test` with typed arguments."""
@@ -360,7 +349,7 @@ def run_lightning_cli(arguments: Sequence[str], cli_class: type[CLI] = CLI) -> N
             seed_everything_default=0,
             parser_class=cli_class.parser_class,
             parser_kwargs={
-                **{name: {"default_config_files": [str(DEFAULTS)]} for name in CLI.subcommands()},
+                arguments[0]: {"default_config_files": [str(DEFAULTS)]},
                 # A share of a name would also be a misspelt one.
                 "allow_abbrev": False,
             },

@@ -1,17 +1,18 @@
-"""A parser that says in one sentence what is wrong, and commands that are plain functions."""
+"""Options, as they are typed and as classes take them, and one sentence on what is wrong."""
 
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
+from pkgutil import resolve_name
 from traceback import extract_tb
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, NamedTuple, NoReturn, get_type_hints
 
 from jsonargparse import ArgumentParser
-
-from robust_flatness.command_line.options import Option, nearest, options_of, read_options
 
 # Types in sentences.
 _WORDS = {
@@ -32,6 +33,11 @@ _CHOICES = {
 }
 
 
+def program() -> str:
+    """How this process was called, such as `cli.py` and `robust-flatness`."""
+    return Path(sys.argv[0]).name or "cli.py"
+
+
 def check_environment() -> None:
     """Ends with status 2 if Lightning or W&B cannot read a variable, which some are on import."""
     for name, value in os.environ.items():
@@ -42,6 +48,89 @@ def check_environment() -> None:
             sentence = f"Expected the environment's {name} to be {expected} but got {value!r}."
             sys.stderr.write(f"error: {sentence}\n")
             raise SystemExit(2)
+
+
+class Option(NamedTuple):
+    """One option, without dashes and `init_args`, such as `model.eps`; a switch has no value."""
+
+    name: str
+    value: str | None
+    arguments: tuple[str, ...] = ()
+
+
+def read_options(arguments: Sequence[str]) -> list[Option]:
+    """Puts options and their values together: `--a b` and `--a=b` are one each.
+
+    Example:
+        >>> [option[:2] for option in read_options(["--a=1", "--b", "-2", "--c"])]
+        [('a', '1'), ('b', '-2'), ('c', None)]
+    """
+    pairs: list[list[str]] = []
+    for argument in arguments:
+        is_name = argument.startswith("-") and not re.match(r"-[\d.]", argument)
+        if not is_name and pairs and len(pairs[-1]) == 1 and re.match("-[^=]*$", pairs[-1][0]):
+            pairs[-1].append(argument)
+        else:
+            pairs.append([argument])
+    options = []
+    for pair in pairs:
+        name, equals, value = pair[0].partition("=")
+        name = name.lstrip("-").replace(".init_args", "")
+        options.append(Option(name, value if equals else (*pair, None)[1], tuple(pair)))
+    return options
+
+
+def leaves(part: Any, name: str = "") -> Iterator[Option]:
+    """The values of a mapping as options.
+
+    Example:
+        >>> [o[:2] for o in leaves({"model": {"class_path": "AT", "init_args": {"eps": 0.1}}})]
+        [('model', 'AT'), ('model.eps', '0.1')]
+    """
+    if isinstance(part, list) and any(isinstance(item, Mapping) for item in part):
+        for item in part:
+            yield from leaves(item, name)
+    elif isinstance(part, Mapping):
+        for key, value in part.items():
+            inner = key not in ("init_args", "class_path")
+            yield from leaves(value, f"{name}.{key}".lstrip(".") if inner else name)
+    else:
+        yield Option(name, str(part))
+
+
+@cache
+def options_of(class_path: str) -> dict[str, Any]:
+    """The options that a class takes, with their defaults; empty if it is no class.
+
+    Example:
+        >>> options_of("lightning.pytorch.callbacks.LearningRateMonitor")["log_momentum"]
+        False
+    """
+    parser = ArgumentParser()
+    try:
+        parser.add_class_arguments(resolve_name(class_path), fail_untyped=False)
+    except Exception:
+        # The class is at fault, which the parser says.
+        return {}
+    options = parser.get_defaults().items()
+    return {k.replace("init_args.", "").removesuffix(".class_path"): v for k, v in options}
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """The end of a sentence that suggests known options near a misspelt one.
+
+    Example:
+        >>> nearest("trainer.maxepochs", ["trainer.max_epochs", "trainer.devices", "name"])
+        '; did you mean `--trainer.max_epochs`?'
+        >>> nearest("trainer.foo", ["trainer.max_epochs"])
+        '.'
+    """
+    name, end = name.lower().replace("-", "_"), name.lower().rsplit(".", 1)[-1]
+    # A long beginning that is right does not make the ends alike.
+    ends = get_close_matches(end, {known.rsplit(".", 1)[-1] for known in names}, cutoff=0.6)
+    alike = [known for known in names if known.rsplit(".", 1)[-1] in ends]
+    close = get_close_matches(name, alike, n=2, cutoff=0.6)
+    return f"; did you mean `--{'` or `--'.join(close)}`?" if close else "."
 
 
 class OneSentenceParser(ArgumentParser):
@@ -89,10 +178,9 @@ def reason_of(error: Exception) -> str:
     name = type(cause).__name__
     if isinstance(cause, (ValueError, OSError)) or name == "MisconfigurationException":
         return str(error)
-    lines = [(Path(frame.filename).name, frame.lineno) for frame in extract_tb(cause.__traceback__)]
-    return (
-        f"{name}: {cause}".rstrip(". ") + "".join(f" ({f}, line {n})" for f, n in lines[-1:]) + "."
-    )
+    frames = extract_tb(cause.__traceback__)[-1:]
+    places = [f" ({Path(frame.filename).name}, line {frame.lineno})" for frame in frames]
+    return f"{name}: {cause}".rstrip(". ") + "".join(places) + "."
 
 
 def run_function(function: Callable[..., Any], arguments: Sequence[str], **passed: Any) -> None:
@@ -100,8 +188,7 @@ def run_function(function: Callable[..., Any], arguments: Sequence[str], **passe
 
     Args:
         function: With types and a docstring, which is its `--help`.
-        arguments: As typed, beginning with the command's name. What follows `--` is the function's
-            `options`.
+        arguments: As typed, beginning with the command's name. What follows `--` are its `options`.
         passed: Arguments of the function that are not typed.
     """
     name, *typed = arguments
@@ -109,7 +196,9 @@ def run_function(function: Callable[..., Any], arguments: Sequence[str], **passe
         index = typed.index("--")
         typed, passed = typed[:index], {**passed, "options": typed[index + 1 :]}
     description = (function.__doc__ or "").split("\n\n")[0]
-    parser = OneSentenceParser(prog=f"cli.py {name}", allow_abbrev=False, description=description)
+    parser = OneSentenceParser(
+        prog=f"{program()} {name}", allow_abbrev=False, description=description
+    )
     parser.typed = read_options(typed)
     parser.add_function_arguments(function, as_group=False, as_positional=True, skip={*passed})
     # A switch may stand alone, as in `fit`.

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import reduce
+from itertools import product
 from typing import Any, get_args
 
 import yaml
@@ -29,15 +30,15 @@ from robust_flatness.command_line.components import (
     known_classes,
 )
 from robust_flatness.command_line.files import (
-    DEFAULTS,
     Settings,
-    preset_of_data,
     read_config,
     read_mapping,
+    read_preset,
     settings_of_checkpoint,
+    snake_case,
     with_overlays,
 )
-from robust_flatness.command_line.options import Option, leaves, options_of, read_options
+from robust_flatness.command_line.parser import Option, leaves, options_of, read_options
 from robust_flatness.functional.checks import check_choice, read_number
 from robust_flatness.functional.noise import Norm
 from robust_flatness.networks.user_network import UserNetwork, check_buildable, import_path
@@ -75,11 +76,6 @@ class Presets:
         """All layers in one mapping."""
         return reduce(_merged, self.layers)
 
-    @property
-    def written(self) -> list[Option]:
-        """The values of the layers."""
-        return [leaf for layer in self.layers for leaf in leaves(layer)]
-
 
 def _merged(below: Settings, above: Settings) -> Settings:
     merged = {**below, **above}
@@ -108,6 +104,7 @@ def merge_presets(arguments: Sequence[str]) -> Presets:
     typed, known = read_options(arguments), known_classes()
     files = [read_config(option.value or "") for option in typed if option.name in ("config", "c")]
     run = settings_of_checkpoint(typed, [settings for settings, _ in files])
+    goes_on = "data" in run
     below = [*(settings for settings, _ in files[::-1]), run]
     classes = {key: _class_path(key, typed, below) for key in DEFAULT_CLASSES}
     model, data = classes.values()
@@ -124,7 +121,7 @@ def merge_presets(arguments: Sequence[str]) -> Presets:
         # Networks of others have names of their own.
         if not external or option.name == "data":
             _check_name(option.name, option.value)
-    preset = preset_of_data(data)
+    preset = read_preset("data", f"{snake_case(data)}.yaml")
     if "model" in preset and (external or not own):
         # A class that is not derived from AT may not take what the preset sets.
         settings = preset["model"]["init_args"].items()
@@ -132,29 +129,35 @@ def merge_presets(arguments: Sequence[str]) -> Presets:
         preset["model"] = {"init_args": {k: v for k, v in settings if k in taken}}
     user = [layer for file in files for layer in with_overlays(*file, data, list(known["data"]))]
     shares = [option.value for option in typed if option.name == "epochs_share"]
-    if shares and "data" in run:
+    if shares and goes_on:
         raise ValueError(
             "Expected no `--epochs_share` for a run that goes on, whose length is known, but got "
             f"{shares[-1]}."
         )
     user += [read_mapping("", text=f"epochs_share: {share}") for share in shares[-1:]]
+    layers = [read_preset("defaults.yaml"), preset, run, *user]
+    for layer, key in product(layers, DEFAULT_CLASSES):
+        if isinstance(layer.get(key), str):
+            del layer[key]
+        elif key in layer:
+            layer[key].pop("class_path", None)
+            inner = layer[key].get("init_args", {})
+            if not isinstance(inner, dict):
+                raise ValueError(f"Expected `--{key}.init_args` to be a mapping but got {inner}.")
     named = {key: {"class_path": path} for key, path in classes.items()}
-    presets = Presets(classes, [named, read_mapping(str(DEFAULTS)), preset, run, *user], typed)
-    for layer in presets.layers[1:]:
-        _drop_classes(layer)
-    _set_epochs(presets, goes_on="data" in run)
-    _set_threat_model(presets, preset, run, user)
+    presets = Presets(classes, [named, *layers], typed)
+    _set_epochs(layers, goes_on=goes_on)
+    for name in ("eps", "norm"):
+        _set_threat_model(name, presets, preset, run, user)
     consumed = ("config", "c", "epochs_share", *DEFAULT_CLASSES)
-    presets.typed = [option for option in presets.typed if option.name not in consumed]
+    presets.typed = [option for option in typed if option.name not in consumed]
     if own:
         _place_network(presets, external=external)
-    presets.typed.sort(key=_depth)
+    # Inner arguments of model and data come behind the classes that own them.
+    presets.typed.sort(
+        key=lambda o: o.name.count(".") if o.name.split(".")[0] in DEFAULT_CLASSES else 99
+    )
     return presets
-
-
-def _depth(option: Option) -> int:
-    """Sorts inner arguments of model and data behind the classes that own them."""
-    return option.name.count(".") if option.name.split(".")[0] in DEFAULT_CLASSES else 99
 
 
 def _class_path(key: str, typed: Sequence[Option], files: Sequence[Settings]) -> str:
@@ -185,23 +188,10 @@ def _check_name(option: str, name: str | None) -> None:
         )
 
 
-def _drop_classes(layer: Settings) -> None:
-    for key in DEFAULT_CLASSES:
-        if isinstance(layer.get(key), str):
-            del layer[key]
-        elif key in layer:
-            layer[key].pop("class_path", None)
-            arguments = layer[key].get("init_args", {})
-            if not isinstance(arguments, dict):
-                raise ValueError(
-                    f"Expected `--{key}.init_args` to be a mapping but got {arguments}."
-                )
-
-
-def _set_epochs(presets: Presets, *, goes_on: bool) -> None:
+def _set_epochs(layers: Sequence[Settings], *, goes_on: bool) -> None:
     """Replaces each `epochs_share` by the epochs of the layers below, times the share."""
     epochs: Any = None
-    for layer in presets.layers:
+    for layer in layers:
         trainer = layer.get("trainer") or {}
         epochs = trainer.get("max_epochs", epochs) if isinstance(trainer, dict) else epochs
         share = layer.pop("epochs_share", None)
@@ -221,47 +211,44 @@ def _set_epochs(presets: Presets, *, goes_on: bool) -> None:
 
 
 def _set_threat_model(
-    presets: Presets, preset: Settings, run: Settings, user: Sequence[Settings]
+    name: str, presets: Presets, preset: Settings, run: Settings, user: Sequence[Settings]
 ) -> None:
-    """Adds a layer with `eps` and `norm` at all places that no file sets more specifically."""
+    """Adds a layer with `eps` or `norm` at all places that no file sets more specifically."""
     in_files = [leaf for layer in user for leaf in leaves(layer)]
     in_run = [leaf for leaf in leaves(run) if leaf.value != "None"]
-    active = {o.name.split(".")[0] for o in (*in_files, *in_run, *presets.typed)}
-    measures = {k: c for k, c in OPTIONAL_CALLBACKS.items() if k in active} | DEFAULT_CALLBACKS
-    for name in ("eps", "norm"):
-        values = [option.value for option in (*in_files, *presets.typed) if option.name == name]
-        values = [value for value in values if value not in ("None", "null")]
-        default, recorded = preset.pop(name, None), str(run.get(name))
-        if not values and (default is None or "data" in run):
-            continue
-        value = presets.threat_model[name] = _checked(name, values[-1] if values else default)
-        specific = {leaf.name for leaf in in_files}
-        if not values or recorded != "None":
-            # What equals the run's own threat model was set by it.
-            specific |= {leaf.name for leaf in in_run if not values or leaf.value != recorded}
-        takers = {k: path for k, path in presets.classes.items() if name in options_of(path)}
-        if name == "norm" or "data" not in takers:
-            # Measures without `eps` take that of the data.
-            paths = {k: f"{c.__module__}.{c.__name__}" for k, c in measures.items()}
-            takers |= {k: path for k, path in paths.items() if name in options_of(path)}
-        layer: Settings = {name: value}
-        for key, path in takers.items():
-            # Without a run below, a default need not be repeated.
-            is_default = not run and options_of(path)[name] == value
-            if f"{key}.{name}" not in specific and not is_default:
-                inner = {name: value}
-                layer[key] = {"init_args": inner} if key in DEFAULT_CLASSES else inner
-        presets.layers.append(layer)
-
-
-def _checked(name: str, value: Any) -> Any:
+    values = [option.value for option in (*in_files, *presets.typed) if option.name == name]
+    values = [value for value in values if value not in ("None", "null")]
+    default, recorded = preset.pop(name, None), str(run.get(name))
+    if not values and (default is None or "data" in run):
+        return
+    value: Any = values[-1] if values else default
     if name == "norm":
         check_choice("--norm", value, get_args(Norm))
-        return value
-    try:
-        return read_number(value)
-    except ValueError as error:
-        raise ValueError(str(error).replace("Expected", "Expected `--eps` to be", 1)) from error
+    else:
+        try:
+            value = read_number(value)
+        except ValueError as error:
+            said = str(error).replace("Expected", "Expected `--eps` to be", 1)
+            raise ValueError(said) from error
+    specific = {leaf.name for leaf in in_files}
+    if not values or recorded != "None":
+        # What equals the run's own threat model was set by it.
+        specific |= {leaf.name for leaf in in_run if not values or leaf.value != recorded}
+    takers = {k: path for k, path in presets.classes.items() if name in options_of(path)}
+    if name == "norm" or "data" not in takers:
+        # Measures without `eps` take that of the data.
+        active = {o.name.split(".")[0] for o in (*in_files, *in_run, *presets.typed)}
+        measures = {k: c for k, c in OPTIONAL_CALLBACKS.items() if k in active} | DEFAULT_CALLBACKS
+        paths = {k: f"{c.__module__}.{c.__name__}" for k, c in measures.items()}
+        takers |= {k: path for k, path in paths.items() if name in options_of(path)}
+    presets.threat_model[name] = value
+    layer: Settings = {name: value}
+    for key, path in takers.items():
+        # Without a run below, a default need not be repeated.
+        is_default = not run and options_of(path)[name] == value
+        if f"{key}.{name}" not in specific and not is_default:
+            layer[key] = {"init_args": {name: value}} if key in DEFAULT_CLASSES else {name: value}
+    presets.layers.append(layer)
 
 
 def _place_network(presets: Presets, *, external: bool) -> None:
@@ -270,13 +257,11 @@ def _place_network(presets: Presets, *, external: bool) -> None:
     A network that is not this package's is written down as a `UserNetwork`.
     """
     names, option = known_classes()["model.network"], "model.network"
-    typed = [o.value for o in presets.typed if o.name in (option, f"{option}.class_path")]
-    sections = []
-    for layer in presets.layers:
-        settings = layer.get("model", {}).get("init_args", {})
-        if "network" in settings:
-            sections.append((settings, *_network_in_file(settings["network"])))
-    paths = [path for _, path, _ in sections if path] + [path for path in typed[-1:] if path]
+    of_class = (option, f"{option}.class_path")
+    typed = [o.value for o in presets.typed if o.name in of_class]
+    settings = [layer.get("model", {}).get("init_args", {}) for layer in presets.layers]
+    sections = [(x, *_network_in_file(x["network"])) for x in settings if "network" in x]
+    paths = [path for path in (*(path for _, path, _ in sections), *typed[-1:]) if path]
     path = names.get(paths[-1], paths[-1]) if paths else ""
     is_path = all(part.isidentifier() for part in path.split("."))
     if any(typed) and not (is_path or external or path.startswith("{")):
@@ -289,35 +274,28 @@ def _place_network(presets: Presets, *, external: bool) -> None:
     network = import_path(path)
     check_buildable(network, path)
     arguments: dict[str, Any] = {}
-    for settings, written, inner in sections:
-        del settings["network"]
+    for inner, written, in_file in sections:
+        del inner["network"]
         if names.get(str(written), written) in (None, path):
-            arguments |= inner
-    kept = [o for o in presets.typed if o.name not in (option, f"{option}.class_path")]
+            arguments |= in_file
+    presets.typed = [o for o in presets.typed if o.name not in of_class]
     if path.startswith("robust_flatness."):
         parameters = inspect.signature(network).parameters.values()
         own = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty]
         section = {"class_path": path, "init_args": {p.name: p.default for p in own} | arguments}
     else:
-        for name, value, _ in kept:
+        for name, value, _ in presets.typed:
             if name.startswith(f"{option}."):
+                *outer, last = name.removeprefix(f"{option}.").split(".")
+                place = reduce(lambda part, key: part.setdefault(key, {}), outer, arguments)
                 # jsonargparse would pass null on as the text None.
-                _set_argument(arguments, name.removeprefix(f"{option}."), value or "")
-        kept = [o for o in kept if not o.name.startswith(f"{option}.")]
+                place[last] = value or ""
+                with suppress(yaml.YAMLError):
+                    place[last] = yaml.safe_load(value or "")
+        presets.typed = [o for o in presets.typed if not o.name.startswith(f"{option}.")]
         class_path = f"robust_flatness.networks.{UserNetwork.__name__}"
-        inner = {"path": path, "arguments": arguments}
-        section = {"class_path": class_path, "init_args": inner}
+        section = {"class_path": class_path, "init_args": {"path": path, "arguments": arguments}}
     presets.layers[0]["model"]["init_args"] = {"network": section}
-    presets.typed = kept
-
-
-def _set_argument(arguments: dict[str, Any], name: str, text: str) -> None:
-    *outer, last = name.split(".")
-    for key in outer:
-        arguments = arguments.setdefault(key, {})
-    arguments[last] = text
-    with suppress(yaml.YAMLError):
-        arguments[last] = yaml.safe_load(text)
 
 
 def _network_in_file(network: Any) -> tuple[Any, dict[str, Any]]:

@@ -1,20 +1,25 @@
-"""How a run starts, and how it is interrupted."""
+"""How a run starts, with images as pixels in [0, 1], and how it is interrupted."""
 
 import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
+from robust_flatness.callbacks.fixed_images import ROUNDING
+from robust_flatness.lightning_modules import AT, External
 from robust_flatness.loggers import EpochCSVLogger, EpochWandbLogger
+from robust_flatness.networks import Normalize
 
 # Statuses of processes that a signal ended, as shells report them.
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
@@ -61,6 +66,56 @@ class RunStart(SaveConfigCallback):
         super().setup(trainer, pl_module, "fit")
 
 
+def undo_normalization(
+    data: LightningDataModule, model: LightningModule, callbacks: Sequence[Callback]
+) -> None:
+    """Has normalised images measured, and trained on, as pixels in [0, 1].
+
+    Callbacks take the `normalization` of the data, `(mean, std)` of each channel, unless they have
+    one of their own, and a module of the user's own takes the images as they are delivered. Modules
+    of this package take pixels: for them it is undone as each batch arrives.
+    """
+    normalization = getattr(data, "normalization", None)
+    if normalization is None:
+        return
+    try:
+        mean, std = (list(map(float, values)) for values in normalization)
+        Normalize(mean, std)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"Expected `normalization` of {type(data).__name__} to be (mean, std), a finite number "
+            f"and one > 0 for each channel, but got {normalization}."
+        ) from error
+    if isinstance(model, (AT, External)):
+        data.on_after_batch_transfer = partial(_to_pixels, data, mean, std)  # type: ignore[method-assign]
+        return
+    for callback in callbacks:
+        if getattr(callback, "normalization", std) is None:
+            callback.normalization = (mean, std)  # type: ignore[attr-defined]
+
+
+def _to_pixels(
+    data: LightningDataModule,
+    mean: Sequence[float],
+    std: Sequence[float],
+    batch: Any,
+    dataloader_idx: int,
+) -> Any:
+    """The batch of the data's own hook, with images in [0, 1]."""
+    batch = type(data).on_after_batch_transfer(data, batch, dataloader_idx)
+    if not isinstance(batch, (list, tuple)):
+        raise ValueError(
+            f"Expected batches (images, labels) of {type(data).__name__} but got "
+            f"{type(batch).__name__}."
+        )
+    images, *rest = batch
+    scale, shift = (images.new_tensor(values).view(-1, 1, 1) for values in (std, mean))
+    pixels = images * scale + shift
+    rounded = (pixels >= -ROUNDING) & (pixels <= 1 + ROUNDING)
+    # Others were not normalised like this, which the first batch's check says.
+    return [torch.where(rounded, pixels.clamp(0, 1), pixels), *rest]
+
+
 @contextmanager
 def sigterm_exits(*, at_once: bool) -> Iterator[None]:
     """Has SIGTERM raise `SystemExit(143)`, so that whatever is open is closed in order.
@@ -103,8 +158,7 @@ def resume_command(folder: Path) -> str | None:
     last = folder / "checkpoints" / "last.ckpt"
     if not last.is_file():
         return None
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    script = sys.argv[0] or "cli.py"
+    spec, script = getattr(sys.modules["__main__"], "__spec__", None), sys.argv[0] or "cli.py"
     program = ["python", script] if script.endswith(".py") else [Path(script).name]
     if spec is not None:
         program = ["python", "-m", spec.name.removesuffix(".__main__")]

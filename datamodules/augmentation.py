@@ -15,13 +15,16 @@ from robust_flatness.functional.checks import check_choice
 Augment: TypeAlias = Literal["none", "flip", "flip_crop", "autoaugment", "autoaugment_batch"]
 """Names of the augmentations."""
 
+FILLED = ("autoaugment", "autoaugment_batch")  # with the mean color
+
 
 @dataclass(frozen=True)
 class Augmentation:
     """Augments batches of training images, in proportion to their size.
 
-    `"flip"` flips each image with probability 1/2. `"flip_crop"` flips, pads with zeros by an eighth of the side (4 pixels at 32, 1 at 8) and
-    crops. `"autoaugment"` is the paper's row (supplementary material, and `common.py` of its code):
+    `"flip"` flips each image with probability 1/2. `"flip_crop"` flips, pads with zeros by an
+    eighth of the side (4 pixels at 32, 1 at 8) and crops. `"autoaugment"` is the paper's row
+    (supplementary material, and `common.py` of its code):
     pad with the mean color, crop, flip, AutoAugment's CIFAR-10 policy, and Cutout of half the side
     (16 pixels at 32) in the mean color. `"autoaugment_batch"` draws one sub-policy for the global
     batch instead of one per image, which is faster; crops, flips and squares are still per image.
@@ -44,26 +47,19 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         check_choice("augment", self.kind, get_args(Augment))
-        if self.needs_mean(self.kind) and len(self.mean) not in (1, 3):
+        if self.kind in FILLED and len(self.mean) not in (1, 3):
             raise ValueError(
                 f"Expected images of 1 or 3 channels if `augment` is {self.kind!r}"
                 f" but got {len(self.mean)} channels."
             )
-
-    @staticmethod
-    def needs_mean(kind: Augment) -> bool:
-        """Returns whether `kind` fills with the mean color."""
-        return kind in ("autoaugment", "autoaugment_batch")
 
     def noise(self, batches: GlobalBatches, local_size: int, epoch: int, batch: int) -> Tensor:
         """Draws this process's part of the noise for a global batch, `(n, 3)` or `(n, 6)`.
 
         The columns are flip, top and left of the crop, center of the square (2), and sub-policy.
         """
-        if not self.needs_mean(self.kind):
-            return batches.noise(local_size, epoch, batch)
-        shared = int(self.kind == "autoaugment_batch")
-        return batches.noise(local_size, epoch, batch, columns=6, shared=shared)
+        columns, shared = 6 if self.kind in FILLED else 3, int(self.kind == "autoaugment_batch")
+        return batches.noise(local_size, epoch, batch, columns=columns, shared=shared)
 
     def __call__(self, images: Tensor, noise: Tensor) -> Tensor:
         """Augments uint8 images `(n, C, H, W)` with the result of `noise`, on the CPU."""
@@ -92,11 +88,9 @@ def random_flip_and_crop(
 ) -> Tensor:
     """Flips each image with probability 1/2, pads it, and crops it to its size.
 
-    `noise` alone decides flips and positions: if it is drawn for a global batch, the share of each
-    process is augmented as on a single process.
-
-    The paper's code pads or crops each side by up to 4 pixels and resizes; this is the common
-    padding and cropping (paper, supplementary material, "crop by up to 4 pixels per side").
+    `noise` alone decides flips and positions. The paper's code pads or crops each side by up to 4
+    pixels and resizes; this is the common padding and cropping (paper, supplementary material,
+    "crop by up to 4 pixels per side").
 
     Args:
         images: Batch `(N, C, H, W)` of any type, not modified.
@@ -146,17 +140,14 @@ def autoaugment(images: Tensor, noise: Tensor, fill: Sequence[float]) -> Tensor:
     """Applies torchvision's CIFAR-10 policy of Cubuk et al., *AutoAugment* (2019).
 
     Each draw chooses one of 25 sub-policies, which of its operations are applied, and their signs.
-    `noise` alone decides all of it; PyTorch's global generators keep their states.
-
-    With one value per image, each image has its own draw and is transformed on its own. With a
-    single value, all images share one draw and are transformed together, which is faster.
-
-    Gray images are transformed as well: color saturation ("Color", in 5 of the 25 sub-policies)
-    does not change them, all other operations act as on each channel of an RGB image.
+    `noise` alone decides all of it; PyTorch's global generators keep their states. Color saturation
+    ("Color", in 5 of the 25 sub-policies) does not change gray images; all other operations act as
+    on each channel of an RGB image.
 
     Args:
         images: Batch `(N, C, H, W)`, uint8, of C = 1 or 3 channels; not modified.
-        noise: Uniform in [0, 1), on the CPU, `(N,)` for one draw per image or `(1,)` for one draw.
+        noise: Uniform in [0, 1), on the CPU, `(N,)` for one draw per image, or `(1,)` for one draw
+            for all, which are then transformed together and faster.
         fill: Color outside of the image, one value in 0 to 255 per channel.
 
     Returns:
@@ -220,17 +211,13 @@ def cutout(images: Tensor, noise: Tensor, size: int, fill: Sequence[float]) -> T
     _check_shapes(images, noise, columns=2)
     if size < 0:
         raise ValueError(f"Expected `size` to be >= 0 but got {size}.")
-    rows = _covered(noise[:, 0], images.shape[2], size)
-    columns = _covered(noise[:, 1], images.shape[3], size)
-    square = rows[:, None, :, None] & columns[:, None, None, :]
+    covered = []  # rows and columns, `(N, length)`
+    for draw, length in zip(noise.unbind(1), images.shape[2:]):
+        first = (draw * length).long().clamp_(max=length - 1)[:, None] - size // 2
+        positions = torch.arange(length, device=noise.device)
+        covered.append((positions >= first) & (positions < first + size))
+    square = covered[0][:, None, :, None] & covered[1][:, None, None, :]
     return torch.where(square, _color(fill, images), images)
-
-
-def _covered(noise: Tensor, length: int, size: int) -> Tensor:
-    """Returns which of `length` rows or columns the square covers, `(N, length)`."""
-    first = (noise * length).long().clamp_(max=length - 1)[:, None] - size // 2
-    positions = torch.arange(length, device=noise.device)
-    return (positions >= first) & (positions < first + size)
 
 
 def _check_shapes(images: Tensor, noise: Tensor, *, columns: int) -> None:

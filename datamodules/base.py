@@ -8,23 +8,20 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_convert
 
-from robust_flatness.datamodules.augmentation import Augment, Augmentation
-from robust_flatness.datamodules.batches import (
-    GlobalBatches,
-    MixedImages,
-    MixedSampler,
-    check_share,
-    epochs_trained,
-)
+from robust_flatness.datamodules.augmentation import FILLED, Augment, Augmentation
+from robust_flatness.datamodules.batches import GlobalBatches, MixedImages, MixedSampler
 from robust_flatness.datamodules.images import (
     EvaluationImages,
     LabeledImages,
     ResidentImages,
+    SplitSizes,
+    ValFrom,
     channel_statistics,
+    make_splits,
     to_unit_range,
 )
-from robust_flatness.datamodules.splits import SplitSizes, ValFrom, make_splits
 from robust_flatness.datamodules.unlabeled_files import read_unlabeled
+from robust_flatness.functional.batch_noise import agreed_seed
 from robust_flatness.functional.checks import (
     Eps,
     check_choice,
@@ -55,8 +52,8 @@ class RobustDataModule(LightningDataModule, ABC):
         eps: Radius of the ball that measures use on these images, in pixels of [0, 1]; measures in
             L-infinity refuse more than 1 before training.
         batch_size: Images in a global batch, shared among the processes.
-        augment: `"none"`; `"flip"`; `"flip_crop"`, which pads by an eighth of the side (4 pixels at 32);
-            `"autoaugment"`, which adds AutoAugment and Cutout; `"autoaugment_batch"`, with one
+        augment: `"none"`; `"flip"`; `"flip_crop"`, which pads by an eighth of the side (4 pixels
+            at 32); `"autoaugment"`, which adds AutoAugment and Cutout; `"autoaugment_batch"`, with one
             sub-policy per global batch, which is faster. See `Augmentation`.
         flip: Whether augmentation flips images.
         downsample: Side of the blocks of pixels that are averaged, so that 2 halves the resolution;
@@ -125,7 +122,12 @@ class RobustDataModule(LightningDataModule, ABC):
                 f"Expected `downsample` to be 1 if `in_memory` is false but got {downsample}."
             )
         check_choice("augment", augment, get_args(Augment))
-        check_share(unlabeled_share, batch_size)
+        check_number("unlabeled_share", unlabeled_share, high=1)
+        if 0 < unlabeled_share < 1 and not 0 < round(unlabeled_share * batch_size) < batch_size:
+            raise ValueError(
+                f"Expected `unlabeled_share` to give each batch of {batch_size} images of both"
+                f" kinds but got {unlabeled_share}."
+            )
         self.eps = float(eps)
         self.batch_size = batch_size
         self.augment = augment
@@ -150,7 +152,7 @@ class RobustDataModule(LightningDataModule, ABC):
     def orders(self, num_train: int, num_test: int) -> tuple[list[int], list[int]]:
         """Returns the order in which `num_train` training and `num_test` test images count.
 
-        Splits are the first and the last images of these lists. The default is the order of the
+        Splits are the first and the last images of these lists, by default in the order of the
         sources. The order must depend neither on the run nor on its seed.
         """
         return list(range(num_train)), list(range(num_test))
@@ -198,15 +200,15 @@ class RobustDataModule(LightningDataModule, ABC):
                 unlabeled = self._load(self.unlabeled_source())
                 self._check_images(unlabeled, "unlabeled", like=self._images["training"])
                 self._images["unlabeled"] = unlabeled
-        strategy = self.trainer.strategy
-        seed = torch.initial_seed() if self.seed is None else self.seed
-        self._run_seed = int(strategy.broadcast(seed))
+        self._run_seed = agreed_seed(self.trainer, self.seed)
         self._global_batches().check(len(self._images["training"]))
-        mean = self.mean if Augmentation.needs_mean(self.augment) else ()
+        mean = self.mean if self.augment in FILLED else ()
         self._augmentation = Augmentation(self.augment, self.flip, mean)
         for name, images in self._images.items():
             if name in ("training", "unlabeled") and self.in_memory:
-                self._images[name] = cast(ResidentImages, images).to(strategy.root_device)
+                self._images[name] = cast(ResidentImages, images).to(
+                    self.trainer.strategy.root_device
+                )
 
     def split_dataset(self, split: str) -> EvaluationImages:
         """Returns the images of a split, always in the same order; no trainer is needed.
@@ -244,25 +246,24 @@ class RobustDataModule(LightningDataModule, ABC):
         Raises:
             RuntimeError: If there is no trainer whose processes share the batches.
         """
-        trainer, batches = self._attached_trainer(), self._global_batches()
+        batches, root_device = self._global_batches(), self._attached_trainer.strategy.root_device
         dataset: Dataset[Any] = self._images["training"]
         # Workers fetch as soon as there is an iterator, which on resume is before the trainer sets
         # the sampler's epoch.
-        epoch = epochs_trained(trainer)
-        sampler: DistributedSampler[Any] = batches.sampler(self._images["training"], epoch)
+        sampler: DistributedSampler[Any] = batches.sampler(self._images["training"], self._epoch)
         if "unlabeled" in self._images:
             dataset = MixedImages(self._images["training"], self._images["unlabeled"])
             sampler = MixedSampler(dataset, batches, self.unlabeled_share)
-            sampler.set_epoch(epoch)
+            sampler.set_epoch(self._epoch)
         num_workers = 0 if self.in_memory else self.num_workers
         return DataLoader(
             dataset,
-            batches.local_size,
+            batches.batch_size // batches.world_size,
             sampler=sampler,
             collate_fn=default_convert,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
-            pin_memory=not self.in_memory and trainer.strategy.root_device.type == "cuda",
+            pin_memory=not self.in_memory and root_device.type == "cuda",
         )
 
     def test_dataloader(self) -> DataLoader[Any]:
@@ -272,28 +273,24 @@ class RobustDataModule(LightningDataModule, ABC):
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Converts uint8 images to floats in [0, 1], and augments them in training.
 
-        Args:
-            batch: Images `(N, C, H, W)`, labels `(N,)` and further parts, on the device. Batches
-                that do not begin with uint8 images are from other loaders and returned as they are.
-            dataloader_idx: Not used.
-
-        Returns:
-            Images, float32 or of the trainer's precision, and the other parts as they are.
+        Batches that do not begin with uint8 images are from other loaders and returned as they are.
+        Images become float32, or of the trainer's precision.
         """
         images = batch[0] if isinstance(batch, (list, tuple)) and batch else None
         if not isinstance(images, torch.Tensor) or images.dtype != torch.uint8:
             return batch
-        trainer = self._attached_trainer()
+        trainer = self._attached_trainer
         if trainer.training:
             # The trainer counts a batch only after its transfer.
-            position = (epochs_trained(trainer), trainer.fit_loop.batch_idx + 1)
-            noise = self._augmentation.noise(self._global_batches(), len(images), *position)
+            batch_idx = trainer.fit_loop.batch_idx + 1
+            batches = self._global_batches()
+            noise = self._augmentation.noise(batches, len(images), self._epoch, batch_idx)
             images = self._augmentation(images, noise)
         # The trainer converts floats to its precision before this hook, but not these.
         return trainer.precision_plugin.convert_input(to_unit_range(images)), *batch[1:]
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state in a checkpoint: the seed, so that a resumed run shuffles as before."""
+        """Returns the seed, so that a resumed run shuffles as before."""
         return {"seed": self._run_seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -302,25 +299,18 @@ class RobustDataModule(LightningDataModule, ABC):
             self._run_seed = state_dict["seed"]
 
     def _read(self, *, with_val: bool) -> None:
-        """Reads the splits, or only checks them if images are not kept in memory.
-
-        Args:
-            with_val: Whether there must be images for early stopping, which a test does not need.
-        """
+        """Reads the splits, or only checks them if not `in_memory`; a test needs no `val`."""
         if self._images and ("val" in self._images or not with_val):
             return
         train, test = self.sources()
         self._check_images(train, "training")
         self._check_images(test, "test")
         splits = make_splits(*self.orders(len(train), len(test)), self.sizes, with_val=with_val)
-        training = self._load(train.subset(splits["training"]))
-        measured = {
-            "train": training.subset(range(len(splits["train"]))),
-            "test": self._load(test.subset(splits["test"])),
-        }
-        if splits["val"]:
-            source = test if self.sizes.val_from == "test" else train
-            measured["val"] = self._load(source.subset(splits["val"]))
+        val = test if self.sizes.val_from == "test" else train
+        sources = {"training": train, "test": test} | ({"val": val} if splits["val"] else {})
+        measured = {k: self._load(source.subset(splits[k])) for k, source in sources.items()}
+        training = measured.pop("training")
+        measured["train"] = training.subset(range(len(splits["train"])))
         if not self.in_memory:
             # Damaged images raise their error now, and not when they are first measured.
             for images in measured.values():
@@ -329,7 +319,9 @@ class RobustDataModule(LightningDataModule, ABC):
         self._images, self._splits = {"training": training, **measured}, splits
 
     def _load(self, images: LabeledImages) -> LabeledImages:
-        return ResidentImages.load(images).downsampled(self.downsample) if self.in_memory else images
+        if not self.in_memory:
+            return images
+        return ResidentImages.load(images).downsampled(self.downsample)
 
     def _check_images(
         self, images: LabeledImages, name: str, like: LabeledImages | None = None
@@ -355,13 +347,19 @@ class RobustDataModule(LightningDataModule, ABC):
                 f" have, but got {size[1]}x{size[0]}."
             )
 
+    @property
     def _attached_trainer(self) -> Trainer:
         if self.trainer is None:
             raise RuntimeError("Expected a trainer that uses the datamodule but got none.")
         return self.trainer
 
+    @property
+    def _epoch(self) -> int:
+        """The number of trained epochs, also while a resumed trainer has not counted on yet."""
+        return int(self._attached_trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
+
     def _global_batches(self) -> GlobalBatches:
-        trainer = self._attached_trainer()
+        trainer = self._attached_trainer
         if self._run_seed is None:
             raise RuntimeError("Expected `setup('fit')` before training batches but got no call.")
         return GlobalBatches(

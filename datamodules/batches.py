@@ -5,12 +5,10 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
 from robust_flatness.datamodules.images import LabeledImages
-from robust_flatness.functional.checks import check_number
 from robust_flatness.functional.noise import keyed_generator, keyed_seed
 
 
@@ -37,11 +35,6 @@ class GlobalBatches:
     world_size: int
     rank: int
     seed: int
-
-    @property
-    def local_size(self) -> int:
-        """Number of images of this process in each batch."""
-        return self.batch_size // self.world_size
 
     def check(self, num_train: int) -> None:
         """Raises an error if batches cannot be shared evenly, or are larger than `num_train`."""
@@ -133,12 +126,9 @@ class MixedSampler(DistributedSampler[int]):
 
     Each global batch of B images has exactly `round(share * B)` pseudo-labeled ones. Both kinds are
     drawn without replacement, one permutation after the other, which continue from epoch to epoch.
-    An epoch has as many batches as the labeled images alone would have, the last one smaller, so a
-    permutation of them takes about 1 / (1 - share) epochs. Each global batch is shuffled before it
-    is shared, so that BatchNorm sees a mixture on each process.
-
-    The code of the paper and of Carmon et al. draws the pseudo-labeled images with replacement;
-    without replacement, the number of times that each was seen is known.
+    (The code of the paper and of Carmon et al. draws pseudo-labeled images with replacement.) An
+    epoch has as many batches as the labeled images alone would have, the last one smaller. Each
+    global batch is shuffled before it is shared, so that BatchNorm sees a mixture on each process.
 
     All of it follows from seed and epoch, so that a resumed run continues exactly. Lightning calls
     `set_epoch`, and does not replace a `DistributedSampler`.
@@ -186,18 +176,3 @@ class MixedSampler(DistributedSampler[int]):
         ]
         start = first - passes.start * population
         return torch.cat(permutations)[start : start + total].split(counts)
-
-
-def check_share(share: float, batch_size: int) -> None:
-    """Raises an error if `share` is not in [0, 1], or rounds to images of one kind only."""
-    check_number("unlabeled_share", share, low=0, high=1)
-    if 0 < share < 1 and not 0 < round(share * batch_size) < batch_size:
-        raise ValueError(
-            f"Expected `unlabeled_share` to give each batch of {batch_size} images of both kinds"
-            f" but got {share}."
-        )
-
-
-def epochs_trained(trainer: Trainer) -> int:
-    """Returns the number of trained epochs, also while a resumed trainer has not counted on yet."""
-    return int(trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]

@@ -7,8 +7,12 @@ from torch import Tensor
 
 from robust_flatness.datamodules.augmentation import Augment
 from robust_flatness.datamodules.base import RobustDataModule
-from robust_flatness.datamodules.images import LabeledImages, ResidentImages, to_unit_range
-from robust_flatness.datamodules.splits import fixed_permutation
+from robust_flatness.datamodules.images import (
+    LabeledImages,
+    ResidentImages,
+    fixed_permutation,
+    to_unit_range,
+)
 from robust_flatness.functional.checks import Eps, check_count
 
 _NUM_IMAGES = 1797

@@ -87,20 +87,12 @@ def class_folders(parent: Path) -> list[str]:
 def read_class_folders(
     parent: Path, class_names: Sequence[str], size: tuple[int, int] | None = None
 ) -> tuple[ImageFiles, list[Path]]:
-    """Lists the image files in `parent/<class>/`, at any depth.
+    """Lists the image files in `parent/<class>/`, at any depth, and other visible files.
 
     `torchvision.datasets.ImageFolder` is not used: it takes hidden files and folders, of which file
     managers and notebooks make copies under the images' names, follows links in circles, and opens
     FIFOs. Here links are followed, a folder is read once for each class even if several links lead
-    to it, and a link to a folder above it is skipped.
-
-    Args:
-        parent: Folder that has a folder for each class.
-        class_names: Names of the classes in the order of their labels; folders may be missing.
-        size: Width and height in pixels; `None` for those of the first file.
-
-    Returns:
-        The images, sorted by class and path, and the visible files without an image's name.
+    to it, and a link to a folder above it is skipped. Folders of `class_names` may be missing.
     """
     _, _, names = next(os.walk(parent, onerror=_raise_unreadable))
     left_out = [parent / name for name in sorted(names) if not name.startswith(".")]

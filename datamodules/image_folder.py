@@ -10,8 +10,7 @@ from robust_flatness.datamodules.image_files import (
     read_class_folders,
     warn_left_out,
 )
-from robust_flatness.datamodules.images import LabeledImages
-from robust_flatness.datamodules.splits import fixed_permutation
+from robust_flatness.datamodules.images import LabeledImages, fixed_permutation
 from robust_flatness.networks import Normalize
 
 

@@ -5,13 +5,12 @@ import pickle
 from collections.abc import Callable, Mapping, Sequence
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from robust_flatness.datamodules.image_files import (
-    ImageFiles,
     class_folders,
     read_class_folders,
     warn_left_out,
@@ -51,22 +50,17 @@ def read_unlabeled(
             f"Expected `unlabeled` to be {_KINDS} if `unlabeled_share` is above 0 but got None."
         )
     path = Path(path).expanduser()
-    if path.is_dir():
-        return _read_folder(path, num_classes, class_names)
-    if not path.is_file():
+    if path.is_file():
+        keys = ("image", "label") if path.suffix == ".npz" else ("data", "extrapolated_targets")
+        return _from_arrays(path, _load(path), *keys)
+    if not path.is_dir():
         raise ValueError(f"Expected `unlabeled` to be {_KINDS} but there is no {path}.")
-    keys = ("image", "label") if path.suffix == ".npz" else ("data", "extrapolated_targets")
-    return _from_arrays(path, _load(path), *keys)
-
-
-def _read_folder(path: Path, num_classes: int, class_names: Sequence[str] | None) -> ImageFiles:
     names = class_folders(path)
-    if class_names is None:
-        class_names = names
-        if len(names) != num_classes:
-            raise ValueError(
-                f"Expected {num_classes} folders, one per class, in {path} but got {len(names)}."
-            )
+    if class_names is None and len(names) != num_classes:
+        raise ValueError(
+            f"Expected {num_classes} folders, one per class, in {path} but got {len(names)}."
+        )
+    class_names = names if class_names is None else class_names
     if unknown := sorted(set(names) - set(class_names)):
         raise ValueError(
             f"Expected folders in {path} that are named as the {len(class_names)} classes of the"
@@ -84,7 +78,14 @@ def _from_arrays(
         raise ValueError(
             f"Expected `{images_key}` and `{labels_key}` in {path} but it has no `{missing[0]}`."
         )
-    images, labels = (_as_array(path, key, arrays[key]) for key in (images_key, labels_key))
+    values = [arrays[key] for key in (images_key, labels_key)]
+    for index, key in enumerate((images_key, labels_key)):
+        if isinstance(values[index], list) and set(map(type, values[index])) == {int}:
+            values[index] = np.asarray(values[index])
+        if not isinstance(values[index], np.ndarray):
+            kind = type(values[index]).__name__
+            raise ValueError(f"Expected `{key}` in {path} to be an array but got {kind}.")
+    images, labels = values
     if images.dtype != np.uint8 or images.ndim != 4:
         raise ValueError(
             f"Expected `{images_key}` in {path} of shape (N, H, W, C) and type uint8"
@@ -97,16 +98,6 @@ def _from_arrays(
         )
     pixels = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
     return ResidentImages(pixels, torch.from_numpy(labels.astype(np.int64)))
-
-
-def _as_array(path: Path, key: str, values: Any) -> np.ndarray[Any, Any]:
-    if isinstance(values, list) and values and all(type(value) is int for value in values):
-        return np.asarray(values)
-    if not isinstance(values, np.ndarray):
-        raise ValueError(
-            f"Expected `{key}` in {path} to be an array but got {type(values).__name__}."
-        )
-    return values
 
 
 def _load(path: Path) -> Mapping[str, Any]:
@@ -136,59 +127,53 @@ class _Replacement:
 
     array: np.ndarray[Any, Any] | None = None
 
-    def __init__(self, *args: object) -> None:
+    def __init__(self, *args: Any) -> None:
         pass
 
     # Pickles set the state of objects by this method, or else their attributes.
-    def __setstate__(self, state: object) -> None:
+    def __setstate__(self, state: Any) -> None:
         _require(False)
 
 
 class _DType(_Replacement):
-    dtype: np.dtype[Any]
-
-    def __init__(self, name: object, *_: object) -> None:
+    def __init__(self, name: Any, *_: Any) -> None:
         _require(isinstance(name, str) and name in _TYPES)
-        self.dtype = np.dtype(str(name))
+        self.dtype = np.dtype(name)
 
-    def __setstate__(self, state: object) -> None:
+    def __setstate__(self, state: Any) -> None:
         _require(isinstance(state, tuple) and len(state) == 8)
-        _, order, *rest = cast("tuple[object, ...]", state)
         # The rest is the state of a type without fields.
-        _require(order in ("<", ">", "|", "=") and rest == [None, None, None, -1, -1, 0])
-        self.dtype = self.dtype.newbyteorder(cast(Any, order))
+        _require(state[1] in ("<", ">", "|", "=") and state[2:] == (None, None, None, -1, -1, 0))
+        self.dtype = self.dtype.newbyteorder(state[1])
 
 
 class _FromBuffer(_Replacement):
-    def __init__(
-        self, data: object, dtype: object, shape: object, order: object, axes: object = None
-    ) -> None:
+    def __init__(self, data: Any, dtype: Any, shape: Any, order: Any, axes: Any = None) -> None:
         _require(isinstance(data, bytes) and isinstance(dtype, _DType))
         _require(isinstance(shape, tuple) and all(type(n) is int and n >= 0 for n in shape))
-        kind, sides = cast(_DType, dtype).dtype, cast("tuple[int, ...]", shape)
-        _require(math.prod(sides) * kind.itemsize == len(cast(bytes, data)))
-        array = np.frombuffer(cast(bytes, data), kind)
+        _require(math.prod(shape) * dtype.dtype.itemsize == len(data))
+        array = np.frombuffer(data, dtype.dtype)
         if order == "K":  # a transposed array, of newer versions of NumPy
             _require(isinstance(axes, tuple))
-            self.array = array.reshape(sides).transpose(cast("tuple[int, ...]", axes))
+            self.array = array.reshape(shape).transpose(axes)
         else:
             _require(order in ("C", "F") and axes is None)
-            self.array = array.reshape(sides, order=cast(Any, order))
+            self.array = array.reshape(shape, order=order)
 
 
 class _Array(_Replacement):
-    def __setstate__(self, state: object) -> None:
+    def __setstate__(self, state: Any) -> None:
         _require(isinstance(state, tuple) and len(state) == 5)
-        _, shape, dtype, is_fortran, data = cast("tuple[object, ...]", state)
+        _, shape, dtype, is_fortran, data = state
         self.array = _FromBuffer(data, dtype, shape, "F" if is_fortran else "C").array
 
 
 class _Latin1(_Replacement):
     """Replaces `_codecs.encode`, by which old protocols write bytes."""
 
-    def __new__(cls, text: object, encoding: object) -> Any:
+    def __new__(cls, text: Any, encoding: Any) -> Any:
         _require(isinstance(text, str) and encoding == "latin1")
-        return str(text).encode("latin1")
+        return text.encode("latin1")
 
 
 # Numbers: no objects, no records, no text.

@@ -1,8 +1,21 @@
 """The mathematics: pure functions on tensors and networks, without a Trainer."""
 
 from robust_flatness.functional.attack import PGD, FriendlyPGD, pgd_attack
+from robust_flatness.functional.awp import AWP
+from robust_flatness.functional.batch_noise import BatchNoise
 from robust_flatness.functional.flatness import FlatnessResult, average_case_flatness
-from robust_flatness.functional.hessian import HessianResult, hessian_extreme_eigenvalues
+from robust_flatness.functional.gradient_norm import (
+    FirstOrderFlatnessResult,
+    GradientNormResult,
+    first_order_flatness,
+    gradient_norm,
+)
+from robust_flatness.functional.hessian import (
+    HessianResult,
+    HessianTraceResult,
+    hessian_extreme_eigenvalues,
+    hessian_trace,
+)
 from robust_flatness.functional.landscape import (
     LandscapeResult,
     SurfaceResult,
@@ -24,6 +37,7 @@ from robust_flatness.functional.robust_loss import (
     evaluate_robustness,
     robust_loss,
 )
+from robust_flatness.functional.sharpness import adaptive_sharpness
 from robust_flatness.functional.weight_perturbation import (
     adversarial_weight_perturbation,
     sample_weight_perturbation,
@@ -35,20 +49,29 @@ from robust_flatness.functional.worst_case_flatness import (
 )
 
 __all__ = [
+    "AWP",
     "PGD",
+    "BatchNoise",
+    "FirstOrderFlatnessResult",
     "FlatnessResult",
     "FriendlyPGD",
+    "GradientNormResult",
     "HessianResult",
+    "HessianTraceResult",
     "LandscapeResult",
     "RobustnessResult",
     "Sharing",
     "SurfaceResult",
     "TrainingLabels",
     "WorstCaseFlatnessResult",
+    "adaptive_sharpness",
     "adversarial_weight_perturbation",
     "average_case_flatness",
     "evaluate_robustness",
+    "first_order_flatness",
+    "gradient_norm",
     "hessian_extreme_eigenvalues",
+    "hessian_trace",
     "loss_landscape",
     "loss_surface",
     "mart_loss",

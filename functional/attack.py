@@ -13,6 +13,7 @@ from robust_flatness.functional.checks import (
     check_choice,
     check_count,
     check_examples,
+    check_number,
     check_radius,
 )
 from robust_flatness.functional.evaluation import (
@@ -87,6 +88,13 @@ class PGD:
             batch and updates the running ones (Rice et al.).
         precision: `bfloat16` searches under bfloat16 autocast on GPUs that have it, and evaluates
             the best iterate anew in float32. Perturbations are float32 in both cases.
+        start_scale: Factor k on the radius of a `paper` or `uniform` start, U(-kε, kε) for `linf`.
+        projection: Whether perturbations are projected onto the ball. Without, they are clamped to
+            pixels in [0, 1] alone, and reach up to kε + steps · step_size: for training only.
+
+    Single-step attacks of training are, with `steps=1`, `start="uniform"` and `keep="last"`:
+    FGSM-RS (Wong et al., 2020) with `step_size=1.25 * eps`, and N-FGSM (de Jorge et al., 2022) with
+    `step_size=eps`, `start_scale=2` and `projection=False`; both codes take `mode="train"`.
 
     Raises:
         ValueError: If a number is negative, above 1 with `linf`, or a choice unknown.
@@ -94,6 +102,10 @@ class PGD:
     Example:
         >>> round(PGD(eps=8 / 255).length, 6)
         0.007
+        >>> n_fgsm = PGD(0.1, 1, 0.1, keep="last", start="uniform", start_scale=2, projection=False)
+        >>> images, start = torch.full((1, 1, 1, 2), 0.5), torch.tensor([[[[-0.2, 0.1]]]])
+        >>> n_fgsm.move(n_fgsm.begin(images, start), torch.ones(1, 1, 1, 2), images)
+        tensor([[[[0.4000, 0.7000]]]])
     """
 
     eps: float
@@ -104,6 +116,8 @@ class PGD:
     start: Start = "paper"
     mode: Mode = "eval"
     precision: Precision = "float32"
+    start_scale: float = 1.0
+    projection: bool = True
 
     def __post_init__(self) -> None:
         choices = {"norm": Norm, "keep": Keep, "start": Start, "mode": Mode, "precision": Precision}
@@ -112,6 +126,7 @@ class PGD:
         check_radius("eps", self.eps, self.norm)
         check_radius("step_size", self.length, self.norm)
         check_count("steps", self.steps)
+        check_number("start_scale", self.start_scale)
 
     @property
     def length(self) -> float:
@@ -185,19 +200,20 @@ class PGD:
         They are `(N, C, H, W)`, in the dtype of `images` but at least float32.
         """
         draws = [
-            random_start(
-                (1, *images.shape[1:]),
-                eps=self.eps,
-                norm=self.norm,
-                start=self.start,
-                generator=keyed_generator(seed, "start", index, restart),
-            )
+            self.draw_start((1, *images.shape[1:]), keyed_generator(seed, "start", index, restart))
             for index in indices
         ]
         # Half precision is too coarse for a perturbation.
         dtype = torch.promote_types(images.dtype, torch.float32)
         starts = torch.cat(draws) if draws else torch.zeros(images.shape)
         return starts.to(images.device, dtype)
+
+    def draw_start(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+        """Draws a start of shape `(N, C, H, W)`, see `random_start`."""
+        radius = self.eps * self.start_scale
+        return random_start(
+            shape, eps=radius, norm=self.norm, start=self.start, generator=generator
+        )
 
     def begin(self, images: Tensor, start: Tensor) -> Tensor:
         """Returns the images `(N, C, H, W)` plus a start, projected onto the ball and the box."""
@@ -215,6 +231,8 @@ class PGD:
         return self._project(adversarial + step, images)
 
     def _project(self, adversarial: Tensor, images: Tensor) -> Tensor:
+        if not self.projection:
+            return adversarial.clamp(0, 1)
         delta = adversarial - images
         if self.norm == "linf":
             delta = delta.clamp(-self.eps, self.eps)

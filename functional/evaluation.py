@@ -3,9 +3,8 @@
 import math
 import random
 import warnings
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager, nullcontext
-from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -59,14 +58,6 @@ def _check_logits(output: object, count: int) -> None:
     )
 
 
-def _are_probabilities(output: Tensor) -> bool:
-    """Whether each row is in [0, 1] and sums to 1, as after a softmax."""
-    tolerance = 1e-2 if output.dtype in HALF else 1e-4
-    sums = output.sum(1, dtype=torch.float64)
-    within = ((output >= 0) & (output <= 1)).all()
-    return bool(within and ((sums - 1).abs() <= tolerance).all())
-
-
 # Networks that were checked for probabilities, by their first parameter: wrappers come and go.
 _CHECKED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -86,7 +77,11 @@ def logits_function(model: Model, images: Tensor) -> Callable[[Tensor], Tensor]:
         _check_logits(output, len(inputs))
         if first is not None and first not in _CHECKED:
             _CHECKED[first] = None
-            if len(output) > 0 and _are_probabilities(output.detach()):
+            rows = output.detach()
+            sums = rows.sum(1, dtype=torch.float64)
+            tolerance = 1e-2 if rows.dtype in HALF else 1e-4
+            is_share = ((rows >= 0) & (rows <= 1)).all() and ((sums - 1).abs() <= tolerance).all()
+            if len(rows) > 0 and is_share:
                 warnings.warn(
                     "Expected `model` to return logits but its outputs look like probabilities "
                     "(all in [0, 1], rows that sum to 1): cross-entropy and attacks would take the "
@@ -220,21 +215,20 @@ def evaluation_context(model: Model) -> Iterator[None]:
         >>> network.weight.dtype, network.training
         (torch.bfloat16, True)
     """
-    with (
-        _random_states_restored(model),
-        _state_restored(model),
-        _float32(model),
-        differentiable(model),
-    ):
-        yield
-
-
-@contextmanager
-def _random_states_restored(model: Model) -> Iterator[None]:
-    devices = {tensor.device for tensor in _tensors(model) if tensor.device.type == "cuda"}
+    modules: list[Any] = list(model.modules()) if isinstance(model, nn.Module) else []
+    tensors = [t for m in modules for t in (*m.parameters(False), *m.buffers(False))]
+    tensors = [tensor for tensor in tensors if not is_lazy(tensor)]
+    devices = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
     python, numpy = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(devices=devices):
+        restored = _state_restored(modules, tensors)
+        with torch.random.fork_rng(devices), restored, differentiable(model):
+            if half := [tensor for tensor in tensors if tensor.dtype in HALF]:
+                # The attribute in which Lightning's modules keep their type.
+                for module in (m for m in modules if getattr(m, "_dtype", None) in HALF):
+                    module._dtype = torch.float32
+            for tensor in half:
+                tensor.data = tensor.data.float()
             yield
     finally:
         random.setstate(python)
@@ -243,19 +237,20 @@ def _random_states_restored(model: Model) -> Iterator[None]:
 
 # Registries that a forward may change, and types of attributes that hold no more than a value.
 _REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), Tensor)
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, Tensor)
 
 
 @contextmanager
-def _state_restored(model: Model) -> Iterator[None]:
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+def _state_restored(modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> Iterator[None]:
     # TorchScript keeps its registries elsewhere, and replaces nothing in them.
     contents = [vars(m) for m in modules if not isinstance(m, torch.jit.ScriptModule)]
     registries = [(c[name], c[name].copy()) for c in contents for name in _REGISTRIES]
     attributes = [(c, {n: v for n, v in c.items() if isinstance(v, _PLAIN)}) for c in contents]
     held = [v for _, plain in attributes for v in plain.values() if isinstance(v, Tensor)]
-    tensors = {id(tensor): tensor for tensor in (*_tensors(model), *held)}.values()
-    values = [(t, t.data, t.detach().clone()) for t in tensors if t.layout == torch.strided]
+    tensors = list({id(tensor): tensor for tensor in (*tensors, *held)}.values())
+    values = [
+        (t, t.data, t.detach().clone() if t.layout == torch.strided else None) for t in tensors
+    ]
     graphs = [(t, t.requires_grad, t.grad) for t in tensors if t.is_leaf]
     try:
         yield
@@ -268,10 +263,11 @@ def _state_restored(model: Model) -> Iterator[None]:
                 del content[name]
             content.update(plain)
         for tensor, data, value in values:
-            if tensor.dtype != data.dtype or tensor.data_ptr() != data.data_ptr():
+            moved = value is not None and tensor.data_ptr() != data.data_ptr()
+            if moved or tensor.dtype != data.dtype:
                 tensor.data = data
             # Writing counts as a change, which would invalidate the graph of a training step.
-            if not torch.equal(data, value):
+            if value is not None and not torch.equal(data, value):
                 with torch.no_grad():
                     tensor.copy_(value)
         for tensor, requires_grad, grad in graphs:
@@ -279,30 +275,3 @@ def _state_restored(model: Model) -> Iterator[None]:
                 tensor.requires_grad_(requires_grad)
             if tensor.grad is not grad:
                 tensor.grad = grad
-
-
-@contextmanager
-def _float32(model: Model) -> Iterator[None]:
-    half = [(tensor, tensor.data) for tensor in _tensors(model) if tensor.dtype in HALF]
-    modules: Any = model.modules() if half and isinstance(model, nn.Module) else ()
-    # The attribute in which Lightning's modules keep their type.
-    typed = [(module, module._dtype) for module in modules if getattr(module, "_dtype", 0) in HALF]
-    try:
-        with torch.inference_mode(False):
-            for tensor, data in half:
-                tensor.data = data.float()
-        for module, _ in typed:
-            module._dtype = torch.float32
-        yield
-    finally:
-        for tensor, data in half:
-            tensor.data = data
-        for module, dtype in typed:
-            module._dtype = dtype
-
-
-def _tensors(model: Model) -> list[Tensor]:
-    """Parameters and buffers, each once, without uninitialized ones."""
-    if not isinstance(model, nn.Module):
-        return []
-    return [t for t in chain(model.parameters(), model.buffers()) if not is_lazy(t)]

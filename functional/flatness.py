@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from robust_flatness.functional.attack import PGD
 from robust_flatness.functional.checks import check_choice, check_count, check_number
 from robust_flatness.functional.evaluation import evaluation_context
-from robust_flatness.functional.layer_weights import perturbed_parameters, perturbed_weights
+from robust_flatness.functional.layer_weights import layer_tensors, perturbed_weights
 from robust_flatness.functional.noise import Norm, Start
-from robust_flatness.functional.robust_loss import AttackedSet, LossKind
+from robust_flatness.functional.robust_loss import AttackedSet, LossKind, estimate_text
 from robust_flatness.functional.weight_perturbation import (
     Distribution,
     RelativeTo,
@@ -51,6 +51,13 @@ class LossIncrease:
 @dataclass(frozen=True)
 class FlatnessResult(LossIncrease):
     """Average-case flatness, with the losses at w and at w + ν_k for K directions."""
+
+    def __repr__(self) -> str:
+        """One line: the value with its standard error over directions."""
+        return (
+            f"average-case flatness {estimate_text(self.increases.mean(dim=1))} "
+            f"({len(self.increases)} directions), loss at w {estimate_text(self.reference_losses)}"
+        )
 
     @property
     def value(self) -> float:
@@ -141,24 +148,14 @@ def average_case_flatness(
     check_choice("protocol", protocol, get_args(Protocol))
     check_choice("distribution", distribution, get_args(Distribution))
     check_choice("relative_to", relative_to, get_args(RelativeTo))
+    measured = (xi, num_perturbations, protocol, loss, distribution, relative_to, per_batch)
     with evaluation_context(model):
-        return measure_flatness(
-            model,
-            attacked,
-            xi=xi,
-            num_perturbations=num_perturbations,
-            protocol=protocol,
-            loss=loss,
-            distribution=distribution,
-            relative_to=relative_to,
-            per_batch=per_batch,
-        )
+        return measure_flatness(model, attacked, *measured)
 
 
 def measure_flatness(
     model: nn.Module,
     attacked: AttackedSet,
-    *,
     xi: float,
     num_perturbations: int,
     protocol: Protocol,
@@ -172,7 +169,8 @@ def measure_flatness(
     Eq. (1): the mean over ν of max over δ of L(w + ν, x + δ), minus max over δ of L(w, x + δ).
     """
     # Raises, before anything is measured, if a weight cannot be perturbed.
-    weights = perturbed_parameters(model)
+    tensors = layer_tensors(model)
+    weights = {name: tensor.value() for name, tensor in tensors.items()}
     attacked = attacked.for_loss(loss)
     units = attacked.units(per_batch)
     paper = protocol == "paper" and loss == "robust"
@@ -185,16 +183,8 @@ def measure_flatness(
     for k in range(num_perturbations):
         losses = []
         for batch, parts in units:
-            nu = random_direction(
-                weights,
-                xi=xi,
-                seed=attacked.seed,
-                direction=k,
-                distribution=distribution,
-                relative_to=relative_to,
-                batch=batch,
-            )
-            with perturbed_weights(model, nu):
+            nu = random_direction(weights, xi, attacked.seed, k, distribution, relative_to, batch)
+            with perturbed_weights(model, nu, tensors):
                 restarts = [PAPER_REFERENCE_RESTARTS + k] if paper else None
                 losses.append(attacked.losses(model, parts, restarts))
         perturbed.append(torch.cat(losses))

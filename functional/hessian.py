@@ -1,4 +1,4 @@
-"""Curvature of the clean loss in weight space: extreme eigenvalues of its Hessian."""
+"""Curvature of the loss in weight space: extreme eigenvalues and the trace of its Hessian."""
 
 import math
 import warnings
@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from robust_flatness.functional.checks import check_count, check_examples, check_number
 from robust_flatness.functional.evaluation import evaluation_context, logits_function
+from robust_flatness.functional.flatness import standard_error
 from robust_flatness.functional.layer_weights import (
     LayerTensor,
     differentiable_weights,
@@ -43,6 +44,13 @@ class HessianResult:
     min_eigenvalue: float
     max_eigenvector: Perturbation
     min_eigenvector: Perturbation
+
+    def __repr__(self) -> str:
+        """One line, without the eigenvectors."""
+        return (
+            f"Hessian eigenvalues {self.min_eigenvalue:.3g} to {self.max_eigenvalue:.3g}, "
+            f"convexity {self.convexity_ratio:.3g}"
+        )
 
     @property
     def convexity_ratio(self) -> float:
@@ -92,11 +100,8 @@ def hessian_extreme_eigenvalues(
         >>> result.max_eigenvalue > 0, result.convexity_ratio < 1e-3
         (True, True)
     """
-    check_examples(images, labels)
-    check_count("batch_size", batch_size, low=1)
+    check_set(images, labels, batch_size)
     check_number("tolerance", tolerance, low=1e-12, high=1)
-    if len(images) == 0:
-        raise ValueError("Expected `images` to hold at least one image but got none.")
     tensors = _hessian_tensors(model, names)
     weights = {name: tensor.value() for name, tensor in tensors.items()}
     # Fused attention has no second derivative.
@@ -111,20 +116,154 @@ def hessian_extreme_eigenvalues(
 
         def product(vector: Tensor) -> Tensor:
             """The Hessian times a vector, float64, on the CPU."""
-            direction = split_like(vector, weights).values()
-            total = torch.zeros_like(vector)
-            for batch, targets in zip(images.split(batch_size), labels.split(batch_size)):
-                gradients = weight_gradients(model, inputs, batch, targets, create_graph=True)
-                slopes = torch.stack([(g * d).sum() for g, d in zip(gradients, direction)])
-                parts = torch.autograd.grad(slopes.sum(), inputs, materialize_grads=True)
-                total += torch.cat([part.double().flatten().cpu() for part in parts])
-            return total / len(images)
+            direction = [*split_like(vector, weights).values()]
+            return hessian_product(model, inputs, images, labels, direction, batch_size)
 
         size = sum(weight.numel() for weight in weights.values())
         start = torch.randn(size, generator=keyed_generator(seed, "lanczos"), dtype=torch.float64)
         values, vectors = _extremes(product, start, tolerance)
         directions = [split_like(vector, weights) for vector in vectors]
     return HessianResult(*values, *directions)
+
+
+@dataclass(frozen=True)
+class HessianTraceResult:
+    """Estimates of the trace of a Hessian, one for each random vector.
+
+    Attributes:
+        estimates: vᵀHv for each v, `(K,)`, float64, in nats per squared unit of weight.
+        scale_free_estimates: vᵀSHSv, `(K,)`, with S = ‖w_l‖/√n_l for the weights of tensor l, in
+            nats.
+    """
+
+    estimates: Tensor
+    scale_free_estimates: Tensor
+
+    @property
+    def trace(self) -> float:
+        """Mean of the estimates."""
+        return self.estimates.mean().item()
+
+    @property
+    def trace_standard_error(self) -> float:
+        """Standard error of `trace`; NaN for one vector."""
+        return standard_error(self.estimates)
+
+    @property
+    def scale_free_trace(self) -> float:
+        """T_w = Σ_l ‖w_l‖²/n_l · tr H_ll, the mean of the scale-free estimates."""
+        return self.scale_free_estimates.mean().item()
+
+    @property
+    def scale_free_standard_error(self) -> float:
+        """Standard error of `scale_free_trace`; NaN for one vector."""
+        return standard_error(self.scale_free_estimates)
+
+
+def hessian_trace(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    names: Sequence[str] | None = None,
+    num_probes: int = 50,
+    seed: int = 0,
+    batch_size: int = 128,
+) -> HessianTraceResult:
+    """Trace of the Hessian of the mean cross-entropy, by Hutchinson's estimator.
+
+    The mean of vᵀHv over random signs v, as in PyHessian (Yao et al., 2020), with a fixed number of
+    them: its rule, to stop when the running mean changes by less than 1e-3, stops by chance. The
+    variance is 2Σ_{i≠j} H_ij²/K, so that one v is exact for a diagonal Hessian. The trace depends
+    on the scale of layers that a BatchNorm follows. T_w does not: by definition it weights the
+    trace of each tensor by ‖w_l‖²/n_l, with n_l weights. As ξ → 0, average-case flatness of the
+    clean loss tends to ξ²/2 · T_w over the tensors that it perturbs.
+
+    Network, loss, and weights are those of `hessian_extreme_eigenvalues`. Images may be adversarial
+    examples: the curvature at fixed attacks, which is not that of the robust loss. It costs a
+    forward, a backward and 2K second-order backwards for each image; each of the latter costs about
+    one forward and two backwards to the weights.
+
+    Args:
+        model: Maps images in [0, 1] to logits `(N, K)`.
+        images: `(N, C, H, W)` in [0, 1], at least one.
+        labels: `(N,)` true classes.
+        names: Parameters to restrict the Hessian to; `None` takes the weights of convolutions and
+            linear layers.
+        num_probes: Number K of random vectors.
+        seed: Seed of the random vectors.
+        batch_size: Images measured at once; changes the result by rounding only.
+
+    Raises:
+        ValueError: If pixels, shapes, or an argument are out of range.
+
+    Example:
+        >>> images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+        >>> result = hessian_trace(model, images, torch.arange(4), num_probes=8)
+        >>> result.trace > 0, result.estimates.shape
+        (True, torch.Size([8]))
+    """
+    check_set(images, labels, batch_size)
+    check_count("num_probes", num_probes, low=1)
+    tensors = _hessian_tensors(model, names)
+    totals = torch.zeros(2, num_probes, dtype=torch.float64)
+    # Fused attention has no second derivative.
+    with (
+        evaluation_context(model),
+        differentiable_weights(model, tensors) as leaves,
+        sdpa_kernel(SDPBackend.MATH),
+    ):
+        images, labels = images.clone(), labels.clone()
+        inputs = list(leaves.values())
+        weights = [tensor.value().detach() for tensor in tensors.values()]
+        scales = [weight.norm() / math.sqrt(weight.numel()) for weight in weights]
+        for batch, targets in zip(images.split(batch_size), labels.split(batch_size)):
+            gradients = weight_gradients(model, inputs, batch, targets, create_graph=True)
+            for k in range(num_probes):
+                signs = [
+                    _signs(weight, keyed_generator(seed, "trace", k, position))
+                    for position, weight in enumerate(weights)
+                ]
+                scaled = [scale * sign for scale, sign in zip(scales, signs)]
+                for row, probe in enumerate((signs, scaled)):
+                    slopes = torch.stack([(g * v).sum() for g, v in zip(gradients, probe)])
+                    parts = torch.autograd.grad(
+                        slopes.sum(), inputs, retain_graph=True, materialize_grads=True
+                    )
+                    sums = [(part * v).sum(dtype=torch.float64) for part, v in zip(parts, probe)]
+                    totals[row, k] += torch.stack(sums).sum().cpu()
+    return HessianTraceResult(*(totals / len(images)))
+
+
+def _signs(weight: Tensor, generator: torch.Generator) -> Tensor:
+    return (2 * torch.randint(2, weight.shape, generator=generator) - 1).to(weight)
+
+
+def check_set(images: Tensor, labels: Tensor, batch_size: int) -> None:
+    """Raises if the images of a mean loss, or their number in a batch, are not as they must be."""
+    check_examples(images, labels)
+    check_count("batch_size", batch_size, low=1)
+    if len(images) == 0:
+        raise ValueError("Expected `images` to hold at least one image but got none.")
+
+
+def hessian_product(
+    model: nn.Module,
+    weights: Sequence[Tensor],
+    images: Tensor,
+    labels: Tensor,
+    direction: Sequence[Tensor],
+    batch_size: int,
+) -> Tensor:
+    """The Hessian of the mean cross-entropy times a direction: one vector, float64, on the CPU."""
+    total = torch.zeros(sum(weight.numel() for weight in weights), dtype=torch.float64)
+    for batch, targets in zip(images.split(batch_size), labels.split(batch_size)):
+        gradients = weight_gradients(model, weights, batch, targets, create_graph=True)
+        slopes = torch.stack([(g * d).sum() for g, d in zip(gradients, direction)])
+        parts = torch.autograd.grad(slopes.sum(), weights, materialize_grads=True)
+        total += torch.cat([part.double().flatten().cpu() for part in parts])
+    return total / len(images)
 
 
 def weight_gradients(

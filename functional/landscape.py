@@ -52,6 +52,15 @@ class LandscapeResult:
     coordinates: Tensor
     losses: Tensor
 
+    def __repr__(self) -> str:
+        """One line: the size, and the lowest and the highest point of the mean curve."""
+        directions, steps, _ = self.losses.shape
+        return (
+            f"loss {self.mean.min():.3f} to {self.mean.max():.3f} at {steps} steps from "
+            f"{self.coordinates.min():g} to {self.coordinates.max():g}, mean of {directions} "
+            "directions"
+        )
+
     @property
     def curves(self) -> Tensor:
         """Mean loss along each direction, `(D, S)`."""
@@ -84,6 +93,14 @@ class SurfaceResult:
 
     coordinates: Tensor
     losses: Tensor
+
+    def __repr__(self) -> str:
+        """One line: the size, and the lowest and the highest mean loss."""
+        return (
+            f"loss {self.mean.min():.3f} to {self.mean.max():.3f} on a grid of "
+            f"{len(self.coordinates)} x {len(self.coordinates)} steps from "
+            f"{self.coordinates.min():g} to {self.coordinates.max():g}"
+        )
 
     @property
     def mean(self) -> Tensor:
@@ -261,9 +278,7 @@ def _directions(
 ) -> Iterable[Direction]:
     """Directions of a kind, or those of the caller after a check."""
     if isinstance(directions, str):
-        return make_directions(
-            model, attacked, directions, num_directions, relative_to=relative_to, length=length
-        )
+        return make_directions(model, attacked, directions, num_directions, relative_to, length)
     directions = [directions] if isinstance(directions, Mapping) else list(directions)
     if not directions:
         raise ValueError("Expected `directions` to hold at least one direction but got none.")
@@ -329,15 +344,8 @@ def weight_directions(
     """
     pgd = PGD(eps, steps, step_size, norm, start=start)
     attacked = AttackedSet(images, labels, pgd, 1, seed, batch_size, indices, on_attack)
-    return make_directions(
-        model,
-        attacked,
-        kind,
-        num_directions,
-        relative_to=relative_to,
-        length=length,
-        ascent_steps=ascent_steps,
-    )
+    described = (kind, num_directions, relative_to, length, ascent_steps)
+    return make_directions(model, attacked, *described)
 
 
 def check_direction_kind(
@@ -358,7 +366,6 @@ def make_directions(
     attacked: AttackedSet,
     kind: DirectionKind,
     num_directions: int | None,
-    *,
     relative_to: RelativeTo,
     length: float | None,
     ascent_steps: int = ASCENT_STEPS,
@@ -373,9 +380,7 @@ def make_directions(
 
     def random(relative_to: RelativeTo) -> Iterator[Perturbation]:
         for k in range(count):
-            yield random_direction(
-                weights, xi=length, seed=attacked.seed, direction=k, relative_to=relative_to
-            )
+            yield random_direction(weights, length, attacked.seed, k, relative_to=relative_to)
 
     def adversarial() -> Iterator[Perturbation]:
         for k, direction in enumerate(random("layer")):
@@ -392,12 +397,9 @@ def make_directions(
         return random(relative_to)
     directions = adversarial()
     if kind == "hessian":
+        images, labels = attacked.images, attacked.labels
         result = hessian_extreme_eigenvalues(
-            model,
-            attacked.images,
-            attacked.labels,
-            seed=attacked.seed,
-            batch_size=attacked.batch_size,
+            model, images, labels, seed=attacked.seed, batch_size=attacked.batch_size
         )
         directions = iter([result.max_eigenvector, result.min_eigenvector][:count])
     return (scale_direction(direction, weights, length, relative_to) for direction in directions)
@@ -417,8 +419,8 @@ def _robust_loss_gradient(
             adversarial = attacked.pgd.attack(model, images, labels, starts).images
             if attacked.on_attack is not None:
                 attacked.on_attack()
-            gradient = weight_gradients(model, weights, adversarial, labels)
-            total = [summand + more for summand, more in zip(total, gradient)]
+            gradients = weight_gradients(model, weights, adversarial, labels)
+            total = [summand + more for summand, more in zip(total, gradients)]
     return total
 
 

@@ -4,7 +4,8 @@ import copy
 import re
 import warnings
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -44,7 +45,7 @@ class LayerTensor(NamedTuple):
 
     def own(self) -> Tensor | None:
         """Returns the layer's parameter or buffer, or `None` if the layer computes the tensor."""
-        return None if self.name in _computed(self.layer) else getattr(self.layer, self.name)
+        return _own(self.layer).get(self.name)
 
     def value(self) -> Tensor:
         """Returns the layer's parameter or buffer, or a copy of what it computes in eval mode.
@@ -81,12 +82,8 @@ def perturbed_parameters(model: nn.Module, *, biases: bool = True) -> dict[str, 
     norm, pruning or another parametrization it is the tensor that the layer computes with, as a
     copy.
 
-    Args:
-        model: The network.
-        biases: Whether to include biases (flatness) or not (AT-AWP).
-
-    Returns:
-        Tensors by name, each once, in the order of `model.named_modules()`.
+    They are by name, each once, in the order of `model.named_modules()`; flatness includes biases,
+    AT-AWP does not.
 
     Raises:
         ValueError: If the network has no convolution and no linear layer, or one whose tensors
@@ -107,9 +104,12 @@ def layer_tensors(model: nn.Module, *, biases: bool = True) -> dict[str, LayerTe
     behind: dict[str, Sequence[Tensor]] = {}
     layers = list(_perturbed_layers(model))
     for prefix, layer in layers:
-        computed = _computed(layer)
+        computed, own = _computed(layer), _own(layer)
         _check_layer(prefix, layer, computed)
-        for attribute in _tensor_names(layer, computed):
+        parts = {id(part) for sources in computed.values() for part in sources}
+        attributes = [*(name for name, tensor in own.items() if id(tensor) not in parts), *computed]
+        # In the order that they have without parametrizations.
+        for attribute in sorted(attributes, key=lambda n: [*WEIGHT_NAMES, n].index(n)):
             name = f"{prefix}.{attribute}" if prefix else attribute
             tensor, sources = LayerTensor(layer, attribute), computed.get(attribute)
             value = tensor.value()
@@ -133,6 +133,20 @@ def layer_tensors(model: nn.Module, *, biases: bool = True) -> dict[str, LayerTe
     return tensors
 
 
+def all_tensors(model: nn.Module) -> dict[str, LayerTensor]:
+    """The tensors of `layer_tensors`, then all other parameters: those of normalization layers."""
+    tensors = layer_tensors(model)
+    behind = {id(source) for m in model.modules() for s in _computed(m).values() for source in s}
+    known = {_memory(own) for tensor in tensors.values() if (own := tensor.own()) is not None}
+    for prefix, module in model.named_modules():
+        for attribute, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in behind and _memory(parameter) not in known:
+                known.add(_memory(parameter))
+                name = f"{prefix}.{attribute}" if prefix else attribute
+                tensors[name] = LayerTensor(module, attribute)
+    return tensors
+
+
 def layer_tensor(model: nn.Module, name: str) -> LayerTensor:
     """Returns the tensor of a name, which may be any name of a shared one.
 
@@ -143,10 +157,8 @@ def layer_tensor(model: nn.Module, name: str) -> LayerTensor:
     layer: Any = model
     for part in prefix.split(".") if prefix else ():
         layer = getattr(layer, part, None)
-    if isinstance(layer, nn.Module):
-        own = (*layer.named_parameters(recurse=False), *_weight_buffers(layer))
-        if attribute in {*_computed(layer), *(known for known, _ in own)}:
-            return LayerTensor(layer, attribute)
+    if isinstance(layer, nn.Module) and attribute in {*_own(layer), *_computed(layer)}:
+        return LayerTensor(layer, attribute)
     raise ValueError(f"Expected the name of a weight of the network but got `{name}`.")
 
 
@@ -177,13 +189,10 @@ def perturbed_weights(
         >>> torch.equal(moved, before + 1), torch.equal(model.weight, before)
         (True, True)
     """
-    own, computed = [], []
-    for name, nu in perturbation.items():
-        tensor = layer_tensor(model, name) if tensors is None else tensors[name]
-        if (parameter := tensor.own()) is None:
-            computed.append((tensor, nu))
-        else:
-            own.append((parameter, nu))
+    tensors = tensors or {name: layer_tensor(model, name) for name in perturbation}
+    moved = [(tensors[name], tensors[name].own(), nu) for name, nu in perturbation.items()]
+    own = [(parameter, nu) for _, parameter, nu in moved if parameter is not None]
+    computed = [(tensor, nu) for tensor, parameter, nu in moved if parameter is None]
     with torch.inference_mode(False), torch.no_grad():
         before = [parameter.detach().clone() for parameter, _ in own]
     try:
@@ -192,7 +201,7 @@ def perturbed_weights(
                 parameter.add_(nu)
         # Autocast keeps casts of the weights: without this the network would not see the change.
         torch.clear_autocast_cache()
-        with _added_to_computed(model, computed):
+        with _added_to_computed(model, computed) if computed else nullcontext():
             yield
     finally:
         with torch.no_grad():
@@ -219,7 +228,7 @@ def differentiable_weights(
     try:
         for leaf in frozen:
             leaf.requires_grad_(True)
-        with _added_to_computed(model, computed):
+        with _added_to_computed(model, computed) if computed else nullcontext():
             yield leaves
     finally:
         for leaf in frozen:
@@ -235,14 +244,33 @@ def _added_to_computed(
     The parameters behind it are not changed, so there is nothing to restore.
     """
     alike: dict[object, list[LayerTensor]] = {}
-    for module in model.modules() if summands else ():
+    for module in model.modules():
         for name, sources in _computed(module).items():
             alike.setdefault(tuple(map(id, sources)), []).append(LayerTensor(module, name))
     with ExitStack() as stack:
-        for (layer, name), summand in summands:
-            for tensor in alike[tuple(map(id, _computed(layer)[name]))]:
-                stack.enter_context(_added(*tensor, summand))
+        for (source, attribute), summand in summands:
+            plus = _Plus(summand.clone() if summand.is_inference() else summand)
+            for layer, name in alike[tuple(map(id, _computed(source)[attribute]))]:
+                if parametrize.is_parametrized(layer, name):
+                    steps: Any = layer.parametrizations[name]  # type: ignore[index]
+                    steps.append(plus)
+                    stack.callback(_remove, steps, plus)
+                else:
+                    # At once for code that reads the tensor without calling the layer, such as
+                    # fused attention.
+                    stack.callback(setattr, layer, name, getattr(layer, name))
+                    hook = partial(_add_to, name=name, plus=plus)
+                    hook(layer)
+                    stack.callback(layer.register_forward_pre_hook(hook).remove)
         yield
+
+
+def _remove(steps: nn.ModuleList, plus: nn.Module) -> None:
+    del steps[[*steps].index(plus)]
+
+
+def _add_to(layer: nn.Module, *_: Any, name: str, plus: nn.Module) -> None:
+    setattr(layer, name, plus(getattr(layer, name)))
 
 
 class _Plus(nn.Module):
@@ -254,30 +282,6 @@ class _Plus(nn.Module):
 
     def forward(self, computed: Tensor) -> Tensor:
         return computed + self.summand
-
-
-@contextmanager
-def _added(layer: Any, name: str, summand: Tensor) -> Iterator[None]:
-    plus = _Plus(summand.clone() if summand.is_inference() else summand)
-    if parametrize.is_parametrized(layer, name):
-        steps = layer.parametrizations[name]
-        steps.append(plus)
-        try:
-            yield
-        finally:
-            del steps[[*steps].index(plus)]
-        return
-    before = getattr(layer, name)
-    # Also for code that reads the tensor without calling the layer, such as fused attention.
-    setattr(layer, name, plus(before))
-    handle = layer.register_forward_pre_hook(
-        lambda layer, _: setattr(layer, name, plus(getattr(layer, name)))
-    )
-    try:
-        yield
-    finally:
-        handle.remove()
-        setattr(layer, name, before)
 
 
 def _computed(layer: Any) -> dict[str, Sequence[Tensor]]:
@@ -300,19 +304,13 @@ def _computing_hooks(layer: nn.Module) -> dict[str, Any]:
     return {h._tensor_name if isinstance(h, BasePruningMethod) else h.name: h for h in hooks}
 
 
-def _tensor_names(layer: nn.Module, computed: Mapping[str, Sequence[Tensor]]) -> list[str]:
-    """Names of a layer's tensors, in the order that they have without parametrizations."""
-    behind = {id(part) for sources in computed.values() for part in sources}
-    own = (*layer.named_parameters(recurse=False), *_weight_buffers(layer))
-    names = [*(name for name, tensor in own if id(tensor) not in behind), *computed]
-    return sorted(names, key=lambda n: [*WEIGHT_NAMES, n].index(n))
-
-
-def _weight_buffers(layer: nn.Module) -> list[tuple[str, Tensor]]:
-    """Fixed weights of a convolution or linear layer."""
-    if isinstance(layer, torch.jit.ScriptModule) or not isinstance(layer, PERTURBED_LAYERS):
-        return []
-    return [item for item in layer.named_buffers(recurse=False) if item[0] in WEIGHT_NAMES]
+def _own(layer: nn.Module) -> dict[str, Tensor]:
+    """Parameters of a layer, and fixed weights of a convolution or linear layer, by name."""
+    own: dict[str, Tensor] = dict(layer.named_parameters(recurse=False))
+    if isinstance(layer, PERTURBED_LAYERS):
+        buffers = layer.named_buffers(recurse=False)
+        own |= {name: buffer for name, buffer in buffers if name in WEIGHT_NAMES}
+    return own
 
 
 def _memory(tensor: Tensor) -> object:
@@ -345,7 +343,7 @@ def _check_layer(prefix: str, layer: nn.Module, computed: Container[str]) -> Non
     if isinstance(layer, torch.jit.ScriptModule):
         return
     parameters = dict(layer.named_parameters(recurse=False))
-    if any(is_lazy(parameter) for parameter in parameters.values()):
+    if any(map(is_lazy, parameters.values())):
         end = "uninitialised ones; run a batch through the network first"
         raise _refusal(prefix, layer, "the parameters", "initialised", end)
     single = isinstance(layer, (_ConvNd, nn.Linear))

@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from robust_flatness.functional.attack import pgd_attack
 from robust_flatness.functional.checks import check_choice, check_number
 from robust_flatness.functional.evaluation import logits_function, module_modes
+from robust_flatness.functional.margins import strongest_other
 from robust_flatness.functional.noise import Norm, Start
 
 # At the clean image itself the divergence has no gradient.
@@ -105,7 +106,7 @@ def margin_losses(adversarial_logits: Tensor, labels: Tensor) -> Tensor:
 
     It is finite also at p = 1, as in the original code.
     """
-    wrong = adversarial_logits.softmax(1).scatter(1, labels[:, None], -1).amax(1)
+    wrong = strongest_other(adversarial_logits.softmax(1), labels)
     return -torch.log(1.0001 - wrong + 1e-12)
 
 

@@ -9,14 +9,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from robust_flatness.functional.attack import PGD, example_losses
+from robust_flatness.functional.attack import PGD
 from robust_flatness.functional.checks import check_choice, check_count, check_examples
 from robust_flatness.functional.evaluation import (
     Model,
     evaluation_context,
-    logits_function,
-    nan_unless_finite,
-    predicted_classes,
+    to_float32,
 )
 from robust_flatness.functional.noise import Norm, Start
 
@@ -27,17 +25,11 @@ NO_ATTACK = PGD(0.0, steps=0, start="zero")
 
 @dataclass(frozen=True)
 class AttackedSet:
-    """The images of a measure and how they are attacked.
+    """The images of a measure and how they are attacked, as in `evaluate_robustness`.
 
     Args:
-        images: `(N, C, H, W)` in [0, 1].
-        labels: `(N,)` true classes.
+        images, labels, restarts, seed, batch_size, indices, on_attack: As there.
         pgd: The attack, with `keep` best.
-        restarts: Number of restarts, of which the worst counts for each example.
-        seed: Seed of the starts, which depend on (seed, example index, restart).
-        batch_size: Images measured at once; changes losses by rounding only.
-        indices: Global index of each image in the whole measured set; `None` numbers them.
-        on_attack: Called after each restart on each batch, for progress.
 
     Raises:
         ValueError: If pixels, shapes, or an argument are out of range.
@@ -108,14 +100,33 @@ class AttackedSet:
         for restart in range(self.restarts) if restarts is None else restarts:
             kept = self.pgd.attack(model, images, labels, self.starts(part, restart))
             if kept.losses is None or kept.predictions is None:
-                raise ValueError(
-                    f"Expected `keep` to be best for a measure but got {self.pgd.keep}."
-                )
+                raise _refusal(self.pgd)
             losses = torch.maximum(losses.to(kept.losses), kept.losses)
             correct &= kept.predictions == labels
             if self.on_attack is not None:
                 self.on_attack()
         return losses, correct
+
+    def adversarial(self, model: Model, part: slice) -> Tensor:
+        """Attacks one batch; returns each example of its worst restart `(N, C, H, W)`.
+
+        Without steps these are the images, which costs no forward.
+        """
+        images, labels = self.images[part], self.labels[part]
+        worst = to_float32(images).clone()
+        highest = torch.full(labels.shape, -math.inf, device=images.device)
+        for restart in range(self.restarts):
+            if self.pgd.steps:
+                kept = self.pgd.attack(model, images, labels, self.starts(part, restart))
+                if kept.losses is None:
+                    raise _refusal(self.pgd)
+                losses = kept.losses.nan_to_num(math.inf, math.inf)
+                higher = (losses > highest).view(-1, *[1] * (images.ndim - 1))
+                worst = torch.where(higher, kept.images, worst)
+                highest = torch.maximum(highest.to(losses), losses)
+            if self.on_attack is not None:
+                self.on_attack()
+        return worst
 
     def losses(
         self,
@@ -127,6 +138,10 @@ class AttackedSet:
         parts = self.batches if parts is None else parts
         losses = [self.attack(model, part, restarts)[0] for part in parts]
         return torch.cat(losses) if losses else self.images.new_zeros(0)
+
+
+def _refusal(pgd: PGD) -> ValueError:
+    return ValueError(f"Expected `keep` to be best for a measure but got {pgd.keep}.")
 
 
 @dataclass(frozen=True)
@@ -148,6 +163,17 @@ class RobustnessResult:
     clean_correct: Tensor
     losses: Tensor
     robust_correct: Tensor
+
+    def __repr__(self) -> str:
+        """One line: errors and RLoss with their standard errors over examples."""
+        error, robust_error = (
+            estimate_text(~correct, percent=True)
+            for correct in (self.clean_correct, self.robust_correct)
+        )
+        return (
+            f"error {error}, RErr {robust_error}, RLoss {estimate_text(self.losses)} "
+            f"({len(self.losses)} examples)"
+        )
 
     @property
     def error(self) -> float:
@@ -173,6 +199,23 @@ class RobustnessResult:
     def robust_loss_incorrect(self) -> float:
         """RLoss of the examples that are incorrect when clean (Fig. 2); NaN if there are none."""
         return _mean(self.losses[~self.clean_correct])
+
+
+def estimate_text(values: Tensor, *, percent: bool = False) -> str:
+    """The mean of values `(N,)` with its standard error, as results print it.
+
+    Example:
+        >>> estimate_text(torch.tensor([1.0, 2.0, 3.0]))
+        '2.000 ± 0.577'
+        >>> estimate_text(torch.tensor([True, False]), percent=True)
+        '50.0 ± 50.0 %'
+    """
+    values = values.double() * (100 if percent else 1)
+    decimals = 1 if percent else 3
+    text = f"{_mean(values):.{decimals}f}"
+    if len(values) > 1:
+        text += f" ± {(values.std() / math.sqrt(len(values))).item():.{decimals}f}"
+    return f"{text} %" if percent else text
 
 
 def _mean(values: Tensor) -> float:
@@ -234,16 +277,12 @@ def evaluate_robustness(
 
 def measure_robustness(model: Model, attacked: AttackedSet) -> RobustnessResult:
     """`evaluate_robustness` inside `evaluation_context`."""
+    clean = replace(attacked.for_loss("clean"), on_attack=None)
     columns: list[tuple[Tensor, ...]] = []
-    network = logits_function(model, attacked.images)
     for part in attacked.batches:
-        images, labels = attacked.images[part].clone(), attacked.labels[part].clone()
-        with torch.no_grad():
-            logits = network(images)
-            clean = nan_unless_finite(example_losses(logits, labels), logits)
-            clean_correct = predicted_classes(logits) == labels
+        clean_losses, clean_correct = clean.attack(model, part)
         losses, correct = attacked.attack(model, part)
-        columns.append((clean, clean_correct, losses, clean_correct & correct))
+        columns.append((clean_losses, clean_correct, losses, clean_correct & correct))
     if not columns:
         none = attacked.images.new_zeros(0)
         return RobustnessResult(none, none.bool(), none, none.bool())

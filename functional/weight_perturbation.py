@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn.functional import cross_entropy
 
 from robust_flatness.functional.checks import check_choice, check_count, check_number
@@ -70,20 +70,12 @@ def sample_weight_perturbation(
     check_number("xi", xi)
     check_choice("distribution", distribution, get_args(Distribution))
     check_choice("relative_to", relative_to, get_args(RelativeTo))
-    return random_direction(
-        perturbed_parameters(model),
-        xi=xi,
-        seed=seed,
-        direction=direction,
-        distribution=distribution,
-        relative_to=relative_to,
-        batch=batch,
-    )
+    weights = perturbed_parameters(model)
+    return random_direction(weights, xi, seed, direction, distribution, relative_to, batch)
 
 
 def random_direction(
     weights: Mapping[str, Tensor],
-    *,
     xi: float,
     seed: int,
     direction: int,
@@ -230,6 +222,16 @@ def adversarial_perturbation(
             nu = scale_to(gradient, weight, xi)
             perturbation[name] = onto_ball(perturbation[name] + nu, weight, xi) if step else nu
     return perturbation
+
+
+def mean_over_ranks(gradients: list[Tensor]) -> list[Tensor]:
+    """Gradients averaged over all processes in one all-reduce, so that ν is the same on each."""
+    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return gradients
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    distributed.all_reduce(flat)
+    means = (flat / distributed.get_world_size()).split([g.numel() for g in gradients])
+    return [mean.view_as(gradient) for mean, gradient in zip(means, gradients)]
 
 
 @contextmanager

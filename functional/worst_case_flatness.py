@@ -24,7 +24,7 @@ from robust_flatness.functional.layer_weights import (
     perturbed_weights,
 )
 from robust_flatness.functional.noise import Norm, Start, keyed_generator
-from robust_flatness.functional.robust_loss import AttackedSet, LossKind
+from robust_flatness.functional.robust_loss import AttackedSet, LossKind, estimate_text
 from robust_flatness.functional.weight_perturbation import onto_ball, scale_to, split_like
 
 
@@ -47,6 +47,13 @@ class Sharing:
 @dataclass(frozen=True)
 class WorstCaseFlatnessResult(LossIncrease):
     """Worst-case flatness, with the losses at w and at w + ν and x + δ of each restart."""
+
+    def __repr__(self) -> str:
+        """One line: the value with its standard error over examples."""
+        return (
+            f"worst-case flatness {estimate_text(self.increases[self.worst_restart])} (worst of "
+            f"{len(self.increases)} restarts), loss at w {estimate_text(self.reference_losses)}"
+        )
 
     @property
     def value(self) -> float:
@@ -147,23 +154,14 @@ def worst_case_flatness(
     check_number("weight_step", weight_step)
     if keep is not None:
         check_choice("keep", keep, get_args(Keep))
+    measured = (xi, weight_step, loss, keep, per_batch, sharing)
     with evaluation_context(model):
-        return measure_worst_case_flatness(
-            model,
-            attacked,
-            xi=xi,
-            weight_step=weight_step,
-            loss=loss,
-            keep=keep,
-            per_batch=per_batch,
-            sharing=sharing,
-        )
+        return measure_worst_case_flatness(model, attacked, *measured)
 
 
 def measure_worst_case_flatness(
     model: nn.Module,
     attacked: AttackedSet,
-    *,
     xi: float,
     weight_step: float,
     loss: LossKind,
@@ -177,13 +175,13 @@ def measure_worst_case_flatness(
     if loss == "clean":
         ascended = replace(attacked, pgd=PGD(0.0, attacked.pgd.steps, start="zero"))
     # Raises, before anything is measured, if a weight cannot be perturbed.
-    ascent = _JointAscent(model, layer_tensors(model), ascended, xi, weight_step, keep)
+    ascent = _JointAscent(model, layer_tensors(model), ascended, xi, weight_step, keep, sharing)
     reference, perturbed = [], []
     for number, parts in attacked.units(per_batch):
         reference.append(attacked.for_loss(loss).losses(model, parts))
         losses = []
         for restart in range(attacked.restarts):
-            losses.append(ascent.losses(parts, restart, number, sharing))
+            losses.append(ascent.losses(parts, restart, number))
             for _ in parts:
                 if attacked.on_attack is not None:
                     attacked.on_attack()
@@ -205,27 +203,26 @@ class _JointAscent:
     xi: float
     weight_step: float
     keep: Keep
+    sharing: Sharing | None
 
-    def losses(
-        self, parts: Sequence[slice], restart: int, number: int | None, sharing: Sharing | None
-    ) -> Tensor:
-        """Losses of the examples of some batches, `(N,)`.
+    def losses(self, parts: Sequence[slice], restart: int, number: int | None) -> Tensor:
+        """Losses `(N,)` of batches, which share one ν, also with other processes.
 
-        All batches share one ν, also with other processes unless `number` is that of a batch with
-        its own ν.
+        `number` is that of a batch with its own ν.
         """
         attacked, pgd = self.attacked, self.attacked.pgd
         # Labels made under inference mode cannot be saved for backward, their clones can.
         batches = [(attacked.images[part], attacked.labels[part].clone()) for part in parts]
         starts = [attacked.starts(part, restart) for part in parts]
         adversarial = [pgd.begin(to_float32(x), start) for (x, _), start in zip(batches, starts)]
+        sharing = self.sharing
         if sharing is None or number is not None:
             sharing = Sharing(len(batches), lambda total: [total])
         weights = {name: tensor.value() for name, tensor in self.tensors.items()}
         perturbation = {}
+        key = () if number is None else ("batch", number)
         for position, (name, weight) in enumerate(weights.items()):
             # Directions uniform, lengths U(0, 1) · ξ‖w_l‖: the start of the paper's code.
-            key = () if number is None else ("batch", number)
             generator = keyed_generator(attacked.seed, "weight start", restart, position, *key)
             direction = torch.randn(weight.shape, generator=generator).to(weight)
             length = self.xi * torch.rand((), generator=generator).item()
@@ -237,9 +234,8 @@ class _JointAscent:
                 perturbed_weights(self.model, perturbation, self.tensors),
                 differentiable_weights(self.model, self.tensors) as leaves,
             ):
-                total, losses = self._pass(
-                    [*leaves.values()], batches, adversarial, sharing, ascend
-                )
+                inputs = [*leaves.values()]
+                total, losses = self._pass(inputs, batches, adversarial, sharing, ascend)
             iterates.append((total[0].item(), losses))
             if ascend:
                 for name, gradient in split_like(total[1:], weights).items():
@@ -261,9 +257,8 @@ class _JointAscent:
     ) -> tuple[Tensor, Tensor]:
         """One pass over the set at w + ν, which moves the adversarial examples if it ascends.
 
-        Returns:
-            Sum of the losses over the whole set and, if it ascends, its gradient for all weights as
-            one vector; and this process's losses `(N,)`.
+        Returns the sum of the losses over the whole set, followed if it ascends by its gradient for
+        all weights, and the losses `(N,)` of this process.
         """
         exact = any(weight.dtype == torch.float64 for weight in weights)
         total = weights[0].new_zeros(

@@ -1,6 +1,8 @@
 """Adversarial training, and AT-AWP."""
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any, Literal, get_args
 
 import torch
@@ -70,6 +72,9 @@ class AT(PGDMixin):
         norm: `linf` or `l2`.
         keep: `best` (the paper) or `last` iterate.
         start: `paper`, `uniform`, `gaussian` or `zero`, see `functional.noise.random_start`.
+        start_scale: Factor on the radius of a `paper` or `uniform` start, see `PGD`.
+        projection: Whether the training attack stays in the ball; without, FGSM becomes N-FGSM, see
+            `PGD`. Measures always stay in it.
         craft_mode: `eval` (the paper) or `train`, which moves BatchNorm statistics while crafting.
         tau: Stops the attack τ iterates after an example is misclassified, see `FriendlyPGD`.
         incorrect: What to do with images that are misclassified when clean: `attack` them, `ignore`
@@ -110,6 +115,8 @@ class AT(PGDMixin):
         norm: Norm = "linf",
         keep: Keep = "best",
         start: Start = "paper",
+        start_scale: float = 1.0,
+        projection: bool = True,
         craft_mode: Mode = "eval",
         tau: int | None = None,
         incorrect: Incorrect = "attack",
@@ -137,7 +144,10 @@ class AT(PGDMixin):
         if eps_scale != 1:
             step_size = PGD(eps, steps, step_size, norm).length
         settings = (eps * eps_scale, steps, step_size, norm, keep, start, craft_mode)
-        self.pgd = PGD(*settings) if tau is None else FriendlyPGD(*settings, tau=tau)
+        reach: dict[str, Any] = {"start_scale": start_scale, "projection": projection}
+        self.pgd = (
+            PGD(*settings, **reach) if tau is None else FriendlyPGD(*settings, **reach, tau=tau)
+        )
         self.training_labels = TrainingLabels(label_noise, label_smoothing, smoothing_spread)
         self.normalize = Normalize(mean, std)
         self.network = channels_last(build_network(network, num_classes, in_channels))
@@ -162,6 +172,14 @@ class AT(PGDMixin):
         """Logits `(N, num_classes)` of images `(N, C, H, W)` in [0, 1]."""
         logits: Tensor = self.network(self.normalize(images))
         return logits
+
+    def to_torch(self) -> nn.Sequential:
+        """A copy in eval mode without Lightning, which maps images in [0, 1] to logits.
+
+        Its parts are `normalize` and `network`; it returns the same bits as this module.
+        """
+        parts = OrderedDict(normalize=self.normalize, network=self.network)
+        return deepcopy(nn.Sequential(parts)).eval()
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """Crafts, draws label noise, perturbs the weights (`AWPMixin`), and takes the objective."""

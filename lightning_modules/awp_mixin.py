@@ -1,25 +1,16 @@
 """Adversarial weight perturbation for any variant of adversarial training."""
 
-from contextlib import ExitStack
-from typing import Any, Literal, get_args
+from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.optim import Optimizer
 
-from robust_flatness.functional.checks import check_choice, check_count, check_number
+from robust_flatness.functional.awp import AWP, Direction, Order
+from robust_flatness.functional.checks import check_count, check_number
 from robust_flatness.functional.evaluation import Mode
-from robust_flatness.functional.layer_weights import LayerTensor, layer_tensors, perturbed_weights
-from robust_flatness.functional.weight_perturbation import (
-    adversarial_perturbation,
-    random_perturbation,
-)
 from robust_flatness.lightning_modules.pgd_mixin import PGDMixin
 from robust_flatness.lightning_modules.schedules import epochs_of_share
-
-Order = Literal["sam", "awp"]
-Direction = Literal["adversarial", "random"]
 
 
 class AWPMixin(PGDMixin):
@@ -63,94 +54,46 @@ class AWPMixin(PGDMixin):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        check_number("xi", xi)
         check_count("awp_steps", awp_steps, low=1)
         check_number("warmup", warmup, high=1.0)
-        check_choice("order", order, get_args(Order))
-        check_choice("direction", direction, get_args(Direction))
-        self.xi, self.awp_steps, self.awp_mode = xi, awp_steps, awp_mode
-        self.order, self.warmup, self.direction = order, warmup, direction
-        self._tensors: dict[str, LayerTensor] = {}
-        self._perturbed = ExitStack()
-        # ν by parameter, of the steps since the last update, and ‖ν_l‖ / ‖w_l‖, of the epoch.
-        self._decay_shifts: list[dict[int, Tensor]] = []
-        self._relative_norms: list[Tensor] = []
+        self.awp, self.xi, self.warmup = AWP(xi, awp_steps, awp_mode, direction, order), xi, warmup
 
     def perturb(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> None:
         """Moves the weights to w + ν until the backward is done."""
-        if self.current_epoch < epochs_of_share(self.warmup, self.trainer.max_epochs or 0):
-            return
-        weights = {name: tensor.value() for name, tensor in self._tensors.items()}
-        if self.direction == "random":
-            generator = self.noise.generator("weights", self.device)
-            perturbation = random_perturbation(weights, self.xi, generator)
-        else:
-            perturbation = adversarial_perturbation(
-                self,
-                self._tensors,
-                lambda: self.objective(images, adversarial, labels)[0],
-                xi=self.xi,
-                steps=self.awp_steps,
-                mode=self.awp_mode,
-                reduce=mean_over_ranks,
+        if self.current_epoch >= epochs_of_share(self.warmup, self.trainer.max_epochs or 0):
+            self.awp.perturb(
+                self, lambda: self.objective(images, adversarial, labels)[0], self.noise
             )
-        ratios = [
-            nu.norm() / weights[name].detach().norm().clamp_min(torch.finfo(nu.dtype).tiny)
-            for name, nu in perturbation.items()
-        ]
-        self._relative_norms.append(torch.stack(ratios))
-        if self.order == "awp":
-            shifts = ((self._tensors[name].own(), nu) for name, nu in perturbation.items())
-            # What is computed decays only through the parameters behind it, which are not moved.
-            self._decay_shifts.append({id(w): nu for w, nu in shifts if w is not None})
-        self._perturbed.enter_context(perturbed_weights(self, perturbation, self._tensors))
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Differentiates at w + ν and restores w, whatever happens."""
         try:
             super().backward(loss, *args, **kwargs)
         finally:
-            self.restore_weights()
-
-    def restore_weights(self) -> None:
-        """Ends the perturbation, bit for bit; without one nothing happens."""
-        self._perturbed.close()
+            self.awp.restore()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """With `order: awp`, turns the decay of w into that of w + ν by adding wd · ν."""
-        shifts, self._decay_shifts = self._decay_shifts, []
-        if not shifts:
-            return
-        for group in optimizer.param_groups:
-            decay = group.get("weight_decay", 0.0)
-            for parameter in group["params"]:
-                for shift in shifts:
-                    if id(parameter) in shift and parameter.grad is not None:
-                        parameter.grad.add_(shift[id(parameter)], alpha=decay / len(shifts))
+        """With `order: awp`, turns the decay of w into that of w + ν."""
+        self.awp.shift_decay(optimizer)
 
     def on_train_start(self) -> None:
         """Refuses a network that cannot be perturbed, also if a warm-up comes first."""
         super().on_train_start()
-        self._decay_shifts, self._relative_norms = [], []
-        self._find_weights()
+        self.awp.forget()
+        self.awp.find(self.network)
 
     def on_train_epoch_start(self) -> None:
         """Finds the weights again, as a callback may have replaced layers."""
         super().on_train_epoch_start()
-        self._find_weights()
-
-    def _find_weights(self) -> None:
         # The network's own: an auxiliary head beside it is left alone, as in the paper's code.
-        self._tensors = layer_tensors(self.network, biases=False)
+        self.awp.find(self.network)
 
     def on_train_epoch_end(self) -> None:
         """Logs the variant's metrics, and the extremes of ‖ν_l‖ / ‖w_l‖."""
         super().on_train_epoch_end()
-        if self._relative_norms:
-            low, high = torch.cat(self._relative_norms).aminmax()
-            self.log("awp/relative_norm_min", low, reduce_fx="min", sync_dist=True)
-            self.log("awp/relative_norm_max", high, reduce_fx="max", sync_dist=True)
-            self._relative_norms = []
+        if (extremes := self.awp.take_relative_norms()) is not None:
+            for name, value in zip(("min", "max"), extremes):
+                self.log(f"awp/relative_norm_{name}", value, reduce_fx=name, sync_dist=True)
 
     def configure_callbacks(self) -> list[Callback]:
         """The variant's callbacks, and one that restores the weights if training fails."""
@@ -165,27 +108,8 @@ class AWPMixin(PGDMixin):
                 "Expected `trainer.max_epochs` to be >= 1, as `warmup` is a share of training, but "
                 f"got {self.trainer.max_epochs}."
             )
-        optimizer = configured["optimizer"]
-        decoupled = any(
-            group.get("weight_decay") and group.get("decoupled_weight_decay")
-            for group in optimizer.param_groups
-        )
-        if self.order == "awp" and decoupled:
-            raise ValueError(
-                "Expected an optimizer with coupled weight decay for `order` awp but got "
-                f"{type(optimizer).__name__}."
-            )
+        self.awp.check_optimizer(configured["optimizer"])
         return configured
-
-
-def mean_over_ranks(gradients: list[Tensor]) -> list[Tensor]:
-    """Gradients averaged over all processes in one all-reduce, so that ν is the same on each."""
-    if not distributed.is_initialized() or distributed.get_world_size() == 1:
-        return gradients
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    distributed.all_reduce(flat)
-    means = (flat / distributed.get_world_size()).split([g.numel() for g in gradients])
-    return [mean.view_as(gradient) for mean, gradient in zip(means, gradients)]
 
 
 class RestoreWeights(Callback):
@@ -196,4 +120,4 @@ class RestoreWeights(Callback):
     ) -> None:
         """Restores the weights."""
         if isinstance(pl_module, AWPMixin):
-            pl_module.restore_weights()
+            pl_module.awp.restore()

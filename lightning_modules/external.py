@@ -3,8 +3,9 @@
 import importlib.util
 import re
 import sys
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, Literal
@@ -100,6 +101,14 @@ class External(LightningModule):
         """Logits `(N, K)` of images `(N, C, H, W)` in [0, 1]."""
         logits: Tensor = self.network(self.normalize(images))
         return logits
+
+    def to_torch(self) -> nn.Sequential:
+        """A copy in eval mode without Lightning, which maps images in [0, 1] to logits.
+
+        Its parts are `normalize` and `network`; it returns the same bits as this module.
+        """
+        parts = OrderedDict(normalize=self.normalize, network=self.network)
+        return deepcopy(nn.Sequential(parts)).eval()
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Does nothing: `trainer.test` is measured by callbacks, on fixed sets of images."""

@@ -1,6 +1,7 @@
-"""Loggers: the table of epochs in the run folder, and Weights & Biases."""
+"""Loggers: the table of epochs in the run folder, Weights & Biases, figures in other loggers."""
 
 from robust_flatness.loggers.epoch_csv import EpochCSVLogger
+from robust_flatness.loggers.figures import log_figures
 from robust_flatness.loggers.wandb import (
     EpochWandbLogger,
     log_summary,
@@ -12,6 +13,7 @@ from robust_flatness.loggers.wandb import (
 __all__ = [
     "EpochCSVLogger",
     "EpochWandbLogger",
+    "log_figures",
     "log_summary",
     "log_trajectory",
     "make_wandb_logger",

@@ -16,6 +16,7 @@ import csv
 import tempfile
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +82,9 @@ class EpochCSVLogger(Logger):
     @override
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Adds metrics to the row of their epoch.
+        """Adds metrics to the row of their `epoch`. Without it, nothing is kept.
 
-        Args:
-            metrics: Numbers by name, with `epoch`. Without `epoch`, nothing is kept. Values that
-                are not numbers, such as images, are left to other loggers.
-            step: Ignored.
+        Values that are not numbers, such as images, are left to other loggers.
         """
         if self.recording and "epoch" in metrics and (numbers := _numbers(metrics)):
             self._rows.setdefault(int(metrics["epoch"]), {}).update(numbers)
@@ -100,11 +98,7 @@ class EpochCSVLogger(Logger):
 
     @rank_zero_only
     def refill(self, rows: Iterable[Mapping[str, float]]) -> None:
-        """Adds epochs and metrics that are missing. Existing values do not change.
-
-        Args:
-            rows: Rows with an `epoch`, as in `rows`.
-        """
+        """Adds epochs and metrics that are missing. Existing values do not change."""
         for row in rows:
             epoch = int(row["epoch"])
             self._rows[epoch] = _numbers(row) | self._rows.get(epoch, {})
@@ -112,13 +106,10 @@ class EpochCSVLogger(Logger):
 
     @rank_zero_only
     def truncate(self, epoch: int) -> None:
-        """Removes the rows of `epoch` and of all later epochs.
+        """Removes the rows of `epoch`, the first of this training, and of all later epochs.
 
         A run that was killed may have logged epochs after its last checkpoint. It repeats them, and
         the rows would mix metrics of two trainings.
-
-        Args:
-            epoch: The first epoch of this training, counted from 0.
         """
         self._rows = {known: row for known, row in self._rows.items() if known < epoch}
         self._write()
@@ -164,10 +155,7 @@ class EpochCSVLogger(Logger):
         if self._path is None or self._held:
             return
         columns = ["epoch", *sorted({name for row in self._rows.values() for name in row})]
-        with (
-            atomic_write(self._path) as temporary,
-            temporary.open("w", newline="", encoding="utf-8") as file,
-        ):
+        with atomic_write(self._path) as path, path.open("w", newline="", encoding="utf-8") as file:
             table = csv.DictWriter(file, columns)
             table.writeheader()
             table.writerows(self.rows)
@@ -175,10 +163,7 @@ class EpochCSVLogger(Logger):
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     numbers = {}
-    for name, value in metrics.items():
-        try:
-            numbers[name] = float(value)
-        except (TypeError, ValueError):
-            continue
-    numbers.pop("epoch", None)
+    for name in metrics.keys() - {"epoch"}:
+        with suppress(TypeError, ValueError):
+            numbers[name] = float(metrics[name])
     return numbers

@@ -14,6 +14,7 @@ import secrets
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from robust_flatness.run_folder.metrics import metric
 # step.
 EPOCH_PREFIXES = (
     *("train/", "train_eval/", "val/", "test/", "flatness/", "hessian/", "awp/"),
+    *("single_step/", "gradient/"),
     *("final/", "early_stopped/", "figures/"),
 )
 
@@ -38,10 +40,6 @@ class EpochWandbLogger(WandbLogger):
 
     The summary of such a metric has its best and its last value, such as `val/robust_error.min` and
     `val/robust_error.last`. Metrics of the end of a run have one value.
-
-    Each name is defined in full when it is first logged. Patterns such as `test/*` do not work:
-    Lightning defines `*`, and if two patterns match, W&B takes either of them by chance (with
-    wandb 0.31, 17 of 40 names got the more specific one).
 
     Args:
         *args: As for `WandbLogger`.
@@ -62,7 +60,7 @@ class EpochWandbLogger(WandbLogger):
         super().__init__(*args, **kwargs)
         self._checkpoints, self._run_id_file = checkpoints, run_id_file
         self._held: list[Callable[[], None]] | None = None
-        self._uploaded: dict[Path, float] = {}
+        self._uploaded: set[tuple[Path, float]] = set()
         self._defined: set[str] = set()
         # Lightning always passes it, and W&B then warns about it in every run.
         if self._wandb_init.get("anonymous") is None:
@@ -115,23 +113,19 @@ class EpochWandbLogger(WandbLogger):
     def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
         """Adds settings to the run's config."""
         if self._held is not None:
-            self._held.append(lambda: self.log_hyperparams(params))
+            self._held.append(partial(self.log_hyperparams, params))
         else:
             super().log_hyperparams(params)
 
     @override
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Logs metrics, and defines axis and summary of new names.
-
-        Args:
-            metrics: Values by name, with `epoch` if they belong to one.
-            step: The global step.
-        """
+        """Logs values by name, with `epoch` if they belong to one; defines axes of new names."""
         if self._held is not None:
-            kept = dict(metrics)
-            self._held.append(lambda: self.log_metrics(kept, step))
+            self._held.append(partial(self.log_metrics, dict(metrics), step))
             return
+        # Patterns such as `test/*` do not work: Lightning defines `*`, and if two match, W&B takes
+        # either by chance (with wandb 0.31, 17 of 40 names got the more specific one).
         for name in metrics.keys() - self._defined:
             # Lightning adds `_step` to the name of the values of a batch.
             if name.startswith(EPOCH_PREFIXES) and not name.endswith("_step"):
@@ -150,19 +144,17 @@ class EpochWandbLogger(WandbLogger):
         import wandb
 
         with warn_on_failure("send the checkpoints to Weights & Biases"):
-            written = {path: path.stat().st_mtime for path in self._checkpoints.glob("*.ckpt")}
-            # The newest comes last, because `latest` is the version that was logged last.
-            for path in sorted(written, key=lambda path: written[path]):
-                # A logger may see the end of more than one `fit` or `test`.
-                if self._uploaded.get(path) == written[path]:
-                    continue
+            written = {(p, p.stat().st_mtime) for p in self._checkpoints.glob("*.ckpt")}
+            # The newest comes last, because `latest` is the version that was logged last. A logger
+            # may see the end of more than one `fit` or `test`.
+            for path, time in sorted(written - self._uploaded, key=lambda pair: pair[::-1]):
                 artifact = wandb.Artifact(
                     f"model-{self.version}", type="model", metadata={"original_filename": path.name}
                 )
                 # The name that Lightning's `download_artifact` expects.
                 artifact.add_file(str(path), name="model.ckpt")
                 self.experiment.log_artifact(artifact, aliases=["latest", path.stem])
-                self._uploaded[path] = written[path]
+                self._uploaded.add((path, time))
 
 
 def make_wandb_logger(
@@ -203,8 +195,13 @@ def make_wandb_logger(
     settings["resume"] = "allow"
     if getattr(rank_zero_only, "rank", 0) == 0:
         path = Path(folder) / "wandb" / "run_id"
-        settings |= {"id": _run_id(path), "run_id_file": path, "config": dict(config or {})}
-        check_settings(project=project, run_id=settings["id"], run_tags=settings["tags"])
+        # A new id does not use the random generators that training is seeded with.
+        run_id = path.read_text(encoding="utf-8").strip() if path.exists() else secrets.token_hex(4)
+        if os.environ.get("WANDB_SWEEP_ID"):
+            # W&B accepts no other id from an agent of a sweep.
+            run_id = os.environ.get("WANDB_RUN_ID") or run_id
+        settings |= {"id": run_id, "run_id_file": path, "config": dict(config or {})}
+        check_settings(project=project, run_id=run_id, run_tags=settings["tags"])
         # `WandbLogger(offline=True)` would set `WANDB_MODE` for all later runs of the process.
         if not offline_mode() and (reason := why_no_login()):
             settings["mode"] = "offline"
@@ -215,15 +212,6 @@ def make_wandb_logger(
     if log_model:
         settings["checkpoints"] = Path(folder) / "checkpoints"
     return EpochWandbLogger(name=name, save_dir=folder, project=project, **settings)
-
-
-def _run_id(path: Path) -> str:
-    """The id of the W&B run: from the agent of a sweep, from the file, or a new one."""
-    # W&B accepts no other id from an agent.
-    if os.environ.get("WANDB_SWEEP_ID") and (run_id := os.environ.get("WANDB_RUN_ID")):
-        return run_id
-    # A new id does not use the random generators that training is seeded with.
-    return path.read_text(encoding="utf-8").strip() if path.exists() else secrets.token_hex(4)
 
 
 def log_trajectory(
@@ -245,8 +233,7 @@ def log_trajectory(
     """
     import wandb
 
-    points = [[row.get(name, math.nan) for name in ("epoch", *names)] for row in rows]
-    points = [point for point in points if all(map(math.isfinite, point))]
+    points = trajectory_points(rows, names)
     content: dict[str, Any] = {
         f"figures/{name}": wandb.Image(str(path)) for name, path in images.items()
     }
@@ -259,14 +246,16 @@ def log_trajectory(
         logger.log_metrics({**content, "epoch": rows[-1]["epoch"]})
 
 
-def log_summary(logger: WandbLogger, table: Table, epoch: int) -> None:
-    """Logs the table that a run prints at its end as the W&B table `summary_table`.
+def trajectory_points(
+    rows: Sequence[Mapping[str, float]], names: tuple[str, str]
+) -> list[list[float]]:
+    """Epoch, flatness and robust loss of the rows that have both, as finite numbers."""
+    points = [[row.get(name, math.nan) for name in ("epoch", *names)] for row in rows]
+    return [point for point in points if all(map(math.isfinite, point))]
 
-    Args:
-        logger: Any W&B logger of Lightning.
-        table: The table of `summary_table`.
-        epoch: The last epoch.
-    """
+
+def log_summary(logger: WandbLogger, table: Table, epoch: int) -> None:
+    """Logs the table that a run prints at its last `epoch` as the W&B table `summary_table`."""
     import wandb
 
     headers: list[str | int] = [
@@ -279,10 +268,7 @@ def log_summary(logger: WandbLogger, table: Table, epoch: int) -> None:
 
 @contextmanager
 def warn_on_failure(action: str) -> Iterator[None]:
-    """Turns an exception into a warning, for figures and tables that no result depends on.
-
-    Args:
-        action: What is tried, as it follows "could not".
+    """Turns an exception of an `action` into a warning, if no result depends on it.
 
     Example:
         >>> import warnings

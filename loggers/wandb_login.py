@@ -15,11 +15,7 @@ def offline_mode() -> bool:
 
 
 def why_no_login() -> str:
-    """Logs in with the API key of this machine.
-
-    Returns:
-        The reason if that fails, as it follows "Weights & Biases", else an empty string.
-    """
+    """Logs in with this machine's API key; returns what follows "Weights & Biases" if it fails."""
     import wandb
 
     kwargs: dict[str, Any] = {}
@@ -34,10 +30,7 @@ def why_no_login() -> str:
 
 
 def check_settings(**settings: Any) -> None:
-    """Checks what W&B would refuse when it opens a run or writes its first table.
-
-    Args:
-        **settings: Fields of `wandb.Settings`. Environment variables are checked as well.
+    """Checks fields of `wandb.Settings` and environment variables before W&B opens a run.
 
     Raises:
         ValueError: If W&B refuses a setting, or if a folder cannot be written to.

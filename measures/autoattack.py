@@ -19,6 +19,7 @@ from typing_extensions import override
 from robust_flatness.functional.checks import Eps, check_count, check_radius
 from robust_flatness.functional.evaluation import logits_function, predicted_classes
 from robust_flatness.functional.noise import Norm
+from robust_flatness.functional.robust_loss import estimate_text
 from robust_flatness.measures.base import DEFAULT_EPS, Examples, Measure
 from robust_flatness.run_folder.files import write_arrays
 
@@ -48,6 +49,11 @@ class Verdicts:
     """
 
     correct: Tensor
+
+    def __repr__(self) -> str:
+        """One line: the robust error with its standard error over images."""
+        error = estimate_text(~self.correct, percent=True)
+        return f"RErr (AutoAttack) {error} ({len(self.correct)} examples)"
 
     @property
     def robust_error(self) -> float:
@@ -86,6 +92,7 @@ class AutoAttackError(Measure):
 
     Attributes:
         folder: Folder of the verdicts of finished chunks, or None.
+        square_queries: Number of queries of Square; None is the package's, 5000.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -102,6 +109,7 @@ class AutoAttackError(Measure):
     norm: Norm = "linf"
     batch_size: int = field(default=100, init=False)
     folder: Path | None = field(default=None, init=False, compare=False)
+    square_queries: int | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         check_count("chunk_size", self.chunk_size, low=1)
@@ -185,6 +193,8 @@ class AutoAttackError(Measure):
         logging.getLogger("auto-attack").setLevel(logging.WARNING)
         norm = {"linf": "Linf", "l2": "L2"}[self.norm]
         official = AutoAttack(network, norm=norm, seed=self.seed, device=images.device, **settings)
+        if self.square_queries is not None:
+            official.square.n_queries = self.square_queries
         targets = min(9, num_classes - 1)
         official.apgd_targeted.n_target_classes = official.fab.n_target_classes = targets
         _, predicted = official.run_standard_evaluation(images, labels, batch_size=len(images))
@@ -238,7 +248,8 @@ class AutoAttackError(Measure):
     ) -> str:
         # Random numbers differ between devices, and may differ between versions.
         versions = [installed_version(name) for name in ("pyautoattack", "torch")]
-        settings = (self.version, self.attacks, self.radius, self.norm, self.seed, first_index)
+        settings: tuple[Any, ...] = (self.version, self.attacks, self.radius, self.norm, self.seed)
+        settings += (first_index, *filter(None, [self.square_queries]))
         digest = hashlib.sha256(repr((settings, images.device.type, versions)).encode())
         tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
         for name, tensor in {**tensors, "images": images, "labels": labels}.items():

@@ -25,7 +25,7 @@ from robust_flatness.functional.checks import (
 from robust_flatness.functional.evaluation import evaluation_context
 from robust_flatness.functional.layer_weights import perturbed_parameters
 from robust_flatness.functional.noise import Norm
-from robust_flatness.functional.robust_loss import AttackedSet
+from robust_flatness.functional.robust_loss import AttackedSet, LossKind
 from robust_flatness.functional.worst_case_flatness import Sharing
 
 Result = TypeVar("Result")
@@ -254,6 +254,37 @@ class AttackMeasure(Measure):
     def passes(self) -> tuple[int, int]:
         attacks, steps = self.progress[1], self.steps
         return attacks * (steps + 1), attacks * steps
+
+
+@dataclass(kw_only=True)
+class FixedExamplesMeasure(AttackMeasure):
+    """A measure of derivatives with respect to the weights, on adversarial examples that stay.
+
+    Images are attacked once, at the weights. Derivatives are of the mean loss, so that each process
+    computes on all images.
+
+    Args:
+        loss: `robust`, or `clean` for the images themselves.
+    """
+
+    loss: LossKind = "robust"
+    moves_weights = True
+    whole_set = True
+
+    def adversarial(self, network: nn.Module, examples: Examples) -> Tensor:
+        """The images that are differentiated at, `(N, C, H, W)`."""
+        attacked = self.attacked(examples).for_loss(self.loss)
+        return torch.cat([attacked.adversarial(network, part) for part in attacked.batches])
+
+    @abstractmethod
+    def weight_passes(self) -> tuple[int, int]:
+        """Forward and backward passes of each image behind the attack; second-order ones count."""
+
+    @override
+    def passes(self) -> tuple[int, int]:
+        forward, backward = self.weight_passes()
+        attacks = self.restarts if self.loss == "robust" and self.steps else 0
+        return attacks * (self.steps + 1) + forward, attacks * self.steps + backward
 
 
 @dataclass(frozen=True)

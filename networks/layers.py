@@ -72,19 +72,12 @@ class Normalize(nn.Module):
         return (x - self.mean) / self.std
 
     def extra_repr(self) -> str:
-        """Returns the statistics, which `print(network)` shows."""
+        """The statistics, for `print(network)`."""
         return f"mean={self.mean.flatten().tolist()}, std={self.std.flatten().tolist()}"
 
 
 def channel_values(name: str, values: Any) -> list[float]:
-    """Returns one number per channel as a list.
-
-    Args:
-        name: Name of the argument, for the error message.
-        values: A sequence, tensor or array of any shape.
-
-    Raises:
-        ValueError: If `values` is not a sequence of numbers.
+    """Returns one number per channel as a list, from the argument `name` of any shape and type.
 
     Example:
         >>> channel_values("mean", torch.tensor([[0.5]]))
@@ -112,10 +105,9 @@ class ReparameterizedBatchNorm2d(nn.Module):
     clipped to a small range. The rows "weight decay 0.05" and "weight clipping" of the paper's
     table rely on both.
 
-    The running statistics are in the inner `BatchNorm2d` `statistics`, so that
-    `torch.nn.SyncBatchNorm.convert_sync_batchnorm`, `torch.optim.swa_utils.update_bn` and other
-    code that looks for batch normalization layers works. The training mode of the inner module
-    decides whether batch or running statistics are used.
+    The running statistics are in the inner `BatchNorm2d` `statistics`, for SyncBatchNorm,
+    `torch.optim.swa_utils.update_bn` and other code that looks for batch normalization layers. Its
+    training mode decides whether batch or running statistics are used.
 
     Args:
         num_features: Number of channels C.
@@ -132,6 +124,9 @@ class ReparameterizedBatchNorm2d(nn.Module):
         >>> norm.weight.tolist()
         [0.0, 0.0, 0.0]
     """
+
+    # Added to `weight` in the forward pass. Measures that are relative to weights read it.
+    weight_offset = 1.0
 
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
         super().__init__()
@@ -196,27 +191,22 @@ def make_activation(name: Activation) -> nn.Module:
         >>> make_activation("silu")
         SiLU()
     """
-    return _layer("activation", name, _ACTIVATIONS)()
+    if name not in _ACTIVATIONS:
+        names = list(_ACTIVATIONS)
+        raise ValueError(f"Expected `activation` to be one of {names} but got {name!r}.")
+    return _ACTIVATIONS[name]()
 
 
 def make_norm(name: Norm, num_features: int) -> nn.Module:
     """Returns the normalization layer called `name` for `num_features` channels.
 
-    Args:
-        name: `"reparameterized"` (scale `1 + weight`) or `"batch"` (scale `weight`).
-        num_features: Number of channels.
-
     Raises:
-        ValueError: If `name` is another one.
+        ValueError: If `name` is not `"reparameterized"` (scale `1 + weight`) or `"batch"`.
 
     Example:
-        >>> type(make_norm("batch", 16))
-        <class 'torch.nn.modules.batchnorm.BatchNorm2d'>
+        >>> type(make_norm("batch", 16)).__name__
+        'BatchNorm2d'
     """
-    return _layer("norm", name, _NORMS)(num_features)
-
-
-def _layer(argument: str, name: str, layers: dict[str, type[nn.Module]]) -> type[nn.Module]:
-    if name not in layers:
-        raise ValueError(f"Expected `{argument}` to be one of {list(layers)} but got {name!r}.")
-    return layers[name]
+    if name not in _NORMS:
+        raise ValueError(f"Expected `norm` to be one of {list(_NORMS)} but got {name!r}.")
+    return _NORMS[name](num_features)

@@ -18,15 +18,8 @@ class BasicBlock(nn.Module):
 
     The shortcut is the identity, or a 1x1 convolution and a normalization if the shape changes. As
     in the paper's code the 1x1 convolution has a bias and the 3x3 convolutions have none, and
-    dropout comes after the second convolution.
-
-    Shape:
-        Input `(N, in_channels, H, W)`, output `(N, out_channels, ceil(H / stride),
-        ceil(W / stride))`.
-
-    Example:
-        >>> BasicBlock(4, 8, stride=2)(torch.rand(2, 4, 8, 8)).shape
-        torch.Size([2, 8, 4, 4])
+    dropout comes after the second convolution. `(N, in_channels, H, W)` becomes
+    `(N, out_channels, ceil(H / stride), ceil(W / stride))`.
     """
 
     def __init__(
@@ -99,9 +92,8 @@ class PreactivationBlock(nn.Module):
 class ResidualNetwork(nn.Module):
     """A convolutional body, global average pooling, and a linear classifier.
 
-    Weights are initialized as in the paper's networks: He's normal initialization for ReLU,
-    whatever the activation is, with `fan_out` for convolutions and `fan_in` for the linear layer;
-    biases are 0.
+    As in the paper's code, weights have He's normal initialization for ReLU, whatever the
+    activation is, with `fan_out` for convolutions and `fan_in` for the linear layer; biases are 0.
 
     Args:
         body: Maps images `(N, in_channels, H, W)` to activations `(N, num_features, H', W')`.
@@ -132,14 +124,11 @@ class ResidualNetwork(nn.Module):
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(num_features, num_classes)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(module, nn.Linear):
-                nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
-            else:
-                continue
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                fan: Any = "fan_out" if isinstance(module, nn.Conv2d) else "fan_in"
+                nn.init.kaiming_normal_(module.weight, mode=fan, nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def features(self, x: Tensor) -> Tensor:
         """Returns the pooled features `(N, num_features)` of images `(N, in_channels, H, W)`.
@@ -178,6 +167,9 @@ class ResNet(ResidualNetwork):
         activation: `"relu"`, `"silu"`, `"gelu"` or `"mish"`, for all layers.
         norm: `"reparameterized"` (the paper's, scale `1 + weight`) or `"batch"`.
         dropout: Probability of dropout in each block, 0.1 in the paper's row.
+        preactivation: Whether blocks are those of WideResNets, with normalization and activation
+            after the last stage instead of the stem, whose convolution has no bias: the PreAct
+            ResNet-18 of Rice et al. (2020) with `norm="batch"`.
 
     Shape:
         Images `(N, in_channels, H, W)`, features `(N, width * 2 ** (len(blocks) - 1))`, logits
@@ -201,26 +193,26 @@ class ResNet(ResidualNetwork):
         activation: Activation = "relu",
         norm: Norm = "reparameterized",
         dropout: float = 0.0,
+        preactivation: bool = False,
     ) -> None:
-        _check_positive(num_classes=num_classes, in_channels=in_channels, width=width)
-        _check_positive(blocks=min(blocks, default=0))
+        sizes = {"num_classes": num_classes, "in_channels": in_channels, "width": width}
+        _check_positive(**sizes, blocks=min(blocks, default=0))
         widths = [width, *(width * 2**stage for stage in range(len(blocks)))]
         layers = {"activation": activation, "norm": norm, "dropout": dropout}
-        body = nn.Sequential(
-            nn.Conv2d(in_channels, width, 3, padding=1),
-            make_norm(norm, width),
-            make_activation(activation),
-            *_stages(BasicBlock, widths, blocks, **layers),
-        )
+        stem = nn.Conv2d(in_channels, width, 3, padding=1, bias=not preactivation)
+        block = PreactivationBlock if preactivation else BasicBlock
+        stages = _stages(block, widths, blocks, **layers)
+        end = make_norm(norm, widths[-1] if preactivation else width), make_activation(activation)
+        body = nn.Sequential(stem, *((*stages, *end) if preactivation else (*end, *stages)))
         super().__init__(body, num_classes, in_channels, widths[-1])
 
 
 class ResNet18(ResNet):
-    """The paper's network, with four stages of two blocks: 11,174,922 parameters for 10 classes.
+    """The paper's `ResNet`, with four stages of two blocks: 11,174,922 parameters for 10 classes.
 
     Args:
         width: Channels of the stem and of the first stage.
-        **kwargs: `activation`, `norm` and `dropout` of `ResNet`.
+        **kwargs: `activation`, `norm`, `dropout` and `preactivation` of `ResNet`.
 
     Example:
         >>> ResNet18(num_classes=10, width=4)(torch.rand(2, 3, 32, 32)).shape
@@ -234,7 +226,7 @@ class ResNet18(ResNet):
 
 
 class SmallResNet(ResNet):
-    """A small ResNet for 8x8 images, with three stages of one block.
+    """A small `ResNet` for 8x8 images, with three stages of one block.
 
     It has all that the measures meet in a ResNet-18 (a bias in the stem, 1x1 shortcuts, both kinds
     of normalization, a linear layer), at a cost of milliseconds on a laptop.
@@ -308,22 +300,14 @@ class WideResNet(ResidualNetwork):
 
 
 class WideResNet28x10(WideResNet):
-    """WideResNet of 28 layers and widen factor 10: 36,479,194 parameters for 10 classes.
-
-    Args:
-        **kwargs: `activation`, `norm` and `dropout` of `WideResNet`.
-    """
+    """`WideResNet` of 28 layers and widen factor 10: 36,479,194 parameters for 10 classes."""
 
     def __init__(self, num_classes: int, in_channels: int = 3, **kwargs: Any) -> None:
         super().__init__(num_classes, in_channels, depth=28, widen_factor=10, **kwargs)
 
 
 class WideResNet34x10(WideResNet):
-    """WideResNet of 34 layers and widen factor 10, TRADES': 46,160,474 parameters for 10 classes.
-
-    Args:
-        **kwargs: `activation`, `norm` and `dropout` of `WideResNet`.
-    """
+    """`WideResNet` of 34 layers and widen factor 10, TRADES': 46,160,474 parameters."""
 
     def __init__(self, num_classes: int, in_channels: int = 3, **kwargs: Any) -> None:
         super().__init__(num_classes, in_channels, depth=34, widen_factor=10, **kwargs)
@@ -371,7 +355,6 @@ def channels_last(network: nn.Module) -> nn.Module:
         The network.
 
     Example:
-        >>> from robust_flatness.networks import SmallResNet, channels_last
         >>> networks = [channels_last(SmallResNet(10, 3, width=width)) for width in (4, 8)]
         >>> [network.body[0].weight.is_contiguous() for network in networks]
         [True, False]
@@ -398,14 +381,9 @@ def _stages(
 ) -> Iterator[nn.Module]:
     """Yields the blocks of all stages; `widths` begins with the channels of the input."""
     for stage, count in enumerate(counts):
-        for position in range(count):
-            first = position == 0
-            yield block(
-                widths[stage] if first else widths[stage + 1],
-                widths[stage + 1],
-                stride=2 if first and stage > 0 else 1,
-                **layers,
-            )
+        yield block(*widths[stage : stage + 2], stride=2 if stage else 1, **layers)
+        for _ in range(count - 1):
+            yield block(widths[stage + 1], widths[stage + 1], **layers)
 
 
 def _check_positive(**sizes: int) -> None:

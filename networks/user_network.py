@@ -54,12 +54,7 @@ def import_path(path: str) -> Any:
 
 
 def check_buildable(network: Any, name: str) -> None:
-    """Raises an error if an object is neither a module, nor a class of modules, nor a function.
-
-    Args:
-        network: The object.
-        name: Name of the object, for the error message.
-    """
+    """Raises an error if `network` is neither a module, nor a class of modules, nor a function."""
     other_class = inspect.isclass(network) and not issubclass(network, nn.Module)
     if other_class or not callable(network):
         kind = "a class of another kind" if other_class else f"a {type(network).__name__}"
@@ -76,9 +71,7 @@ def build_network(
 
     A module is returned as it is. A class or function is called with both numbers: by name if it
     has arguments such as `num_classes` and `in_channels`, else as its first required arguments, in
-    this order; with one or none of them if it takes no more. So constructors may be
-    `(num_classes, in_channels, ...)`, `(num_classes, ...)`, `(in_channels, num_classes, ...)`,
-    `(*, num_classes, ...)`, `(**kwargs)` as torchvision's models, or have no arguments.
+    this order; with one or none of them if it takes no more, as torchvision's `(**kwargs)`.
 
     Args:
         network: A module, a class of modules, or a function that builds one.
@@ -97,7 +90,10 @@ def build_network(
     """
     if isinstance(network, nn.Module):
         return network
-    name = _name(network)
+    # The command line's partial has the class among its arguments.
+    own = [x for x in getattr(network, "args", ()) if inspect.isclass(x)]
+    built_by = (*own, network.func)[0] if isinstance(network, partial) else network
+    name = getattr(built_by, "__qualname__", None) or repr(built_by)
     check_buildable(network, name)
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
@@ -120,14 +116,6 @@ def build_network(
             f"{type(built).__name__}."
         )
     return built
-
-
-def _name(network: Any) -> str:
-    if isinstance(network, partial):
-        # The command line's partial has the class among its arguments.
-        classes = [value for value in network.args if inspect.isclass(value)]
-        return _name(classes[0] if classes else network.func)
-    return getattr(network, "__qualname__", None) or repr(network)
 
 
 def _arguments(

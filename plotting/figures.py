@@ -31,9 +31,9 @@ from robust_flatness.plotting.canvas import (
     sequential,
     set_title,
 )
-from robust_flatness.run_folder.metrics import LOSSES, Rows, series
+from robust_flatness.run_folder.metrics import LOSSES, Rows, logged_split, series
 
-# Label, colour, style and width of a line by its metric.
+# Label, color, style and width of a line by its metric.
 _Lines = Mapping[str, tuple[str, str, str, float]]
 _LOSSES: _Lines = {
     "{}/robust_loss_incorrect": ("{}, incorrect", PURPLE, "-", 1.1),
@@ -67,8 +67,47 @@ def trajectory_figure(
     points = _points(rows, split)
     if not points:
         return None
-    epochs, flatness, losses, errors = zip(*points)
     figure, (axes,) = make_canvas(5.2, 3.6, 1)
+    _draw_trajectory(axes, points, split)
+    set_title(figure, title)
+    return figure
+
+
+def plot_trajectory(run: Any, *, axes: Axes | None = None, split: str | None = None) -> Axes:
+    """Plots robust loss against flatness, a point for each measured epoch (Fig. 5 of the paper).
+
+    Args:
+        run: The frame of `reporting.read_run`, or rows as of `metrics.csv`.
+        axes: Where to draw; None makes a figure with pyplot.
+        split: `test`, `val` or `train`; None takes the first that was measured.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: If no epoch has both metrics.
+    """
+    rows = _rows(run)
+    split = split or logged_split(rows) or "test"
+    points = _points(rows, split)
+    if not points:
+        raise ValueError(
+            f"Expected `run` to have flatness/average/{split} and {LOSSES[split]} in an epoch but "
+            f"got {len(rows)} epochs without."
+        )
+    if axes is None:
+        # Only here: pyplot keeps figures alive, and may need a display.
+        from matplotlib import pyplot
+
+        axes = pyplot.subplots(figsize=(5.2, 3.6), layout="constrained")[1]
+    _draw_trajectory(axes, points, split)
+    return axes
+
+
+def _draw_trajectory(
+    axes: Axes, points: Sequence[tuple[float, float, float, float]], split: str
+) -> None:
+    epochs, flatness, losses, errors = zip(*points)
     grey: dict[str, Any] = {"fmt": "none", "ecolor": GREY, "elinewidth": 0.8, "alpha": 0.45}
     axes.errorbar(flatness, losses, xerr=errors, zorder=1, **grey)
     axes.plot(flatness, losses, color=GREY, linewidth=0.8, alpha=0.7, zorder=2)
@@ -78,9 +117,8 @@ def trajectory_figure(
     axes.margins(0.1, 0.12)
     axes.set_xlabel("average-case flatness in RLoss (lower is flatter)")
     axes.set_ylabel(f"{split} RLoss")
+    figure: Any = axes.figure
     add_bar(figure, dots, axes, "epoch", pad=0.02, ticks=MaxNLocator(6, integer=True))
-    set_title(figure, title)
-    return figure
 
 
 def overfitting_figure(
@@ -107,9 +145,60 @@ def overfitting_figure(
         A figure of 6.8 x 3.3 inches, or None if there is nothing to draw.
     """
     figure, (left, right) = make_canvas(6.8, 3.3, 2)
+    if not _draw_overfitting(left, right, rows, num_classes, best_epoch):
+        return None
+    add_legend(figure)
+    set_title(figure, title)
+    return figure
+
+
+def plot_overfitting(
+    run: Any, *, axes: Sequence[Axes] | None = None, num_classes: int | None = None
+) -> tuple[Axes, Axes]:
+    """Plots robust loss and robust error throughout training (Fig. 2 of the paper).
+
+    Args:
+        run: The frame of `reporting.read_run`, or rows as of `metrics.csv`.
+        axes: Where to draw, one for RLoss and one for RErr; None makes a figure with pyplot.
+        num_classes: Number K of classes, for a line at ln K, the loss of guessing.
+
+    Returns:
+        Both axes.
+
+    Raises:
+        ValueError: If there is nothing to draw.
+    """
+    rows, figure = _rows(run), None
+    if axes is None:
+        from matplotlib import pyplot
+
+        figure, axes = pyplot.subplots(1, 2, figsize=(6.8, 3.3), layout="constrained")
+    left, right = axes
+    best_epoch = getattr(run, "attrs", {}).get("early_stopped_epoch")
+    if not _draw_overfitting(left, right, rows, num_classes, best_epoch):
+        raise ValueError(
+            "Expected `run` to have robust_loss or robust_error of a split in an epoch but got "
+            f"{len(rows)} epochs without."
+        )
+    if figure is None:
+        left.legend(fontsize=FONT - 1, frameon=False)
+    else:
+        add_legend(figure)
+    return left, right
+
+
+def _rows(run: Any) -> Rows:
+    """The rows of a pandas frame, or of what has rows already."""
+    rows: Rows = run.to_dict("records") if hasattr(run, "to_dict") else run
+    return rows
+
+
+def _draw_overfitting(
+    left: Axes, right: Axes, rows: Rows, num_classes: int | None, best_epoch: int | None
+) -> bool:
     drawn = [_draw_lines(left, rows, _LOSSES), _draw_lines(right, rows, _ERRORS)]
     if not any(drawn):
-        return None
+        return False
     if num_classes is not None:
         label = f"guessing (ln {num_classes})"
         left.axhline(math.log(num_classes), color=GREY, linestyle=":", linewidth=1.1, label=label)
@@ -122,17 +211,15 @@ def overfitting_figure(
         axes.set_xlabel("epoch")
         axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    add_legend(figure)
-    set_title(figure, title)
-    return figure
+    return True
 
 
 def _draw_lines(axes: Axes, rows: Rows, lines: _Lines) -> bool:
     split = "test" if series(rows, "test/robust_loss") else "val"
-    for name, (label, colour, style, width) in lines.items():
+    for name, (label, color, style, width) in lines.items():
         points = series(rows, name.format(split))
         if points:
-            look: dict[str, Any] = {"color": colour, "linestyle": style, "linewidth": width}
+            look: dict[str, Any] = {"color": color, "linestyle": style, "linewidth": width}
             # A single epoch is not a line, and a few are easier to read with markers.
             look |= {"marker": "o", "markersize": 2.5} if len(points) <= 20 else {}
             axes.plot(*zip(*points), label=label.format(split), **look)

@@ -137,13 +137,13 @@ def set_loss_axes(all_axes: Sequence[Axes], curves: Sequence[Array]) -> None:
         _set_step_axis(axes.xaxis)
 
 
-def _draw_line(axes: Axes, kind: str, label: str, landscape: Landscape, colour: str) -> None:
+def _draw_line(axes: Axes, kind: str, label: str, landscape: Landscape, color: str) -> None:
     curves, steps = landscape.curves, landscape.coordinates
     line = drawn_line(kind, landscape)
-    axes.plot(steps, line, color=colour, linewidth=1.6, label=label, zorder=3)
+    axes.plot(steps, line, color=color, linewidth=1.6, label=label, zorder=3)
     if len(curves) > 1:
         band = (curves.min(axis=0), curves.max(axis=0))
-        axes.fill_between(steps, *band, color=colour, alpha=0.15, linewidth=0, zorder=2)
+        axes.fill_between(steps, *band, color=color, alpha=0.15, linewidth=0, zorder=2)
 
 
 def _set_step_axis(axis: Axis) -> None:

@@ -1,6 +1,11 @@
 """Finished runs as frames, tables, figures and one page."""
 
-from robust_flatness.plotting.figures import overfitting_figure, trajectory_figure
+from robust_flatness.plotting.figures import (
+    overfitting_figure,
+    plot_overfitting,
+    plot_trajectory,
+    trajectory_figure,
+)
 from robust_flatness.plotting.landscape_figures import landscape_figure, surface_figure
 from robust_flatness.reporting.correlation import Correlation, correlate
 from robust_flatness.reporting.frame import Models, group_runs, read_run, read_runs
@@ -29,6 +34,8 @@ __all__ = [
     "jsonable",
     "landscape_figure",
     "overfitting_figure",
+    "plot_overfitting",
+    "plot_trajectory",
     "published_models",
     "published_trajectories",
     "read_landscapes",

@@ -28,7 +28,7 @@ _INTRODUCTION = (
     "Adversarial training of several methods, after Stutz, Hein, Schiele, Robust Generalization "
     "and Flat Minima. RLoss is the cross-entropy on adversarial examples, RErr the share of images "
     "that are misclassified clean or under attack, flatness the rise of RLoss under random "
-    "perturbations of the weights. A colour is a method, and its runs with different seeds are "
+    "perturbations of the weights. A color is a method, and its runs with different seeds are "
     "replicas: curves show their mean and range."
 )
 # Pinned columns of the table of runs, after the run's name.
@@ -54,26 +54,11 @@ _TRAINING = ("train/loss", "train/robust_loss", "train/robust_error", "train/lea
 
 
 class Dashboard(NamedTuple):
-    """Where a dashboard was saved: in W&B or in files.
-
-    Attributes:
-        urls: Addresses of `workspace` and `report`; empty if they were written to files.
-        files: The files by the same names; empty if W&B has them.
-        reason: Why W&B does not have them, in words that follow "Weights & Biases".
-    """
+    """Where `workspace` and `report` are: their addresses or, with the reason, their files."""
 
     urls: Mapping[str, str]
     files: Mapping[str, Path]
     reason: str
-
-
-class _Section(NamedTuple):
-    """Panels under one heading with a text, `columns` side by side."""
-
-    name: str
-    text: str
-    panels: list[Any]
-    columns: int = 3
 
 
 def build_workspace(project: str, entity: str | None = None) -> Any:
@@ -89,15 +74,15 @@ def build_workspace(project: str, entity: str | None = None) -> Any:
     library = _library("workspaces")
     sections = [
         library.Section(
-            name=section.name,
-            panels=section.panels,
+            name=name,
+            panels=panels,
             is_open=True,
             layout_settings=library.SectionLayoutSettings(
-                columns=section.columns, rows=-(-len(section.panels) // section.columns)
+                columns=_columns(panels), rows=-(-len(panels) // _columns(panels))
             ),
             panel_settings=library.SectionPanelSettings(x_axis="epoch"),
         )
-        for section in _sections()
+        for name, (_, panels) in _sections().items()
     ]
     return library.Workspace(
         entity=entity or "",
@@ -118,15 +103,15 @@ def build_report(project: str, entity: str | None = None) -> Any:
     """
     library = _library("reports.v2")
     blocks = [library.P(_INTRODUCTION)]
-    for section in _sections():
-        for panel in section.panels:
+    for name, (text, panels) in _sections().items():
+        for panel in panels:
             # A page is 24 units wide; the grid places panels side by side itself.
-            panel.layout = library.Layout(w=24 // section.columns, h=6)
+            panel.layout = library.Layout(w=24 // _columns(panels), h=6)
         # Without entity and project, a set of runs is that of the report's own project; with them,
         # wandb_workspaces would ask the server for it as soon as the page becomes a spec.
         runs = library.Runset(name="Runs by method", groupby=["group"])
-        grid = library.PanelGrid(runsets=[runs], panels=section.panels)
-        blocks += [library.H2(section.name), library.P(section.text), grid]
+        grid = library.PanelGrid(runsets=[runs], panels=panels)
+        blocks += [library.H2(name), library.P(text), grid]
     # Without an entity, wandb_workspaces asks the server for the owner of the API key.
     return library.Report(
         project=project,
@@ -162,53 +147,74 @@ def save_dashboard(
         reason = why_no_login()
     if not reason:
         try:
-            return Dashboard(_upload(project, entity), {}, "")
+            import wandb
+
+            owner = entity or wandb.Api().default_entity
+            # The report first: saving it creates the project if it does not exist yet.
+            report = build_report(project, owner).save()
+            workspace = build_workspace(project, owner).save()
+            return Dashboard({"workspace": workspace.url, "report": report.url}, {}, "")
         except Exception as error:  # W&B's own classes, some of them private
             reason = f"did not take the dashboard ({error})"
     return Dashboard({}, _write(project, entity, Path(folder)), reason)
 
 
-def _sections() -> list[_Section]:
-    # Anew for each page, because panels remember their place.
+def _sections() -> dict[str, tuple[str, list[Any]]]:
+    """A text and panels by heading; anew for each page, because panels remember their place."""
     bars = [_panel("BarPlot", name, metrics=[name], max_bars_to_show=MOST_RUNS) for name in _FINAL]
+    library = _library("reports.v2")
     clouds = [
-        _scatter("RLoss against flatness, final weights", "final"),
-        _scatter("RLoss against flatness, early-stopped weights", "early_stopped"),
-        _trajectories(),
+        library.ScatterPlot(
+            title=f"RLoss against flatness, {weights.replace('_', '-')} weights",
+            x=library.SummaryMetric(f"{weights}/flatness/average/test"),
+            y=library.SummaryMetric(f"{weights}/test/robust_loss"),
+            legend_template="${run:group} ${run:displayName}",
+            regression=True,
+        )
+        for weights in ("final", "early_stopped")
     ]
+    # The chart that each run logs of its own trajectory, of all runs at once (Fig. 5). The query is
+    # that of a run's own chart; the library's default asks for neither name nor id.
+    query = {"id": {}, "name": {}, "summaryTable": {"tableKey": "trajectory_table"}}
+    trajectories = library.CustomChart(
+        query=query,
+        chart_name="wandb/scatter/v0",
+        chart_fields={"x": "flatness", "y": "robust_loss"},
+        chart_strings={"title": "Trajectories: flatness (x) and RLoss (y) of each epoch"},
+    )
     images = [
-        _images("Trajectory", "figures/trajectory"),
-        _images("Robust overfitting", "figures/overfitting"),
+        library.MediaBrowser(title=title, media_keys=[f"figures/{key}"], num_columns=3)
+        for title, key in (("Trajectory", "trajectory"), ("Robust overfitting", "overfitting"))
     ]
-    return [
-        _Section(
-            "Robust overfitting",
+    return {
+        "Robust overfitting": (
             "If a method overfits robustly, RLoss on training images falls towards 0 while RLoss "
             "on test images rises again (Fig. 2). Training images are measured with fixed weights; "
             "the early-stopping images choose the early-stopped weights.",
             _curves(_OVERFITTING),
         ),
-        _Section(
-            "Flatness",
+        "Flatness": (
             "How much RLoss rises if the weights move by a share of each layer's norm: smaller is "
             "flatter. In the paper, flatter minima go with lower RLoss across methods (Fig. 1). "
             "Worst-case flatness is shown for runs that measured it.",
-            _curves(_FLATNESS) + clouds,
+            [*_curves(_FLATNESS), *clouds, trajectories],
         ),
-        _Section(
-            "Final metrics",
+        "Final metrics": (
             "The full protocol, once at the end of each run: on the last weights, and on the "
             "early-stopped ones. Means over the runs of a method.",
             bars,
-            columns=4,
         ),
-        _Section(
-            "Training",
+        "Training": (
             "Metrics of the training batches, measured while the weights changed, and the figures "
             "that each run drew of itself.",
-            _curves(_TRAINING) + images,
+            [*_curves(_TRAINING), *images],
         ),
-    ]
+    }
+
+
+def _columns(panels: Sequence[Any]) -> int:
+    """Panels side by side, in full rows."""
+    return 4 if len(panels) % 4 == 0 else 3
 
 
 def _library(name: str) -> ModuleType:
@@ -235,44 +241,6 @@ def _panel(kind: str, name: str, **options: Any) -> Any:
 
 def _curves(names: Sequence[str]) -> list[Any]:
     return [_panel("LinePlot", name, x="epoch", title_x="epoch", y=[name]) for name in names]
-
-
-def _scatter(title: str, weights: str) -> Any:
-    """A point for each run in the colour of its group."""
-    library = _library("reports.v2")
-    return library.ScatterPlot(
-        title=title,
-        x=library.SummaryMetric(f"{weights}/flatness/average/test"),
-        y=library.SummaryMetric(f"{weights}/test/robust_loss"),
-        legend_template="${run:group} ${run:displayName}",
-        regression=True,
-    )
-
-
-def _trajectories() -> Any:
-    """The chart that each run logs of its own trajectory, of all runs at once (Fig. 5)."""
-    # The query of a run's own chart; the library's default asks for neither name nor id.
-    query = {"id": {}, "name": {}, "summaryTable": {"tableKey": "trajectory_table"}}
-    return _library("reports.v2").CustomChart(
-        query=query,
-        chart_name="wandb/scatter/v0",
-        chart_fields={"x": "flatness", "y": "robust_loss"},
-        chart_strings={"title": "Trajectories: flatness (x) and RLoss (y) of each epoch"},
-    )
-
-
-def _images(title: str, name: str) -> Any:
-    return _library("reports.v2").MediaBrowser(title=title, media_keys=[name], num_columns=3)
-
-
-def _upload(project: str, entity: str | None) -> dict[str, str]:
-    import wandb
-
-    entity = entity or wandb.Api().default_entity
-    # The report first: saving it creates the project if it does not exist yet.
-    report = build_report(project, entity).save()
-    workspace = build_workspace(project, entity).save()
-    return {"workspace": workspace.url, "report": report.url}
 
 
 def _write(project: str, entity: str | None, folder: Path) -> dict[str, Path]:

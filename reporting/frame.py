@@ -420,11 +420,13 @@ def _letters(index: int) -> str:
 
 
 def _gaps(metrics: Metrics, final: Metrics, stopped: Metrics) -> dict[str, float]:
-    """Differences of robust losses, which are taken seed by seed."""
-    gaps: dict[str, float] = {}
-    loss, train = "test/robust_loss", "train_eval/robust_loss"
-    if loss in metrics and train in metrics:
-        gaps["gap/robust_loss"] = metrics[loss] - metrics[train]
+    """Differences of robust losses and errors, which are taken seed by seed."""
+    gaps = {
+        f"gap/{name}": metrics[f"test/{name}"] - metrics[f"train_eval/{name}"]
+        for name in ("robust_loss", "robust_error")
+        if {f"test/{name}", f"train_eval/{name}"} <= set(metrics)
+    }
+    loss = "test/robust_loss"
     if metrics is final and loss in final and loss in stopped:
         gaps["last_minus_best/robust_loss"] = final[loss] - stopped[loss]
     return gaps

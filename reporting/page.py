@@ -2,8 +2,9 @@
 
 Example:
     >>> import tempfile
+    >>> from robust_flatness.reporting.frame import group_runs
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     path = write_page(Path(folder) / "index.html", models=group_runs([]))
+    ...     path = write_page(Path(folder) / "index.html", Figures(group_runs([])))
     ...     "Robust generalization" in path.read_text(encoding="utf-8")
     True
 """
@@ -22,20 +23,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
 from robust_flatness.plotting.landscape_figures import NAMES
-from robust_flatness.reporting.frame import Models, group_runs, natural_key
-from robust_flatness.reporting.page_figures import (
-    ERRORS,
-    MARKS,
-    X_AXES,
-    Y_AXES,
-    PageFigures,
-    schematic,
-    templates,
-)
+from robust_flatness.reporting.figures import ERRORS, FLATNESS, Figures
+from robust_flatness.reporting.frame import Models, natural_key
+from robust_flatness.reporting.plotly_figures import X_AXES, Y_AXES, hovers, page_figures, templates
 from robust_flatness.reporting.table1 import group_thresholds
 from robust_flatness.run_folder.files import write_text
-from robust_flatness.run_folder.metrics import Weights, method_label, metric
-from robust_flatness.run_folder.runs import LeftOut, Run
+from robust_flatness.run_folder.metrics import Metric, Weights, method_label, metric
+from robust_flatness.run_folder.runs import LeftOut
 
 _PACKAGES = ("robust-flatness", "torch", "lightning")
 _COLUMNS: tuple[tuple[str, Weights], ...] = (
@@ -50,6 +44,14 @@ _COLUMNS: tuple[tuple[str, Weights], ...] = (
     ("test/robust_loss", "final"),
     ("test/error", "final"),
 )
+# SVG paths of markers in 12 x 12 pixels, for the list of methods and the table.
+_MARKS = {
+    "o": "M6 1.2a4.8 4.8 0 1 0 .01 0z",
+    "s": "M1.7 1.7h8.6v8.6H1.7z",
+    "^": "M6 1l5.2 9.4H.8z",
+    "D": "M6 .6L11.4 6 6 11.4.6 6z",
+    "v": "M6 11L.8 1.6h10.4z",
+}
 _KINDS = {**NAMES, "surface": "a plane"}
 _WEIGHTS = {"final": "last weights", "early_stopped": "early-stopped weights"}
 # Files of the report that a section of the page links to, if they were written.
@@ -57,7 +59,10 @@ _FILES = {
     "relation": ("flatness", "flatness-own", "worst-flatness", "error-flatness"),
     "paths": ("trajectories",),
     "curves": ("curves", "epochs"),
-    "views": ("early-stopping", "loss-and-error", "hyperparameters", "train-flatness", "gaps"),
+    "views": (
+        *("early-stopping", "loss-and-error", "hyperparameters", "train-flatness", "gaps"),
+        *("correlations", "correlations-early-stopped"),
+    ),
     "landscapes": ("landscapes",),
     "schematic": ("schematic",),
 }
@@ -65,14 +70,11 @@ _FILES = {
 
 def write_page(
     path: Path,
+    figures: Figures,
     *,
-    models: Models,
-    published: Models | None = None,
-    trajectories: pd.DataFrame | None = None,
     left_out: Sequence[LeftOut] = (),
     title: str = "Robust generalization and flat minima",
     files: Collection[str] = (),
-    schematic_run: Run | None = None,
 ) -> Path:
     """Writes the page atomically.
 
@@ -81,37 +83,37 @@ def write_page(
 
     Args:
         path: The HTML file.
-        models: Of one data set. There may be none.
-        published: The paper's models, drawn faint.
-        trajectories: The paper's trajectories, as `published_trajectories` returns them.
+        figures: Of models of one data set. There may be none.
         left_out: Folders that hold no usable run.
         title: The heading.
         files: Figures that are in `figures/` beside the page, for links to their PDF files; with
             any, the page also links to the tables.
-        schematic_run: The run whose landscape shows how flatness is measured.
     """
-    published = group_runs([]) if published is None else published
-    trajectories = pd.DataFrame({"method": []}) if trajectories is None else trajectories
-    figures = PageFigures(models, published, trajectories)
-    sections = _sections(figures, schematic_run)
+    models, published = figures.models, figures.published
+    checks = figures.details.get("checks", pd.DataFrame()).to_dict("records")
+    sections = page_figures(figures)
     methods = {
         method: {
             "id": method,
             "label": method_label(method),
             "is_own": method in models.methods,
-            "colour": style.colour,
-            "path": MARKS[style.marker],
+            "color": style.color,
+            "path": _MARKS[style.marker],
         }
         for method, style in figures.styles.items()
     }
-    able = [label for label in models.labels if _has_curves(models, label)]
+    curves = [*sections["losses"].values(), *sections["errors"].values()]
+    drawn = {
+        t.meta["model"] for figure in curves for t in figure.data if t.meta and t.hovertemplate
+    }
+    able = [label for label in models.labels if label in drawn]
     usual = [label for label in able if models.frame.at[label, "method"] in ("at", "at_awp")]
     payload = {
         "figures": {
             section: {key: figure.to_plotly_json() for key, figure in drawn.items()}
             for section, drawn in sections.items()
         },
-        "hovers": figures.hovers(),
+        "hovers": hovers(figures),
         "templates": {n: template.to_plotly_json() for n, template in templates().items()},
     }
     environment = Environment(
@@ -133,9 +135,15 @@ def write_page(
         landscapes={name: _landscape_name(name) for name in sections["landscapes"]},
         curve_models=able,
         chosen=(usual or able)[:2],
-        has_published=bool(len(published) or len(trajectories)),
-        guessing=figures.guessing,
+        has_published=bool(len(published) or len(figures.trajectories)),
+        guessing=list(figures.guessing.values()),
         **_table(models, published, methods),
+        details=list(figures.details) if files else [],
+        checks=sorted(
+            (check for check in checks if check["passed"] is not True),
+            key=lambda check: check["passed"] is None,
+        ),
+        num_checks=len(checks),
         # Parent folders on this machine are private.
         left_out=[("/".join(folder.parts[-2:]), reason) for folder, reason in left_out],
         plotly=_plotly(),
@@ -145,22 +153,6 @@ def write_page(
     )
     write_text(path, page)
     return path
-
-
-def _sections(figures: PageFigures, run: Run | None) -> dict[str, dict[str, Any]]:
-    """The figures of each section, by the values of its selectors."""
-    single = {
-        "paths": figures.paths(),
-        "losses": figures.curves("losses"),
-        "errors": figures.curves("errors"),
-        "schematic": None if run is None else schematic(run),
-    }
-    return {
-        "relation": figures.scatters(),
-        "views": figures.views(),
-        "landscapes": figures.landscapes(),
-        **{name: {} if figure is None else {"": figure} for name, figure in single.items()},
-    }
 
 
 @lru_cache(maxsize=1)
@@ -191,84 +183,68 @@ def _landscape_name(key: str) -> str:
     return f"{text}: {label}" if label else text
 
 
-def _has_curves(models: Models, label: str) -> bool:
-    names = ("test/robust_loss", "train/robust_loss", "train_eval/robust_loss")
-    errors = ("test/robust_error", "train/robust_error", "val/robust_error")
-    return models.series(label, *names, *errors) is not None
-
-
 def _table(
     models: Models, published: Models, methods: Mapping[str, dict[str, Any]]
 ) -> dict[str, Any]:
     """The rows of the table of all models, and its columns."""
     further = sorted(name for name in set(models.values["metric"]) if metric(name).in_tables)
+    known = [*_COLUMNS, *((name, "final") for name in further)]
     columns = [
-        (name, weights)
-        for name, weights in (*_COLUMNS, *((name, "final") for name in further))
-        if len(models.column(name, weights)) or len(published.column(name, weights))
+        column for column in known if len(models.column(*column)) or len(published.column(*column))
     ]
-    limits = [_limits(models, name, weights) for name, weights in columns]
+    # Test errors between good, average and poor models, as in Table 1.
+    limits = {
+        (name, "final"): group_thresholds(models.column(name)["mean"].round(9).tolist())
+        for name in ERRORS
+    }
     rows = []
     for source in (models, published):
-        values = [source.column(name, weights) for name, weights in columns]
         is_published = source is published
+        values = {column: source.column(*column) for column in columns}
         for label, method in source.frame["method"].items():
-            cells = [
-                _cell(column, str(label), name, None if is_published else limit)
-                for column, (name, _), limit in zip(values, columns, limits)
+            row = {"label": label, "method": methods[method], "is_published": is_published}
+            row["seeds"] = len(source.runs.get(str(label), ()))
+            row["settings"] = source.settings(str(label)) if row["seeds"] else ""
+            row["cells"] = [
+                _cell(
+                    metric(column[0]),
+                    own["mean"].get(label, math.nan),
+                    own["sd"].get(label, math.nan),
+                    (not is_published and limits.get(column)) or (-math.inf, math.inf),
+                )
+                for column, own in values.items()
             ]
-            runs = source.runs.get(str(label), ())
-            rows.append(
-                {
-                    "label": label,
-                    "key": natural_key(str(label)),
-                    "method": methods[method],
-                    "is_published": is_published,
-                    "settings": source.settings(str(label)) if runs else "",
-                    "seeds": len(runs),
-                    "cells": cells,
-                }
-            )
+            rows.append(row)
     # By label until the script sorts them, so that the page reads well without it.
-    rows.sort(key=lambda row: (row["is_published"], row["key"]))
-    first = next((i for i, (n, w) in enumerate(columns) if len(models.column(n, w))), -1)
-    unmeasured = [
-        metric(f"{weights}/{name}").title
-        for name, weights in _COLUMNS
-        if len(models) and models.column(name, weights).empty
-    ]
+    rows.sort(key=lambda row: (row["is_published"], natural_key(str(row["label"]))))
+    has = [len(models.column(*column)) > 0 for column in columns]
     return {
         "columns": [metric(f"{weights}/{name}").axis_label for name, weights in columns],
         "rows": rows,
-        "sorted_by": first,
-        "unmeasured": unmeasured,
-        "has_groups": any(limits),
+        "sorted_by": has.index(True) if any(has) else -1,
+        "unmeasured": [
+            metric(f"{weights}/{name}").title
+            for name, weights in _COLUMNS
+            if len(models) and models.column(name, weights).empty
+        ],
+        "has_groups": any(limits.values()),
         "has_seeds": any(len(runs) > 1 for runs in models.runs.values()),
     }
 
 
-def _limits(models: Models, name: str, weights: Weights) -> tuple[float, float] | None:
-    """Test errors between good, average and poor models, as in Table 1."""
-    if name not in ERRORS or weights != "final":
-        return None
-    return group_thresholds(models.column(name)["mean"].round(9).tolist())
-
-
 def _cell(
-    column: pd.DataFrame, label: str, name: str, limits: tuple[float, float] | None
+    described: Metric, mean: float, deviation: float, limits: tuple[float, float]
 ) -> dict[str, Any]:
-    if label not in column.index:
+    if math.isnan(mean):
         return {"value": "", "text": "–", "spread": "", "group": ""}
-    mean, deviation = column.at[label, "mean"], column.at[label, "sd"]
-    # A share of images, whose sum over seeds may be off by the last digit.
-    share = round(mean, 9)
 
     def text(value: float) -> str:
-        if metric(name).is_share:
+        if described.is_share:
             return f"{100 * value:.1f}"
         return f"{value:.0f}" if abs(value) >= 100 else f"{value:.2f}"
 
-    low, high = limits or (-math.inf, math.inf)
+    # A share of images, whose sum over seeds may be off by the last digit.
+    share, (low, high) = round(mean, 9), limits
     return {
         "value": float(mean),
         "text": text(mean),
@@ -282,46 +258,31 @@ def _facts(models: Models) -> list[tuple[str, str]]:
     runs = [run for own in models.runs.values() for run in own]
     if not runs:
         return [("Runs", "none that finished")]
-    seeds = sorted({run.seed for run in runs if run.seed is not None})
-    facts = [
-        ("Data", _list(run.data for run in runs)),
-        ("Runs", f"{len(runs)} ({len(models)} models, {len(models.methods)} methods)"),
-        ("Seeds", ", ".join(map(str, seeds))),
-        ("Epochs", _range([run.epochs for run in runs])),
-        ("Diverged", ", ".join(filter(None, map(models.diverged, models.labels)))),
-        ("Test images", _num_images(runs)),
-        ("Hardware", _list(map(_hardware, runs))),
-        ("Versions", _list(map(_versions, runs))),
-    ]
-    return [(name, text) for name, text in facts if text]
 
+    def span(values: Sequence[int]) -> str:
+        low, high = min(values), max(values)
+        return str(low) if low == high else f"{low} to {high}"
 
-def _list(texts: Iterable[str]) -> str:
-    return "; ".join(dict.fromkeys(text for text in texts if text))
-
-
-def _range(values: Sequence[int]) -> str:
-    low, high = min(values), max(values)
-    return str(low) if low == high else f"{low} to {high}"
-
-
-def _num_images(runs: Sequence[Run]) -> str:
-    names = {"PGD": "test/robust_error", "AutoAttack": "test/autoattack_error"}
-    names |= {"flatness": "flatness/average/test"}
-    counts = {
+    images = {
         label: [run.num_examples[name] for run in runs if name in run.num_examples]
-        for label, name in names.items()
+        for label, name in (("PGD", ERRORS[1]), ("AutoAttack", ERRORS[0]), ("flatness", FLATNESS))
     }
-    return ", ".join(f"{_range(images)} ({label})" for label, images in counts.items() if images)
-
-
-def _hardware(run: Run) -> str:
-    gpus = run.hardware.get("gpus") or []
-    cores = run.hardware.get("cpu_cores")
-    cpu = str(run.hardware.get("cpu") or "CPU")
-    return ", ".join(map(str, gpus)) or (f"{cpu}, {cores} cores" if cores else "")
-
-
-def _versions(run: Run) -> str:
-    named = ((name, run.versions.get(name)) for name in _PACKAGES)
-    return ", ".join(f"{name} {version}" for name, version in named if version)
+    hardware, versions = [], []
+    for run in runs:
+        cores = run.hardware.get("cpu_cores")
+        cpu = f"{run.hardware.get('cpu') or 'CPU'}, {cores} cores" if cores else ""
+        hardware.append(", ".join(map(str, run.hardware.get("gpus") or [])) or cpu)
+        named = ((name, run.versions.get(name)) for name in _PACKAGES)
+        versions.append(", ".join(f"{name} {version}" for name, version in named if version))
+    seeds = sorted({run.seed for run in runs if run.seed is not None})
+    facts = {
+        "Data": "; ".join(dict.fromkeys(run.data for run in runs)),
+        "Runs": f"{len(runs)} ({len(models)} models, {len(models.methods)} methods)",
+        "Seeds": ", ".join(map(str, seeds)),
+        "Epochs": span([run.epochs for run in runs]),
+        "Diverged": ", ".join(filter(None, map(models.diverged, models.labels))),
+        "Test images": ", ".join(f"{span(n)} ({label})" for label, n in images.items() if n),
+        "Hardware": "; ".join(dict.fromkeys(filter(None, hardware))),
+        "Versions": "; ".join(dict.fromkeys(filter(None, versions))),
+    }
+    return [(name, text) for name, text in facts.items() if text]

@@ -75,14 +75,20 @@ class Column:
     published: Mapping[str, str | None] = field(default_factory=dict)
 
     @property
-    def is_error(self) -> bool:
-        """Whether it is a share of 1, shown in percent; flatness is in nats."""
-        return metric(next(iter(self.names))).is_share
-
-    @property
     def has_attack(self) -> bool:
         """Whether its metrics depend on an attack on the images."""
         return any(attack is not None for attack in self.names.values())
+
+    def text(self, value: float) -> str:
+        """A value: shares of 1 in percent, flatness in nats."""
+        if math.isnan(value):
+            return DASH
+        return f"{100 * value:.1f}" if metric(next(iter(self.names))).is_share else f"{value:.2f}"
+
+    def head(self, attack: str | None) -> list[str]:
+        """Its heading in lines, the last of them attack and unit."""
+        unit = "%" if metric(next(iter(self.names))).is_share else "nats"
+        return [*self.heading.split("\n"), f"{attack}, {unit}" if attack else unit]
 
 
 _TEST = {"test/autoattack_error": AUTOATTACK, "test/robust_error": PGD}
@@ -134,6 +140,12 @@ class Table1:
     def notes(self) -> list[str]:
         """Sentences below the table: how to read it, and its limits."""
         settings = {label: self.models.settings(label) for label in self.frame.index}
+        measured: dict[str, list[str]] = {}
+        for column in COLUMNS:
+            images = sorted(self.frame[f"{column.key}_images"].dropna().unique())
+            name = column.heading.replace("\n", " ")
+            measured.setdefault(" or ".join(map(str, images)), []).append(name)
+        counts = [f"{n} for {', '.join(names)}" for n, names in measured.items() if n]
         paper = (
             f"{PAPER}: Table 1 of Stutz et al., ICCV 2021, one network a row, flatness at ξ = 0.5 "
             f"and in the worst case at 0.003; all else is on {self.data}. Rows are "
@@ -143,25 +155,42 @@ class Table1:
             "Mean ± standard deviation over seeds, over n of them if others lack the metric; "
             f"{DASH} means not measured. Flatness is of RLoss on test images, lower is "
             "flatter; train RErr is on training images with the weights fixed. AA is AutoAttack.",
-            *_diverged_note(self),
+            *self.diverged,
             *(f"{label}: {text}." for label, text in settings.items() if text),
-            _groups_note(self),
-            *_images_note(self),
+            self._groups_note(),
+            *([f"Images: {'; '.join(counts)}."] if counts else []),
             *([_MIXED] if any(map(self.is_mixed, COLUMNS)) else []),
             *([paper] if self.published else []),
         ]
 
-    def attack(self, column: Column) -> str:
-        """The attacks of a column, AutoAttack first, as its heading names them."""
-        return f" or {MARK}".join(map(_short, self._attacks(column)))
+    @property
+    def diverged(self) -> list[str]:
+        """A sentence about diverged runs, if there are any."""
+        runs = ", ".join(filter(None, map(self.models.diverged, self.frame.index)))
+        return [f"Diverged: {runs}; means leave out what is not finite there."] if runs else []
+
+    def _groups_note(self) -> str:
+        if self.thresholds is None:
+            return "Too few rows for groups, or rows too close to each other; bold rows are means."
+        low, high = self.thresholds
+        errors = self.frame[f"{_SORTED_BY.key}_mean"]
+        is_baseline = (self.frame["method"] == "at") & (self.frame["model"] == "AT")
+        here = [f"; here AT is at {100 * error:.1f} %" for error in errors[is_baseline].dropna()]
+        return (
+            f"Groups: good below {100 * low:.0f} % test RErr, poor from {100 * high:.0f} %: the "
+            f"30 % and 70 % percentiles over {errors.count()} rows, in whole percents; bold rows "
+            "are means. In the paper they are 57 % and 60 %, with AT at 62.8 %"
+            f"{''.join(here)}."
+        )
+
+    def attacks(self, column: Column) -> list[str]:
+        """The attacks of the rows of a column, AutoAttack first."""
+        name = f"{column.key}_attack"
+        return sorted(self.frame[name].dropna().unique()) if name in self.frame else []
 
     def is_mixed(self, column: Column) -> bool:
         """Whether some rows of a column are by AutoAttack and others by PGD."""
-        return len(self._attacks(column)) > 1
-
-    def _attacks(self, column: Column) -> list[str]:
-        name = f"{column.key}_attack"
-        return sorted(self.frame[name].dropna().unique()) if name in self.frame else []
+        return len(self.attacks(column)) > 1
 
     def means(self, rows: pd.DataFrame) -> dict[str, float]:
         """The mean of each column over rows, if all are by one attack."""
@@ -172,6 +201,48 @@ class Table1:
             if len(cells) and not is_mixed:
                 means[column.key] = fmean(cells[f"{column.key}_mean"])
         return means
+
+    def headings(self) -> dict[str, list[str]]:
+        """The lines of each column's heading, by its key."""
+        own = {column.key: column.head(_names(self.attacks(column))) for column in COLUMNS}
+        paper = {
+            f"paper_{column.key}": [f"{PAPER}:", *column.head(self.published[column.key])]
+            for column in COLUMNS
+            if column.key in self.published
+        }
+        return {"model": ["model"], **own, "seeds": ["seeds"], **paper}
+
+    def texts(self) -> list[tuple[bool, dict[str, str]]]:
+        """The rows as texts: whether a row names a group, and its cells by key."""
+        rows: list[tuple[bool, dict[str, str]]] = []
+        low, high = (f"{100 * share:.0f}" for share in self.thresholds or (math.nan, math.nan))
+        bounds = {"good": f" (< {low} %)", "poor": f" (≥ {high} %)"}
+        bounds["average"] = f" ({low} to {high} %)"
+        for name, group in self.groups.items():
+            means = self.means(group)
+            texts = {column.key: column.text(means.get(column.key, math.nan)) for column in COLUMNS}
+            rows.append((True, {"model": name + bounds.get(name, ""), **texts}))
+            for _, row in group.iterrows():
+                texts = {column.key: self._cell(row, column) for column in COLUMNS}
+                texts |= {"model": row["model"], "seeds": str(row["seeds"])}
+                for column in COLUMNS:
+                    if column.key in self.published:
+                        key = f"paper_{column.key}"
+                        texts[key] = column.text(row[key])
+                rows.append((False, texts))
+        return rows
+
+    def _cell(self, row: pd.Series, column: Column) -> str:
+        """Mean and deviation, a mark for PGD beside AutoAttack, and n if it is not all seeds."""
+        mean, deviation, n = (row[f"{column.key}_{part}"] for part in ("mean", "sd", "n"))
+        if pd.isna(mean):
+            return DASH
+        text = column.text(mean)
+        if not pd.isna(deviation):
+            text += f" ± {column.text(deviation)}"
+        if self.is_mixed(column) and row[f"{column.key}_attack"] == PGD:
+            text += f" {MARK}"
+        return text if n == row["seeds"] else f"{text} (n={n})"
 
 
 def table1(models: Models, published: Models | None = None) -> Table1:
@@ -212,7 +283,13 @@ def table1(models: Models, published: Models | None = None) -> Table1:
     # Shares of images, whose sum over seeds may be off by the last digit.
     errors = frame[f"{_SORTED_BY.key}_mean"].round(9)
     thresholds = group_thresholds(errors.dropna().tolist())
-    frame.insert(0, "group", [_group(error, thresholds) for error in errors])
+    low, high = thresholds or (math.nan, math.nan)
+    groups = np.select(
+        [errors.isna(), errors < low, errors < high, errors >= high],
+        ["without RErr", "good", "average", "poor"],
+        "all",
+    )
+    frame.insert(0, "group", groups.astype(object))
     # Rows without RErr come last and keep their order.
     measured = sorted(errors.dropna().index, key=lambda label: (errors[label], label))
     frame = frame.loc[[*measured, *errors[errors.isna()].index]]
@@ -281,16 +358,14 @@ def _cells(models: Models, names: Mapping[str, str | None], weights: Weights) ->
 
 def _add_published(frame: pd.DataFrame, models: Models, published: Models) -> dict[str, str | None]:
     """Adds the paper's columns that have a value, and returns their attacks."""
-    matched = _match(models, published)
-    theirs = pd.Series(matched, dtype=object).reindex(frame.index)
+    theirs = pd.Series(_match(models, published), dtype=object).reindex(frame.index)
     attacks: dict[str, str | None] = {}
     for column in COLUMNS:
         cells = _cells(published, column.published or column.names, column.weights)
         values = theirs.map(cells["mean"])
         if values.notna().any():
             frame[f"paper_{column.key}"] = values
-            kinds = sorted(theirs.map(cells["attack"]).dropna().unique())
-            attacks[column.key] = f" or {MARK}".join(map(_short, kinds)) or None
+            attacks[column.key] = _names(sorted(theirs.map(cells["attack"]).dropna().unique()))
     return attacks
 
 
@@ -312,88 +387,15 @@ def _match(models: Models, published: Models) -> dict[str, str]:
     return matched
 
 
-def _group(error: float, thresholds: tuple[float, float] | None) -> str:
-    if math.isnan(error):
-        return "without RErr"
-    if thresholds is None:
-        return "all"
-    low, high = thresholds
-    return "good" if error < low else "average" if error < high else "poor"
-
-
-def _short(attack: str) -> str:
-    return "AA" if attack == AUTOATTACK else attack
-
-
-def _heading(column: Column, attack: str | None) -> list[str]:
-    """The name of a column in lines, the last of them its attack and its unit."""
-    unit = "%" if column.is_error else "nats"
-    return [*column.heading.split("\n"), f"{attack}, {unit}" if attack else unit]
-
-
-def _number(value: float, column: Column) -> str:
-    return f"{100 * value:.1f}" if column.is_error else f"{value:.2f}"
-
-
-def _cell(table: Table1, row: pd.Series, column: Column) -> str:
-    """The mean and deviation, a mark for PGD beside AutoAttack, and n if it is not all seeds."""
-    mean, deviation, n = (row[f"{column.key}_{part}"] for part in ("mean", "sd", "n"))
-    if pd.isna(mean):
-        return DASH
-    text = _number(mean, column)
-    if not pd.isna(deviation):
-        text += f" ± {_number(deviation, column)}"
-    is_marked = table.is_mixed(column) and row[f"{column.key}_attack"] == PGD
-    text += f" {MARK}" if is_marked else ""
-    return text if n == row["seeds"] else f"{text} (n={n})"
-
-
-def _percents(table: Table1) -> tuple[str, str]:
-    low, high = table.thresholds or (math.nan, math.nan)
-    return f"{100 * low:.0f} %", f"{100 * high:.0f} %"
-
-
-def _group_name(table: Table1, name: str) -> str:
-    """A group's name and its bounds of test RErr."""
-    low, high = _percents(table)
-    between = f" ({low.removesuffix(' %')} to {high})"
-    bounds = {"good": f" (< {low})", "average": between, "poor": f" (≥ {high})"}
-    return name + bounds.get(name, "")
-
-
-def _text_rows(table: Table1) -> list[tuple[bool, dict[str, str]]]:
-    """The table as texts: whether a row names a group, and its cells by the keys of headings."""
-    rows: list[tuple[bool, dict[str, str]]] = []
-    for name, group in table.groups.items():
-        means = table.means(group)
-        texts = {c.key: _number(means[c.key], c) if c.key in means else DASH for c in COLUMNS}
-        rows.append((True, {"model": _group_name(table, name), **texts}))
-        for _, row in group.iterrows():
-            texts = {column.key: _cell(table, row, column) for column in COLUMNS}
-            texts |= {"model": row["model"], "seeds": str(row["seeds"])}
-            for column in COLUMNS:
-                if column.key in table.published:
-                    value = row[key := f"paper_{column.key}"]
-                    texts[key] = DASH if pd.isna(value) else _number(value, column)
-            rows.append((False, texts))
-    return rows
-
-
-def _headings(table: Table1) -> dict[str, list[str]]:
-    """The lines of each column's heading."""
-    paper = {
-        f"paper_{column.key}": [f"{PAPER}:", *_heading(column, table.published[column.key])]
-        for column in COLUMNS
-        if column.key in table.published
-    }
-    own = {column.key: _heading(column, table.attack(column)) for column in COLUMNS}
-    return {"model": ["model"], **own, "seeds": ["seeds"], **paper}
+def _names(attacks: Sequence[str]) -> str:
+    """Attacks as headings name them."""
+    return f" or {MARK}".join("AA" if attack == AUTOATTACK else attack for attack in attacks)
 
 
 def _markdown(table: Table1) -> str:
-    headings = _headings(table)
+    headings = table.headings()
     lines = [[f"{' '.join(h[:-1])} ({h[-1]})" if len(h) > 1 else h[0] for h in headings.values()]]
-    for is_group, texts in _text_rows(table):
+    for is_group, texts in table.texts():
         cells = [texts.get(key, "") for key in headings]
         if is_group:
             lines.append([f"**{cell}**" if cell else "" for cell in cells])
@@ -439,7 +441,7 @@ _LATEX_SPECIAL = re.compile("|".join(map(re.escape, _LATEX)))
 
 
 def _latex(table: Table1) -> str:
-    headings = _headings(table)
+    headings = table.headings()
     # The paper's columns have a common heading above theirs.
     heads = [
         r" \\ ".join(_escape_latex(line) for line in lines if line != f"{PAPER}:")
@@ -447,7 +449,7 @@ def _latex(table: Table1) -> str:
     ]
     columns = [heads[0], *(rf"\shortstack[r]{{{head}}}" for head in heads[1:])]
     rows: list[list[str]] = []
-    for is_group, cells in _text_rows(table):
+    for is_group, cells in table.texts():
         texts = [_escape_latex(cells.get(key, "")) for key in headings]
         if is_group:
             texts = [rf"\textbf{{{text}}}" if text else "" for text in texts]
@@ -472,65 +474,36 @@ def _escape_latex(text: str) -> str:
 
 
 def _terminal(table: Table1, columns: Sequence[Column], is_wide: bool) -> Table:
-    left = [column for column in COLUMNS if column.importance and column not in columns]
+    left = ", ".join(
+        column.heading.replace("\n", " ")
+        for column in COLUMNS
+        if column.importance and column not in columns
+    )
     caption = [
         *([_MIXED] if any(map(table.is_mixed, columns)) else []),
-        *_diverged_note(table),
-        *([f"No room for {_names(left)}: see table1.md."] if left else []),
+        *table.diverged,
+        *([f"No room for {left}: see table1.md."] if left else []),
     ]
-    heads = {column.key: _heading(column, table.attack(column)) for column in columns}
-    heads |= {"seeds": ["seeds"]} if is_wide else {}
-    paper = f"paper_{_SORTED_BY.key}"
-    has_paper = is_wide and _SORTED_BY.key in table.published
-    heads |= {paper: [*PAPER.split(" "), "test RErr"]} if has_paper else {}
     drawn = Table(
         title=escape(f"Table 1 on {table.data}"),
         caption=" ".join(caption) or None,
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
+    headings, paper = table.headings(), f"paper_{_SORTED_BY.key}"
+    heads = {column.key: headings[column.key] for column in columns}
+    if is_wide:
+        heads |= {key: headings[key] for key in ("seeds", paper) if key in headings}
+    if paper in heads:
+        heads[paper] = [*PAPER.split(" "), "test RErr"]
     drawn.add_column("", overflow="fold", min_width=_LABEL)
     for lines in heads.values():
         head = "\n".join(_NARROW.get(line, line) for line in lines)
         drawn.add_column(head, justify="right", no_wrap=True)
-    for is_group, texts in _text_rows(table):
+    for is_group, texts in table.texts():
         if is_group and drawn.rows:
             drawn.add_section()
         label = Text(texts["model"] if is_group else f"  {texts['model']}")
         cells = [texts.get(key, "").replace(" ", "") for key in heads]
         drawn.add_row(label, *cells, style="bold" if is_group else None)
     return drawn
-
-
-def _names(columns: Sequence[Column]) -> str:
-    return ", ".join(column.heading.replace("\n", " ") for column in columns)
-
-
-def _diverged_note(table: Table1) -> list[str]:
-    runs = ", ".join(filter(None, map(table.models.diverged, table.frame.index)))
-    return [f"Diverged: {runs}; means leave out what is not finite there."] if runs else []
-
-
-def _groups_note(table: Table1) -> str:
-    if table.thresholds is None:
-        return "Too few rows for groups, or rows too close to each other; bold rows are means."
-    low, high = _percents(table)
-    errors = table.frame[f"{_SORTED_BY.key}_mean"]
-    note = (
-        f"Groups: good below {low} test RErr, poor from {high}: the 30 % and 70 % percentiles over "
-        f"{errors.count()} rows, in whole percents; bold rows are means. In the paper they "
-        "are 57 % and 60 %, with AT at 62.8 %"
-    )
-    baseline = errors[(table.frame["method"] == "at") & (table.frame["model"] == "AT")].dropna()
-    here = f"; here AT is at {100 * baseline.iloc[0]:.1f} %" if len(baseline) == 1 else ""
-    return f"{note}{here}."
-
-
-def _images_note(table: Table1) -> list[str]:
-    measured: dict[str, list[Column]] = {}
-    for column in COLUMNS:
-        images = sorted(table.frame[f"{column.key}_images"].dropna().unique())
-        if images:
-            measured.setdefault(" or ".join(map(str, images)), []).append(column)
-    parts = [f"{counts} for {_names(columns)}" for counts, columns in measured.items()]
-    return [f"Images: {'; '.join(parts)}."] if parts else []

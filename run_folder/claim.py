@@ -26,20 +26,19 @@ class RunFolder:
 
     @classmethod
     def claim_first(cls, paths: Iterable[Path]) -> "RunFolder":
-        """Creates the first of several folders that does not exist; no other process has it then.
+        """Creates the first of some folders that does not exist; no other process has it then.
 
         Processes other than the first create none, and learn the folder from the trainer.
 
         Raises:
-            FileExistsError: If all exist.
-            ValueError: If a folder cannot be created.
+            ValueError: If all exist, or a folder cannot be created.
         """
         for path in paths:
             if not is_first_process():
                 return cls(path)
             with suppress(FileExistsError):
                 return cls.claim(path)
-        raise FileExistsError
+        raise ValueError(f"Expected `--folder` to be a new folder but {path} exists.")
 
     @classmethod
     def claim(cls, path: Path, attempts: int = 20) -> "RunFolder":

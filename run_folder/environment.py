@@ -8,15 +8,8 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = (
-    "robust-flatness",
-    "torch",
-    "torchvision",
-    "lightning",
-    "torchmetrics",
-    "pyautoattack",
-    "numpy",
-    "scikit-learn",
-    "wandb",
+    *("robust-flatness", "torch", "torchvision", "lightning", "torchmetrics", "pyautoattack"),
+    *("numpy", "scikit-learn", "wandb"),
 )
 
 
@@ -37,11 +30,7 @@ def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str | None]:
 
 
 def hardware(num_processes: int = 1) -> dict[str, Any]:
-    """Returns the platform, the CPU's name and cores, and the names of the visible GPUs.
-
-    Args:
-        num_processes: Number of processes that trained together.
-    """
+    """Returns the platform, the CPU's name and cores, the visible GPUs' names, and processes."""
     import torch  # not at the top: reading runs needs no torch
 
     return {

@@ -28,10 +28,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a temporary path that replaces `path` once the block has finished.
 
     A reader sees the old or the new file, never a part of one. If the block raises, the old file
-    stays and the temporary one is removed.
-
-    Args:
-        path: The file. Its folder is created if it does not exist.
+    stays and the temporary one is removed. The folder is created if it does not exist.
 
     Example:
         >>> import tempfile
@@ -116,13 +113,8 @@ def write_landscapes(
 ) -> None:
     """Writes landscapes atomically to an `.npz` file that NumPy reads without pickles.
 
-    The file has `names`, the names of the landscapes; for each of them `<name>/coordinates` and
-    `<name>/losses`; and `settings` as JSON.
-
-    Args:
-        path: The file.
-        landscapes: By name, such as `final/random` or `early_stopped/surface`.
-        settings: How they were measured.
+    The file has `names`, such as `final/random` and `early_stopped/surface`; for each of them
+    `<name>/coordinates` and `<name>/losses`; and `settings`, how they were measured, as JSON.
     """
     arrays: dict[str, Any] = {
         f"{name}/{part}": values

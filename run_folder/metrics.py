@@ -101,9 +101,56 @@ METRICS = (
     Metric("flatness/worst", "worst-case flatness", "nats"),
     Metric("flatness/clean_average", "average-case flatness of the clean loss", "nats"),
     Metric("flatness/clean_worst", "worst-case flatness of the clean loss", "nats"),
+    Metric("flatness/first_order", "first-order flatness", "nats", in_tables=True),
+    Metric("flatness/clean_first_order", "first-order flatness (clean)", "nats", in_tables=True),
+    Metric("sharpness/adaptive_average", "average adaptive sharpness", "nats", in_tables=True),
+    Metric("sharpness/adaptive_worst", "worst adaptive sharpness", "nats", in_tables=True),
+    Metric(
+        "sharpness/clean_adaptive_average",
+        "average adaptive sharpness (clean)",
+        "nats",
+        in_tables=True,
+    ),
+    Metric(
+        "sharpness/clean_adaptive_worst", "worst adaptive sharpness (clean)", "nats", in_tables=True
+    ),
+    Metric("gradient/norm", "gradient norm", in_tables=True),
+    Metric("gradient/clean_norm", "gradient norm (clean)", in_tables=True),
+    Metric("gradient/relative_norm", "relative gradient norm", "nats", in_tables=True),
+    Metric(
+        "gradient/clean_relative_norm", "relative gradient norm (clean)", "nats", in_tables=True
+    ),
+    Metric("hessian/trace", "Hessian trace", in_tables=True),
+    Metric("hessian/robust_trace", "Hessian trace (fixed attacks)", in_tables=True),
+    Metric("hessian/scale_free_trace", "scale-free Hessian trace", "nats", in_tables=True),
+    Metric(
+        "hessian/robust_scale_free_trace",
+        "scale-free Hessian trace (fixed attacks)",
+        "nats",
+        in_tables=True,
+    ),
     Metric("hessian/max_eigenvalue", "largest Hessian eigenvalue"),
     Metric("hessian/min_eigenvalue", "smallest Hessian eigenvalue", lower_is_better=None),
     Metric("hessian/convexity", "convexity |λ_min| / |λ_max|"),
+    Metric("margin/mean", "mean margin", lower_is_better=False, in_tables=True),
+    Metric("margin/median", "median margin", lower_is_better=False),
+    Metric("margin/percentile_10", "10th percentile of the margin", lower_is_better=False),
+    Metric("margin/probability", "mean probability margin", lower_is_better=False),
+    Metric("margin/robust_mean", "mean margin (PGD)", lower_is_better=False, in_tables=True),
+    Metric("margin/robust_median", "median margin (PGD)", lower_is_better=False),
+    Metric("margin/robust_percentile_10", "10th percentile of margin (PGD)", lower_is_better=False),
+    Metric("margin/robust_probability", "mean probability margin (PGD)", lower_is_better=False),
+    Metric("lipschitz/logits", "local Lipschitz constant", in_tables=True),
+    Metric("lipschitz/kl", "KL (clean ‖ PGD)", "nats", in_tables=True),
+    Metric("boundary/thickness", "boundary thickness", lower_is_better=False, in_tables=True),
+    Metric("boundary/not_reached", "target class not reached", "%", lower_is_better=None),
+    Metric("boundary/same_class", "target class predicted before", "%", lower_is_better=None),
+    Metric("attack/largest_eps_error", "RErr (PGD) at the largest ε", "%", lower_is_better=None),
+    Metric("attack/more_steps_error", "RErr (PGD) with more steps", "%"),
+    Metric("attack/square_error", "RErr (PGD and Square)", "%"),
+    Metric("single_step/fgsm_error", "error under FGSM", "%"),
+    Metric("single_step/pgd_error", "error under PGD, steps of ε/4", "%"),
+    Metric("gradient/alignment", "gradient alignment", lower_is_better=False),
     Metric("loss", "loss of the objective", "nats"),
     Metric("divergence", "KL divergence", "nats"),
     Metric("weighted_divergence", "weighted KL divergence", "nats"),
@@ -178,7 +225,9 @@ def metric(name: str) -> Metric:
     key = "/".join(parts)
     entry = _BY_NAME.get(key) or _default(key)
     if is_deviation:
-        entry = replace(entry, label=f"standard error of {entry.label}", lower_is_better=None)
+        label = f"standard error of {entry.label}"
+        # Tables show it behind its value.
+        entry = replace(entry, label=label, lower_is_better=None, in_tables=False)
     return replace(
         entry,
         name=logged,

@@ -10,7 +10,7 @@ import csv
 import json
 import math
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -51,6 +51,9 @@ class Run:
         num_classes: Number K of classes, if known.
         versions: Of the packages that ran.
         hardware: Of the machine.
+        checks: By weights, mappings with `name`, `passed` (None if not decided) and `text`.
+        error_curve: By weights, `eps` and the `robust_error` at each.
+        class_errors: By weights and split, the robust error of each class.
         landscapes: By name, such as `final/random`, as means over examples: `(D, S, 1)`.
     """
 
@@ -70,6 +73,9 @@ class Run:
     versions: Mapping[str, str] = field(default_factory=dict)
     hardware: Mapping[str, Any] = field(default_factory=dict)
     diverged_epoch: int | None = None
+    checks: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    error_curve: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
+    class_errors: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
     landscapes: Mapping[str, Landscape] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -144,32 +150,41 @@ def load_run(folder: str | Path) -> Run:
 
 
 def _parse(folder: Path, content: Mapping[str, Any]) -> Run:
-    names = ("settings", "final", "early_stopped", "num_examples", "versions", "hardware")
-    settings, final, stopped, counts, versions, hardware = (_mapping(content, n) for n in names)
+    final, data = _finite(_mapping(content, "final"), "final"), _text(content, "data")
+    hardware, counts = _mapping(content, "hardware"), _mapping(content, "num_examples")
     if not isinstance(hardware.get("gpus") or [], list):
         raise ValueError("`hardware` holds no list of `gpus`")
-    data, final = _text(content, "data"), _finite(final, "final")
+    rows = content["trajectory"]
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError("`trajectory` is not a list of mappings")
+    if any(_count(row, "epoch") is None for row in rows):
+        raise ValueError("a row of its trajectory has no epoch")
     # AutoAttack logs the error of the early-stopped weights beside that of the last ones.
     suffix = "_early_stopped"
     logged = {n.removesuffix(suffix): x for n, x in final.items() if n.endswith(suffix)}
+    time = "wall_time_seconds"
+    seconds = _entry(content, time, lambda x: is_number(x) and x >= 0, "a number >= 0")
     return Run(
         folder=folder,
         method=_text(content, "method"),
         data=data,
         seed=_count(content, "seed"),
-        settings=settings,
+        settings=_mapping(content, "settings"),
         final=final,
-        early_stopped=logged | _finite(stopped, "early_stopped"),
+        early_stopped=logged | _finite(_mapping(content, "early_stopped"), "early_stopped"),
         num_examples={n: x for n in counts if (x := _count(counts, n, low=1)) is not None},
-        trajectory=_rows(content["trajectory"]),
+        trajectory=[_finite(row, "trajectory") for row in rows],
         early_stopped_epoch=_count(content, "early_stopped_epoch"),
         # A run may end within its first epoch; shares of training divide by this number.
         epochs=max(1, _count(content, "epochs") or 0),
-        wall_time_seconds=_seconds(content, "wall_time_seconds"),
+        wall_time_seconds=math.nan if seconds in (None, math.inf) else float(seconds),
         num_classes=_count(content, "num_classes", low=1) or _CLASSES.get(data),
-        versions=versions,
+        versions=_mapping(content, "versions"),
         hardware=hardware,
         diverged_epoch=_count(content, "diverged_epoch"),
+        checks=_checks(content),
+        error_curve=_lists(content, "error_curve"),
+        class_errors=_lists(content, "class_errors"),
     )
 
 
@@ -201,9 +216,8 @@ def _progress(folder: Path) -> str:
         if path.is_file():  # opening a FIFO would block
             with path.open(newline="", encoding="utf-8") as file:
                 epochs = sum(1 for _ in csv.DictReader(file))
-    if epochs < 2:
-        return f"not finished: {'one' if epochs else 'no'} epoch was recorded"
-    return f"not finished: {epochs} epochs were recorded"
+    counted = {0: "no epoch was", 1: "one epoch was"}.get(epochs, f"{epochs} epochs were")
+    return f"not finished: {counted} recorded"
 
 
 def _check_values(value: Any, depth: int = 40) -> None:
@@ -219,44 +233,59 @@ def _check_values(value: Any, depth: int = 40) -> None:
         raise ValueError("a number has too many digits")
 
 
-def _entry(content: Mapping[str, Any], name: str, is_valid: bool, expected: str) -> Any:
-    if not is_valid:
-        raise ValueError(f"`{name}` is {reprlib.repr(content[name])}, not {expected}")
-    return content.get(name)
+def _entry(
+    content: Mapping[str, Any], name: str, is_valid: Callable[[Any], bool], expected: str
+) -> Any:
+    value = content.get(name)
+    if value is not None and not is_valid(value):
+        raise ValueError(f"`{name}` is {reprlib.repr(value)}, not {expected}")
+    return value
 
 
 def _text(content: Mapping[str, Any], name: str) -> str:
-    value = content[name]
-    is_name = isinstance(value, str) and value.isprintable() and 0 < len(value) < 256
+    def is_name(value: Any) -> bool:
+        return isinstance(value, str) and value.isprintable() and 0 < len(value) < 256
+
     return str(_entry(content, name, is_name, "a name in one line"))
 
 
 def _count(content: Mapping[str, Any], name: str, low: int = 0) -> int | None:
-    value = content.get(name)
-    is_count = value is None or (type(value) is int and value >= low)
-    count: int | None = _entry(content, name, is_count, f"an integer >= {low}")
-    return count
+    expected = f"an integer >= {low}"
+    value: int | None = _entry(content, name, lambda x: type(x) is int and x >= low, expected)
+    return value
 
 
 def _mapping(content: Mapping[str, Any], name: str) -> dict[str, Any]:
-    value = content.get(name)
-    is_mapping = value is None or isinstance(value, dict)
-    return dict(_entry(content, name, is_mapping, "a mapping") or {})
+    return dict(_entry(content, name, lambda x: isinstance(x, dict), "a mapping") or {})
 
 
-def _seconds(content: Mapping[str, Any], name: str) -> float:
-    value = content.get(name)
-    is_time = value is None or (is_number(value) and value >= 0)
-    value = _entry(content, name, is_time, "a number >= 0")
-    return math.nan if value in (None, math.inf) else float(value)
+def _checks(content: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    def is_check(check: Any) -> bool:
+        texts = (
+            [check.get(name) for name in ("name", "text")] if isinstance(check, dict) else [None]
+        )
+        return all(isinstance(text, str) for text in texts)
+
+    def are_checks(weights: Any) -> bool:
+        return all(isinstance(own, list) and all(map(is_check, own)) for own in weights.values())
+
+    checks = _mapping(content, "checks")
+    return dict(_entry({"checks": checks}, "checks", are_checks, "lists of `name` and `text`"))
 
 
-def _rows(trajectory: Any) -> list[dict[str, float]]:
-    if not isinstance(trajectory, list) or not all(isinstance(row, dict) for row in trajectory):
-        raise ValueError("`trajectory` is not a list of mappings")
-    if any(_count(row, "epoch") is None for row in trajectory):
-        raise ValueError("a row of its trajectory has no epoch")
-    return [_finite(row, "trajectory") for row in trajectory]
+def _lists(content: Mapping[str, Any], name: str) -> dict[str, dict[str, list[float]]]:
+    def are_lists(weights: Any) -> bool:
+        for lists in weights.values():
+            values = list(lists.values()) if isinstance(lists, dict) else [lists]
+            if not all(isinstance(one, list) and all(map(is_number, one)) for one in values):
+                return False
+            # The points of a curve have both coordinates.
+            if name == "error_curve" and len({len(one) for one in values}) > 1:
+                return False
+        return True
+
+    lists = _mapping(content, name)
+    return dict(_entry({name: lists}, name, are_lists, "mappings of lists of numbers"))
 
 
 def _finite(metrics: Mapping[str, Any], where: str) -> dict[str, float]:

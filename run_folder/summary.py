@@ -81,8 +81,13 @@ def summary_table(results: Mapping[str, Any], *, folder: str | Path | None = Non
     tested = results.get("checkpoint") or "last"
     own = "final\nweights" if tested == "last" else f"weights of\n{tested}.ckpt"
     table.add_column(own, justify="right", no_wrap=True)
-    columns = _columns(results)
-    if len(columns) > 1:
+    final, stopped = results.get("final") or {}, results.get("early_stopped") or {}
+    columns: list[Column] = [final]
+    # AutoAttack logs the error of the early-stopped weights beside that of the last ones.
+    name = "test/autoattack_error_early_stopped"
+    if name in final or stopped or epoch is not None:
+        logged = {"test/autoattack_error": final[name]} if name in final else {}
+        columns.append(logged | stopped)
         note = "" if epoch is None else f"(epoch {epoch})"
         table.add_column(f"early-stopped\n{note}", justify="right", no_wrap=True)
     images = results.get("num_examples") or {}
@@ -90,10 +95,11 @@ def summary_table(results: Mapping[str, Any], *, folder: str | Path | None = Non
     for section in (*_SECTIONS, tuple((name,) for name in further)):
         table.add_section()
         for names in section:
-            measured = [name for column in columns if (name := _first(names, column))]
-            if measured or names not in _OPTIONAL:
-                label = _label(names[0], [images[name] for name in measured if name in images])
-                table.add_row(label, *(_cell(column, names, images) for column in columns))
+            measured = [next((n for n in names if n in column), None) for column in columns]
+            counts = [images[name] for name in measured if name in images]
+            if any(measured) or names not in _OPTIONAL:
+                cells = (_cell(*part, images) for part in zip(columns, measured))
+                table.add_row(_label(names[0], counts), *cells)
     return table
 
 
@@ -123,19 +129,6 @@ def error_interval(errors: int, n: int, level: float = 0.95) -> tuple[float, flo
     return float(interval.low), float(interval.high)
 
 
-def _columns(results: Mapping[str, Any]) -> list[Column]:
-    final, stopped = results.get("final") or {}, results.get("early_stopped") or {}
-    # AutoAttack logs the error of the early-stopped weights beside that of the last ones.
-    own = "test/autoattack_error_early_stopped"
-    logged = {"test/autoattack_error": final[own]} if own in final else {}
-    kept = logged or stopped or results.get("early_stopped_epoch") is not None
-    return [final, logged | stopped] if kept else [final]
-
-
-def _first(names: tuple[str, ...], column: Column) -> str | None:
-    return next((name for name in names if name in column), None)
-
-
 def _label(name: str, counts: list[int]) -> str:
     """The title without brackets, indented for a part of the metric above it."""
     label = metric(name).title.replace(" (", " ").replace(")", "")
@@ -144,8 +137,7 @@ def _label(name: str, counts: list[int]) -> str:
     return f"{label} (n={counts[0]})" if counts and metric(name).is_share else label
 
 
-def _cell(column: Column, names: tuple[str, ...], images: Mapping[str, int]) -> str:
-    name = _first(names, column)
+def _cell(column: Column, name: str | None, images: Mapping[str, int]) -> str:
     if name is None:
         return _DASH
     value = column[name]

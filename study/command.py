@@ -13,7 +13,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from robust_flatness.study.elsewhere import submit, write_sweep
-from robust_flatness.study.plan import CommandLine, PlannedRun, counted, make_plan
+from robust_flatness.study.plan import (
+    CommandLine,
+    PlannedRun,
+    counted,
+    make_plan,
+    print_plain,
+)
 from robust_flatness.study.pool import Pool
 from robust_flatness.study.state import (
     State,
@@ -71,11 +77,8 @@ def study(
         options: Options of `fit` for all runs, as after `--`.
     """
     console = Console()
-    chosen: dict[str, Any] = {
-        "rows": _names(rows),
-        "sweep": _names(sweep),
-        "configs": _names(configs),
-    }
+    chosen: dict[str, Any] = {"rows": rows, "sweep": sweep, "configs": configs}
+    chosen = {key: _names(names) for key, names in chosen.items()}
     if isinstance(seeds, int):
         if not 1 <= seeds <= _MAX_SEEDS:
             raise ValueError(f"Expected `--seeds` to be in [1, {_MAX_SEEDS}] but got {seeds}.")
@@ -102,8 +105,7 @@ def study(
         check_same_study(run, command_line.read_options)
     _check_arguments(plan, command_line)
     if sweep_file is not None:
-        choice: dict[str, Sequence[Any]] = {**chosen, "seeds": seeds, "root": [root]}
-        choice["data"] = _names(data or "")
+        choice = {**chosen, "seeds": seeds, "root": [root], "data": _names(data or "")}
         write_sweep(sweep_file, plan, choice, options or [], console)
         return
     console.print(plan_table(plan, jobs))
@@ -121,8 +123,7 @@ def study(
     finished = sum(state_of(run) is State.FINISHED for run in plan)
     console.print(f"{finished} of {counted(len(plan))} finished.")
     for run, reason in pool.failures.items():
-        text = f"  {run.name}: {reason}\n    {study_file(run, 'log')}"
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        print_plain(console, f"  {run.name}: {reason}\n    {study_file(run, 'log')}")
     if pool.failures:
         raise SystemExit(f"{len(pool.failures)} failed; the same command tries them again.")
 
@@ -191,11 +192,11 @@ def _check_arguments(plan: Sequence[PlannedRun], command_line: CommandLine) -> N
     Checked is one run for each file and sweep. If there are many, only the first and the last ones
     are checked, because the user's own files follow the rows of Table 1.
     """
-    first: dict[tuple[str, ...], PlannedRun] = {}
+    first: dict[str, PlannedRun] = {}
     for run in plan:
         options = command_line.read_options(run.arguments[1:])
-        kind = (o.value if o.name == "config" else o.name for o in options)
-        first.setdefault(tuple(map(str, kind)), run)
+        kind = [o.value if o.name == "config" else o.name for o in options]
+        first.setdefault(str(kind), run)
     runs = list(first.values())
     for run in [runs[0], *runs[1:][1 - _CHECKED :]]:
         try:

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from robust_flatness.study.plan import PlannedRun, counted
+from robust_flatness.study.plan import PlannedRun, counted, print_plain
 from robust_flatness.study.state import Process, State, start, state_of
 
 # With several tasks or nodes, each task would train the run. Lightning starts such runs itself.
@@ -76,8 +76,8 @@ def submit(plan: Sequence[PlannedRun], parameters: Mapping[str, Any], console: C
             f"Expected `--slurm` to contain parameters of submitit but got {dict(parameters)}: "
             f"{error}"
         ) from error
-    text = f"Submitted {counted(len(jobs))} as {jobs[0].job_id.split('_')[0]}; logs: {folder}"
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    array = jobs[0].job_id.split("_")[0]
+    print_plain(console, f"Submitted {counted(len(jobs))} as {array}; logs: {folder}")
 
 
 def write_sweep(
@@ -89,12 +89,7 @@ def write_sweep(
 ) -> None:
     """Writes the runs that have not finished as a W&B sweep, whose agents train one run each.
 
-    Args:
-        path: The YAML file.
-        plan: The runs.
-        choice: Arguments of `study` that select the plan, as lists.
-        options: Options of `fit` for all runs.
-        console: Where the next command is printed.
+    The arguments of `study` in `choice` select the plan, and `options` of `fit` are for all runs.
     """
     if path.is_dir():
         raise ValueError(f"Expected `--sweep_file` to be a file to write but {path} is a folder.")
@@ -112,9 +107,9 @@ def write_sweep(
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-    text = (
+    print_plain(
+        console,
         f"Wrote {counted(len(left))} to {path}. Start it with: wandb sweep {path}\n"
         "Agents try each run once. To finish runs that are cut off, run the same command without "
-        "--sweep_file."
+        "--sweep_file.",
     )
-    console.print(text, markup=False, highlight=False, soft_wrap=True)

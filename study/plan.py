@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from rich.console import Console
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 ROWS = sorted(path.stem for path in (CONFIGS / "table1").glob("*.yaml"))
@@ -24,10 +25,8 @@ class CommandLine(NamedTuple):
     """The functions of the command line, a layer above, that a study calls.
 
     Attributes:
-        read_options: Splits arguments into options with `name` (without dashes), `value` (`None`
-            for a switch) and `arguments` (the one or two arguments that it consists of).
-        merge_settings: Merges the presets and files in arguments of `fit`. Returns the settings
-            and the remaining arguments.
+        read_options: Splits arguments into options, as `read_options` of the command line does.
+        merge_settings: Merges presets and files; also returns the remaining arguments.
         check_arguments: Raises a `ValueError` if `fit` refuses the arguments.
         read_yaml: Reads the mapping in a YAML file, which error messages call by an option's name.
     """
@@ -87,10 +86,9 @@ def make_plan(
         ValueError: If there is nothing to train, a name or file is unknown, an option cannot apply
             to all runs, or two runs would share a folder.
     """
-    chosen = [
-        *(((f"--config={file}",), "") for file in _config_files(rows, configs)),
-        *itertools.chain(*(_sweep_runs(file, command_line.read_yaml) for file in sweep)),
-    ]
+    chosen: list[tuple[tuple[str, ...], str]]
+    chosen = [((f"--config={file}",), "") for file in _config_files(rows, configs)]
+    chosen += itertools.chain(*(_sweep_runs(file, command_line.read_yaml) for file in sweep))
     if not chosen:
         raise ValueError(
             "Expected `--rows`, `--sweep` or `--configs` to say what to train but got none."
@@ -142,15 +140,10 @@ def _seeded_runs(
         raise ValueError(f"Expected `trainer.max_epochs` to be >= 1 but got {epochs}.")
     stem = "-".join(filter(None, (method, re.sub(r"[^\w.+-]+", "_", swept).strip("_"), data)))
     settings = {"files": files, "typed": list(rest)}
+    seeded = {seed: (*arguments, f"--seed_everything={seed}") for seed in seeds}
     return [
-        PlannedRun(
-            root / f"{stem}-s{seed}",
-            data,
-            epochs,
-            arguments=(*arguments, f"--seed_everything={seed}"),
-            settings=settings,
-        )
-        for seed in seeds
+        PlannedRun(root / f"{stem}-s{seed}", data, epochs, typed, settings)
+        for seed, typed in seeded.items()
     ]
 
 
@@ -173,11 +166,7 @@ def _config_files(rows: Sequence[str], configs: Sequence[str]) -> Iterator[str]:
 def _sweep_runs(
     sweep: str, read_yaml: Callable[[str, str], Mapping[str, Any]]
 ) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Lists the runs of a W&B sweep file, which must be a grid whose command calls `fit`.
-
-    Yields:
-        Arguments of `fit`, and the swept values as a short text, such as `lam1.0`.
-    """
+    """The runs of a W&B sweep file: arguments of `fit`, and the swept values, such as `lam1.0`."""
     name = sweep.removeprefix("configs/sweeps/").removesuffix(".yaml")
     paths = (Path(sweep).expanduser(), CONFIGS / "sweeps" / f"{name}.yaml")
     file = next((path for path in paths if path.is_file()), None)
@@ -233,3 +222,8 @@ def _short(name: str, value: Any) -> list[str]:
 def counted(runs: int) -> str:
     """Returns a number of runs in words, such as `1 run` and `57 runs`."""
     return f"{runs} run{'' if runs == 1 else 's'}"
+
+
+def print_plain(console: Console, text: str) -> None:
+    """Prints names, paths and errors, which may contain brackets that are no markup."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -12,7 +12,7 @@ from threading import Event, Lock
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from robust_flatness.study.plan import PlannedRun, counted
+from robust_flatness.study.plan import PlannedRun, counted, print_plain
 from robust_flatness.study.state import (
     Process,
     State,
@@ -81,20 +81,16 @@ class Pool:
                     done, futures = wait(futures, _POLL_SECONDS, FIRST_COMPLETED)
                     again = [run for future in done if (run := future.result())]
                     futures |= {executor.submit(self._train, run) for run in again}
-                    epochs, text = self._progress()
-                    progress.update(bar, completed=epochs, description=text)
+                    epochs = {run: epochs_done(run) for run in list(self._running)}
+                    running = [f"{x.name} ({done}/{x.epochs})" for x, done in epochs.items()]
+                    counts = f"{len(self._finished)} of {self._total} finished"
+                    text = f"{counts}, {len(self.failures)} failed, running: {', '.join(running)}"
+                    total = sum(run.epochs for run in self._finished) + sum(epochs.values())
+                    progress.update(bar, completed=total, description=text)
         finally:
             self._terminate()
             executor.shutdown(cancel_futures=True)
             signal.signal(signal.SIGTERM, previous)
-
-    def _progress(self) -> tuple[int, str]:
-        """The epochs of finished and running runs, and a line that describes them."""
-        epochs = {run: epochs_done(run) for run in list(self._running)}
-        running = ", ".join(f"{run.name} ({done}/{run.epochs})" for run, done in epochs.items())
-        counts = f"{len(self._finished)} of {self._total} finished, {len(self.failures)} failed"
-        total = sum(run.epochs for run in self._finished) + sum(epochs.values())
-        return total, f"{counts}, running: {running}"
 
     def _train(self, run: PlannedRun) -> PlannedRun | None:
         """Trains a run. Returns it if it has to be tried again."""
@@ -113,7 +109,7 @@ class Pool:
                 # It uses no core or GPU of this machine, so the other runs come first.
                 self._stopping.wait(_POLL_SECONDS)
             elif is_running(run):
-                self._print(f"waiting for {run.name}, which another process trains")
+                print_plain(self.console, f"waiting for {run.name}, which another process trains")
                 while is_running(run) and not self._stopping.wait(_POLL_SECONDS):
                     pass
         finally:
@@ -124,17 +120,15 @@ class Pool:
         if state_of(run) is State.FINISHED:
             with self._lock:
                 self._finished.append(run)
-                self._print(f"finished {run.name} ({len(self._finished)} of {self._total})")
+                print_plain(
+                    self.console, f"finished {run.name} ({len(self._finished)} of {self._total})"
+                )
         elif process is None:
             return run
         else:
             self.failures[run] = _reason(run, process.returncode, log_size)
-            self._print(f"failed {run.name}: {self.failures[run]}")
+            print_plain(self.console, f"failed {run.name}: {self.failures[run]}")
         return None
-
-    def _print(self, text: str) -> None:
-        # Names and errors may contain brackets, which are not markup.
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _terminate(self) -> None:
         """Ends all processes. No signal interrupts this."""
@@ -145,7 +139,10 @@ class Pool:
         processes = [process for process in list(self._running.values()) if process is not None]
         if processes:
             seconds = f"{_PATIENCE_SECONDS:.0f}"
-            self._print(f"Ending {counted(len(processes))}, which may take up to {seconds} s …")
+            print_plain(
+                self.console,
+                f"Ending {counted(len(processes))}, which may take up to {seconds} s …",
+            )
         for process in processes:
             process.terminate()
         deadline = time.monotonic() + _PATIENCE_SECONDS

@@ -74,13 +74,12 @@ def check_same_study(
         return
 
     def flat(settings: Mapping[str, Any]) -> dict[str, str]:
-        settings_by_name = dict(_leaves(settings["files"]))
         typed: dict[str, str] = {}
         for option in read_options(settings["typed"]):
             name, value = f"--{option.name}", "true" if option.value is None else option.value
             # An option that occurs more than once, such as `--list+=…`, may add up.
             typed[name] = f"{typed[name]},{value}" if name in typed else value
-        return settings_by_name | typed
+        return dict(_leaves(settings["files"])) | typed
 
     try:
         saved = json.loads(study_file(run, "json").read_text(encoding="utf-8"))
@@ -105,18 +104,11 @@ def check_same_study(
 
 
 def start(run: PlannedRun, environment: Mapping[str, str] | None = None) -> Process | None:
-    """Starts or resumes a run in a new process, unless another process trains it.
+    """Starts or resumes a run in a new process, unless another one trains it or has finished it.
 
     The process holds a lock as long as it lives, even if the study is killed, so that no second
     process writes to the same folder. It is a session of its own: Ctrl-C reaches the study alone,
-    which then ends its runs.
-
-    Args:
-        run: A planned run.
-        environment: Environment variables in addition to those of this process.
-
-    Returns:
-        The process, or `None` if another process trains this run or has finished it.
+    which then ends its runs. `environment` is in addition to that of this process.
     """
     lock = _acquire_lock(run)
     if lock is None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from robust_flatness.cli import main
+from robust_flatness.command_line.parser import read_options
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -72,11 +73,15 @@ def run_block(
 
 def test_python_blocks_are_those_that_the_tests_below_run():
     having = {page.relative_to(ROOT).as_posix() for page in PAGES if blocks(page, "python")}
-    pages = {"README.md", "docs/command-line.md", "docs/measures.md", "docs/variants.md"}
+    pages = {"README.md", "docs/any-module.md", "docs/command-line.md", "docs/measures.md"}
+    # The last one is run by test_docs_elsewhere.py.
+    pages |= {"docs/variants.md", "docs/elsewhere.md"}
     assert having == pages
 
 
-def test_readme_callbacks_in_another_project(tmp_path, monkeypatch):
+@pytest.fixture
+def my_project(tmp_path, monkeypatch):
+    """Another project, in the current folder."""
     # Another project has its own `callbacks` folder, another forward, normalized inputs.
     (tmp_path / "callbacks").mkdir()
     (tmp_path / "callbacks" / "__init__.py").write_text("MINE = True\n")
@@ -106,6 +111,12 @@ def test_readme_callbacks_in_another_project(tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.chdir(tmp_path)
+    for name in ("callbacks", "my_project"):
+        monkeypatch.setitem(sys.modules, name, None)
+        del sys.modules[name]
+
+
+def test_readme_callbacks_in_another_project(my_project):
     torch.manual_seed(0)
     names = run_block("README.md", {})
     logged = names["trainer"].callback_metrics
@@ -123,6 +134,13 @@ def test_readme_callbacks_in_another_project(tmp_path, monkeypatch):
     )
     for name, value in alone.state_dict().items():
         assert torch.equal(value, watched[name]), name
+
+
+def test_training_callbacks_in_another_project(my_project):
+    torch.manual_seed(0)
+    logged = run_block("docs/any-module.md", {})["trainer"].callback_metrics
+    assert {"flatness/average/val", "val/robust_error"} <= set(logged)
+    assert logged["awp/relative_norm_max"] == pytest.approx(0.01, rel=1e-4)
 
 
 def test_datamodule_that_declares_its_normalization():
@@ -185,12 +203,15 @@ def inline_options() -> list[list[str]]:
 
 
 def conflict(first: list[str], second: list[str]) -> bool:
-    """Whether both set an option, or one chooses the class that the other's options belong to."""
-    own, other = (
-        {re.split("[=+]", a)[0] for a in s if a.startswith("--")} for s in (first, second)
-    )
-    pairs = [(f"{a}.", f"{b}.") for a in own for b in other]
-    return "--config" in own | other or any(a.startswith(b) or b.startswith(a) for a, b in pairs)
+    """Whether both set an option, or one chooses the class that the other's options belong to.
+
+    Equal options, such as `--model=ATAWP`, are for both.
+    """
+    own, other = ({o.name.rstrip("+"): o.value for o in read_options(s)} for s in (first, second))
+    equal = {name for name, _ in own.items() & other.items()}
+    pairs = [(f"{a}.", f"{b}.") for a in own.keys() - equal for b in other.keys() - equal]
+    files = own.get("config") != other.get("config")
+    return files or any(a.startswith(b) or b.startswith(a) for a, b in pairs)
 
 
 def merged(snippets: list[list[str]]) -> list[list[str]]:

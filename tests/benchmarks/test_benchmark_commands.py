@@ -45,6 +45,15 @@ def test_prints_a_table_and_its_setting(name, benchmark, capsys):
 
 
 @pytest.mark.slow
+def test_training_callbacks_beside_atawp(benchmark, capsys):
+    benchmark("training_callbacks").main([0, 1], epochs=1, width=2, images=8, restarts=1)
+    lines = capsys.readouterr().out.splitlines()
+    methods = [re.match(r"\| ([^|]*) \|", line) for line in lines if not line.startswith("|---")]
+    assert [m[1] for m in methods[1:]] == ["clean", "callbacks", "ATAWP", "callbacks − ATAWP"]
+    assert "nan" not in "".join(lines)
+
+
+@pytest.mark.slow
 def test_a_step_of_each_row_with_its_passes_and_the_table(benchmark, tmp_path, capsys):
     file, rows = tmp_path / "costs.json", ["at", "at_awp", "trades_awp"]
     benchmark("training").steps(rows, epochs=1, rounds=1, write=file, options=TINY)

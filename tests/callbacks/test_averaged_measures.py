@@ -72,6 +72,12 @@ class Opener(Callback):
         assert own_weights(pl_module) is None
         with swapped_weights(pl_module, other), averaged_weights(trainer, pl_module):
             assert same(snapshot(pl_module), other)
+            zeros = {name: torch.zeros_like(value) for name, value in other.items()}
+            with swapped_weights(pl_module, zeros):
+                assert same(snapshot(pl_module), zeros)
+            assert same(snapshot(pl_module), other)
+            # A checkpoint that is written here must not hold the other weights.
+            assert same(own_weights(pl_module), held["own"])
         held["after swap"] = self.everything(pl_module)
 
 

@@ -15,6 +15,7 @@ from trainers import PLAIN, ToyData, dataset, loader, quiet_trainer
 
 from robust_flatness.callbacks import (
     Curvature,
+    EpochMeasure,
     FinalEvaluation,
     Flatness,
     Landscape,
@@ -26,6 +27,12 @@ from robust_flatness.callbacks import (
 )
 from robust_flatness.lightning_modules import AT
 from robust_flatness.loggers import EpochCSVLogger
+from robust_flatness.measures import (
+    AdaptiveSharpness,
+    FirstOrderFlatness,
+    GradientNorm,
+    HessianTrace,
+)
 
 ATTACKED = {"eps": 0.1, "steps": 2, "batch_size": 5}
 NAMED = [
@@ -34,6 +41,11 @@ NAMED = [
     (Flatness, {**ATTACKED, "num_perturbations": 3, "loss": "clean"}),
     (WorstCaseFlatness, {**ATTACKED, "restarts": 2, "xi": 0.05}),
     (Curvature, {"batch_size": 4}),
+    (EpochMeasure, {"measure": AdaptiveSharpness(num_perturbations=3, **ATTACKED)}),
+    (EpochMeasure, {"measure": AdaptiveSharpness(case="worst", weight_steps=3, **ATTACKED)}),
+    (EpochMeasure, {"measure": HessianTrace(num_probes=2, batch_size=4)}),
+    (EpochMeasure, {"measure": GradientNorm(**ATTACKED)}),
+    (EpochMeasure, {"measure": FirstOrderFlatness(weight_steps=2, **ATTACKED)}),
 ]
 VAL = {"split": "val", "dataset": dataset(12, seed=2), **LIGHT}
 
@@ -269,7 +281,7 @@ def test_every_measure_works_in_every_precision(tmp_path, precision):
         steps=1,
         restarts=1,
         num_perturbations=2,
-        extras=["clean", "worst", "clean_worst", "curvature"],
+        extras="all",
     )
     stopping = RobustEarlyStopping(**attacked)
     kinds = ["random", "adversarial", "hessian"]

@@ -14,12 +14,23 @@ from trainers import dataset, quiet_trainer
 
 from robust_flatness.callbacks import (
     AutoAttack,
+    EpochMeasure,
     FinalEvaluation,
     Flatness,
     RobustEarlyStopping,
     RobustEvaluation,
 )
 from robust_flatness.callbacks.measuring import evaluation_context, swapped_weights
+from robust_flatness.measures import (
+    AdaptiveSharpness,
+    AttackChecks,
+    BoundaryThickness,
+    FirstOrderFlatness,
+    GradientNorm,
+    HessianTrace,
+    LocalLipschitz,
+    Margins,
+)
 
 LIGHT = {"num_examples": 12, "steps": 2, "eps": 0.1, "batch_size": 5}
 
@@ -56,6 +67,14 @@ class Foreign(LightningModule):
 
 
 def measuring_callbacks() -> list[Callback]:
+    few = {"eps": 0.1, "steps": 1, "batch_size": 5}
+    derivatives = [
+        AdaptiveSharpness(num_perturbations=2, parameters="all", **few),
+        AdaptiveSharpness(case="worst", weight_steps=2, **few),
+        HessianTrace(num_probes=1, **few),
+        GradientNorm(**few),
+        FirstOrderFlatness(weight_steps=1, **few),
+    ]
     return [
         RobustEvaluation(**LIGHT),
         RobustEvaluation(split="train", **LIGHT),
@@ -63,7 +82,17 @@ def measuring_callbacks() -> list[Callback]:
         Flatness(split="train", num_perturbations=2, **LIGHT),
         RobustEarlyStopping(dataset=dataset(12, seed=2), **LIGHT),
         FinalEvaluation(num_examples=6, steps=2, restarts=2, num_perturbations=2, eps=0.1),
+        *(
+            EpochMeasure(measure=measure, num_examples=6)
+            for measure in (
+                Margins(steps=2),
+                LocalLipschitz(steps=2, search_steps=2),
+                BoundaryThickness(steps=2, num_points=4),
+                AttackChecks(steps=2, more_steps=3, square_queries=2),
+            )
+        ),
         AutoAttack(num_examples=6, eps=0.1, version="custom", attacks=["apgd-ce"]),
+        *(EpochMeasure(measure=measure, num_examples=6) for measure in derivatives),
     ]
 
 

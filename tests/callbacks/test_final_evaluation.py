@@ -8,6 +8,7 @@ from averaging_runs import Final, FirstWeight, Scripted
 from lightning.pytorch.loggers import CSVLogger
 from networks_for_tests import tiny_body
 from torch import nn
+from torch.utils.data import TensorDataset
 from trainers import PLAIN, ToyData, dataset, quiet_trainer
 from wandb_reader import read_runs
 
@@ -155,8 +156,9 @@ def test_arrays_of_each_example_explain_the_figures(tmp_path):
             assert 1 - correct.mean() == pytest.approx(figures[f"{split}/robust_error"])
             clean = arrays[f"{weights}/{split}/clean_correct"]
             assert 1 - clean.mean() == pytest.approx(figures[f"{split}/error"])
-        gap = figures["test/robust_loss"] - figures["train_eval/robust_loss"]
-        assert figures["gap/robust_loss"] == pytest.approx(gap)
+        for name in ("robust_loss", "robust_error"):
+            gap = figures[f"test/{name}"] - figures[f"train_eval/{name}"]
+            assert figures[f"gap/{name}"] == pytest.approx(gap)
         verdicts = arrays[f"{weights}/test/autoattack_correct"]
         error = attack.final_results[weights]["test/autoattack_error"]
         assert 1 - verdicts.mean() == pytest.approx(error)
@@ -172,3 +174,37 @@ def test_one_call_measures_what_a_test_does():
         found = evaluate(network, data, [FinalEvaluation(**PROTOCOL)], **settings)
         assert found == pytest.approx(final.final_results["final"])
         assert found["test/robust_loss"] == pytest.approx(logged["test/robust_loss"])
+
+
+class Huge(nn.Module):
+    """Logits so large that no gradient is left."""
+
+    def forward(self, logits):
+        return 1e6 * logits
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_results_have_checks_curve_and_classes_and_name_failures(tmp_path, capsys, masked):
+    module, data = AT(tiny_body, **PLAIN), ToyData()
+    if masked:
+        module.network.append(Huge())
+    with torch.no_grad():
+        images = torch.stack([image for image, _ in data.measured])
+        data.measured = TensorDataset(images, module.eval()(images).argmax(1))
+    final = FinalEvaluation(splits=["test"], extras=["checks"], **PROTOCOL, eps=0.02)
+    trainer = quiet_trainer(callbacks=[final, Results()], logger=EpochCSVLogger(tmp_path))
+    trainer.test(module, datamodule=data, verbose=False)
+    results = json.loads((tmp_path / "results_test.json").read_text())
+    passed = {check["name"]: check["passed"] for check in results["checks"]["final"]}
+    assert passed["largest radius"] is not masked
+    assert passed["AutoAttack"] is None
+    printed = capsys.readouterr().out
+    assert ("Check failed (final weights): RErr at ε = 1 is" in printed) == masked
+    curve = results["error_curve"]["final"]
+    assert curve["eps"][:2] == [0.01, 0.02]
+    assert curve["robust_error"][-1] == results["final"]["attack/largest_eps_error/test"]
+    arrays = np.load(tmp_path / "examples_test.npz")
+    labels, correct = (arrays[f"final/test/{name}"] for name in ("labels", "robust_correct"))
+    for label in np.unique(labels):
+        error = 1 - correct[labels == label].mean()
+        assert results["class_errors"]["final"]["test"][label] == pytest.approx(error)

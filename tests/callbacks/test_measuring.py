@@ -42,6 +42,9 @@ class Foreign(LightningModule):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Nothing."""
 
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Nothing."""
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), 0.1)
 
@@ -100,6 +103,24 @@ def test_measures_of_the_end_alone_and_runs_of_our_command_line_say_nothing(
         assert len(said(capsys)) == lines
 
 
+@pytest.mark.parametrize("run", ["fit", "test"])
+def test_one_line_says_what_extras_cost(run: str, capsys: pytest.CaptureFixture[str]) -> None:
+    images, labels = loader().dataset.tensors  # type: ignore[attr-defined]
+    final = FinalEvaluation(
+        splits=["test"],
+        datasets={"test": TensorDataset(images, labels)},
+        extras=["worst", "curvature", "clean_gradient_norm"],
+        **{"steps": 3, "restarts": 2, "num_perturbations": 1, **SMALL},
+    )
+    getattr(quiet_trainer(callbacks=[final]), run)(Foreign(), loader())
+    lines = [line for line in capsys.readouterr().out.splitlines() if "extras" in line]
+    # Reference and joint ascent, 2 restarts of 3 steps each.
+    assert lines == [
+        "Forward + backward passes of each image for extras: worst 16 + 12, curvature depends on "
+        "the network, clean_gradient_norm 1 + 1."
+    ]
+
+
 def test_the_tasks_of_lightnings_bar_keep_their_places() -> None:
     bar = RichProgressBar()
     trainer = Trainer(callbacks=[bar], logger=False, enable_checkpointing=False, max_epochs=1)
@@ -108,12 +129,12 @@ def test_the_tasks_of_lightnings_bar_keep_their_places() -> None:
     assert bar.progress is not None
     first = bar.progress.add_task("training", total=1)
     for what in ("flatness", "robust loss"):
-        with _progress_bar(trainer, what, total=2) as on_attack:
+        with _progress_bar(trainer, "val", what, total=2) as on_attack:
             on_attack()
             shown = [task for task in bar.progress.tasks if task.visible]
             assert [(task.description, task.completed) for task in shown] == [
                 ("training", 0),
-                (what, 1),
+                (f"val: {what}", 1),
             ]
     second = bar.progress.add_task("validation", total=1)
     for task in (first, second):

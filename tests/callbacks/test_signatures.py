@@ -23,9 +23,11 @@ WORST = {
     **{"loss": "robust", "keep": None, "per_batch": False},
 }
 EPOCHS = {**IMAGES, "every_n_epochs": 1}
+STEP = {"criterion": None, "image_key": None, "label_key": None}
 OPTIONS: dict[str, dict[str, Any]] = {
     "RobustEvaluation": {**EPOCHS, **ATTACK},
     "RobustEarlyStopping": {**EPOCHS, **ATTACK, "split": "val", "steps": 7, "patience": None},
+    "CatastrophicOverfitting": {**EPOCHS, **ATTACK, "split": "val", "jump": 0.1},
     "Flatness": {**EPOCHS, **FLATNESS},
     "WorstCaseFlatness": {**EPOCHS, **WORST},
     "Curvature": {**EPOCHS, **COMMON, "num_examples": 500, "tolerance": 1e-3},
@@ -42,6 +44,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
         **{**ATTACK, "steps": 20, "restarts": 10, "splits": ("test", "train")},
         **{"num_examples": 1000, "num_perturbations": 10, "xi": 0.5, "protocol": "shared"},
         "extras": (),
+    },
+    "AdversarialTraining": {
+        **{**STEP, "fraction": 1.0, "warmup": 0, "eps": 8 / 255, "step_size": None, "steps": 7},
+        **{"norm": "linf", "keep": "best", "start": "paper", "mode": "eval"},
+        "precision": "float32",
+    },
+    "AdversarialWeightPerturbation": {
+        **{**STEP, "warmup": 0, "xi": 0.01, "steps": 1, "mode": "eval"},
+        **{"direction": "adversarial", "order": "sam"},
     },
     "WeightAveraging": {
         **{"decay": 0.9975, "reference_steps": 58_650, "batch_norm": "average"},

@@ -45,9 +45,16 @@ def test_help_and_mistakes_answer_within_two_seconds(arguments, status, output, 
     assert not list(tmp_path.iterdir())
 
 
-def test_help_names_all_commands(capsys):
+@pytest.mark.parametrize("program", ["robust-flatness", "cli.py"])
+def test_help_names_all_commands_and_the_program_that_was_called(program, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"/anywhere/{program}"])
     cli.main(["--help"])
-    assert set(COMMANDS) <= set(capsys.readouterr().out.split())
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"usage: {program} [-h] [--version] COMMAND")
+    assert set(COMMANDS) <= set(printed.split())
+    with pytest.raises(SystemExit):
+        cli.main(["report", "--help"])
+    assert capsys.readouterr().out.startswith(f"usage: {program} report")
 
 
 def test_a_function_is_called_without_torch_and_lightning():

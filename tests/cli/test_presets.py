@@ -12,6 +12,7 @@ import yaml
 from robust_flatness import cli
 from robust_flatness.callbacks import WeightAveraging, WeightClipping
 from robust_flatness.command_line.files import CONFIGS
+from robust_flatness.functional import PGD
 from robust_flatness.lightning_modules import (
     AT,
     ATAWP,
@@ -28,6 +29,7 @@ from robust_flatness.lightning_modules import (
 ROWS = sorted(path.stem for path in (CONFIGS / "table1").glob("*.yaml"))
 SWEEPS = sorted(path.stem for path in (CONFIGS / "sweeps").glob("*.yaml"))
 CIFAR = ("--data=CIFAR10", "--config=cifar10.yaml")
+EPS = 8 / 255
 
 
 class Run:
@@ -278,6 +280,26 @@ def swept(build: Callable[..., Run], sweep: str, fact: Callable[[Run], Any]) -> 
         ),
         ("attack_steps", lambda run: run.model.pgd.steps, [5, 14]),
         ("pgd_tau", lambda run: run.model.pgd.tau, [0, 1, 2, 3]),
+        (
+            "fgsm_rs",
+            lambda run: run.model.pgd,
+            [
+                PGD(EPS, 1, step, keep="last", start="uniform", mode="train")
+                for step in (8 / 255, 10 / 255, 16 / 255)
+            ],
+        ),
+        (
+            "n_fgsm",
+            lambda run: run.model.pgd,
+            [
+                PGD(
+                    *(EPS, 1, EPS, "linf", "last", "uniform", "train"),
+                    start_scale=k,
+                    projection=False,
+                )
+                for k in (0.5, 1.0, 2.0, 3.0)
+            ],
+        ),
         (
             "cyclic",
             lambda run: (run.schedule.cycles, run.trainer.max_epochs),

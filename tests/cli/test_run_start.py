@@ -237,7 +237,7 @@ def test_a_figure_that_fails_costs_no_results(monkeypatch, recwarn):
         raise ValueError("no ink")
 
     drawn = ("figures.trajectory_figure", "landscape_figures.landscape_figure")
-    logged = ("trajectory.log_trajectory", "results.log_summary")
+    logged = ("trajectory.log_figures", "results.log_summary")
     for name in (*(f"plotting.{n}" for n in drawn), *(f"callbacks.{n}" for n in logged)):
         monkeypatch.setattr(f"robust_flatness.{name}", fail)
     monkeypatch.setattr(wandb.Artifact, "add_file", fail)

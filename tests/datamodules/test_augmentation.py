@@ -308,6 +308,8 @@ def test_crops_are_in_proportion_to_the_side(side, padding):
     for flip in (True, False):
         expected = random_flip_and_crop(images, noise, padding, flip=flip)
         assert torch.equal(Augmentation("flip_crop", flip)(images, noise), expected)
+    flips = torch.where(noise[:, :1, None, None] < 0.5, images.flip(3), images)
+    assert torch.equal(Augmentation("flip")(images, noise), flips)
     assert Augmentation("none")(images, noise) is images
 
 

@@ -204,6 +204,9 @@ def test_batches_of_other_loaders_are_left_alone():
         ({"first_label": -1}, "labels of training images in 0 to 23 but got labels in -1 to 22"),
         ({"test": 14}, "Expected at least 15 test images for `num_test` 10 and `num_val` 5"),
         ({"test": 0}, "Expected at least 1 test image but got none"),
+        ({"downsample": 5}, "`downsample` to divide the sides 8x8 of the images but got 5"),
+        ({"downsample": 0}, "Expected `downsample`"),
+        ({"downsample": 2, "in_memory": False}, "`downsample` to be 1 if `in_memory` is false"),
         ({"batch_size": 25}, "`batch_size` to be at most the number of training images 24"),
     ],
 )
@@ -214,11 +217,20 @@ def test_bad_input_stops_before_training(kwargs, message):
 
 @pytest.mark.parametrize("wrong", [True, False, "crop"])
 def test_an_augmentation_that_is_none_is_refused_at_once(wrong):
-    kinds = "none, flip_crop, autoaugment, autoaugment_batch"
+    kinds = "none, flip, flip_crop, autoaugment, autoaugment_batch"
     with pytest.raises(
         ValueError, match=f"Expected `augment` to be one of {kinds} but got {wrong}"
     ):
         Toy(augment=wrong)
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_downsampling_averages_blocks_of_pixels(split):
+    full, half = Toy().split_dataset(split), Toy(downsample=2).split_dataset(split)
+    for (image, label), (small, same_label) in zip(full, half, strict=True):
+        means = (255 * image).view(1, 4, 2, 4, 2).mean((2, 4))
+        assert label == same_label
+        assert torch.equal((255 * small).round(), means.round())
 
 
 def test_batches_that_cannot_be_shared_are_refused():

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robust_flatness.datamodules.splits import SplitSizes, make_splits
+from robust_flatness.datamodules.images import SplitSizes, make_splits
 
 
 def sizes(**kwargs):

@@ -79,7 +79,7 @@ def test_what_one_rank_measured_is_what_one_process_measures(ranks):
     network, trainer = module(), quiet_trainer()
     network.load_state_dict(found["before"])
     callbacks = measuring_callbacks()
-    for name in ("evaluation", "flatness", "worst", "curvature"):
+    for name in ("evaluation", "flatness", "worst", "curvature", "sharpness"):
         for figure, value in callbacks[name].compute(trainer, network).items():
             assert found["logged"][figure] == torch.tensor(value).item(), figure
 

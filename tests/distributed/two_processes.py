@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule
 from torch import nn
 from torch.distributed.nn.functional import all_reduce
 
@@ -17,8 +17,11 @@ from networks_for_tests import snapshot, tiny_body
 from trainers import PLAIN, EvalBatchNorm, ToyData, quiet_trainer
 
 from robust_flatness.callbacks import (
+    AdversarialTraining,
+    AdversarialWeightPerturbation,
     AutoAttack,
     Curvature,
+    EpochMeasure,
     Flatness,
     Landscape,
     RobustEarlyStopping,
@@ -34,9 +37,39 @@ from robust_flatness.lightning_modules import (
     ATSelfSupervision,
     EntropySGD,
 )
+from robust_flatness.measures import (
+    AdaptiveSharpness,
+    AttackChecks,
+    BoundaryThickness,
+    FirstOrderFlatness,
+    GradientNorm,
+    HessianTrace,
+    LocalLipschitz,
+    Margins,
+)
 from robust_flatness.networks import ResNet18
 
 CHUNK = 4
+
+
+class EvalBatchNormProject(LightningModule):
+    """Somebody else's module, which knows nothing of attacks, with BatchNorm in eval mode."""
+
+    def __init__(self, *, network, **_):
+        super().__init__()
+        self.network = network(10, 3)
+
+    def forward(self, images):
+        return self.network(images)
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def on_train_epoch_start(self):
+        self.network.eval()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
 
 
 class EvalBatchNormAWP(ATAWP, EvalBatchNorm):
@@ -78,6 +111,7 @@ VARIANTS = {
     "mart": (EvalBatchNormMART, {}),
     "entropy sgd": (EvalBatchNormEntropySGD, {"optimizer": noisy_walk}),
     "self-supervision": (EvalBatchNormSelfSupervision, {"network": narrow_resnet, "hidden": 8}),
+    "callbacks": (EvalBatchNormProject, {}),
     "at, accumulated": (EvalBatchNorm, {"label_noise": 0.5}),
     "awp, accumulated": (EvalBatchNormAWP, {"order": "awp"}),
     "synchronised": (AT, {}),
@@ -93,6 +127,12 @@ TRAINERS = {
 }
 
 
+def training_callbacks():
+    """Train a module that does not train adversarially itself."""
+    attack = AdversarialTraining(eps=0.1, steps=2, fraction=0.7)
+    return [AdversarialWeightPerturbation(xi=0.05), attack]
+
+
 def module(cls, **kwargs):
     torch.manual_seed(0)
     return cls(**{"network": tiny_body, **PLAIN, **kwargs})
@@ -106,6 +146,22 @@ def measuring_callbacks():
         "worst": WorstCaseFlatness(restarts=2, xi=0.05, **light),
         "stopping": RobustEarlyStopping(patience=1, **light),
         "curvature": Curvature(batch_size=CHUNK),
+        "margins": EpochMeasure(measure=Margins(**light)),
+        "lipschitz": EpochMeasure(measure=LocalLipschitz(**light)),
+        "thickness": EpochMeasure(measure=BoundaryThickness(batch_size=CHUNK, num_points=8)),
+        "checks": EpochMeasure(measure=AttackChecks(**light, square_queries=10)),
+        **{
+            f"{type(measure).__name__} {i}": EpochMeasure(measure=measure)
+            for i, measure in enumerate(
+                (
+                    AdaptiveSharpness(num_perturbations=2, **light),
+                    AdaptiveSharpness(case="worst", weight_steps=3, **light),
+                    HessianTrace(num_probes=2, batch_size=CHUNK),
+                    GradientNorm(**light),
+                    FirstOrderFlatness(weight_steps=2, **light),
+                )
+            )
+        },
         "landscape": Landscape(
             directions=["random", "adversarial", "hessian"],
             num_steps=3,
@@ -131,6 +187,7 @@ def trained_weights(variant, devices):
     """Weights after training in float64 with the same global batches."""
     torch.manual_seed(0)
     given = {"devices": devices, "strategy": strategy(devices), **TRAINERS.get(variant, {})}
+    given["callbacks"] = training_callbacks() if variant == "callbacks" else []
     trainer = quiet_trainer(max_epochs=2, **given)
     cls, arguments = VARIANTS[variant]
     built = module(cls, **arguments).double()

@@ -23,6 +23,7 @@ from trainers import PLAIN, dataset, loader, quiet_trainer
 from robust_flatness.callbacks import (
     AutoAttack,
     Curvature,
+    EpochMeasure,
     Flatness,
     Landscape,
     RobustEarlyStopping,
@@ -31,7 +32,7 @@ from robust_flatness.callbacks import (
 )
 from robust_flatness.lightning_modules import ATAWP
 from robust_flatness.loggers import EpochCSVLogger
-from robust_flatness.measures import AutoAttackError
+from robust_flatness.measures import AdaptiveSharpness, AutoAttackError
 
 CHUNK, FEW, ODD, EPS = 4, 3, 21, 0.02
 
@@ -51,6 +52,10 @@ def measuring_callbacks():
         "flatness": Flatness(num_perturbations=2, **light),
         "worst": WorstCaseFlatness(restarts=2, xi=0.05, **light),
         "curvature": Curvature(**few),
+        "sharpness": EpochMeasure(
+            measure=AdaptiveSharpness(num_perturbations=2, steps=2, eps=0.1, batch_size=CHUNK),
+            dataset=few["dataset"],
+        ),
         # Every image is misclassified under such an attack, so the first epoch stays the best.
         "stopping": RobustEarlyStopping(patience=1, **{**light, "eps": 1.0}),
         "landscape": Landscape(directions=["random", "adversarial"], **shape, **light),

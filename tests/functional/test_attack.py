@@ -81,6 +81,36 @@ def test_linear_network_reaches_the_closed_form_maximum():
     torch.testing.assert_close(adversarial, expected)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "reach"),
+    [
+        # FGSM-RS (Wong et al.), N-FGSM (de Jorge et al.), and plain FGSM.
+        ({"step_size": 0.25, "start": "uniform"}, 0.2),
+        ({"step_size": 0.2, "start": "uniform", "start_scale": 2, "projection": False}, None),
+        ({"step_size": 0.2, "start": "zero"}, 0.2),
+    ],
+)
+def test_single_step_attacks_are_those_of_their_papers(arguments, reach):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(20, 1, 6, 6, generator=generator, dtype=torch.float64)
+    labels = torch.arange(20) % 2
+    network = nn.Sequential(nn.Flatten(), nn.Linear(36, 2)).double()
+    pgd = PGD(eps=0.2, steps=1, keep="last", **arguments)
+    noise = pgd.draw_start(images.shape, generator).double()
+    assert noise.abs().max() <= 0.2 * pgd.start_scale
+    if pgd.start == "uniform":
+        assert noise.abs().max() > 0.19 * pgd.start_scale
+    # The gradient of a linear network does not depend on where it is taken.
+    gap = (network[1].weight[1] - network[1].weight[0]).detach().view(1, 1, 6, 6)
+    sign = torch.where(labels == 0, 1.0, -1.0).double().view(-1, 1, 1, 1) * gap.sign()
+    delta = (images + noise).clamp(0, 1) - images + pgd.length * sign
+    expected = (images + (delta if reach is None else delta.clamp(-reach, reach))).clamp(0, 1)
+    adversarial = pgd.attack(network, images, labels, noise).images
+    torch.testing.assert_close(adversarial, expected, rtol=0, atol=1e-15)
+    left = (adversarial - images).abs().max() > 0.2 + 1e-9
+    assert bool(left) is (reach is None)
+
+
 def test_one_batch_of_eight_equals_eight_batches_of_one():
     images, labels = images_and_labels()
     images, network = images.double(), tiny_network().double()

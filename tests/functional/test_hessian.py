@@ -9,7 +9,13 @@ from torch.autograd.functional import hessian
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from robust_flatness.functional import hessian_extreme_eigenvalues
+from robust_flatness.functional import (
+    average_case_flatness,
+    hessian_extreme_eigenvalues,
+    hessian_trace,
+    sample_weight_perturbation,
+)
+from robust_flatness.networks import Normalize
 
 EXACT = {"tolerance": 1e-12}
 
@@ -208,3 +214,88 @@ def test_bad_arguments_are_named(kwargs, message):
 def test_an_empty_set_is_refused():
     with pytest.raises(ValueError, match="`images` to hold at least one image"):
         hessian_extreme_eigenvalues(tiny_network(), *images_and_labels(0))
+
+
+class FirstLogit(nn.Module):
+    """Two logits, of which the second is 0."""
+
+    def forward(self, values):
+        return torch.cat([values, torch.zeros_like(values)], 1)
+
+
+def test_one_random_vector_is_exact_for_a_diagonal_hessian():
+    # Each image has one bright pixel, so that each weight is used by one image.
+    images = torch.eye(16).double().view(16, 1, 4, 4)
+    labels = torch.arange(16) % 2
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 1, bias=False), FirstLogit()).double()
+    diagonal = dense(network, ["1.weight"], images, labels).diagonal()
+    result = hessian_trace(network, images, labels, num_probes=1, batch_size=5)
+    assert result.trace == pytest.approx(diagonal.sum().item(), rel=1e-12)
+    scale = network[1].weight.square().sum().item() / 16
+    assert result.scale_free_trace == pytest.approx(scale * diagonal.sum().item(), rel=1e-12)
+    assert math.isnan(result.trace_standard_error)
+
+
+def test_mean_and_variance_of_the_trace_are_those_of_hutchinson():
+    images, labels = images_and_labels(12, classes=3, channels=1)
+    matrix = dense(small().eval(), ["0.weight", "4.weight"], images.double(), labels)
+    result = hessian_trace(small(), images.double(), labels, num_probes=150, batch_size=5)
+    squares = matrix.square()
+    variance = 2 * (squares.sum() - squares.diagonal().sum()).item()
+    assert result.trace == pytest.approx(matrix.trace().item(), abs=3 * (variance / 150) ** 0.5)
+    assert result.estimates.var().item() == pytest.approx(variance, rel=0.3)
+    assert result.trace_standard_error == pytest.approx((variance / 150) ** 0.5, rel=0.15)
+
+
+@pytest.mark.parametrize("factor", [0.5, 3.7])
+def test_scaling_normalised_layers_scales_the_trace_and_not_the_scale_free_one(factor):
+    images, labels = images_and_labels(12)
+    images, few = images.double(), {"num_probes": 3}
+    networks = tiny_network().double(), scaled(tiny_network().double(), factor)
+    for names in (["0.weight"], ["3.weight"], ["0.weight", "0.bias", "3.weight"]):
+        plain, moved = (hessian_trace(n, images, labels, names=names, **few) for n in networks)
+        assert moved.trace == pytest.approx(plain.trace / factor**2, rel=1e-9)
+    plain, moved = (hessian_trace(network, images, labels, **few) for network in networks)
+    assert moved.trace != pytest.approx(plain.trace, rel=1e-2)
+    torch.testing.assert_close(
+        moved.scale_free_estimates, plain.scale_free_estimates, rtol=1e-9, atol=1e-12
+    )
+
+
+def test_flatness_of_the_clean_loss_tends_to_the_scale_free_trace():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 2, 3, stride=2, bias=False), nn.Linear(18, 3, bias=False)
+    centered = Normalize([0.5], [0.3])
+    network = nn.Sequential(centered, layers[0], nn.Tanh(), nn.Flatten(), layers[1]).double()
+    images, labels = images_and_labels(24, classes=3, channels=1)
+    images, xi, count = images.double(), 1e-3, 300
+    weights = {"1.weight": layers[0].weight, "4.weight": layers[1].weight}
+    loss = cross_entropy(network(images), labels)
+    gradient = dict(zip(weights, torch.autograd.grad(loss, [*weights.values()])))
+    rows = average_case_flatness(
+        network, images, labels, xi=xi, num_perturbations=count, loss="clean"
+    ).increases.mean(1)
+    # The first order has mean 0 and would hide the second.
+    for k in range(count):
+        nu = sample_weight_perturbation(network, xi=xi, direction=k)
+        rows[k] -= sum((gradient[name] * nu[name]).sum() for name in weights)
+    matrix, sizes = dense(network, [*weights], images, labels), [18, 54]
+    expected = sum(
+        weight.square().sum().item() / size * block.diagonal().sum().item()
+        for weight, size, block in zip(
+            weights.values(), sizes, (matrix[:18, :18], matrix[18:, 18:])
+        )
+    )
+    error = 3 * (rows.std() / count**0.5).item()
+    assert error < 0.25 * rows.mean().item()
+    assert rows.mean().item() == pytest.approx(xi**2 / 2 * expected, abs=error)
+    estimate = hessian_trace(network, images, labels, num_probes=100)
+    error = 3 * estimate.scale_free_standard_error
+    assert estimate.scale_free_trace == pytest.approx(expected, abs=error)
+
+
+def test_arguments_of_the_trace_are_checked():
+    with pytest.raises(ValueError, match="`num_probes` to be >= 1 but got 0"):
+        hessian_trace(tiny_network(), *images_and_labels(4), num_probes=0)
+    with pytest.raises(ValueError, match="`images` to hold at least one image"):
+        hessian_trace(tiny_network(), *images_and_labels(0))

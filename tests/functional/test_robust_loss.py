@@ -51,9 +51,12 @@ def test_large_eps_fools_everything_and_eps_zero_is_the_clean_error():
 
 def test_clean_errors_count_as_robust_errors(monkeypatch):
     images, labels = images_and_labels(16)
-    network = tiny_network().eval()
+    network, attack = tiny_network().eval(), PGD.attack
 
     def harmless(self, model, inputs, targets, start):
+        # The clean images are an attack without steps.
+        if self.steps == 0:
+            return attack(self, model, inputs, targets, start)
         return Iterate(inputs, torch.zeros(len(targets)), targets)
 
     monkeypatch.setattr(PGD, "attack", harmless)
@@ -108,3 +111,16 @@ def test_nothing_to_measure_gives_empty_tensors():
     result = evaluate_robustness(tiny_network(), images[:0], labels[:0], eps=0.1)
     assert result.losses.shape == (0,)
     assert math.isnan(result.robust_loss)
+
+
+def test_adversarial_examples_are_those_of_the_worst_restart():
+    images, labels = images_and_labels(9)
+    network, pgd = tiny_network().double().eval(), PGD(0.1, steps=2)
+    attacked = AttackedSet(images.double(), labels, pgd, restarts=4)
+    found = attacked.adversarial(network, slice(0, 9))
+    losses = cross_entropy(network(found), labels, reduction="none").detach()
+    assert torch.equal(losses, attacked.losses(network))
+    single = [attacked.losses(network, restarts=[restart]) for restart in range(4)]
+    assert len(torch.stack(single).argmax(0).unique()) > 2
+    clean = attacked.for_loss("clean").adversarial(network, slice(2, 5))
+    assert torch.equal(clean, images[2:5].double())

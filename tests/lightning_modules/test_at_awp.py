@@ -217,7 +217,7 @@ def test_weights_are_found_once_an_epoch_also_in_layers_that_a_callback_replaces
         found.append(layer_tensors(network, **kwargs))
         return found[-1]
 
-    monkeypatch.setattr("robust_flatness.lightning_modules.awp_mixin.layer_tensors", spied)
+    monkeypatch.setattr("robust_flatness.functional.awp.layer_tensors", spied)
 
     class Replaces(Callback):
         def on_train_epoch_start(self, trainer, module):

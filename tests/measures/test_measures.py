@@ -13,18 +13,27 @@ from trainers import PLAIN, loader, quiet_trainer
 from robust_flatness.callbacks import EpochMeasure, FinalEvaluation, evaluate
 from robust_flatness.callbacks.final_evaluation import EXTRAS
 from robust_flatness.functional import (
+    adaptive_sharpness,
     average_case_flatness,
     evaluate_robustness,
+    first_order_flatness,
+    gradient_norm,
     hessian_extreme_eigenvalues,
+    hessian_trace,
+    pgd_attack,
     worst_case_flatness,
 )
 from robust_flatness.functional.evaluation import evaluation_context
 from robust_flatness.lightning_modules import AT
 from robust_flatness.measures import (
+    AdaptiveSharpness,
     AutoAttackError,
     AverageCaseFlatness,
     Curvature,
     Examples,
+    FirstOrderFlatness,
+    GradientNorm,
+    HessianTrace,
     Measure,
     RobustLoss,
     WorstCaseFlatness,
@@ -34,6 +43,24 @@ from robust_flatness.measures.base import Processes
 ATTACK = {"eps": 0.1, "steps": 2, "batch_size": 5}
 FLAT = {**ATTACK, "num_perturbations": 3}
 WORST = {**ATTACK, "restarts": 2, "xi": 0.05, "weight_step": 0.03}
+AVERAGE = {**ATTACK, "num_perturbations": 3, "rho": 0.3}
+ADAPTIVE = {**ATTACK, "case": "worst", "weight_steps": 6, "rho": 0.05}
+# One batch, as the function attacks the images at once.
+ATTACKED = {"loss": "robust", "eps": 0.1, "steps": 2, "batch_size": 13}
+
+
+def at_fixed_examples(function):
+    """A function of images as one of the images that are attacked at the weights."""
+
+    def call(network, images, labels, *, loss, eps=0.0, steps=0, **arguments):
+        if loss == "robust":
+            seed = arguments.get("seed", 0)
+            images = pgd_attack(network, images, labels, eps=eps, steps=steps, seed=seed)
+        return function(network, images, labels, **arguments)
+
+    return call
+
+
 # Class, function, and arguments of both.
 CASES = [
     (RobustLoss, evaluate_robustness, {**ATTACK, "restarts": 2, "seed": 3}),
@@ -59,6 +86,27 @@ CASES = [
         {**WORST, "keep": "best", "weight_step": 0.0, "step_size": 0.2},
     ),
     (Curvature, hessian_extreme_eigenvalues, {"seed": 3, "tolerance": 0.9, "batch_size": 4}),
+    (AdaptiveSharpness, adaptive_sharpness, AVERAGE),
+    (AdaptiveSharpness, adaptive_sharpness, {**AVERAGE, "restarts": 2, "weight_norm": "l2"}),
+    (AdaptiveSharpness, adaptive_sharpness, {**AVERAGE, "loss": "clean", "parameters": "all"}),
+    (AdaptiveSharpness, adaptive_sharpness, {**AVERAGE, "normalize_logits": True}),
+    (AdaptiveSharpness, adaptive_sharpness, {**AVERAGE, "batch_size": 13, "eta": 0.1}),
+    (AdaptiveSharpness, adaptive_sharpness, ADAPTIVE),
+    (AdaptiveSharpness, adaptive_sharpness, {**ADAPTIVE, "restarts": 2, "weight_norm": "l2"}),
+    (AdaptiveSharpness, adaptive_sharpness, {**ADAPTIVE, "loss": "clean", "eta": 0.1}),
+    (AdaptiveSharpness, adaptive_sharpness, {**ADAPTIVE, "normalize_logits": True}),
+    *(
+        (kind, at_fixed_examples(function), arguments)
+        for kind, function, own in (
+            (HessianTrace, hessian_trace, {"num_probes": 3}),
+            (GradientNorm, gradient_norm, {}),
+            (FirstOrderFlatness, first_order_flatness, {"weight_steps": 2, "rho": 0.3}),
+        )
+        for arguments in (
+            {**own, **ATTACKED},
+            {**own, "loss": "clean", "batch_size": 4},
+        )
+    ),
 ]
 IDS = [f"{c[0].__name__}-{i}" for i, c in enumerate(CASES)]
 
@@ -155,7 +203,7 @@ def test_passes_and_progress_are_those_announced(kind, function, settings):
         assert bar.totals == []
     else:
         assert network.passes == [13 * number for number in measure.passes()]
-        assert bar.totals == [bar.steps]
+        assert bar.totals == ([] if measure.whole_set else [bar.steps])
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 100])
@@ -269,6 +317,16 @@ def test_a_new_measure_is_a_class_and_a_line(monkeypatch):
         (WorstCaseFlatness, {"loss": "both"}, "`loss` to be one of robust, clean but got both"),
         (WorstCaseFlatness, {"keep": "first"}, "`keep` to be one of best, last but got first"),
         (Curvature, {"tolerance": 0.0}, "`tolerance` to be in"),
+        (AdaptiveSharpness, {"rho": -1.0}, "`rho` to be >= 0 but got -1.0"),
+        (AdaptiveSharpness, {"case": "best"}, "`case` to be one of average, worst but got best"),
+        (AdaptiveSharpness, {"weight_norm": "l1"}, "`weight_norm` to be one of linf, l2 but"),
+        (AdaptiveSharpness, {"parameters": "some"}, "`parameters` to be one of weights, all but"),
+        (AdaptiveSharpness, {"num_perturbations": 0}, "`num_perturbations` to be >= 1 but got 0"),
+        (AdaptiveSharpness, {"weight_steps": 0}, "`weight_steps` to be >= 1 but got 0"),
+        (AdaptiveSharpness, {"eta": -1.0}, "`eta` to be >= 0 but got -1.0"),
+        (HessianTrace, {"num_probes": 0}, "`num_probes` to be >= 1 but got 0"),
+        (FirstOrderFlatness, {"weight_steps": 0}, "`weight_steps` to be >= 1 but got 0"),
+        (FirstOrderFlatness, {"rho": -1.0}, "`rho` to be >= 0 but got -1.0"),
     ],
 )
 def test_bad_arguments_are_named(kind, settings, message):

@@ -2,9 +2,16 @@ import math
 from io import BytesIO
 
 import numpy as np
+import pandas as pd
 import pytest
+from matplotlib import pyplot
 
-from robust_flatness.reporting import overfitting_figure, trajectory_figure
+from robust_flatness.plotting import (
+    overfitting_figure,
+    plot_overfitting,
+    plot_trajectory,
+    trajectory_figure,
+)
 
 ROWS = [
     {
@@ -100,3 +107,22 @@ def test_overfitting_with_one_empty_panel() -> None:
 @pytest.mark.parametrize("rows", [[], [{"epoch": 0, "val/robust_error": math.nan}]])
 def test_overfitting_without_figures_is_none(rows) -> None:
     assert overfitting_figure(rows, num_classes=10, best_epoch=1) is None
+
+
+def test_plots_return_axes_and_take_frames_and_own_axes():
+    frame = pd.DataFrame(ROWS)
+    frame.attrs["early_stopped_epoch"] = 2
+    axes = plot_trajectory(frame)
+    assert axes.get_ylabel() == "test RLoss"
+    assert axes.collections[-1].get_array().tolist() == [0, 1, 2, 3, 4, 5]
+    figure, (first, left, right) = pyplot.subplots(1, 3)
+    assert plot_trajectory(ROWS, axes=first) is first
+    assert plot_overfitting(frame, axes=(left, right), num_classes=10) == (left, right)
+    assert len(figure.axes) == 4  # and the bar of epochs
+    assert {"early stopping", "guessing (ln 10)", "test"} <= set(labels(left))
+    assert len(plot_overfitting(ROWS)) == 2
+    pyplot.close("all")
+    for plot in (plot_trajectory, plot_overfitting):
+        with pytest.raises(ValueError, match="Expected `run` to have .* but got 1 epochs"):
+            plot([{"epoch": 0}])
+    pyplot.close("all")

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from robust_flatness.reporting.correlation import correlate
+from robust_flatness.reporting.correlation import correlate, correlation_table
 from robust_flatness.reporting.frame import Models, metric_values
 from robust_flatness.reporting.published import published_models
 
@@ -44,6 +44,7 @@ def test_coefficients_are_scipys():
     found = correlate(models(points), "x", "y")
     assert found.pearson == pytest.approx(stats.pearsonr(xs, ys).statistic)
     assert found.spearman == pytest.approx(stats.spearmanr(xs, ys).statistic)
+    assert found.kendall == pytest.approx(stats.kendalltau(xs, ys).statistic)
     assert (found.num_models, found.num_methods) == (24, 6)
 
 
@@ -196,3 +197,33 @@ def test_intervals_of_the_published_models_are_those_of_earlier_versions(x):
 def test_resamples_below_one_are_refused():
     with pytest.raises(ValueError, match="`resamples` to be >= 1 but got 0"):
         correlate(models(sweeps()), "x", "y", resamples=0)
+
+
+def test_partial_correlations_are_those_of_residuals():
+    generator = np.random.default_rng(1)
+    x, y, z = generator.normal(size=(3, 12)) + generator.normal(size=12)
+    rows = [(f"m{i % 4}", {"x": x[i], "y": y[i], "z": z[i]}, {}) for i in range(12)]
+    partial = correlate(models(rows), "x", "y", given="z")
+
+    def residuals(values, third):
+        return values - np.polyval(np.polyfit(third, values, 1), third)
+
+    for name, rank in (("pearson", np.asarray), ("spearman", stats.rankdata)):
+        a, b, c = map(rank, (x, y, z))
+        expected = stats.pearsonr(residuals(a, c), residuals(b, c)).statistic
+        assert getattr(partial, name) == pytest.approx(expected)
+    assert correlate(models(rows[:3]), "x", "y", given="z") is None
+
+
+def test_the_table_has_each_measure_with_each_target_and_never_pools_weights():
+    def row(i, shift):
+        loss = {"test/robust_loss": float(i), "train_eval/robust_error": (i * 7 % 5) / 5}
+        return loss | {"my/measure/test": float(-shift * i), "my/measure/test_sem": 0.1}
+
+    given = models([(f"m{i}", row(i, 1), row(i, -1)) for i in range(8)])
+    table = correlation_table({"runs": given}).set_index(["weights", "given"])
+    assert set(table["x"]) == {"my/measure/test"}
+    assert set(table["y"]) == {"test/robust_loss"}
+    assert table.loc[("final", ""), "kendall"] == pytest.approx(-1)
+    assert table.loc[("early_stopped", ""), "kendall"] == pytest.approx(1)
+    assert table.loc[("final", "train_eval/robust_error"), "models"] == 8

@@ -58,6 +58,7 @@ def test_points_are_models_that_have_both_metrics():
 def test_gaps_are_paired_by_seed():
     def run(seed, loss, best, train):
         final = {"test/robust_loss": loss, "train_eval/robust_loss": train}
+        final |= {"test/robust_error": 0.5 + seed / 10, "train_eval/robust_error": 0.2}
         early = {} if best is None else {"test/robust_loss": best}
         return make_run(seed=seed, final=final, early_stopped=early)
 
@@ -66,6 +67,7 @@ def test_gaps_are_paired_by_seed():
     assert (gap["mean"], gap["n"]) == pytest.approx((0.6, 2))
     assert gap["sd"] == pytest.approx(np.std([0.5, 0.7], ddof=1))
     assert models.mean("AT", "gap/robust_loss") == pytest.approx(4 / 3)
+    assert models.mean("AT", "gap/robust_error") == pytest.approx(0.4)
 
 
 def test_no_runs_are_no_models():

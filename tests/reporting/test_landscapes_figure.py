@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 from run_factory import FINAL, make_models, make_run, write_run
 
+from robust_flatness.reporting import matplotlib_figures
+from robust_flatness.reporting.figures import Figures
 from robust_flatness.reporting.frame import Models
-from robust_flatness.reporting.landscape_figures import landscapes_figure, schematic_figure
+from robust_flatness.reporting.matplotlib_figures import schematic_figure
 from robust_flatness.run_folder.files import Landscape
 from robust_flatness.run_folder.runs import Run, load_run
 
@@ -25,6 +27,10 @@ def read(tmp_path: Path, *runs) -> Models:
         for i, (run, landscapes) in enumerate(runs)
     ]
     return make_models(*map(load_run, folders))
+
+
+def landscapes_figure(models: Models, **options):
+    return matplotlib_figures.landscapes_figure(Figures(models), **options)
 
 
 def texts(axes) -> list[str]:
@@ -47,8 +53,8 @@ def test_lines_of_models_with_their_errors_beside_them(tmp_path: Path) -> None:
     random, adversarial, table = figure.axes
     lines = {line.get_label(): line for line in random.lines if line.get_label()[0] != "_"}
     assert list(lines) == ["AT", "MART"]
-    # The first seed's, and the mean over directions.
-    assert lines["AT"].get_ydata() == pytest.approx(1.0 + 2 * STEPS**2)
+    # The mean over directions and seeds.
+    assert lines["AT"].get_ydata() == pytest.approx(5.0 + 2 * STEPS**2)
     assert lines["AT"].get_xdata() == pytest.approx(STEPS)
     assert lines["MART"].get_ydata() == pytest.approx(0.5 + 2 * STEPS**2)
     highest = adversarial.lines[0]

@@ -13,6 +13,7 @@ import pytest
 from plotly.offline import get_plotlyjs
 from run_factory import EARLY_STOPPED, FINAL, make_models, make_run, read_models, write_run
 
+from robust_flatness.reporting.figures import Figures
 from robust_flatness.reporting.frame import Models
 from robust_flatness.reporting.page import write_page
 from robust_flatness.reporting.published import published_models, published_trajectories
@@ -86,7 +87,7 @@ def traces(figure: dict[str, Any], model: str | None = None) -> list[dict[str, A
 @pytest.fixture
 def page(tmp_path: Path) -> Path:
     models = some_models()
-    return write_page(tmp_path / "index.html", models=models, published=published_models())
+    return write_page(tmp_path / "index.html", Figures(models, published_models()))
 
 
 def test_points_are_the_means_of_the_models(page: Path) -> None:
@@ -100,6 +101,12 @@ def test_points_are_the_means_of_the_models(page: Path) -> None:
     assert early["y"] == [EARLY_STOPPED[LOSS]]
     (bars,) = [t["error_y"] for t in traces(figures[f"{FLATNESS}|test/robust_error|final"])][:1]
     assert bars["array"] == [pytest.approx(math.sqrt(2 * 0.02**2), rel=1e-4)]
+
+
+def test_a_sweep_of_two_models_has_a_line_as_in_the_png(page: Path) -> None:
+    view = read_payload(page)["figures"]["views"]["Hyper-parameters: a trend for each sweep"]
+    (line,) = [t for t in view["data"] if t["mode"] == "lines" and not t["meta"]["published"]]
+    assert (line["meta"]["method"], line["x"], line["y"]) == ("trades", [1.5, 2.0], [1.2, 1.5])
 
 
 def test_own_methods_have_colours_of_their_own(page: Path) -> None:
@@ -122,7 +129,7 @@ def test_hover_names_runs_differing_settings_eps_epochs_and_seeds(page: Path) ->
 
 def test_diverged_runs_are_named(tmp_path: Path) -> None:
     run = replace(make_run(settings=settings()), diverged_epoch=2)
-    path = write_page(tmp_path / "index.html", models=make_models(run))
+    path = write_page(tmp_path / "index.html", Figures(make_models(run)))
     assert "<dt>Diverged</dt><dd>at-Digits-s0 (from epoch 2)</dd>" in read_html(path)
     assert "diverged: at-Digits-s0 (from epoch 2)" in read_payload(path)["hovers"]["run/final/AT"]
 
@@ -130,7 +137,7 @@ def test_diverged_runs_are_named(tmp_path: Path) -> None:
 def test_only_what_was_measured_can_be_chosen(tmp_path: Path) -> None:
     final = {FLATNESS: 1.0, LOSS: 2.0}
     models = make_models(make_run("at", final=final, early_stopped={}, settings=settings()))
-    path = write_page(tmp_path / "index.html", models=models)
+    path = write_page(tmp_path / "index.html", Figures(models))
     figures, html = read_payload(path)["figures"], read_html(path)
     assert list(figures["relation"]) == [f"{FLATNESS}|{LOSS}|final"]
     assert list(figures["views"]) == []
@@ -142,7 +149,7 @@ def test_only_what_was_measured_can_be_chosen(tmp_path: Path) -> None:
 
 
 def test_table_has_means_deviations_and_groups(tmp_path: Path) -> None:
-    path = write_page(tmp_path / "index.html", models=some_models())
+    path = write_page(tmp_path / "index.html", Figures(some_models()))
     table = read_table(path)
     assert list(table) == ["AT 2 seeds", "MART", "TRADES lam=6", "TRADES lam=9"]
     assert "54.0 ± 2.8" in table["AT 2 seeds"]
@@ -156,7 +163,7 @@ def test_a_metric_that_is_registered_for_tables_is_a_column(tmp_path: Path, monk
     monkeypatch.setitem(metrics._BY_NAME, entry.name, entry)
     measured = {"margin_for_page/mean/test": 0.125, "unregistered/test": 7.0}
     run = make_run("at", final=FINAL | measured)
-    html = read_html(write_page(tmp_path / "index.html", models=make_models(run)))
+    html = read_html(write_page(tmp_path / "index.html", Figures(make_models(run))))
     assert "mean margin, test" in html
     assert "unregistered" not in html
     assert "0.12" in read_table(tmp_path / "index.html")["AT"]
@@ -168,19 +175,19 @@ def test_groups_are_those_of_table_1_at_a_rounded_threshold(tmp_path: Path) -> N
     runs = [make_run(name, final={"test/robust_error": x}) for name, x in errors.items()]
     models = make_models(*runs)
     good = table1(models).groups["good"]["model"]
-    html = read_html(write_page(tmp_path / "index.html", models=models))
+    html = read_html(write_page(tmp_path / "index.html", Figures(models)))
     assert html.count('class="good"') == len(good)
 
 
 def test_autoattack_of_early_stopped_weights_is_found_where_fit_logs_it(tmp_path: Path) -> None:
     final = FINAL | {"test/autoattack_error_early_stopped": 0.47}
     write_run(tmp_path / "at", make_run("at", final=final, early_stopped={}))
-    path = write_page(tmp_path / "index.html", models=read_models(tmp_path))
+    path = write_page(tmp_path / "index.html", Figures(read_models(tmp_path)))
     assert "47.0" in read_table(path)["AT"]
 
 
 def test_correlations_are_those_of_correlate(tmp_path: Path) -> None:
-    path = write_page(tmp_path / "index.html", models=make_models(), published=published_models())
+    path = write_page(tmp_path / "index.html", Figures(make_models(), published_models()))
     figure = read_payload(path)["figures"]["relation"][f"{FLATNESS}|{LOSS}|final"]
     assert re.match(
         r"Published \(CIFAR-10\): Pearson 0.85 \[.*\], Spearman 0.86 \[.*\]; of 28 .*, 74 models\.",
@@ -199,7 +206,7 @@ def test_only_sweeps_have_a_trend(tmp_path: Path) -> None:
         )
         for lam in (1, 2, 3)
     ]
-    path = write_page(tmp_path / "index.html", models=make_models(*three))
+    path = write_page(tmp_path / "index.html", Figures(make_models(*three)))
     (line,) = [
         t for t in read_payload(path)["figures"]["views"][title]["data"] if t["mode"] == "lines"
     ]
@@ -207,7 +214,7 @@ def test_only_sweeps_have_a_trend(tmp_path: Path) -> None:
     others = [
         make_run("at", settings=settings(lam=lam, steps=lam), folder=str(lam)) for lam in (1, 2)
     ]
-    path = write_page(tmp_path / "index.html", models=make_models(*others))
+    path = write_page(tmp_path / "index.html", Figures(make_models(*others)))
     assert title not in read_payload(path)["figures"]["views"]
 
 
@@ -221,7 +228,7 @@ def test_arrows_point_to_the_early_stopped_weights(page: Path) -> None:
 def test_settings_stand_in_the_table_where_labels_have_letters(tmp_path: Path) -> None:
     many = [settings(**{f"a_long_name_{i}": lam for i in range(20)}) for lam in (1, 2)]
     models = make_models(*(make_run("at", settings=options) for options in many))
-    path = write_page(tmp_path / "index.html", models=models)
+    path = write_page(tmp_path / "index.html", Figures(models))
     assert [label[:20] for label in read_table(path)] == [
         "AT (a) a_long_name_0",
         "AT (b) a_long_name_0",
@@ -235,7 +242,7 @@ def test_curves_and_paths_are_means_over_seeds(tmp_path: Path) -> None:
         return [{"epoch": e, FLATNESS: e, LOSS: loss, "test/robust_error": 0.5} for e in (0, 3)]
 
     runs = [make_run("at", seed, trajectory=rows(1.0 + seed)) for seed in (0, 1)]
-    path = write_page(tmp_path / "index.html", models=make_models(*runs))
+    path = write_page(tmp_path / "index.html", Figures(make_models(*runs)))
     figures = read_payload(path)["figures"]
     curve, stops = traces(figures["losses"][""], "AT")
     assert (curve["x"], curve["y"]) == ([0, 3], [1.5, 1.5])
@@ -254,7 +261,7 @@ def test_landscapes_are_means_of_random_and_the_highest_of_adversarial_direction
     grid = Landscape(STEPS, 2 + STEPS[:, None, None] + 2 * np.ones((1, 5, 3)))
     landscapes = {"final/adversarial": bowl, "final/random": broken, "final/surface": grid}
     write_run(tmp_path / "at", make_run("at"), landscapes=landscapes)
-    path = write_page(tmp_path / "index.html", models=read_models(tmp_path))
+    path = write_page(tmp_path / "index.html", Figures(read_models(tmp_path)))
     figures = read_payload(path)["figures"]["landscapes"]
     assert list(figures) == ["final/random", "final/adversarial", "final/surface|AT"]
     random, adversarial, surface = (traces(figure, "AT") for figure in figures.values())
@@ -276,12 +283,12 @@ def test_the_schematic_is_a_figure_of_the_page(tmp_path: Path) -> None:
     bowl = Landscape(STEPS, 1 + 4 * np.ones((3, 1, 2)) * STEPS[None, :, None] ** 2)
     run = load_run(write_run(tmp_path / "at", make_run("at"), landscapes={"final/random": bowl}))
     models = make_models(run)
-    path = write_page(tmp_path / "index.html", models=models, schematic_run=run)
+    path = write_page(tmp_path / "index.html", Figures(models))
     figure = read_payload(path)["figures"]["schematic"][""]
     assert "+4.00" in [note.get("text") for note in figure["layout"]["annotations"]]
     assert "its mean over 3 directions ν is 4.00, the average-case" in figure["layout"]["meta"]
     assert 'id="schematic"' in read_html(path)
-    assert 'id="schematic"' not in read_html(write_page(path, models=models))
+    assert 'id="schematic"' not in read_html(write_page(path, Figures(make_models(make_run()))))
 
 
 def test_page_loads_nothing_and_says_so_to_the_browser(page: Path) -> None:
@@ -297,21 +304,21 @@ def test_page_loads_nothing_and_says_so_to_the_browser(page: Path) -> None:
 
 def test_links_lead_to_the_files_of_the_report(tmp_path: Path) -> None:
     files = ["flatness", "curves"]
-    path = write_page(tmp_path / "index.html", models=some_models(), files=files)
+    path = write_page(tmp_path / "index.html", Figures(some_models()), files=files)
     links = set(re.findall(r'<a href="([^"]*)"', read_html(path)))
     tables = {"table1.csv", "table1.md", "table1.tex", "correlations.csv"}
     assert links == {"figures/flatness.pdf", "figures/curves.pdf"} | tables
 
 
 def test_equal_runs_give_equal_pages(tmp_path: Path) -> None:
-    a, b = (write_page(tmp_path / name, models=some_models()) for name in ("a.html", "b.html"))
+    a, b = (write_page(tmp_path / name, Figures(some_models())) for name in ("a.html", "b.html"))
     assert a.read_bytes() == b.read_bytes()
 
 
 def test_names_stay_text(tmp_path: Path) -> None:
     models = make_models(make_run(EVIL, folder=EVIL))
     left_out = [LeftOut(Path("/home/me/runs/a"), EVIL)]
-    path = write_page(tmp_path / "index.html", models=models, left_out=left_out, title=EVIL)
+    path = write_page(tmp_path / "index.html", Figures(models), left_out=left_out, title=EVIL)
     html = read_html(path)
     assert "alert(1)</script>" not in html
     assert "<b>x" not in html
@@ -329,18 +336,16 @@ def test_names_stay_text(tmp_path: Path) -> None:
 
 def test_templates_inside_names_are_not_filled(tmp_path: Path) -> None:
     models = make_models(make_run("{{ plotly }}"))
-    path = write_page(tmp_path / "index.html", models=models, title="{{ payload }}")
+    path = write_page(tmp_path / "index.html", Figures(models), title="{{ payload }}")
     assert "<h1>{{ payload }}</h1>" in read_html(path)
 
 
 def test_heading_says_what_was_run(tmp_path: Path) -> None:
-    path = write_page(tmp_path / "index.html", models=some_models(), title="My study")
+    path = write_page(tmp_path / "index.html", Figures(some_models()), title="My study")
     html = read_html(path)
     for text in ("My study", "5 (4 models, 3 methods)", "0, 1", "2 cores", "200 (AutoAttack)"):
         assert text in html
-    empty = write_page(
-        tmp_path / "empty.html", models=make_models(), published=published_models("table1")
-    )
+    empty = write_page(tmp_path / "empty.html", Figures(make_models(), published_models("table1")))
     assert "none that finished" in read_html(empty)
     assert len(read_table(empty)) == 19
 
@@ -348,7 +353,7 @@ def test_heading_says_what_was_run(tmp_path: Path) -> None:
 def test_published_trajectories_need_both_metrics(tmp_path: Path) -> None:
     flat = pd.DataFrame([{"method": "flat", "progress": 1.0}])
     trajectories = pd.concat([published_trajectories(), flat])
-    path = write_page(tmp_path / "index.html", models=make_models(), trajectories=trajectories)
+    path = write_page(tmp_path / "index.html", Figures(make_models(), trajectories=trajectories))
     data = read_payload(path)["figures"]["paths"][""]["data"]
     assert [t["meta"]["method"] for t in data] == ["at", "at_awp", "self_supervision"]
     assert all(t["meta"]["published"] and t["customdata"][-1] == 1.0 for t in data)

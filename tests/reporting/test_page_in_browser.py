@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from run_factory import FINAL, make_run, read_models, write_run
 
+from robust_flatness.reporting.figures import Figures
 from robust_flatness.reporting.page import write_page
 from robust_flatness.reporting.published import published_models, published_trajectories
 from robust_flatness.run_folder.files import Landscape
@@ -44,9 +45,7 @@ def write_example(folder: Path) -> Path:
         write_run(folder / "runs" / name, run, landscapes=None if index else landscapes)
     return write_page(
         folder / "index.html",
-        models=read_models(folder / "runs"),
-        published=published_models(),
-        trajectories=published_trajectories(),
+        Figures(read_models(folder / "runs"), published_models(), published_trajectories()),
         left_out=[LeftOut(Path("runs/broken"), "results.json is broken")],
     )
 

@@ -8,14 +8,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from run_factory import make_models, make_run
 
+from robust_flatness.reporting import matplotlib_figures
+from robust_flatness.reporting.figures import Figures, select_models
 from robust_flatness.reporting.frame import Models
-from robust_flatness.reporting.panel_figures import (
+from robust_flatness.reporting.matplotlib_figures import (
     curves_figure,
     draw_series,
     epochs_figure,
     rate_drops,
-    select_models,
-    trajectories_figure,
 )
 from robust_flatness.run_folder.metrics import METHOD_LABELS
 from robust_flatness.run_folder.runs import Run
@@ -34,6 +34,11 @@ def line(axes: Axes, label: str):
 
 def texts(figure: Figure) -> list[str]:
     return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def trajectories_figure(models: Models, published: pd.DataFrame | None = None, **options) -> Figure:
+    figures = Figures(models, trajectories=published)
+    return matplotlib_figures.trajectories_figure(figures, **options)
 
 
 def size(figure: Figure) -> int:

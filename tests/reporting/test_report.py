@@ -15,10 +15,13 @@ from rich.console import Console
 from run_factory import EARLY_STOPPED, FINAL, make_models, make_run, write_metrics, write_run
 
 from robust_flatness.cli import main
+from robust_flatness.reporting.correlation import correlate
+from robust_flatness.reporting.figures import Figures
+from robust_flatness.reporting.matplotlib_figures import correlations_figure, relation_figure
 from robust_flatness.reporting.report import write_report
-from robust_flatness.reporting.scatter_figures import flatness_figure
 from robust_flatness.reporting.table1 import table1, terminal_table
 from robust_flatness.run_folder.files import Landscape
+from robust_flatness.run_folder.runs import load_run
 from robust_flatness.run_folder.summary import summary_table
 
 METHODS = ("at", "at_awp", "trades", "mart")
@@ -115,7 +118,8 @@ def test_what_is_left_out_is_told_with_its_reason(report):
 def test_correlations_of_runs_and_paper_stand_beside_each_other(report):
     with (report.folder / "correlations.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    pair = [r for r in rows if (r["x"], r["y"]) == ("flatness/average/test", "test/robust_loss")]
+    wanted = ("flatness/average/test", "test/robust_loss", "final", "")
+    pair = [r for r in rows if (r["x"], r["y"], r["weights"], r["given"]) == wanted]
     own, paper = pair
     assert (own["of"], own["models"], paper["models"]) == ("runs", "4", "74")
     assert float(own["pearson"]) == pytest.approx(report.correlation.pearson)
@@ -128,6 +132,65 @@ def test_another_data_set_is_reported_when_asked(study, tmp_path):
     assert made.models.labels == ["AT"]
     assert made.correlation is None
     assert "paper" not in (tmp_path / "table1.md").read_text()
+
+
+def test_checks_and_error_curves_are_tables_and_on_the_page(tmp_path):
+    run = write_run(tmp_path / "runs" / "at", make_run())
+    path = run / "results.json"
+    failed = {"name": "AutoAttack − PGD", "passed": False, "text": "4 points <more>"}
+    passed = {"name": "RErr at ε → 1", "passed": True, "text": "100 %"}
+    details = {
+        "checks": {"final": [passed, failed]},
+        "error_curve": {"final": {"eps": [0.0, 0.5], "robust_error": [0.1, 1.0]}},
+        "class_errors": {"final": {"test": [0.25, 0.75]}},
+    }
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | details))
+    folder = tmp_path / "report"
+    write_report(tmp_path / "runs", folder, published=False)
+    read = {name: (folder / f"{name}.csv").read_text().splitlines() for name in details}
+    assert read["checks"][2] == "AT,at,final,AutoAttack − PGD,False,4 points <more>"
+    assert read["error_curve"][1:] == ["AT,at,final,0.0,0.1", "AT,at,final,0.5,1.0"]
+    assert read["class_errors"][2] == "AT,at,final,test,1,0.75"
+    page = (folder / "index.html").read_text()
+    assert "1 of 2 checks passed" in page
+    assert "✗ AutoAttack − PGD</b>, at, last weights: 4 points &lt;more&gt;" in page
+    assert "<option>RErr against ε</option>" in page
+    assert "<option>RErr of each class</option>" in page
+    path.write_text(json.dumps(content))
+    write_report(tmp_path / "runs", folder, published=False)
+    assert not (folder / "checks.csv").exists()
+    assert 'id="checks"' not in (folder / "index.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"checks": {"final": [{"name": "x"}]}},
+        {"checks": {"final": 3}},
+        {"error_curve": {"final": {"eps": [0.1], "robust_error": []}}},
+        {"class_errors": {"final": {"test": ["x"]}}},
+    ],
+)
+def test_checks_and_curves_of_another_format_are_left_out_with_a_reason(tmp_path, wrong):
+    path = write_run(tmp_path / "at", make_run()) / "results.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | wrong))
+    with pytest.raises(ValueError, match=f"another format \\(`{next(iter(wrong))}` is "):
+        load_run(tmp_path / "at")
+
+
+def test_the_map_of_correlations_has_a_row_for_each_measure(report):
+    assert {"correlations", "correlations-early-stopped"} & set(report.figures)
+    figure = correlations_figure(Figures(report.models))
+    # Train RErr is the same for all, so that no coefficient is given it.
+    assert [axes.get_title() for axes in figure.axes[:-1]] == ["runs\nraw"]
+    raw = figure.axes[0]
+    names = [text.get_text().replace("\n", " ") for text in raw.get_yticklabels()]
+    assert "average-case flatness, test" in names
+    cells = np.asarray(raw.images[0].get_array())
+    x = names.index("average-case flatness, test")
+    expected = correlate(report.models, "flatness/average/test", "test/robust_loss").kendall
+    assert cells[x, 0] == pytest.approx(expected)
 
 
 def test_a_figure_that_is_no_longer_drawn_goes(study, tmp_path):
@@ -154,7 +217,8 @@ def test_the_command_says_what_it_found_and_left_out(study, tmp_path, capsys, mo
 def test_names_are_shown_as_they_are(capsys):
     names = (r"$\foo$", "[/red]", "a$b$ <b>")
     models = make_models(*(make_run(name, data=r"$\bar$", final=FINAL) for name in names))
-    figure = flatness_figure(models, title=r"on $\bar$ [/red]")
+    relation = Figures(models).relation("flatness/average/test", "test/robust_loss")
+    figure = relation_figure(relation, title=r"on $\bar$ [/red]")
     figure.savefig(io.BytesIO(), dpi=30)
     shown = {text.get_text() for text in figure.findobj(Text)}
     assert {*names, r"on $\bar$ [/red]"} <= shown

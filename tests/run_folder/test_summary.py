@@ -68,8 +68,10 @@ def test_table_shows_intervals_standard_errors_and_dashes() -> None:
 def test_a_metric_that_is_registered_for_tables_is_a_row(monkeypatch) -> None:
     entry = Metric("margin_for_fit/mean", "mean margin", in_tables=True)
     monkeypatch.setitem(metrics._BY_NAME, entry.name, entry)
-    table = lines({"final": {"margin_for_fit/mean/test": 0.25, "other/test": 1.0}})
-    assert table["mean margin, test"] == ["0.250"]
+    deviation = {"margin_for_fit/mean/test_sem": 0.03}
+    table = lines({"final": {"margin_for_fit/mean/test": 0.25, "other/test": 1.0, **deviation}})
+    assert table["mean margin, test"] == ["0.250 ± 0.030"]
+    assert not any("standard error" in row for row in table)
     assert not any("other" in row for row in table)
     assert "mean margin, test" not in lines({})
 

@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from robust_flatness.callbacks import (
     AutoAttack,
     Curvature,
+    EpochMeasure,
     FinalEvaluation,
     Flatness,
     Landscape,
@@ -38,6 +39,7 @@ from robust_flatness.callbacks import (
     Trajectory,
     WorstCaseFlatness,
 )
+from robust_flatness.measures import AdaptiveSharpness, FirstOrderFlatness
 
 FAILURES = {"failed", "crashed", "does not train"}
 EXPECTED = (
@@ -82,6 +84,13 @@ def measures() -> list[Callback]:
         Flatness(**attacked, num_perturbations=2),
         WorstCaseFlatness(**{**attacked, "num_examples": 4}, restarts=1),
         Curvature(**{**curvature, "num_examples": 4}, tolerance=0.5, every_n_epochs=2),
+        *(
+            EpochMeasure(measure=measure, split="val", num_examples=4, every_n_epochs=2)
+            for measure in (
+                AdaptiveSharpness(case="worst", weight_steps=1, parameters="all", eps=0.1, steps=1),
+                FirstOrderFlatness(weight_steps=1, loss="clean"),
+            )
+        ),
         RobustEarlyStopping(**attacked),
         Trajectory(figures=False),
         Landscape(**{**attacked, "num_examples": 4}, **line),

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from rich.console import Console
 from robust_flatness.cli import study_functions
 from robust_flatness.study import state
 from robust_flatness.study.command import plan_table, visible_devices
+from robust_flatness.study.plan import PlannedRun
 from robust_flatness.study.plan import make_plan as make_plan_with
 from robust_flatness.study.pool import Pool
 from robust_flatness.study.state import State, epochs_done, start, state_of, study_file
@@ -87,22 +89,19 @@ def peak(root: Path) -> int:
 
 
 STUDY = """
-import sys; sys.path.insert(0, {here!r})
+import pickle, sys
 from pathlib import Path
-from robust_flatness.cli import study_functions
 from robust_flatness.study import state
-from robust_flatness.study.plan import make_plan
 from robust_flatness.study.pool import Pool
 state.PROGRAM = (sys.executable, {stand_in!r})
-settings = dict(rows=["at", "trades"], seeds=[0, 1], root=Path({root!r}), options={options!r})
-plan = make_plan(study_functions(), **settings)
-Pool(2).run(plan)
+Pool(2).run(pickle.loads(Path({plan!r}).read_bytes()))
 """
 
 
-def study_process(root: Path) -> subprocess.Popen[bytes]:
-    here = str(Path(__file__).parent)
-    script = STUDY.format(here=here, stand_in=STAND_IN, root=str(root), options=FOUR)
+def study_process(plan: list[PlannedRun], folder: Path) -> subprocess.Popen[bytes]:
+    # To make the plan again would import torch and Lightning.
+    (folder / "plan").write_bytes(pickle.dumps(plan))
+    script = STUDY.format(stand_in=STAND_IN, plan=str(folder / "plan"))
     return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL)
 
 
@@ -110,7 +109,7 @@ def study_process(root: Path) -> subprocess.Popen[bytes]:
 def half_way(plan, tmp_path):
     """A study in a process of its own, whose first two runs are held after two epochs."""
     (tmp_path / "hold").touch()
-    process = study_process(tmp_path)
+    process = study_process(plan, tmp_path)
     wait_for(lambda: epochs_done(plan[0]) == epochs_done(plan[1]) == 2)
     yield process
     process.kill()

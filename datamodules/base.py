@@ -52,8 +52,8 @@ class RobustDataModule(LightningDataModule, ABC):
         eps: Radius of the ball that measures use on these images, in pixels of [0, 1]; measures in
             L-infinity refuse more than 1 before training.
         batch_size: Images in a global batch, shared among the processes.
-        augment: `"none"`; `"flip"`; `"flip_crop"`, which pads by an eighth of the side (4 pixels
-            at 32); `"autoaugment"`, which adds AutoAugment and Cutout; `"autoaugment_batch"`, with one
+        augment: `"none"`; `"flip"`; `"flip_crop"`, which pads by an eighth of the side (4 pixels at
+            32); `"autoaugment"`, which adds AutoAugment and Cutout; `"autoaugment_batch"`, with one
             sub-policy per global batch, which is faster. See `Augmentation`.
         flip: Whether augmentation flips images.
         downsample: Side of the blocks of pixels that are averaged, so that 2 halves the resolution;

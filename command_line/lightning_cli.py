@@ -42,6 +42,7 @@ from robust_flatness.command_line.parser import (
     OneSentenceParser,
     leaves,
     options_of,
+    program,
     read_options,
     reason_of,
 )
@@ -85,6 +86,17 @@ RUN_OPTIONS: dict[str, tuple[Any, Any, str]] = {
 }
 
 
+# What `--help` says of them; Lightning's own words are of its classes.
+DESCRIPTIONS = {
+    "fit": "Trains one model and measures it.",
+    "test": "Measures a checkpoint, or a network that was trained elsewhere.",
+}
+CLASS_HELP = (
+    "`--model.help ATAWP`, `--data.help CIFAR10`, `--landscape.help`: arguments of a class."
+)
+GROUPS = {"trainer": "Lightning's trainer", "model": "Training method", "data": "Data"}
+
+
 class Parser(OneSentenceParser, LightningArgumentParser):
     """LightningCLI's parser, which says in one sentence what is wrong."""
 
@@ -98,6 +110,19 @@ class CLI(LightningCLI):
         """The one of `fit` and `test` that was typed: each takes time to build."""
         known = LightningCLI.subcommands()
         return {name: known[name] for name in ("fit", "test") if name in self.parser_kwargs}
+
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
+        """Adds all arguments, in groups with titles that fit a terminal."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        for name, title in (GROUPS | {subcommand: "Checkpoint"}).items():
+            if name in parser.groups:
+                parser.groups[name].title = title
+        for name, callback in DEFAULT_CALLBACKS.items():
+            group = parser.groups[name]
+            group.title, group.description = f"{name} ({callback.__name__})", f"{group.title}."
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the default callbacks and links what the data knows into the model."""
@@ -349,7 +374,11 @@ def run_lightning_cli(arguments: Sequence[str], cli_class: type[CLI] = CLI) -> N
             seed_everything_default=0,
             parser_class=cli_class.parser_class,
             parser_kwargs={
-                arguments[0]: {"default_config_files": [str(DEFAULTS)]},
+                arguments[0]: {
+                    "default_config_files": [str(DEFAULTS)],
+                    "description": f"{DESCRIPTIONS[arguments[0]]} {CLASS_HELP}",
+                    "usage": f"{program()} {arguments[0]} [--model NAME] [--config FILE] [options]",
+                },
                 # A share of a name would also be a misspelt one.
                 "allow_abbrev": False,
             },

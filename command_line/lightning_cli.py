@@ -75,10 +75,10 @@ logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
 REFUSALS = (ValueError, OSError, MisconfigurationException)
 # Options of a run that belong to no class: type, default, help.
 RUN_OPTIONS: dict[str, tuple[Any, Any, str]] = {
-    "eps": (Eps | None, None, "Radius of training and of all measures; model.eps, … win over it."),
-    "norm": (Norm | None, None, "Norm of training and of all measures; model.norm, … win over it."),
-    "epochs_share": (float | None, None, "Factor on the epochs that presets and files ask for."),
-    "without": (list[str] | str, [], f"What to leave out of {', '.join(LEAVABLE)}, as a list."),
+    "eps": (Eps | None, None, "Radius of training and of all measures; model.eps, … override it."),
+    "norm": (Norm | None, None, "Norm of training and of all measures; model.norm, … override it."),
+    "epochs_share": (float | None, None, "Factor on the epochs that presets and files set."),
+    "without": (list[str] | str, [], f"What to disable, a list of {', '.join(LEAVABLE)}."),
     "name": (str | None, None, "Name of the method: the model's by default."),
     "folder": (str | None, None, "A new run folder: runs/<name>-<data>-s<seed> by default."),
     "project": (str, "robust-flatness", "W&B project."),
@@ -116,11 +116,12 @@ class CLI(LightningCLI):
     ) -> LightningArgumentParser:
         """Adds all arguments, in groups with titles that fit a terminal."""
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        groups = parser.groups or {}
         for name, title in (GROUPS | {subcommand: "Checkpoint"}).items():
-            if name in parser.groups:
-                parser.groups[name].title = title
+            if name in groups:
+                groups[name].title = title
         for name, callback in DEFAULT_CALLBACKS.items():
-            group = parser.groups[name]
+            group = groups[name]
             group.title, group.description = f"{name} ({callback.__name__})", f"{group.title}."
         return parser
 
@@ -132,7 +133,7 @@ class CLI(LightningCLI):
             skip = {"dataset", "datasets", "normalization"}
             parser.add_class_arguments(callback, name, skip=skip, fail_untyped=False)
         for name, callback in OPTIONAL_CALLBACKS.items():
-            text = f"{callback.__name__}, if one of its arguments is set, as --{name}.ARGUMENT."
+            text = f"Any --{name}.ARGUMENT adds {callback.__name__}."
             parser.add_argument(f"--{name}", type=callback | None, default=None, help=text)
         for name, (kind, default, text) in RUN_OPTIONS.items():
             parser.add_argument(f"--{name}", type=kind, default=default, help=text)

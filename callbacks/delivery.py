@@ -310,10 +310,11 @@ def _read(
         batch = module._apply_batch_transfer_handler(batch, torch.device("cpu"), dataloader_idx=0)
         pair = list(batch[:2]) if isinstance(batch, (list, tuple)) else []
         if len(pair) < 2 or not all(isinstance(part, Tensor) and part.ndim for part in pair):
-            types = [getattr(part, "dtype", type(part).__name__) for part in pair]
+            types = [str(getattr(part, "dtype", type(part).__name__)) for part in pair]
+            kind = type(batch).__name__ + f" of {', '.join(types)}" * bool(types)
             raise Refusal(
-                "Expected batches that begin with images and labels, both tensors, but got "
-                f"{type(batch).__name__} {types or ''}; pass `dataset=`."
+                "Expected batches that begin with images and labels, both tensors, but got a "
+                f"{kind}; pass `dataset=` with items `(image, label)`."
             )
         for parts, part in zip((images, labels), pair):
             is_half = part.is_floating_point() and part.dtype != torch.float64

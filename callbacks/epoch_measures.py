@@ -253,13 +253,14 @@ def announce_cost(
             totals[i] += number * images / callback.every_n_epochs
     forward, backward = map(_rounded, totals)
     line = (
-        f"Watching costs about {forward} forward and {backward} backward passes of images an epoch"
+        f"Measuring takes about {forward} forward and {backward} backward passes of images per "
+        "epoch"
     )
     training_images = _training_images(trainer)
     if training_images is not None:
-        line += f", beside {_rounded(training_images)} of each for training without attacks"
+        line += f", training without attacks {_rounded(training_images)} of each"
     if unknown:
-        line += f"; {', '.join(unknown)} comes on top, at a cost that depends on the network"
+        line += f"; {', '.join(unknown)} adds passes that depend on the network"
     print(f"{line}.")
 
 

@@ -185,8 +185,8 @@ class FinalEvaluation(FinalMeasure):
             at ξ = 0.003 with as many restarts), `curvature` (extreme eigenvalues of the Hessian),
             `adaptive_average` and `adaptive_worst` (sharpness relative to each weight, in batches
             of 128), `hessian_trace`, `gradient_norm`, `first_order` (largest gradient near the
-            weights); with `clean_` in front, all of these but the trace for the clean loss. A line
-            at the start says what they cost.
+            weights). `clean_adaptive_average`, `clean_adaptive_worst`, `clean_gradient_norm` and
+            `clean_first_order` are of the clean loss. The start of `fit` states the cost.
         steps: Number of steps of the attack.
         restarts: Number of restarts for RLoss and RErr.
         **kwargs: Arguments of `measures.RobustLoss`.

@@ -278,6 +278,9 @@ class TrainingStepCallback(Callback):
                 place = fields.index(place) if place in fields else place
             if place not in known:
                 names = ", ".join(map(str, fields or known))
-                raise ValueError(f"Expected `{name}` to be in the batch ({names}) but got {key}.")
+                raise ValueError(
+                    f"Expected `{name}` of {type(self).__name__} to be in the batch ({names}) but "
+                    f"got {key}."
+                )
             places.append(place)
         return places[0], places[1]

@@ -42,6 +42,7 @@ from robust_flatness.command_line.parser import (
     OneSentenceParser,
     leaves,
     options_of,
+    program,
     read_options,
     reason_of,
 )
@@ -74,15 +75,26 @@ logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
 REFUSALS = (ValueError, OSError, MisconfigurationException)
 # Options of a run that belong to no class: type, default, help.
 RUN_OPTIONS: dict[str, tuple[Any, Any, str]] = {
-    "eps": (Eps | None, None, "Radius of training and of all measures; model.eps, … win over it."),
-    "norm": (Norm | None, None, "Norm of training and of all measures; model.norm, … win over it."),
-    "epochs_share": (float | None, None, "Factor on the epochs that presets and files ask for."),
-    "without": (list[str] | str, [], f"What to leave out of {', '.join(LEAVABLE)}, as a list."),
+    "eps": (Eps | None, None, "Radius of training and of all measures; model.eps, … override it."),
+    "norm": (Norm | None, None, "Norm of training and of all measures; model.norm, … override it."),
+    "epochs_share": (float | None, None, "Factor on the epochs that presets and files set."),
+    "without": (list[str] | str, [], f"What to disable, a list of {', '.join(LEAVABLE)}."),
     "name": (str | None, None, "Name of the method: the model's by default."),
     "folder": (str | None, None, "A new run folder: runs/<name>-<data>-s<seed> by default."),
     "project": (str, "robust-flatness", "W&B project."),
     "group": (str | None, None, "W&B group: the method by default."),
 }
+
+
+# What `--help` says of them; Lightning's own words are of its classes.
+DESCRIPTIONS = {
+    "fit": "Trains one model and measures it.",
+    "test": "Measures a checkpoint, or a network that was trained elsewhere.",
+}
+CLASS_HELP = (
+    "`--model.help ATAWP`, `--data.help CIFAR10`, `--landscape.help`: arguments of a class."
+)
+GROUPS = {"trainer": "Lightning's trainer", "model": "Training method", "data": "Data"}
 
 
 class Parser(OneSentenceParser, LightningArgumentParser):
@@ -99,6 +111,20 @@ class CLI(LightningCLI):
         known = LightningCLI.subcommands()
         return {name: known[name] for name in ("fit", "test") if name in self.parser_kwargs}
 
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
+        """Adds all arguments, in groups with titles that fit a terminal."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        groups = parser.groups or {}
+        for name, title in (GROUPS | {subcommand: "Checkpoint"}).items():
+            if name in groups:
+                groups[name].title = title
+        for name, callback in DEFAULT_CALLBACKS.items():
+            group = groups[name]
+            group.title, group.description = f"{name} ({callback.__name__})", f"{group.title}."
+        return parser
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the default callbacks and links what the data knows into the model."""
         for name in LINKED:
@@ -107,7 +133,7 @@ class CLI(LightningCLI):
             skip = {"dataset", "datasets", "normalization"}
             parser.add_class_arguments(callback, name, skip=skip, fail_untyped=False)
         for name, callback in OPTIONAL_CALLBACKS.items():
-            text = f"{callback.__name__}, if one of its arguments is set, as --{name}.ARGUMENT."
+            text = f"Any --{name}.ARGUMENT adds {callback.__name__}."
             parser.add_argument(f"--{name}", type=callback | None, default=None, help=text)
         for name, (kind, default, text) in RUN_OPTIONS.items():
             parser.add_argument(f"--{name}", type=kind, default=default, help=text)
@@ -349,7 +375,11 @@ def run_lightning_cli(arguments: Sequence[str], cli_class: type[CLI] = CLI) -> N
             seed_everything_default=0,
             parser_class=cli_class.parser_class,
             parser_kwargs={
-                arguments[0]: {"default_config_files": [str(DEFAULTS)]},
+                arguments[0]: {
+                    "default_config_files": [str(DEFAULTS)],
+                    "description": f"{DESCRIPTIONS[arguments[0]]} {CLASS_HELP}",
+                    "usage": f"{program()} {arguments[0]} [--model NAME] [--config FILE] [options]",
+                },
                 # A share of a name would also be a misspelt one.
                 "allow_abbrev": False,
             },

@@ -67,9 +67,10 @@ def load_checkpoint(path: str | Path, **kwargs: Any) -> "AT":
     members = {member: getattr(lightning_modules, member) for member in lightning_modules.__all__}
     variants = {n: c for n, c in members.items() if isinstance(c, type) and issubclass(c, AT)}
     if name not in variants:
+        writer = f"by {name}" if name else "by another module; use its `load_from_checkpoint`"
         raise ValueError(
             f"Expected `path` to be a checkpoint of {', '.join(variants)} but {path} was written "
-            f"by {name}."
+            f"{writer}."
         )
     module = variants[name].load_from_checkpoint(path, map_location="cpu", **kwargs)
     return module.eval()

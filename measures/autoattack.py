@@ -86,7 +86,7 @@ class AutoAttackError(Measure):
         version: `standard` (the paper), `plus`, `rand`, or `custom`, which runs `attacks`.
         attacks: Some of `apgd-ce`, `apgd-dlr`, `fab`, `square`, `apgd-t` and `fab-t`, which makes
             the version `custom`.
-        chunk_size: Number of images of one call.
+        chunk_size: Number of images in each call of AutoAttack.
         eps: Radius of the attack, such as 8/255; None takes `eps` of the datamodule, or 8/255.
         norm: `linf` or `l2`.
 

@@ -176,7 +176,7 @@ class Measure(ABC):
         return type(self).__name__, 0
 
     def passes(self) -> tuple[int, int] | None:
-        """Forward and backward passes of each image; None if they depend on the network."""
+        """Forward and backward passes of each image; None if unknown before measuring."""
         return None
 
     def check(self, network: nn.Module, images: Tensor, num_classes: int) -> None:

@@ -136,8 +136,10 @@ def _autoattack(arrays: Arrays) -> Check:
             images = min(len(strong), len(weak))
             difference = int(weak[:images].sum()) - int(strong[:images].sum())
             failed = _counts(difference, images) and difference > _WEAK * images
-            text = f"RErr by AutoAttack minus PGD is {100 * difference / images:.1f} points"
-            return Check(name=name, passed=not failed, text=f"{text} on {images} images")
+            points = f"{100 * difference / images:.1f} points on {images} images"
+            text = f"RErr under AutoAttack minus RErr under PGD is {points}"
+            text += f" instead of at most {100 * _WEAK:.0f}" * failed
+            return Check(name=name, passed=not failed, text=text)
     return _not_measured(name)
 
 

@@ -187,7 +187,10 @@ class Sized(TensorDataset):
         (lambda d: [loader(), loader()], "Expected a DataLoader for `split` val but got list"),
         (lambda d: [d[:4]], "Expected a DataLoader for `split` val but got"),
         (lambda d: DataLoader(Sized(*d.tensors), 4), r"RuntimeError: not opened\); pass `dataset="),
-        (lambda d: DataLoader([{"image": i} for i, _ in d], 4), "begin with images and labels"),
+        (
+            lambda d: DataLoader([{"image": i} for i, _ in d], 4),
+            r"but got a dict; pass `dataset=` with",
+        ),
         (
             lambda d: DataLoader(d, 4, sampler=RandomSampler(d, replacement=True)),
             "got a RandomSampler, which draws with replacement",

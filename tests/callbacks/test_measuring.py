@@ -59,7 +59,7 @@ def fit(*callbacks: Any) -> None:
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> list[str]:
-    return re.findall("Watching costs .*", capsys.readouterr().out)
+    return re.findall("Measuring takes .*", capsys.readouterr().out)
 
 
 def test_one_line_before_training_adds_up_what_an_epoch_costs(
@@ -74,15 +74,15 @@ def test_one_line_before_training_adds_up_what_an_epoch_costs(
     fit(*callbacks)
     # 4 attacks of 10 and 9 passes, and half of one of 5 + 1 and 4, on 10 images.
     assert said(capsys) == [
-        "Watching costs about 430 forward and 380 backward passes of images an epoch, beside 12 of "
-        "each for training without attacks."
+        "Measuring takes about 430 forward and 380 backward passes of images per epoch, training "
+        "without attacks 12 of each."
     ]
 
 
 def test_what_depends_on_the_network_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     fit(RobustEvaluation(split="val", steps=1, **SMALL), Curvature(split="val", **SMALL))
     (line,) = said(capsys)
-    assert line.endswith("; Curvature comes on top, at a cost that depends on the network.")
+    assert line.endswith("; Curvature adds passes that depend on the network.")
 
 
 def test_measures_of_the_end_alone_and_runs_of_our_command_line_say_nothing(

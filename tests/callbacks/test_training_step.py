@@ -305,11 +305,11 @@ REFUSED = {
     ),
     "no key": (
         *(BOTH, {}, Project, one_batch({"x": torch.rand(8, 3, 8, 8), "y": torch.zeros(8)})),
-        r"Expected `image_key` to be in the batch \(x, y\) but got None\.",
+        r"Expected `image_key` of Adv\w+ to be in the batch \(x, y\) but got None\.",
     ),
     "no such place": (
         *(BOTH, {"label_key": 2}, Project, batch_of()),
-        r"Expected `label_key` to be in the batch \(0, 1\) but got 2\.",
+        r"Expected `label_key` of Adv\w+ to be in the batch \(0, 1\) but got 2\.",
     ),
     "a tensor": (
         *(BOTH, {}, Project, one_batch(torch.rand(8, 3, 8, 8))),

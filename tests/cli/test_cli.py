@@ -111,6 +111,20 @@ def test_version_is_that_of_the_distribution(capsys):
     assert not list(Path().iterdir())
 
 
+@pytest.mark.parametrize("command", ["fit", "test"])
+def test_help_fits_a_terminal_and_begins_with_what_the_command_does(command, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    usage, _empty, first, *lines = capsys.readouterr().out.splitlines()
+    assert usage == f"usage: cli.py {command} [--model NAME] [--config FILE] [options]"
+    assert first.startswith(("Trains one model", "Measures a checkpoint"))
+    titles = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
+    assert {"Training method:", "train_flatness (Flatness):", "Checkpoint:"} <= set(titles)
+    assert all(len(line) <= 80 for line in titles)
+
+
 def test_a_taken_name_gets_a_number(trainers):
     Path("runs/AT-Digits-s0").mkdir(parents=True)
     main(["fit", *TINY, QUIET])

@@ -206,7 +206,9 @@ def test_checkpoint_of_another_class_is_refused(tmp_path):
     with pytest.raises(ValueError, match="written by AT but got one of ATAWP"):
         quiet_trainer(max_epochs=2).fit(AT(tiny_body, **PLAIN), loader(8), ckpt_path=path)
     torch.save({"state_dict": {}}, path)
-    with pytest.raises(ValueError, match="to be a checkpoint of AT, ATAWP, MART.* written by None"):
+    with pytest.raises(
+        ValueError, match="to be a checkpoint of AT, ATAWP, MART.* written by another module"
+    ):
         load_checkpoint(path)
 
 

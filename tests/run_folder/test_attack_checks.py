@@ -24,7 +24,12 @@ HEALTHY = {
         ("larger radius", "test/correct_at_eps/0.05", 489, "by 1.1 points from ε = 0.05 to 0.1"),
         ("more steps", "test/correct_at_eps/0.1/more_steps", 511, "by -1.1 points with more steps"),
         ("Square", "test/correct_at_eps/0.1/square", 479, "of a further 1.1 %"),
-        ("AutoAttack", "test/autoattack_correct", 449, "is 3.1 points on 1000 images"),
+        (
+            "AutoAttack",
+            "test/autoattack_correct",
+            449,
+            "is 3.1 points on 1000 images instead of at most 3",
+        ),
     ],
 )
 def test_each_rule_flags_what_exceeds_its_tolerance(name, array, correct, text):
@@ -59,7 +64,7 @@ def test_what_was_not_measured_is_not_decided():
     pgd = {"train_eval/robust_correct": images < 500, "train/autoattack_correct": images[:50] < 40}
     checks = attack_checks(pgd)
     assert [check["passed"] for check in checks] == [None, None, None, None, False]
-    assert checks[-1]["text"].endswith("is 20.0 points on 50 images")
+    assert checks[-1]["text"].endswith("is 20.0 points on 50 images instead of at most 3")
 
 
 def test_test_images_count_before_training_images():

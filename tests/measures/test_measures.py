@@ -233,6 +233,23 @@ def test_shares_of_processes_are_measured_as_the_whole_set(world):
     assert torch.equal(total.double(), expected.losses)
 
 
+@pytest.mark.parametrize("kind", [GradientNorm, HessianTrace, FirstOrderFlatness])
+def test_processes_on_gpus_agree_on_results_on_the_cpu(kind, monkeypatch):
+    def refuse(tensor, src):
+        raise RuntimeError(f"No backend type associated with device type {tensor.device}")
+
+    # NCCL takes tensors of GPUs alone.
+    monkeypatch.setattr(torch.distributed, "broadcast", refuse)
+    sent = []
+    monkeypatch.setattr(
+        torch.distributed, "broadcast_object_list", lambda objects, src: sent.extend(objects)
+    )
+    result = kind(**ATTACK)(tiny_network(), *data())
+    assert Processes(0, 2).agree(result) == result
+    tensors = {name for name, value in vars(result).items() if isinstance(value, torch.Tensor)}
+    assert tensors <= sent[0].keys()
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_search_may_be_in_bfloat16_and_losses_are_in_float32(precision, cpu_as_gpu):
     network, types = tiny_network(), []

@@ -143,6 +143,17 @@ def test_logits_that_are_not_finite_are_no_number():
         assert values.isnan().tolist() == [False, False, True, False], type(measure)
 
 
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_a_change_to_infinite_logits_is_no_number(keep):
+    class Broken(nn.Module):
+        def forward(self, images):
+            logits = images.flatten(1)[:, :3]
+            return torch.where(logits > 0.55, math.inf, logits)
+
+    images, search = torch.full((1, 1, 4, 4), 0.5), PGD(0.1, 3, 0.03, keep=keep)
+    assert local_lipschitz(Broken(), images, search, torch.full_like(images, 0.01)).isnan()
+
+
 def test_the_margin_of_probabilities_takes_any_scores():
     scores = torch.tensor([[0.2, 0.5, 0.3], [0.2, 0.5, 0.3]])
     assert torch.allclose(margins(scores, torch.tensor([1, 0])), torch.tensor([0.2, -0.3]))

@@ -274,7 +274,8 @@ class FixedExamplesMeasure(AttackMeasure):
     def adversarial(self, network: nn.Module, examples: Examples) -> Tensor:
         """The images that are differentiated at, `(N, C, H, W)`."""
         attacked = self.attacked(examples).for_loss(self.loss)
-        return torch.cat([attacked.adversarial(network, part) for part in attacked.batches])
+        parts = [attacked.adversarial(network, part) for part in attacked.batches]
+        return torch.cat(parts) if parts else examples.images
 
     @abstractmethod
     def weight_passes(self) -> tuple[int, int]:

@@ -234,6 +234,13 @@ def test_shares_of_processes_are_measured_as_the_whole_set(world):
 
 
 @pytest.mark.parametrize("kind", [GradientNorm, HessianTrace, FirstOrderFlatness])
+def test_derivatives_of_no_images_are_refused(kind):
+    images, labels = data()
+    with pytest.raises(ValueError, match="`images` to hold at least one image but got none"):
+        kind()(tiny_network(), images[:0], labels[:0])
+
+
+@pytest.mark.parametrize("kind", [GradientNorm, HessianTrace, FirstOrderFlatness])
 def test_processes_on_gpus_agree_on_results_on_the_cpu(kind, monkeypatch):
     def refuse(tensor, src):
         raise RuntimeError(f"No backend type associated with device type {tensor.device}")

@@ -27,7 +27,8 @@ TARGETS = (
     *("gap/robust_loss", "gap/robust_error"),
 )
 GIVEN = "train_eval/robust_error"
-_NO_MEASURES = {*SPLITS, "gap", "last_minus_best"}
+# First parts of names of losses and errors.
+_NO_MEASURES = {*SPLITS, "gap", "last_minus_best", "attack", "single_step"}
 _FEWEST = 3  # models for a coefficient, and methods for an interval
 # Models for an interval: resamples of fewer are close to a line by chance.
 _FEWEST_FOR_INTERVAL = 8

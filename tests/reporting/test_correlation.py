@@ -238,6 +238,8 @@ def test_resamples_in_which_the_third_metric_determines_another_are_left_out():
 def test_the_table_has_each_measure_with_each_target_and_never_pools_weights():
     def row(i, shift):
         loss = {"test/robust_loss": float(i), "train_eval/robust_error": (i * 7 % 5) / 5}
+        # RErr under another attack is what measures are to go with.
+        loss["attack/square_error/test"] = float(i)
         return loss | {"my/measure/test": float(-shift * i), "my/measure/test_sem": 0.1}
 
     given = models([(f"m{i}", row(i, 1), row(i, -1)) for i in range(8)])

@@ -142,7 +142,8 @@ def test_checks_and_error_curves_are_tables_and_on_the_page(tmp_path):
     details = {
         "checks": {"final": [passed, failed]},
         "error_curve": {"final": {"eps": [0.0, 0.5], "robust_error": [0.1, 1.0]}},
-        "class_errors": {"final": {"test": [0.25, 0.75]}},
+        # JSON has no NaN: no image is of class 2.
+        "class_errors": {"final": {"test": [0.25, 0.75, None]}},
     }
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content | details))
@@ -151,7 +152,7 @@ def test_checks_and_error_curves_are_tables_and_on_the_page(tmp_path):
     read = {name: (folder / f"{name}.csv").read_text().splitlines() for name in details}
     assert read["checks"][2] == "AT,at,final,AutoAttack − PGD,False,4 points <more>"
     assert read["error_curve"][1:] == ["AT,at,final,0.0,0.1", "AT,at,final,0.5,1.0"]
-    assert read["class_errors"][2] == "AT,at,final,test,1,0.75"
+    assert read["class_errors"][2:] == ["AT,at,final,test,1,0.75", "AT,at,final,test,2,"]
     page = (folder / "index.html").read_text()
     assert "1 of 2 checks passed" in page
     assert "✗ AutoAttack − PGD</b>, at, last weights: 4 points &lt;more&gt;" in page

@@ -158,6 +158,7 @@ def test_checks_and_error_curves_are_tables_and_on_the_page(tmp_path):
     assert "✗ AutoAttack − PGD</b>, at, last weights: 4 points &lt;more&gt;" in page
     assert "<option>RErr against ε</option>" in page
     assert "<option>RErr of each class</option>" in page
+    assert "largest, of class 1: 75.0 %" in page
     path.write_text(json.dumps(content))
     write_report(tmp_path / "runs", folder, published=False)
     assert not (folder / "checks.csv").exists()

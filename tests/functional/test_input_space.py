@@ -72,9 +72,15 @@ def test_the_lipschitz_constant_of_a_linear_network_is_that_of_the_best_sign_vec
 
 
 def test_no_distance_is_no_change():
+    class Rounding(nn.Sequential):
+        """As attention in eval mode, which has another kernel if there is no graph."""
+
+        def forward(self, images):
+            return super().forward(images) * (1 + 1e-6 * torch.is_grad_enabled())
+
     images = gray(2)
     start = torch.zeros_like(images)
-    assert not local_lipschitz(linear(3), images, PGD(0.1, 3, 0.03), start).any()
+    assert not local_lipschitz(Rounding(*linear(3)), images, PGD(0.1, 3, 0.03), start).any()
 
 
 def test_the_divergence_under_attack():

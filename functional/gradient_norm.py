@@ -5,11 +5,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from robust_flatness.functional.checks import check_count, check_number
 from robust_flatness.functional.evaluation import evaluation_context
-from robust_flatness.functional.hessian import check_set, hessian_product, weight_gradients
+from robust_flatness.functional.hessian import (
+    check_set,
+    hessian_product,
+    second_derivatives,
+    weight_gradients,
+)
 from robust_flatness.functional.layer_weights import (
     differentiable_weights,
     layer_tensors,
@@ -144,10 +148,7 @@ def first_order_flatness(
     check_number("rho", rho)
     check_count("weight_steps", weight_steps, low=1)
     tensors = layer_tensors(model)
-    # Fused attention has no second derivative.
-    with evaluation_context(model), sdpa_kernel(SDPBackend.MATH):
-        # Tensors made under inference mode cannot be saved for backward, their clones can.
-        images, labels = images.clone(), labels.clone()
+    with second_derivatives(model, images, labels) as (images, labels):
         weights = {name: tensor.value().detach() for name, tensor in tensors.items()}
 
         def visit(nu: Tensor, needs_product: bool) -> tuple[Tensor, Tensor | None]:

@@ -37,6 +37,10 @@ class GradientNormResult:
     weight_norms: Tensor
     gradient_norms: Tensor
 
+    def __repr__(self) -> str:
+        """One line: both norms."""
+        return f"gradient norm {self.norm:.3g}, relative to the weights {self.relative_norm:.3g}"
+
     @property
     def norm(self) -> float:
         """‖g‖ over all tensors."""
@@ -59,6 +63,11 @@ class FirstOrderFlatnessResult:
 
     rho: float
     gradient_norms: Tensor
+
+    def __repr__(self) -> str:
+        """One line: the value and its ascent."""
+        steps = len(self.gradient_norms) - 1
+        return f"first-order flatness {self.value:.3g} (radius {self.rho:g}, {steps} steps)"
 
     @property
     def value(self) -> float:

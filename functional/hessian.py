@@ -136,6 +136,14 @@ class HessianTraceResult:
     estimates: Tensor
     scale_free_estimates: Tensor
 
+    def __repr__(self) -> str:
+        """One line: both traces with their standard errors over vectors."""
+        return (
+            f"Hessian trace {self.trace:.3g} ± {self.trace_standard_error:.2g}, scale-free "
+            f"{self.scale_free_trace:.3g} ± {self.scale_free_standard_error:.2g} "
+            f"({len(self.estimates)} random vectors)"
+        )
+
     @property
     def trace(self) -> float:
         """Mean of the estimates."""

@@ -108,9 +108,9 @@ class AdaptiveSharpness(AttackMeasure):
 
     @override
     def passes(self) -> tuple[int, int]:
-        forward, backward = (0, 0) if self.loss == "clean" else super().passes()
-        if self.case == "worst":
-            return forward + self._evaluations, backward + self.weight_steps
-        # The attack knows the losses of plain logits.
-        apart = self.normalize_logits or self.loss == "clean"
-        return forward + self._evaluations * apart, backward
+        # The attack knows the losses of plain logits, in the average case all that is needed.
+        apart = self.case == "worst" or self.normalize_logits or self.loss == "clean"
+        attacks = self.loss == "robust" and (self.steps > 0 or not apart)
+        forward, backward = super().passes() if attacks else (0, 0)
+        ascent = self.weight_steps if self.case == "worst" else 0
+        return forward + self._evaluations * apart, backward + ascent

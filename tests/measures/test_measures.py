@@ -95,6 +95,7 @@ CASES = [
     (AdaptiveSharpness, adaptive_sharpness, {**ADAPTIVE, "restarts": 2, "weight_norm": "l2"}),
     (AdaptiveSharpness, adaptive_sharpness, {**ADAPTIVE, "loss": "clean", "eta": 0.1}),
     (AdaptiveSharpness, adaptive_sharpness, {**ADAPTIVE, "normalize_logits": True}),
+    (AdaptiveSharpness, adaptive_sharpness, {**ADAPTIVE, "steps": 0, "restarts": 2, "rho": 0.2}),
     *(
         (kind, at_fixed_examples(function), arguments)
         for kind, function, own in (

@@ -184,9 +184,9 @@ class FinalEvaluation(FinalMeasure):
             clean loss, from the same directions), `worst` and `clean_worst` (worst-case flatness
             at ξ = 0.003 with as many restarts), `curvature` (extreme eigenvalues of the Hessian),
             `adaptive_average` and `adaptive_worst` (sharpness relative to each weight, in batches
-            of 128), `hessian_trace`, `gradient_norm`, `first_order` (largest gradient near the
-            weights). `clean_adaptive_average`, `clean_adaptive_worst`, `clean_gradient_norm` and
-            `clean_first_order` are of the clean loss. The start of `fit` states the cost.
+            of 128), `gradient_norm`, `first_order` (largest gradient near the weights), these four
+            also with `clean_` in front for the clean loss, and `hessian_trace`. The start of
+            `fit` states the cost.
         steps: Number of steps of the attack.
         restarts: Number of restarts for RLoss and RErr.
         **kwargs: Arguments of `measures.RobustLoss`.

@@ -37,7 +37,7 @@ from robust_flatness.functional.robust_loss import (
     evaluate_robustness,
     robust_loss,
 )
-from robust_flatness.functional.sharpness import adaptive_sharpness
+from robust_flatness.functional.sharpness import SharpnessResult, adaptive_sharpness
 from robust_flatness.functional.weight_perturbation import (
     adversarial_weight_perturbation,
     sample_weight_perturbation,
@@ -61,6 +61,7 @@ __all__ = [
     "LandscapeResult",
     "RobustnessResult",
     "Sharing",
+    "SharpnessResult",
     "SurfaceResult",
     "TrainingLabels",
     "WorstCaseFlatnessResult",

@@ -16,6 +16,7 @@ from robust_flatness.functional.evaluation import (
     to_float32,
 )
 from robust_flatness.functional.noise import keyed_generator, per_example_norm
+from robust_flatness.functional.robust_loss import estimate_text
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,13 @@ class BoundaryThicknessResult:
     thickness: Tensor
     reached: Tensor
     same_class: Tensor
+
+    def __repr__(self) -> str:
+        """One line: the mean with its standard error over examples."""
+        return (
+            f"boundary thickness {estimate_text(self.thickness)}, target not reached "
+            f"{estimate_text(~self.reached, percent=True)} ({len(self.thickness)} examples)"
+        )
 
 
 def random_targets(

@@ -5,11 +5,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from robust_flatness.functional.checks import check_count, check_number
 from robust_flatness.functional.evaluation import evaluation_context
-from robust_flatness.functional.hessian import check_set, hessian_product, weight_gradients
+from robust_flatness.functional.hessian import (
+    check_set,
+    hessian_product,
+    second_derivatives,
+    weight_gradients,
+)
 from robust_flatness.functional.layer_weights import (
     differentiable_weights,
     layer_tensors,
@@ -33,6 +37,10 @@ class GradientNormResult:
     weight_norms: Tensor
     gradient_norms: Tensor
 
+    def __repr__(self) -> str:
+        """One line: both norms."""
+        return f"gradient norm {self.norm:.3g}, relative to the weights {self.relative_norm:.3g}"
+
     @property
     def norm(self) -> float:
         """‖g‖ over all tensors."""
@@ -55,6 +63,11 @@ class FirstOrderFlatnessResult:
 
     rho: float
     gradient_norms: Tensor
+
+    def __repr__(self) -> str:
+        """One line: the value and its ascent."""
+        steps = len(self.gradient_norms) - 1
+        return f"first-order flatness {self.value:.3g} (radius {self.rho:g}, {steps} steps)"
 
     @property
     def value(self) -> float:
@@ -144,10 +157,7 @@ def first_order_flatness(
     check_number("rho", rho)
     check_count("weight_steps", weight_steps, low=1)
     tensors = layer_tensors(model)
-    # Fused attention has no second derivative.
-    with evaluation_context(model), sdpa_kernel(SDPBackend.MATH):
-        # Tensors made under inference mode cannot be saved for backward, their clones can.
-        images, labels = images.clone(), labels.clone()
+    with second_derivatives(model, images, labels) as (images, labels):
         weights = {name: tensor.value().detach() for name, tensor in tensors.items()}
 
         def visit(nu: Tensor, needs_product: bool) -> tuple[Tensor, Tensor | None]:

@@ -2,7 +2,8 @@
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -104,14 +105,10 @@ def hessian_extreme_eigenvalues(
     check_number("tolerance", tolerance, low=1e-12, high=1)
     tensors = _hessian_tensors(model, names)
     weights = {name: tensor.value() for name, tensor in tensors.items()}
-    # Fused attention has no second derivative.
     with (
-        evaluation_context(model),
+        second_derivatives(model, images, labels) as (images, labels),
         differentiable_weights(model, tensors) as leaves,
-        sdpa_kernel(SDPBackend.MATH),
     ):
-        # Tensors made under inference mode cannot be saved for backward, their clones can.
-        images, labels = images.clone(), labels.clone()
         inputs = list(leaves.values())
 
         def product(vector: Tensor) -> Tensor:
@@ -138,6 +135,14 @@ class HessianTraceResult:
 
     estimates: Tensor
     scale_free_estimates: Tensor
+
+    def __repr__(self) -> str:
+        """One line: both traces with their standard errors over vectors."""
+        return (
+            f"Hessian trace {self.trace:.3g} ± {self.trace_standard_error:.2g}, scale-free "
+            f"{self.scale_free_trace:.3g} ± {self.scale_free_standard_error:.2g} "
+            f"({len(self.estimates)} random vectors)"
+        )
 
     @property
     def trace(self) -> float:
@@ -208,13 +213,10 @@ def hessian_trace(
     check_count("num_probes", num_probes, low=1)
     tensors = _hessian_tensors(model, names)
     totals = torch.zeros(2, num_probes, dtype=torch.float64)
-    # Fused attention has no second derivative.
     with (
-        evaluation_context(model),
+        second_derivatives(model, images, labels) as (images, labels),
         differentiable_weights(model, tensors) as leaves,
-        sdpa_kernel(SDPBackend.MATH),
     ):
-        images, labels = images.clone(), labels.clone()
         inputs = list(leaves.values())
         weights = [tensor.value().detach() for tensor in tensors.values()]
         scales = [weight.norm() / math.sqrt(weight.numel()) for weight in weights]
@@ -246,6 +248,17 @@ def check_set(images: Tensor, labels: Tensor, batch_size: int) -> None:
     check_count("batch_size", batch_size, low=1)
     if len(images) == 0:
         raise ValueError("Expected `images` to hold at least one image but got none.")
+
+
+@contextmanager
+def second_derivatives(
+    model: nn.Module, images: Tensor, labels: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """`evaluation_context` with second derivatives, and images and labels that can take part."""
+    # Fused attention has no second derivative.
+    with evaluation_context(model), sdpa_kernel(SDPBackend.MATH):
+        # Tensors made under inference mode cannot be saved for backward, their clones can.
+        yield images.clone(), labels.clone()
 
 
 def hessian_product(

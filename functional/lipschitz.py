@@ -1,5 +1,7 @@
 """Local Lipschitz constants of a network (Yang et al., NeurIPS 2020)."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -8,6 +10,7 @@ from robust_flatness.functional.evaluation import (
     Model,
     differentiable,
     logits_function,
+    nan_unless_finite,
     to_float32,
 )
 from robust_flatness.functional.noise import per_example_norm
@@ -54,7 +57,8 @@ def local_lipschitz(
             change = network(inputs) - clean
             distance = per_example_norm(inputs - images, search.norm).flatten(1)
             distance = distance if through_distance else distance.detach()
-            return change / distance.clamp_min(torch.finfo(distance.dtype).tiny)
+            # At x' = x the change may be rounding.
+            return change / torch.where(distance > 0, distance, math.inf)
 
         def size(values: Tensor, _: Tensor) -> Tensor:
             return values.abs().sum(1)
@@ -63,4 +67,5 @@ def local_lipschitz(
         if kept.losses is not None:
             return kept.losses
         with torch.no_grad():
-            return size(quotients(kept.images), images)
+            values = quotients(kept.images)
+        return nan_unless_finite(values.abs().sum(1), values)

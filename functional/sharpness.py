@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -23,7 +24,7 @@ from robust_flatness.functional.layer_weights import (
     perturbed_weights,
 )
 from robust_flatness.functional.noise import Norm, Start, keyed_generator
-from robust_flatness.functional.robust_loss import AttackedSet, LossKind
+from robust_flatness.functional.robust_loss import AttackedSet, LossKind, estimate_text
 from robust_flatness.functional.weight_perturbation import Perturbation, split_like
 
 Case = Literal["average", "worst"]
@@ -37,6 +38,20 @@ DEFAULT_RHO = {
     ("worst", "linf"): 0.002,
 }
 MOMENTUM = 0.75
+
+
+@dataclass(frozen=True)
+class SharpnessResult(FlatnessResult):
+    """Adaptive sharpness, with the losses at w and at w + ν: a row for each draw, or the worst."""
+
+    def __repr__(self) -> str:
+        """One line: the value, of several draws with its standard error."""
+        draws = len(self.increases)
+        return (
+            f"adaptive sharpness {estimate_text(self.increases.mean(dim=1))}"
+            f"{f' ({draws} draws)' if draws > 1 else ''}, "
+            f"loss at w {estimate_text(self.reference_losses)}"
+        )
 
 
 def adaptive_sharpness(
@@ -63,7 +78,7 @@ def adaptive_sharpness(
     batch_size: int = 128,
     indices: Sequence[int] | None = None,
     on_attack: Callable[[], None] | None = None,
-) -> FlatnessResult:
+) -> SharpnessResult:
     """Measures how much the loss rises if each weight moves relative to its own size.
 
     Adaptive m-sharpness of Andriushchenko et al. (ICML 2023), of RLoss or of the clean loss. With
@@ -182,7 +197,7 @@ def measure_sharpness(
     normalize_logits: bool,
     eta: float,
     loss: LossKind,
-) -> FlatnessResult:
+) -> SharpnessResult:
     """`adaptive_sharpness` with checked arguments, inside `evaluation_context`."""
     # Raises, before anything is measured, if a weight cannot be perturbed.
     tensors = all_tensors(model) if parameters == "all" else layer_tensors(model)
@@ -206,8 +221,8 @@ def measure_sharpness(
             perturbed.append(torch.stack(rows))
     if not units:
         none = attacked.images.new_zeros(0)
-        return FlatnessResult(none, none.expand(1 if case == "worst" else num_perturbations, 0))
-    return FlatnessResult(torch.cat(reference), torch.cat(perturbed, dim=1))
+        return SharpnessResult(none, none.expand(1 if case == "worst" else num_perturbations, 0))
+    return SharpnessResult(torch.cat(reference), torch.cat(perturbed, dim=1))
 
 
 @torch.no_grad()

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from typing_extensions import override
 
-from robust_flatness.functional.flatness import FlatnessResult
 from robust_flatness.functional.noise import Norm
 from robust_flatness.functional.robust_loss import LossKind
 from robust_flatness.functional.sharpness import (
     Case,
     Parameters,
+    SharpnessResult,
     check_sharpness,
     measure_sharpness,
 )
@@ -74,7 +74,7 @@ class AdaptiveSharpness(AttackMeasure):
         )
 
     @override
-    def measure(self, network: nn.Module, examples: Examples) -> FlatnessResult:
+    def measure(self, network: nn.Module, examples: Examples) -> SharpnessResult:
         return measure_sharpness(network, self.attacked(examples), **self.own_arguments)
 
     @override
@@ -83,11 +83,11 @@ class AdaptiveSharpness(AttackMeasure):
         return (name, f"{name}_sem") if self._draws > 1 else (name,)
 
     @override
-    def values(self, result: FlatnessResult) -> tuple[float, ...]:
+    def values(self, result: SharpnessResult) -> tuple[float, ...]:
         return (result.value, result.standard_error)[: 1 + (self._draws > 1)]
 
     @override
-    def arrays(self, result: FlatnessResult, split: str) -> dict[str, Tensor]:
+    def arrays(self, result: SharpnessResult, split: str) -> dict[str, Tensor]:
         return {self.metric_names(split)[0]: result.increases.mean(dim=0)}
 
     @property
@@ -108,9 +108,9 @@ class AdaptiveSharpness(AttackMeasure):
 
     @override
     def passes(self) -> tuple[int, int]:
-        forward, backward = (0, 0) if self.loss == "clean" else super().passes()
-        if self.case == "worst":
-            return forward + self._evaluations, backward + self.weight_steps
-        # The attack knows the losses of plain logits.
-        apart = self.normalize_logits or self.loss == "clean"
-        return forward + self._evaluations * apart, backward
+        # The attack knows the losses of plain logits, in the average case all that is needed.
+        apart = self.case == "worst" or self.normalize_logits or self.loss == "clean"
+        attacks = self.loss == "robust" and (self.steps > 0 or not apart)
+        forward, backward = super().passes() if attacks else (0, 0)
+        ascent = self.weight_steps if self.case == "worst" else 0
+        return forward + self._evaluations * apart, backward + ascent

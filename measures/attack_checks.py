@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from robust_flatness.functional.attack import PGD
 from robust_flatness.functional.checks import check_count
-from robust_flatness.functional.robust_loss import AttackedSet
+from robust_flatness.functional.robust_loss import AttackedSet, estimate_text
 from robust_flatness.measures.autoattack import FEWEST_PIXELS_OF_SQUARE_L2, AutoAttackError
 from robust_flatness.measures.base import AttackMeasure, Examples
 from robust_flatness.measures.robust_loss import PREFIX
@@ -37,6 +37,15 @@ class AttackChecksResult:
     correct: Tensor
     correct_more_steps: Tensor
     correct_square: Tensor | None
+
+    def __repr__(self) -> str:
+        """One line: RErr with its standard errors over examples."""
+        verdicts = {f"at ε = {r:.3g}": row for r, row in zip(self.radii, self.correct)}
+        verdicts["with more steps"] = self.correct_more_steps
+        if self.correct_square is not None:
+            verdicts["and Square"] = self.correct_square
+        texts = (f"{name} {estimate_text(~c, percent=True)}" for name, c in verdicts.items())
+        return f"RErr {', '.join(texts)} ({len(self.correct_more_steps)} examples)"
 
 
 @dataclass(kw_only=True)

@@ -274,7 +274,8 @@ class FixedExamplesMeasure(AttackMeasure):
     def adversarial(self, network: nn.Module, examples: Examples) -> Tensor:
         """The images that are differentiated at, `(N, C, H, W)`."""
         attacked = self.attacked(examples).for_loss(self.loss)
-        return torch.cat([attacked.adversarial(network, part) for part in attacked.batches])
+        parts = [attacked.adversarial(network, part) for part in attacked.batches]
+        return torch.cat(parts) if parts else examples.images
 
     @abstractmethod
     def weight_passes(self) -> tuple[int, int]:
@@ -369,9 +370,11 @@ class Processes:
         """Gives all processes the numbers and tensors of the first one's result, a dataclass."""
         if self.size == 1:
             return result
-        self.broadcast(_fields(result))
-        numbers = {name: v for name, v in _fields(result).items() if isinstance(v, (int, float))}
-        received: list[Any] = [numbers]
+        fields = _fields(result)
+        # NCCL takes tensors of GPUs alone: those on the CPU go with the numbers.
+        small = {name: value for name, value in fields.items() if _is_number_or_on_cpu(value)}
+        self.broadcast({name: value for name, value in fields.items() if name not in small})
+        received: list[Any] = [small]
         distributed.broadcast_object_list(received, src=0)
         return dataclasses.replace(result, **received[0])  # type: ignore[type-var]
 
@@ -389,6 +392,11 @@ class Processes:
         tensors = [torch.empty_like(tensor) for _ in range(self.size)]
         distributed.all_gather(tensors, tensor)
         return tensors
+
+
+def _is_number_or_on_cpu(value: Any) -> bool:
+    on_cpu = isinstance(value, Tensor) and value.device.type == "cpu"
+    return on_cpu or isinstance(value, (int, float))
 
 
 def _fields(result: Any) -> dict[str, Any]:

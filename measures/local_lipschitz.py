@@ -11,6 +11,7 @@ from robust_flatness.functional.checks import check_count
 from robust_flatness.functional.evaluation import logits_function, nan_unless_finite
 from robust_flatness.functional.lipschitz import local_lipschitz
 from robust_flatness.functional.objectives import divergences
+from robust_flatness.functional.robust_loss import estimate_text
 from robust_flatness.measures.base import AttackMeasure, Examples
 
 
@@ -25,6 +26,13 @@ class LocalLipschitzResult:
 
     quotients: Tensor
     divergences: Tensor
+
+    def __repr__(self) -> str:
+        """One line: means with their standard errors over examples."""
+        return (
+            f"local Lipschitz constant {estimate_text(self.quotients)}, KL under PGD "
+            f"{estimate_text(self.divergences)} ({len(self.quotients)} examples)"
+        )
 
 
 @dataclass(kw_only=True)

@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from robust_flatness.functional.evaluation import logits_function, nan_unless_finite
 from robust_flatness.functional.margins import margins
+from robust_flatness.functional.robust_loss import estimate_text
 from robust_flatness.measures.base import AttackMeasure, Examples
 
 _STATISTICS = ("mean", "median", "percentile_10", "probability")
@@ -29,6 +30,13 @@ class MarginsResult:
     clean_probabilities: Tensor
     robust: Tensor
     robust_probabilities: Tensor
+
+    def __repr__(self) -> str:
+        """One line: mean logit margins with their standard errors over examples."""
+        return (
+            f"mean margin {estimate_text(self.clean)}, under PGD {estimate_text(self.robust)} "
+            f"({len(self.clean)} examples)"
+        )
 
 
 @dataclass(kw_only=True)

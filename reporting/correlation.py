@@ -27,10 +27,13 @@ TARGETS = (
     *("gap/robust_loss", "gap/robust_error"),
 )
 GIVEN = "train_eval/robust_error"
-_NO_MEASURES = {*SPLITS, "gap", "last_minus_best"}
+# First parts of names of losses and errors.
+_NO_MEASURES = {*SPLITS, "gap", "last_minus_best", "attack", "single_step"}
 _FEWEST = 3  # models for a coefficient, and methods for an interval
 # Models for an interval: resamples of fewer are close to a line by chance.
 _FEWEST_FOR_INTERVAL = 8
+# Of 1 - r² for metrics that are linear in each other, with room.
+_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -97,13 +100,13 @@ def correlate(
         y: The other one.
         weights: Whose metrics.
         given: A third metric, for partial correlations, which hold it fixed.
-        resamples: Of the bootstrap, at least 1. Resamples in which a metric is constant have no
-            coefficient and are left out.
+        resamples: Of the bootstrap, at least 1. Resamples without a coefficient, such as those in
+            which a metric is constant, are left out.
         seed: Of the bootstrap.
 
     Returns:
-        The correlation; None for fewer than three models (four with `given`), or if a metric is
-        the same for all.
+        The correlation; None for fewer than three models (four with `given`), if a metric is the
+        same for all, or if `given` determines `x` or `y`, or their ranks.
 
     Raises:
         ValueError: If `resamples` is below 1.
@@ -180,7 +183,8 @@ def _coefficients(values: list[Array], groups: Array, times: Array) -> Array:
 
     All three are sums over pairs of models (Daniels 1944): of differences, of differences of ranks
     and of signs. In a resample, all models of method m occur `times[:, m]` times. Equal values
-    differ by exactly 0, so that a constant metric has no coefficient (NaN).
+    differ by exactly 0, so that a constant metric has no coefficient (NaN). With a third metric
+    they are partial coefficients.
     """
     differences = [value[:, None] - value for value in values]
     signs = [np.sign(difference) for difference in differences]
@@ -203,6 +207,8 @@ def _coefficients(values: list[Array], groups: Array, times: Array) -> Array:
                 else np.zeros(len(times))
                 for i, j in ((0, 1), (0, 2), (1, 2))
             )
-            # Without a third metric, its correlations of 0 change nothing.
-            found.append((xy - xz * yz) / np.sqrt((1 - xz**2) * (1 - yz**2)))
+            # Without a third metric, its correlations of 0 change nothing. What it determines up to
+            # rounding has no partial coefficient.
+            xx, yy = (np.where(1 - r**2 > _ROUNDING, 1 - r**2, np.nan) for r in (xz, yz))
+            found.append((xy - xz * yz) / np.sqrt(xx * yy))
     return np.array(found)

@@ -164,9 +164,10 @@ class Figures:
             rows = rows[rows["split"] == "test"]
         lines = []
         for label, own in rows.groupby("model", sort=False):
-            means = own.groupby(x)["robust_error"].mean()
+            means = own.groupby(x)["robust_error"].mean().dropna()
             points = pd.DataFrame({"x": means.index, "y": means.to_numpy()})
-            lines.append(self.line(str(label), points, width=1.6))
+            if len(points):
+                lines.append(self.line(str(label), points, width=1.6))
         return lines
 
     def relation(self, x: str, y: str, weights: Weights = "final") -> Relation | None:

@@ -244,6 +244,9 @@ def _details(figures: Figures, name: str, x: str, title: str) -> go.Figure | Non
     figure.layout.xaxis.title.text = title
     for trace in lines:
         hover = f"{title} %{{x:.3g}}: RErr %{{y:.1%}}"
+        if name == "class_errors":
+            worst = trace.points.loc[trace.points["y"].idxmax()]
+            hover += f"<br>largest, of class {worst['x']:g}: {100 * worst['y']:.1f} %"
         figure.add_scatter(**_line(trace, hover) | {"mode": "lines+markers"})
     figure.layout.meta = "Last weights, test images, means over seeds."
     return figure if lines else None

@@ -274,10 +274,14 @@ def _checks(content: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _lists(content: Mapping[str, Any], name: str) -> dict[str, dict[str, list[float]]]:
+    def is_entry(value: Any) -> bool:
+        # JSON has no NaN, which is the error of a class without images.
+        return is_number(value) or (value is None and name == "class_errors")
+
     def are_lists(weights: Any) -> bool:
         for lists in weights.values():
             values = list(lists.values()) if isinstance(lists, dict) else [lists]
-            if not all(isinstance(one, list) and all(map(is_number, one)) for one in values):
+            if not all(isinstance(one, list) and all(map(is_entry, one)) for one in values):
                 return False
             # The points of a curve have both coordinates.
             if name == "error_curve" and len({len(one) for one in values}) > 1:
@@ -285,7 +289,14 @@ def _lists(content: Mapping[str, Any], name: str) -> dict[str, dict[str, list[fl
         return True
 
     lists = _mapping(content, name)
-    return dict(_entry({name: lists}, name, are_lists, "mappings of lists of numbers"))
+    _entry({name: lists}, name, are_lists, "mappings of lists of numbers")
+    return {
+        weights: {
+            key: [math.nan if value is None else value for value in values]
+            for key, values in own.items()
+        }
+        for weights, own in lists.items()
+    }
 
 
 def _finite(metrics: Mapping[str, Any], where: str) -> dict[str, float]:

@@ -72,9 +72,15 @@ def test_the_lipschitz_constant_of_a_linear_network_is_that_of_the_best_sign_vec
 
 
 def test_no_distance_is_no_change():
+    class Rounding(nn.Sequential):
+        """As attention in eval mode, which has another kernel if there is no graph."""
+
+        def forward(self, images):
+            return super().forward(images) * (1 + 1e-6 * torch.is_grad_enabled())
+
     images = gray(2)
     start = torch.zeros_like(images)
-    assert not local_lipschitz(linear(3), images, PGD(0.1, 3, 0.03), start).any()
+    assert not local_lipschitz(Rounding(*linear(3)), images, PGD(0.1, 3, 0.03), start).any()
 
 
 def test_the_divergence_under_attack():
@@ -141,6 +147,17 @@ def test_logits_that_are_not_finite_are_no_number():
         arrays = measure.arrays(measure(Broken(), images, labels), "test")
         values = next(iter(arrays.values()))
         assert values.isnan().tolist() == [False, False, True, False], type(measure)
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_a_change_to_infinite_logits_is_no_number(keep):
+    class Broken(nn.Module):
+        def forward(self, images):
+            logits = images.flatten(1)[:, :3]
+            return torch.where(logits > 0.55, math.inf, logits)
+
+    images, search = torch.full((1, 1, 4, 4), 0.5), PGD(0.1, 3, 0.03, keep=keep)
+    assert local_lipschitz(Broken(), images, search, torch.full_like(images, 0.01)).isnan()
 
 
 def test_the_margin_of_probabilities_takes_any_scores():

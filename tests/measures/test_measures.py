@@ -95,6 +95,7 @@ CASES = [
     (AdaptiveSharpness, adaptive_sharpness, {**ADAPTIVE, "restarts": 2, "weight_norm": "l2"}),
     (AdaptiveSharpness, adaptive_sharpness, {**ADAPTIVE, "loss": "clean", "eta": 0.1}),
     (AdaptiveSharpness, adaptive_sharpness, {**ADAPTIVE, "normalize_logits": True}),
+    (AdaptiveSharpness, adaptive_sharpness, {**ADAPTIVE, "steps": 0, "restarts": 2, "rho": 0.2}),
     *(
         (kind, at_fixed_examples(function), arguments)
         for kind, function, own in (
@@ -231,6 +232,30 @@ def test_shares_of_processes_are_measured_as_the_whole_set(world):
         with evaluation_context(network):
             total[mine] += measure.measure(network, part).losses
     assert torch.equal(total.double(), expected.losses)
+
+
+@pytest.mark.parametrize("kind", [GradientNorm, HessianTrace, FirstOrderFlatness])
+def test_derivatives_of_no_images_are_refused(kind):
+    images, labels = data()
+    with pytest.raises(ValueError, match="`images` to hold at least one image but got none"):
+        kind()(tiny_network(), images[:0], labels[:0])
+
+
+@pytest.mark.parametrize("kind", [GradientNorm, HessianTrace, FirstOrderFlatness])
+def test_processes_on_gpus_agree_on_results_on_the_cpu(kind, monkeypatch):
+    def refuse(tensor, src):
+        raise RuntimeError(f"No backend type associated with device type {tensor.device}")
+
+    # NCCL takes tensors of GPUs alone.
+    monkeypatch.setattr(torch.distributed, "broadcast", refuse)
+    sent = []
+    monkeypatch.setattr(
+        torch.distributed, "broadcast_object_list", lambda objects, src: sent.extend(objects)
+    )
+    result = kind(**ATTACK)(tiny_network(), *data())
+    assert Processes(0, 2).agree(result) == result
+    tensors = {name for name, value in vars(result).items() if isinstance(value, torch.Tensor)}
+    assert tensors <= sent[0].keys()
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

@@ -215,9 +215,31 @@ def test_partial_correlations_are_those_of_residuals():
     assert correlate(models(rows[:3]), "x", "y", given="z") is None
 
 
+def test_what_the_third_metric_determines_has_no_partial_correlation():
+    # Ranks of x and z are the same: what is left of x is rounding.
+    generator = np.random.default_rng(0)
+    for size in range(4, 30):
+        z, y = generator.normal(size=(2, size))
+        third = {"x": np.exp(z), "y": y, "z": z}
+        rows = [
+            (f"m{i}", {name: float(v[i]) for name, v in third.items()}, {}) for i in range(size)
+        ]
+        assert correlate(models(rows), "x", "y", given="z", resamples=1) is None, size
+
+
+def test_resamples_in_which_the_third_metric_determines_another_are_left_out():
+    # The ranks of x and z differ by `c` alone: resamples without it would be rounding, near 0.
+    rows = [("a", 1, 1, 1), ("b", 2, 2, 2), ("c", 9, 9, 0), ("d", 4, 4, 4), ("e", 5, 5, 5)]
+    rows = [(method, {"x": x, "y": y, "z": z}, {}) for method, x, y, z in rows * 2]
+    found = correlate(models(rows), "x", "y", given="z")
+    assert found.spearman_interval == pytest.approx((1, 1))
+
+
 def test_the_table_has_each_measure_with_each_target_and_never_pools_weights():
     def row(i, shift):
         loss = {"test/robust_loss": float(i), "train_eval/robust_error": (i * 7 % 5) / 5}
+        # RErr under another attack is what measures are to go with.
+        loss["attack/square_error/test"] = float(i)
         return loss | {"my/measure/test": float(-shift * i), "my/measure/test_sem": 0.1}
 
     given = models([(f"m{i}", row(i, 1), row(i, -1)) for i in range(8)])

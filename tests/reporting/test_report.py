@@ -18,6 +18,7 @@ from robust_flatness.cli import main
 from robust_flatness.reporting.correlation import correlate
 from robust_flatness.reporting.figures import Figures
 from robust_flatness.reporting.matplotlib_figures import correlations_figure, relation_figure
+from robust_flatness.reporting.plotly_figures import page_figures
 from robust_flatness.reporting.report import write_report
 from robust_flatness.reporting.table1 import table1, terminal_table
 from robust_flatness.run_folder.files import Landscape
@@ -142,21 +143,24 @@ def test_checks_and_error_curves_are_tables_and_on_the_page(tmp_path):
     details = {
         "checks": {"final": [passed, failed]},
         "error_curve": {"final": {"eps": [0.0, 0.5], "robust_error": [0.1, 1.0]}},
-        "class_errors": {"final": {"test": [0.25, 0.75]}},
+        # JSON has no NaN: no image is of class 2.
+        "class_errors": {"final": {"test": [0.25, 0.75, None]}},
     }
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content | details))
     folder = tmp_path / "report"
-    write_report(tmp_path / "runs", folder, published=False)
+    made = write_report(tmp_path / "runs", folder, published=False)
     read = {name: (folder / f"{name}.csv").read_text().splitlines() for name in details}
     assert read["checks"][2] == "AT,at,final,AutoAttack − PGD,False,4 points <more>"
     assert read["error_curve"][1:] == ["AT,at,final,0.0,0.1", "AT,at,final,0.5,1.0"]
-    assert read["class_errors"][2] == "AT,at,final,test,1,0.75"
+    assert read["class_errors"][2:] == ["AT,at,final,test,1,0.75", "AT,at,final,test,2,"]
     page = (folder / "index.html").read_text()
     assert "1 of 2 checks passed" in page
     assert "✗ AutoAttack − PGD</b>, at, last weights: 4 points &lt;more&gt;" in page
     assert "<option>RErr against ε</option>" in page
     assert "<option>RErr of each class</option>" in page
+    by_class = page_figures(Figures(made.models))["views"]["RErr of each class"]
+    assert "largest, of class 1: 75.0 %" in by_class.data[0].hovertemplate
     path.write_text(json.dumps(content))
     write_report(tmp_path / "runs", folder, published=False)
     assert not (folder / "checks.csv").exists()

@@ -187,8 +187,10 @@ METHOD_LABELS = {
     "batch_size": "Batch size",
     "constant_rate": "Constant learning rate",
     "dropout": "Dropout",
+    "fgsm_rs": "FGSM-RS",
     "ignore_incorrect": "Ignore incorrect",
     "learning_rate": "Learning rate",
+    "n_fgsm": "N-FGSM",
     "pgd_tau": "PGD-τ",
     "prevent_label_leaking": "Prevent label leaking",
 }

@@ -139,7 +139,7 @@ def test_at_awp(build):
     run = row(build, "at_awp")
     baseline(run)
     assert type(run.model) is ATAWP
-    assert (run.model.xi, run.model.awp_steps, run.model.warmup) == (0.01, 1, 0.0)
+    assert (run.model.xi, run.model.awp.steps, run.model.warmup) == (0.01, 1, 0.0)
 
 
 @pytest.mark.parametrize(("name", "cls"), [("trades", TRADES), ("mart", MART)])

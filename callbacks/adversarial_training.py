@@ -15,7 +15,7 @@ from typing_extensions import override
 from robust_flatness.callbacks.fixed_images import ROUNDING, Normalization, channels
 from robust_flatness.callbacks.training_step import TrainingStepCallback, unwrap, wrap
 from robust_flatness.functional.attack import PGD, example_losses
-from robust_flatness.functional.awp import AWP
+from robust_flatness.functional.awp import AWP, skips_backward
 from robust_flatness.functional.checks import Eps, check_count, check_number
 from robust_flatness.functional.evaluation import to_float32
 
@@ -253,7 +253,7 @@ class AdversarialWeightPerturbation(TrainingStepCallback, _HoldsAWP):
         module, noise = self.module, self.noise
         if self._count("step") > 1:
             raise self._refusal(CLOSURES, type(self.trainer.optimizers[0]).__name__)
-        if self.trainer.current_epoch >= self.warmup:
+        if self.trainer.current_epoch >= self.warmup and not skips_backward(self.trainer):
             images, labels = self.images_and_labels(batch)
             with noise.dropout(module, images.device):
                 self.awp.perturb(module, lambda: self.losses(module(images), labels).mean(), noise)

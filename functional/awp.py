@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -159,3 +159,12 @@ class AWP:
             return None
         low, high = torch.cat(norms).aminmax()
         return low, high
+
+
+def skips_backward(trainer: Any) -> bool:
+    """Whether a Lightning trainer runs forwards for BatchNorm statistics alone.
+
+    `StochasticWeightAveraging` ends with such an epoch, whose statistics are for the weights as
+    they are.
+    """
+    return bool(trainer.fit_loop._skip_backward)

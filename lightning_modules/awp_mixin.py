@@ -6,7 +6,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from robust_flatness.functional.awp import AWP, Direction, Order
+from robust_flatness.functional.awp import AWP, Direction, Order, skips_backward
 from robust_flatness.functional.checks import check_count, check_number
 from robust_flatness.functional.evaluation import Mode
 from robust_flatness.lightning_modules.pgd_mixin import PGDMixin
@@ -60,7 +60,8 @@ class AWPMixin(PGDMixin):
 
     def perturb(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> None:
         """Moves the weights to w + ν until the backward is done."""
-        if self.current_epoch >= epochs_of_share(self.warmup, self.trainer.max_epochs or 0):
+        warm = self.current_epoch >= epochs_of_share(self.warmup, self.trainer.max_epochs or 0)
+        if warm and not skips_backward(self.trainer):
             self.awp.perturb(
                 self, lambda: self.objective(images, adversarial, labels)[0], self.noise
             )

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
 from lightning_projects import Project, tiny
 from networks_for_tests import same, snapshot
@@ -224,6 +225,16 @@ def test_ordinary_training_until_the_warm_up_ends():
     awp = AdversarialWeightPerturbation(xi=XI, warmup=1)
     quiet_trainer(callbacks=[awp], max_epochs=2).fit(module, loader(8))
     assert module.moved == [False] * 2 + [True] * 2
+
+
+def test_an_epoch_for_batchnorm_statistics_alone_is_at_the_weights_themselves():
+    module = Watched()
+    # Schedules wrap the optimizer's own `step`.
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.1)
+    swa = StochasticWeightAveraging(0.01, swa_epoch_start=1)
+    fit(module, [swa], max_epochs=2)
+    # The last epoch has no backward.
+    assert module.moved == [True] * 8 + [False] * 2
 
 
 class Twice(torch.optim.SGD):

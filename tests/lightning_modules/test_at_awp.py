@@ -1,6 +1,7 @@
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from networks_for_tests import images_and_labels, same, snapshot, tiny_body
 from torch import nn
 from torch.nn.utils import parametrizations, weight_norm
@@ -13,6 +14,10 @@ from robust_flatness.lightning_modules import ATAWP, TRADESAWP
 
 XI = 0.02
 LR, DECAY, MOMENTUM = 0.1, 0.05, 0.9
+
+
+def constant(optimizer):
+    return torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
 
 
 class FixedExamples(ATAWP):
@@ -114,6 +119,14 @@ def test_a_network_that_cannot_be_perturbed_is_refused_before_a_warm_up():
     module = ATAWP(network=body, warmup=0.5, **PLAIN)
     with pytest.raises(ValueError, match=r"but got `1` \(Masked\), which makes another tensor"):
         quiet_trainer(max_epochs=2, max_steps=1).fit(module, loader(8))
+
+
+def test_an_epoch_for_batchnorm_statistics_alone_leaves_the_weights():
+    module = ATAWP(tiny_body, xi=XI, lr_scheduler=constant, **PLAIN)
+    swa = StochasticWeightAveraging(1e-9, swa_epoch_start=1, annealing_epochs=1)
+    quiet_trainer(max_epochs=2, callbacks=[swa]).fit(module, loader(16))
+    average = swa._average_model.network[0].weight
+    torch.testing.assert_close(module.network[0].weight, average, rtol=0, atol=1e-6)
 
 
 def test_orders_differ():

@@ -264,11 +264,16 @@ class AdversarialWeightPerturbation(TrainingStepCallback, _HoldsAWP):
             # Without a loss nothing follows that needs the perturbation, but maybe an update.
             if output is None or not module.automatic_optimization:
                 self.awp.restore()
+            else:
+                # Averages of weights may be taken in `on_before_zero_grad`.
+                self.awp.exchange()
         return output
 
     def _around_backward(self, backward: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         if self._count("backward") > 1:
             raise self._refusal("one backward for each batch", "a second one")
+        if self.module.automatic_optimization:
+            self.awp.exchange()
         try:
             backward(*args, **kwargs)
         finally:

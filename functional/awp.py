@@ -26,9 +26,12 @@ class AWP:
     """Holds weights at w + ν for a forward and its backward, ν_l = ξ‖w_l‖ g_l / ‖g_l‖.
 
     Call `find` once, then for each batch `perturb`, forward, backward and `restore`, and
-    `shift_decay` before the optimizer's step. Weights of convolution and linear layers move. If a
-    layer has spectral norm, weight norm or another parametrization, the tensor that it computes
-    with is moved, and the gradient goes on to the parameters behind it.
+    `shift_decay` before the optimizer's step. `exchange` after the forward, and again before the
+    backward, hides w + ν from code between the two.
+
+    Weights of convolution and linear layers move. If a layer has spectral norm, weight norm or
+    another parametrization, the tensor that it computes with is moved, and the gradient goes on to
+    the parameters behind it.
 
     Args:
         xi: Relative length ξ; the paper's AT-AWP takes 0.01.
@@ -76,6 +79,9 @@ class AWP:
         )
         self._tensors: dict[str, LayerTensor] = {}
         self._perturbed = ExitStack()
+        # Parameters, and what `exchange` exchanges them for.
+        self._moved: list[tuple[Tensor, Tensor]] = []
+        self._exchanged = False
         self.forget()
 
     def forget(self) -> None:
@@ -100,6 +106,7 @@ class AWP:
             objective: Returns the scalar loss to increase.
             noise: Draws a random direction.
         """
+        self.restore()
         values = {name: tensor.value() for name, tensor in self._tensors.items()}
         weights = {name: value for name, value in values.items() if value.requires_grad}
         if self.direction == "random" and weights:
@@ -124,10 +131,20 @@ class AWP:
             shifts = ((self._tensors[name].own(), nu) for name, nu in perturbation.items())
             # What is computed decays only through the parameters behind it, which are not moved.
             self._decay_shifts.append({id(w): nu for w, nu in shifts if w is not None})
-        self._perturbed.enter_context(perturbed_weights(model, perturbation, self._tensors))
+        moved = perturbed_weights(model, perturbation, self._tensors)
+        self._moved = self._perturbed.enter_context(moved)
+
+    def exchange(self) -> None:
+        """Exchanges parameters at w + ν for those at w, or back, unseen by autograd."""
+        for parameter, other in self._moved:
+            parameter.data, other.data = other.data, parameter.data
+        self._exchanged = not self._exchanged
 
     def restore(self) -> None:
         """Restores the weights bit for bit; without a perturbation nothing happens."""
+        if self._exchanged:
+            self.exchange()
+        self._moved = []
         self._perturbed.close()
 
     def check_optimizer(self, optimizer: Optimizer) -> None:

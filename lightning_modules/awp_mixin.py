@@ -1,5 +1,6 @@
 """Adversarial weight perturbation for any variant of adversarial training."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -66,8 +67,15 @@ class AWPMixin(PGDMixin):
                 self, lambda: self.objective(images, adversarial, labels)[0], self.noise
             )
 
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        """The variant's, after which callbacks and hooks see w until the backward."""
+        loss: Tensor = super().training_step(batch, batch_idx)
+        self.awp.exchange()
+        return loss
+
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Differentiates at w + ν and restores w, whatever happens."""
+        self.awp.exchange()
         try:
             super().backward(loss, *args, **kwargs)
         finally:

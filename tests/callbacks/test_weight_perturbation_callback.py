@@ -198,9 +198,7 @@ def test_weights_come_back_after_an_exception(where):
     module, fails = Failing(), Fails(where == "between")
     awp = AdversarialWeightPerturbation(xi=XI)
     with pytest.raises(RuntimeError, match="half-way"):
-        # Between the two nothing but the callback's own hook comes before the other's.
-        added = [awp, fails] if where == "between" else [fails, awp]
-        quiet_trainer(callbacks=added).fit(module, loader(16))
+        quiet_trainer(callbacks=[fails, awp]).fit(module, loader(16))
     assert module.moved[0]
     assert not fails.moved
     assert not module.is_moved
@@ -225,6 +223,27 @@ def test_ordinary_training_until_the_warm_up_ends():
     awp = AdversarialWeightPerturbation(xi=XI, warmup=1)
     quiet_trainer(callbacks=[awp], max_epochs=2).fit(module, loader(8))
     assert module.moved == [False] * 2 + [True] * 2
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_hooks_between_forward_and_backward_see_the_weights_themselves(first):
+    class Averages(Callback):
+        """Looks when averages of weights are updated in many projects."""
+
+        moved = []
+
+        def on_before_zero_grad(self, trainer, module, optimizer):
+            self.moved.append(module.is_moved)
+
+        def on_before_backward(self, trainer, module, loss):
+            self.moved.append(module.is_moved)
+
+    module, averages = Watched(), Averages()
+    awp = AdversarialWeightPerturbation(xi=XI)
+    added = [averages, awp] if first else [awp, averages]
+    quiet_trainer(callbacks=added).fit(module, loader(8))
+    assert module.moved == [True, True]
+    assert averages.moved == [False, False]
 
 
 def test_an_epoch_for_batchnorm_statistics_alone_is_at_the_weights_themselves():

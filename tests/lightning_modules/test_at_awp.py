@@ -144,16 +144,18 @@ def test_awp_order_needs_coupled_decay():
 
 
 class Weights(Callback):
-    """Remembers the weights when a batch starts, and after its backward."""
+    """Compares the weights when a batch starts with those around and inside of its backward."""
 
     def __init__(self):
-        self.before, self.after, self.inside = None, [], []
+        self.before, self.between, self.after, self.inside = None, [], [], []
 
     def on_train_batch_start(self, trainer, module, *args):
         self.before = module.network[0].weight.detach().clone()
 
     def on_before_backward(self, trainer, module, loss):
-        self.inside.append(not torch.equal(self.before, module.network[0].weight))
+        weight = module.network[0].weight
+        self.between.append(torch.equal(self.before, weight))
+        loss.register_hook(lambda _: self.inside.append(not torch.equal(self.before, weight)))
 
     def on_after_backward(self, trainer, module):
         self.after.append(torch.equal(self.before, module.network[0].weight))
@@ -165,6 +167,8 @@ def test_weights_are_perturbed_for_the_loss_and_restored_bit_for_bit(precision):
     module = ATAWP(network=tiny_body, **PLAIN)
     trainer = quiet_trainer(callbacks=[watch], accumulate_grad_batches=2, precision=precision)
     trainer.fit(module, loader(32))
+    # Hooks before the backward may average weights.
+    assert watch.between == [True] * 4
     assert watch.inside == [True] * 4
     assert watch.after == [True] * 4
 

@@ -58,7 +58,7 @@ class AdversarialTraining(TrainingStepCallback, _HoldsPGD):
     Raises:
         ValueError: If an argument is out of range; before training, if the module has several
             optimizers; in the first step, if images are not in [0, 1], or if labels are soft or
-            outputs are no tensor and there is no criterion.
+            outputs are no logits and there is no criterion.
 
     Example:
         >>> AdversarialTraining(eps=8 / 255, steps=10, keep="last").pgd.steps
@@ -127,7 +127,10 @@ class AdversarialTraining(TrainingStepCallback, _HoldsPGD):
         criterion = example_losses if self.criterion is None else _first_column
         with noise.dropout(self.module, images.device):
             adversarial = noise.craft(pgd, network, pixels, labels[first], criterion, start)
-        return torch.cat([self.from_pixels(adversarial).to(images), images[first.stop :]])
+        # A copy has the type and the memory format of the batch.
+        crafted = images.detach().clone()
+        crafted[first] = self.from_pixels(adversarial).to(images)
+        return crafted
 
     def attack_of(self, epoch: int) -> PGD:
         """The attack in an epoch, which is weaker in the warm-up."""
@@ -197,7 +200,7 @@ class AdversarialWeightPerturbation(TrainingStepCallback, _HoldsAWP):
         ValueError: If an argument is out of range; before training, if the module has several
             optimizers, or one that evaluates its closure repeatedly, if `order` does not suit it,
             or if it is not certain what tensors a layer computes with; in a step, if labels are
-            soft or outputs are no tensor and there is no criterion, or if a batch has several
+            soft or outputs are no logits and there is no criterion, or if a batch has several
             backwards.
 
     Example:

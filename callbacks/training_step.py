@@ -214,13 +214,14 @@ class TrainingStepCallback(Callback):
         return losses
 
     def logits(self, outputs: Any) -> Tensor:
-        """The outputs, if they are a tensor."""
-        if not isinstance(outputs, Tensor):
-            raise ValueError(
-                "Expected `criterion`, as the module's `forward` returns no tensor of logits but "
-                f"{type(outputs).__name__}, but got None."
-            )
-        return outputs
+        """The outputs, if they are logits `(N, K)` of two classes at least."""
+        if isinstance(outputs, Tensor) and outputs.ndim == 2 and outputs.shape[1] > 1:
+            return outputs
+        shape = f" of shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else ""
+        raise ValueError(
+            "Expected `criterion`, as the module's `forward` returns no logits of shape (N, K), "
+            f"K > 1, but {type(outputs).__name__}{shape}, but got None."
+        )
 
     def images_and_labels(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Images and labels of a batch; without a criterion labels are class indices `(N,)`.

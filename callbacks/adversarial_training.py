@@ -94,6 +94,11 @@ class AdversarialTraining(TrainingStepCallback, _HoldsPGD):
             self._channels = [
                 values.to(to_float32(images)) for values in channels(self.normalization)
             ]
+            if (count := len(self._channels[0])) not in (1, images.shape[1]):
+                raise ValueError(
+                    f"Expected `normalization` to be of {images.shape[1]} channels, as the images "
+                    f"of a batch, but got {count}."
+                )
         if len(images) == 0:
             return
         pixels = self.to_pixels(images)

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from robust_flatness.functional.attack import PGD, example_losses
@@ -99,7 +99,7 @@ class TrainingStepCallback(Callback):
     def __init__(
         self,
         *,
-        criterion: Callable[[Any, Tensor], Tensor] | None = None,
+        criterion: nn.Module | Callable[[Any, Tensor], Tensor] | None = None,
         image_key: Key = None,
         label_key: Key = None,
         **kwargs: Any,

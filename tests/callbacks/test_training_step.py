@@ -316,6 +316,10 @@ REFUSED = {
         *(HALF, {"normalization": (MEAN, [1, 1, 1])}, Project, batch_of()),
         r"Expected `normalization` to be .* but got .* with which pixels are in \[0.37",
     ),
+    "other channels": (
+        *(HALF, {"normalization": (MEAN, STD)}, Project, batch_of(torch.rand(8, 1, 8, 8))),
+        r"Expected `normalization` to be of 1 channels, as the images of a batch, but got 3\.",
+    ),
     "bytes": (
         *(HALF, {}, Project, batch_of(torch.zeros(8, 3, 8, 8, dtype=torch.uint8))),
         r"Expected images to be floating point of shape \(N, C, H, W\) .* torch.uint8",

@@ -48,7 +48,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "AdversarialTraining": {
         **{**STEP, "fraction": 1.0, "warmup": 0, "eps": 8 / 255, "step_size": None, "steps": 7},
         **{"norm": "linf", "keep": "best", "start": "paper", "mode": "eval"},
-        "precision": "float32",
+        **{"precision": "float32", "start_scale": 1.0, "projection": True},
     },
     "AdversarialWeightPerturbation": {
         **{**STEP, "warmup": 0, "xi": 0.01, "steps": 1, "mode": "eval"},

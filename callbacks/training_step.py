@@ -107,7 +107,6 @@ class TrainingStepCallback(Callback):
         super().__init__(**kwargs)
         self.criterion, self.image_key, self.label_key = criterion, image_key, label_key
         self.seed: int | None = None
-        self._trainer: Trainer | None = None
         self._module: LightningModule | None = None
         self._checked = False
 
@@ -143,7 +142,7 @@ class TrainingStepCallback(Callback):
                 "ATAWP for weight perturbations."
             )
         self.seed = agreed_seed(trainer, self.seed)
-        self._trainer, self._module = trainer, pl_module
+        self._module = pl_module
         wrap(pl_module, "training_step", self.order, self._around_step)
 
     def _around_step(self, step: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -167,7 +166,7 @@ class TrainingStepCallback(Callback):
     def _release(self) -> None:
         if self._module is not None:
             unwrap(self._module, "training_step", self.order)
-        self._trainer = self._module = None
+        self._module = None
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -180,8 +179,7 @@ class TrainingStepCallback(Callback):
     @property
     def trainer(self) -> Trainer:
         """The trainer, in `fit`."""
-        assert self._trainer is not None
-        return self._trainer
+        return self.module.trainer
 
     @property
     def module(self) -> LightningModule:

@@ -67,16 +67,11 @@ class AWP:
     ) -> None:
         check_number("xi", xi)
         check_count("steps", steps, low=1)
-        choices = {"mode": (mode, Mode), "direction": (direction, Direction)}
-        for name, (value, kind) in {**choices, "order": (order, Order)}.items():
-            check_choice(name, value, get_args(kind))
-        self.xi, self.steps, self.mode, self.direction, self.order = (
-            xi,
-            steps,
-            mode,
-            direction,
-            order,
-        )
+        check_choice("mode", mode, get_args(Mode))
+        check_choice("direction", direction, get_args(Direction))
+        check_choice("order", order, get_args(Order))
+        self.xi, self.steps = xi, steps
+        self.mode, self.direction, self.order = mode, direction, order
         self._tensors: dict[str, LayerTensor] = {}
         self._perturbed = ExitStack()
         # Parameters, and what `exchange` exchanges them for.

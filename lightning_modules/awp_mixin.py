@@ -67,9 +67,9 @@ class AWPMixin(PGDMixin):
                 self, lambda: self.objective(images, adversarial, labels)[0], self.noise
             )
 
-    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Any:
         """The variant's, after which callbacks and hooks see w until the backward."""
-        loss: Tensor = super().training_step(batch, batch_idx)
+        loss: Any = super().training_step(batch, batch_idx)
         self.awp.exchange()
         return loss
 

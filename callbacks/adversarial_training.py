@@ -247,6 +247,7 @@ class AdversarialWeightPerturbation(TrainingStepCallback, _HoldsAWP):
         if self.awp.order == "awp" and not pl_module.automatic_optimization:
             raise self._refusal("automatic optimization for `order` awp", "manual optimization")
         wrap(pl_module, "backward", self.order, self._around_backward)
+        wrap(pl_module, "configure_gradient_clipping", self.order, self._around_clipping)
 
     def _refusal(self, wanted: str, came: str) -> ValueError:
         return ValueError(f"Expected {wanted} beside {type(self).__name__} but got {came}.")
@@ -292,13 +293,18 @@ class AdversarialWeightPerturbation(TrainingStepCallback, _HoldsAWP):
         if not self.module.automatic_optimization and self._count("update") > 1:
             raise self._refusal("one optimizer step for each batch", "a second one")
 
+    def _around_clipping(
+        self, clip: Callable[..., Any], optimizer: Optimizer, *args: Any, **kwargs: Any
+    ) -> None:
+        clip(optimizer, *args, **kwargs)
+        self.awp.shift_decay(optimizer)
+
     @override
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         # Lightning may skip the backward.
         self.awp.restore()
-        self.awp.shift_decay(optimizer)
 
     @override
     def on_train_batch_end(
@@ -316,7 +322,8 @@ class AdversarialWeightPerturbation(TrainingStepCallback, _HoldsAWP):
     def _release(self) -> None:
         self.awp.restore()
         if self._module is not None:
-            unwrap(self._module, "backward", self.order)
+            for name in ("backward", "configure_gradient_clipping"):
+                unwrap(self._module, name, self.order)
         while self._hooks:
             self._hooks.pop().remove()
         super()._release()

@@ -26,8 +26,8 @@ class AWP:
     """Holds weights at w + ν for a forward and its backward, ν_l = ξ‖w_l‖ g_l / ‖g_l‖.
 
     Call `find` once, then for each batch `perturb`, forward, backward and `restore`, and
-    `shift_decay` before the optimizer's step. `exchange` after the forward, and again before the
-    backward, hides w + ν from code between the two.
+    `shift_decay` after gradients are clipped, before the optimizer's step. `exchange` after the
+    forward, and again before the backward, hides w + ν from code between the two.
 
     Weights of convolution and linear layers move. If a layer has spectral norm, weight norm or
     another parametrization, the tensor that it computes with is moved, and the gradient goes on to

@@ -81,8 +81,9 @@ class AWPMixin(PGDMixin):
         finally:
             self.awp.restore()
 
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """With `order: awp`, turns the decay of w into that of w + ν."""
+    def configure_gradient_clipping(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+        """Clips, and with `order: awp` turns the decay of w, which is not clipped, into w + ν's."""
+        super().configure_gradient_clipping(optimizer, *args, **kwargs)
         self.awp.shift_decay(optimizer)
 
     def on_train_start(self) -> None:

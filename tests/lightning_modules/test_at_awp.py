@@ -137,6 +137,15 @@ def test_orders_differ():
     assert not torch.allclose(sam["network.0.weight"], awp["network.0.weight"], atol=1e-9)
 
 
+def test_the_decay_of_perturbed_weights_is_not_clipped():
+    module = module_for("awp")
+    before = module.network[0].weight.detach().clone()
+    quiet_trainer(gradient_clip_val=1e-15).fit(module, loader(8, double=True))
+    # Without a gradient what is left is w - lr · wd · (w + ν), ‖ν‖ = ξ‖w‖.
+    shift = module.network[0].weight.detach() - before * (1 - LR * DECAY)
+    assert shift.norm().item() == pytest.approx(LR * DECAY * XI * before.norm().item(), rel=1e-6)
+
+
 def test_awp_order_needs_coupled_decay():
     module = ATAWP(network=tiny_body, order="awp", optimizer=torch.optim.AdamW, **PLAIN)
     with pytest.raises(ValueError, match="coupled weight decay for `order` awp but got AdamW"):

@@ -186,7 +186,7 @@ def test_no_copy_pickle_or_checkpoint_has_the_wrapper_and_it_ends_with_fit(tmp_p
             fit(module, added, loader(16))
     else:
         fit(module, added, loader(8))
-    for name in ("training_step", "backward"):
+    for name in ("training_step", "backward", "configure_gradient_clipping"):
         assert name not in vars(module)
     assert module.training_step == own
     for made in copies.copies:

@@ -24,6 +24,7 @@ from robust_flatness.callbacks import (
 )
 from robust_flatness.datamodules import Digits
 from robust_flatness.lightning_modules import ATAWP, MultiStep
+from robust_flatness.lightning_modules.schedules import epochs_of_share
 from robust_flatness.networks import Normalize, SmallResNet
 from robust_flatness.run_folder.metrics import metric
 
@@ -64,7 +65,7 @@ class Classifier(LightningModule):
         optimizer = torch.optim.SGD(
             self.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4
         )
-        milestones = [round(share * self.epochs) for share in DROPS]
+        milestones = [epochs_of_share(share, self.epochs) for share in DROPS]
         return [optimizer], [torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones)]
 
 

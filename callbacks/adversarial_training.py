@@ -15,7 +15,7 @@ from typing_extensions import override
 from robust_flatness.callbacks.fixed_images import ROUNDING, Normalization, channels
 from robust_flatness.callbacks.training_step import TrainingStepCallback, unwrap, wrap
 from robust_flatness.functional.attack import PGD, example_losses
-from robust_flatness.functional.awp import AWP
+from robust_flatness.functional.awp import AWP, skips_backward
 from robust_flatness.functional.checks import Eps, check_count, check_number
 from robust_flatness.functional.evaluation import to_float32
 
@@ -58,7 +58,7 @@ class AdversarialTraining(TrainingStepCallback, _HoldsPGD):
     Raises:
         ValueError: If an argument is out of range; before training, if the module has several
             optimizers; in the first step, if images are not in [0, 1], or if labels are soft or
-            outputs are no tensor and there is no criterion.
+            outputs are no logits and there is no criterion.
 
     Example:
         >>> AdversarialTraining(eps=8 / 255, steps=10, keep="last").pgd.steps
@@ -94,6 +94,11 @@ class AdversarialTraining(TrainingStepCallback, _HoldsPGD):
             self._channels = [
                 values.to(to_float32(images)) for values in channels(self.normalization)
             ]
+            if (count := len(self._channels[0])) not in (1, images.shape[1]):
+                raise ValueError(
+                    f"Expected `normalization` to be of {images.shape[1]} channels, as the images "
+                    f"of a batch, but got {count}."
+                )
         if len(images) == 0:
             return
         pixels = self.to_pixels(images)
@@ -127,7 +132,10 @@ class AdversarialTraining(TrainingStepCallback, _HoldsPGD):
         criterion = example_losses if self.criterion is None else _first_column
         with noise.dropout(self.module, images.device):
             adversarial = noise.craft(pgd, network, pixels, labels[first], criterion, start)
-        return torch.cat([self.from_pixels(adversarial).to(images), images[first.stop :]])
+        # A copy has the type and the memory format of the batch.
+        crafted = images.detach().clone()
+        crafted[first] = self.from_pixels(adversarial).to(images)
+        return crafted
 
     def attack_of(self, epoch: int) -> PGD:
         """The attack in an epoch, which is weaker in the warm-up."""
@@ -197,7 +205,7 @@ class AdversarialWeightPerturbation(TrainingStepCallback, _HoldsAWP):
         ValueError: If an argument is out of range; before training, if the module has several
             optimizers, or one that evaluates its closure repeatedly, if `order` does not suit it,
             or if it is not certain what tensors a layer computes with; in a step, if labels are
-            soft or outputs are no tensor and there is no criterion, or if a batch has several
+            soft or outputs are no logits and there is no criterion, or if a batch has several
             backwards.
 
     Example:
@@ -239,6 +247,7 @@ class AdversarialWeightPerturbation(TrainingStepCallback, _HoldsAWP):
         if self.awp.order == "awp" and not pl_module.automatic_optimization:
             raise self._refusal("automatic optimization for `order` awp", "manual optimization")
         wrap(pl_module, "backward", self.order, self._around_backward)
+        wrap(pl_module, "configure_gradient_clipping", self.order, self._around_clipping)
 
     def _refusal(self, wanted: str, came: str) -> ValueError:
         return ValueError(f"Expected {wanted} beside {type(self).__name__} but got {came}.")
@@ -253,7 +262,7 @@ class AdversarialWeightPerturbation(TrainingStepCallback, _HoldsAWP):
         module, noise = self.module, self.noise
         if self._count("step") > 1:
             raise self._refusal(CLOSURES, type(self.trainer.optimizers[0]).__name__)
-        if self.trainer.current_epoch >= self.warmup:
+        if self.trainer.current_epoch >= self.warmup and not skips_backward(self.trainer):
             images, labels = self.images_and_labels(batch)
             with noise.dropout(module, images.device):
                 self.awp.perturb(module, lambda: self.losses(module(images), labels).mean(), noise)
@@ -264,11 +273,16 @@ class AdversarialWeightPerturbation(TrainingStepCallback, _HoldsAWP):
             # Without a loss nothing follows that needs the perturbation, but maybe an update.
             if output is None or not module.automatic_optimization:
                 self.awp.restore()
+            else:
+                # Averages of weights may be taken in `on_before_zero_grad`.
+                self.awp.exchange()
         return output
 
     def _around_backward(self, backward: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         if self._count("backward") > 1:
             raise self._refusal("one backward for each batch", "a second one")
+        if self.module.automatic_optimization:
+            self.awp.exchange()
         try:
             backward(*args, **kwargs)
         finally:
@@ -279,13 +293,18 @@ class AdversarialWeightPerturbation(TrainingStepCallback, _HoldsAWP):
         if not self.module.automatic_optimization and self._count("update") > 1:
             raise self._refusal("one optimizer step for each batch", "a second one")
 
+    def _around_clipping(
+        self, clip: Callable[..., Any], optimizer: Optimizer, *args: Any, **kwargs: Any
+    ) -> None:
+        clip(optimizer, *args, **kwargs)
+        self.awp.shift_decay(optimizer)
+
     @override
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         # Lightning may skip the backward.
         self.awp.restore()
-        self.awp.shift_decay(optimizer)
 
     @override
     def on_train_batch_end(
@@ -303,7 +322,8 @@ class AdversarialWeightPerturbation(TrainingStepCallback, _HoldsAWP):
     def _release(self) -> None:
         self.awp.restore()
         if self._module is not None:
-            unwrap(self._module, "backward", self.order)
+            for name in ("backward", "configure_gradient_clipping"):
+                unwrap(self._module, name, self.order)
         while self._hooks:
             self._hooks.pop().remove()
         super()._release()

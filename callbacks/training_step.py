@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from robust_flatness.functional.attack import PGD, example_losses
@@ -99,7 +99,7 @@ class TrainingStepCallback(Callback):
     def __init__(
         self,
         *,
-        criterion: Callable[[Any, Tensor], Tensor] | None = None,
+        criterion: nn.Module | Callable[[Any, Tensor], Tensor] | None = None,
         image_key: Key = None,
         label_key: Key = None,
         **kwargs: Any,
@@ -107,7 +107,6 @@ class TrainingStepCallback(Callback):
         super().__init__(**kwargs)
         self.criterion, self.image_key, self.label_key = criterion, image_key, label_key
         self.seed: int | None = None
-        self._trainer: Trainer | None = None
         self._module: LightningModule | None = None
         self._checked = False
 
@@ -143,7 +142,7 @@ class TrainingStepCallback(Callback):
                 "ATAWP for weight perturbations."
             )
         self.seed = agreed_seed(trainer, self.seed)
-        self._trainer, self._module = trainer, pl_module
+        self._module = pl_module
         wrap(pl_module, "training_step", self.order, self._around_step)
 
     def _around_step(self, step: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -167,7 +166,7 @@ class TrainingStepCallback(Callback):
     def _release(self) -> None:
         if self._module is not None:
             unwrap(self._module, "training_step", self.order)
-        self._trainer = self._module = None
+        self._module = None
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -180,8 +179,7 @@ class TrainingStepCallback(Callback):
     @property
     def trainer(self) -> Trainer:
         """The trainer, in `fit`."""
-        assert self._trainer is not None
-        return self._trainer
+        return self.module.trainer
 
     @property
     def module(self) -> LightningModule:
@@ -214,13 +212,14 @@ class TrainingStepCallback(Callback):
         return losses
 
     def logits(self, outputs: Any) -> Tensor:
-        """The outputs, if they are a tensor."""
-        if not isinstance(outputs, Tensor):
-            raise ValueError(
-                "Expected `criterion`, as the module's `forward` returns no tensor of logits but "
-                f"{type(outputs).__name__}, but got None."
-            )
-        return outputs
+        """The outputs, if they are logits `(N, K)` of two classes at least."""
+        if isinstance(outputs, Tensor) and outputs.ndim == 2 and outputs.shape[1] > 1:
+            return outputs
+        shape = f" of shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else ""
+        raise ValueError(
+            "Expected `criterion`, as the module's `forward` returns no logits of shape (N, K), "
+            f"K > 1, but {type(outputs).__name__}{shape}, but got None."
+        )
 
     def images_and_labels(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Images and labels of a batch; without a criterion labels are class indices `(N,)`.

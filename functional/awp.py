@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,12 @@ class AWP:
     """Holds weights at w + ν for a forward and its backward, ν_l = ξ‖w_l‖ g_l / ‖g_l‖.
 
     Call `find` once, then for each batch `perturb`, forward, backward and `restore`, and
-    `shift_decay` before the optimizer's step. Weights of convolution and linear layers move. If a
-    layer has spectral norm, weight norm or another parametrization, the tensor that it computes
-    with is moved, and the gradient goes on to the parameters behind it.
+    `shift_decay` after gradients are clipped, before the optimizer's step. `exchange` after the
+    forward, and again before the backward, hides w + ν from code between the two.
+
+    Weights of convolution and linear layers move. If a layer has spectral norm, weight norm or
+    another parametrization, the tensor that it computes with is moved, and the gradient goes on to
+    the parameters behind it.
 
     Args:
         xi: Relative length ξ; the paper's AT-AWP takes 0.01.
@@ -64,18 +67,16 @@ class AWP:
     ) -> None:
         check_number("xi", xi)
         check_count("steps", steps, low=1)
-        choices = {"mode": (mode, Mode), "direction": (direction, Direction)}
-        for name, (value, kind) in {**choices, "order": (order, Order)}.items():
-            check_choice(name, value, get_args(kind))
-        self.xi, self.steps, self.mode, self.direction, self.order = (
-            xi,
-            steps,
-            mode,
-            direction,
-            order,
-        )
+        check_choice("mode", mode, get_args(Mode))
+        check_choice("direction", direction, get_args(Direction))
+        check_choice("order", order, get_args(Order))
+        self.xi, self.steps = xi, steps
+        self.mode, self.direction, self.order = mode, direction, order
         self._tensors: dict[str, LayerTensor] = {}
         self._perturbed = ExitStack()
+        # Parameters, and what `exchange` exchanges them for.
+        self._moved: list[tuple[Tensor, Tensor]] = []
+        self._exchanged = False
         self.forget()
 
     def forget(self) -> None:
@@ -100,6 +101,7 @@ class AWP:
             objective: Returns the scalar loss to increase.
             noise: Draws a random direction.
         """
+        self.restore()
         values = {name: tensor.value() for name, tensor in self._tensors.items()}
         weights = {name: value for name, value in values.items() if value.requires_grad}
         if self.direction == "random" and weights:
@@ -124,10 +126,20 @@ class AWP:
             shifts = ((self._tensors[name].own(), nu) for name, nu in perturbation.items())
             # What is computed decays only through the parameters behind it, which are not moved.
             self._decay_shifts.append({id(w): nu for w, nu in shifts if w is not None})
-        self._perturbed.enter_context(perturbed_weights(model, perturbation, self._tensors))
+        moved = perturbed_weights(model, perturbation, self._tensors)
+        self._moved = self._perturbed.enter_context(moved)
+
+    def exchange(self) -> None:
+        """Exchanges parameters at w + ν for those at w, or back, unseen by autograd."""
+        for parameter, other in self._moved:
+            parameter.data, other.data = other.data, parameter.data
+        self._exchanged = not self._exchanged
 
     def restore(self) -> None:
         """Restores the weights bit for bit; without a perturbation nothing happens."""
+        if self._exchanged:
+            self.exchange()
+        self._moved = []
         self._perturbed.close()
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
@@ -159,3 +171,12 @@ class AWP:
             return None
         low, high = torch.cat(norms).aminmax()
         return low, high
+
+
+def skips_backward(trainer: Any) -> bool:
+    """Whether a Lightning trainer runs forwards for BatchNorm statistics alone.
+
+    `StochasticWeightAveraging` ends with such an epoch, whose statistics are for the weights as
+    they are.
+    """
+    return bool(trainer.fit_loop._skip_backward)

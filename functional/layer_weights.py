@@ -167,11 +167,12 @@ def perturbed_weights(
     model: nn.Module,
     perturbation: Mapping[str, Tensor],
     tensors: Mapping[str, LayerTensor] | None = None,
-) -> Iterator[None]:
+) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Adds a perturbation to the weights in place and restores the weights bit for bit.
 
     They are restored from copies, also after an exception: subtracting would round. To what a
-    parametrized layer computes, the perturbation is added each time that it is computed.
+    parametrized layer computes, the perturbation is added each time that it is computed. Yields the
+    parameters that were moved, each with its copy.
 
     Args:
         model: The network.
@@ -194,7 +195,7 @@ def perturbed_weights(
     own = [(parameter, nu) for _, parameter, nu in moved if parameter is not None]
     computed = [(tensor, nu) for tensor, parameter, nu in moved if parameter is None]
     with torch.inference_mode(False), torch.no_grad():
-        before = [parameter.detach().clone() for parameter, _ in own]
+        before = [(parameter, parameter.detach().clone()) for parameter, _ in own]
     try:
         with torch.no_grad():
             for parameter, nu in own:
@@ -202,10 +203,10 @@ def perturbed_weights(
         # Autocast keeps casts of the weights: without this the network would not see the change.
         torch.clear_autocast_cache()
         with _added_to_computed(model, computed) if computed else nullcontext():
-            yield
+            yield before
     finally:
         with torch.no_grad():
-            for (parameter, _), value in zip(own, before):
+            for parameter, value in before:
                 parameter.copy_(value)
         torch.clear_autocast_cache()
 

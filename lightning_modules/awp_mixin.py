@@ -1,12 +1,13 @@
 """Adversarial weight perturbation for any variant of adversarial training."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from robust_flatness.functional.awp import AWP, Direction, Order
+from robust_flatness.functional.awp import AWP, Direction, Order, skips_backward
 from robust_flatness.functional.checks import check_count, check_number
 from robust_flatness.functional.evaluation import Mode
 from robust_flatness.lightning_modules.pgd_mixin import PGDMixin
@@ -60,20 +61,29 @@ class AWPMixin(PGDMixin):
 
     def perturb(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> None:
         """Moves the weights to w + ν until the backward is done."""
-        if self.current_epoch >= epochs_of_share(self.warmup, self.trainer.max_epochs or 0):
+        warm = self.current_epoch >= epochs_of_share(self.warmup, self.trainer.max_epochs or 0)
+        if warm and not skips_backward(self.trainer):
             self.awp.perturb(
                 self, lambda: self.objective(images, adversarial, labels)[0], self.noise
             )
 
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Any:
+        """The variant's, after which callbacks and hooks see w until the backward."""
+        loss: Any = super().training_step(batch, batch_idx)
+        self.awp.exchange()
+        return loss
+
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Differentiates at w + ν and restores w, whatever happens."""
+        self.awp.exchange()
         try:
             super().backward(loss, *args, **kwargs)
         finally:
             self.awp.restore()
 
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """With `order: awp`, turns the decay of w into that of w + ν."""
+    def configure_gradient_clipping(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+        """Clips, and with `order: awp` turns the decay of w, which is not clipped, into w + ν's."""
+        super().configure_gradient_clipping(optimizer, *args, **kwargs)
         self.awp.shift_decay(optimizer)
 
     def on_train_start(self) -> None:

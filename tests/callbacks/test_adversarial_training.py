@@ -25,7 +25,7 @@ def sgd(parameters, lr=0.1):
         ((MEAN, STD), {}, {}),
         (None, {}, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}),
         (None, {"direction": "random"}, {}),
-        (None, {"order": "awp"}, {}),
+        (None, {"order": "awp"}, {"gradient_clip_val": 0.1}),
         (None, {"mode": "train", "steps": 2}, {"precision": "bf16-mixed"}),
     ],
 )

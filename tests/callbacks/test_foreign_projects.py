@@ -70,7 +70,13 @@ CONFIG = {
             },
             {
                 "class_path": "robust_flatness.callbacks.AdversarialWeightPerturbation",
-                "init_args": {"xi": XI, "warmup": 1},
+                "init_args": {
+                    **{"xi": XI, "warmup": 1},
+                    "criterion": {
+                        "class_path": "torch.nn.CrossEntropyLoss",
+                        "init_args": {"reduction": "none"},
+                    },
+                },
             },
         ],
     },

@@ -137,6 +137,14 @@ def test_a_fraction_of_the_batch_is_attacked_and_the_rest_is_the_same_bits():
     torch.testing.assert_close(again.seen[0][0][:2], whole.seen[0][0][:2], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0])
+def test_the_batch_keeps_its_memory_format(fraction):
+    module = Remembers()
+    images = images_and_labels(8)[0].to(memory_format=torch.channels_last)
+    fit(module, [AdversarialTraining(steps=1, fraction=fraction)], batch_of(images))
+    assert module.seen[0][0].stride() == module.ended[0][0].stride() == images.stride()
+
+
 def test_the_radius_rises_in_the_warm_up():
     module = Remembers(lr=0.0)
     at = AdversarialTraining(eps=EPS, steps=5, step_size=EPS, warmup=3)
@@ -178,7 +186,7 @@ def test_no_copy_pickle_or_checkpoint_has_the_wrapper_and_it_ends_with_fit(tmp_p
             fit(module, added, loader(16))
     else:
         fit(module, added, loader(8))
-    for name in ("training_step", "backward"):
+    for name in ("training_step", "backward", "configure_gradient_clipping"):
         assert name not in vars(module)
     assert module.training_step == own
     for made in copies.copies:
@@ -265,6 +273,11 @@ def batch_of(images=None, labels=None):
     )
 
 
+class SingleOutput(Project):
+    def forward(self, images):
+        return super().forward(images)[:, :1]
+
+
 class SeveralOptimizers(Project):
     automatic_optimization = False
 
@@ -287,6 +300,10 @@ REFUSED = {
         *(BOTH, {}, Outputs, batch_of()),
         "Expected `criterion`, as the module's `forward` returns no .* but dict, but got None",
     ),
+    "one output": (
+        *(BOTH, {}, SingleOutput, batch_of(labels=torch.arange(8) % 2)),
+        r"Expected `criterion`, as the module's `forward` returns no .* but Tensor of shape \(8, 1",
+    ),
     "mean criterion": (
         *(BOTH, {"criterion": nn.CrossEntropyLoss()}, Project, batch_of()),
         r"Expected `criterion` to return one loss for each of 8 examples, .* but got \(\)\.",
@@ -298,6 +315,10 @@ REFUSED = {
     "another normalization": (
         *(HALF, {"normalization": (MEAN, [1, 1, 1])}, Project, batch_of()),
         r"Expected `normalization` to be .* but got .* with which pixels are in \[0.37",
+    ),
+    "other channels": (
+        *(HALF, {"normalization": (MEAN, STD)}, Project, batch_of(torch.rand(8, 1, 8, 8))),
+        r"Expected `normalization` to be of 1 channels, as the images of a batch, but got 3\.",
     ),
     "bytes": (
         *(HALF, {}, Project, batch_of(torch.zeros(8, 3, 8, 8, dtype=torch.uint8))),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
 from lightning_projects import Project, tiny
 from networks_for_tests import same, snapshot
@@ -197,9 +198,7 @@ def test_weights_come_back_after_an_exception(where):
     module, fails = Failing(), Fails(where == "between")
     awp = AdversarialWeightPerturbation(xi=XI)
     with pytest.raises(RuntimeError, match="half-way"):
-        # Between the two nothing but the callback's own hook comes before the other's.
-        added = [awp, fails] if where == "between" else [fails, awp]
-        quiet_trainer(callbacks=added).fit(module, loader(16))
+        quiet_trainer(callbacks=[fails, awp]).fit(module, loader(16))
     assert module.moved[0]
     assert not fails.moved
     assert not module.is_moved
@@ -224,6 +223,37 @@ def test_ordinary_training_until_the_warm_up_ends():
     awp = AdversarialWeightPerturbation(xi=XI, warmup=1)
     quiet_trainer(callbacks=[awp], max_epochs=2).fit(module, loader(8))
     assert module.moved == [False] * 2 + [True] * 2
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_hooks_between_forward_and_backward_see_the_weights_themselves(first):
+    class Averages(Callback):
+        """Looks when averages of weights are updated in many projects."""
+
+        moved = []
+
+        def on_before_zero_grad(self, trainer, module, optimizer):
+            self.moved.append(module.is_moved)
+
+        def on_before_backward(self, trainer, module, loss):
+            self.moved.append(module.is_moved)
+
+    module, averages = Watched(), Averages()
+    awp = AdversarialWeightPerturbation(xi=XI)
+    added = [averages, awp] if first else [awp, averages]
+    quiet_trainer(callbacks=added).fit(module, loader(8))
+    assert module.moved == [True, True]
+    assert averages.moved == [False, False]
+
+
+def test_an_epoch_for_batchnorm_statistics_alone_is_at_the_weights_themselves():
+    module = Watched()
+    # Schedules wrap the optimizer's own `step`.
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.1)
+    swa = StochasticWeightAveraging(0.01, swa_epoch_start=1)
+    fit(module, [swa], max_epochs=2)
+    # The last epoch has no backward.
+    assert module.moved == [True] * 8 + [False] * 2
 
 
 class Twice(torch.optim.SGD):

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from networks_for_tests import images_and_labels, same, snapshot, tiny_body
 from torch import nn
 from torch.nn.utils import parametrizations, weight_norm
@@ -13,6 +14,10 @@ from robust_flatness.lightning_modules import ATAWP, TRADESAWP
 
 XI = 0.02
 LR, DECAY, MOMENTUM = 0.1, 0.05, 0.9
+
+
+def constant(optimizer):
+    return torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
 
 
 class FixedExamples(ATAWP):
@@ -116,12 +121,29 @@ def test_a_network_that_cannot_be_perturbed_is_refused_before_a_warm_up():
         quiet_trainer(max_epochs=2, max_steps=1).fit(module, loader(8))
 
 
+def test_an_epoch_for_batchnorm_statistics_alone_leaves_the_weights():
+    module = ATAWP(tiny_body, xi=XI, lr_scheduler=constant, **PLAIN)
+    swa = StochasticWeightAveraging(1e-9, swa_epoch_start=1, annealing_epochs=1)
+    quiet_trainer(max_epochs=2, callbacks=[swa]).fit(module, loader(16))
+    average = swa._average_model.network[0].weight
+    torch.testing.assert_close(module.network[0].weight, average, rtol=0, atol=1e-6)
+
+
 def test_orders_differ():
     images, labels = images_and_labels(16)
     batches = list(zip(images.double().split(8), labels.split(8)))
     sam = expected_after(module_for("sam"), batches, "sam")
     awp = expected_after(module_for("awp"), batches, "awp")
     assert not torch.allclose(sam["network.0.weight"], awp["network.0.weight"], atol=1e-9)
+
+
+def test_the_decay_of_perturbed_weights_is_not_clipped():
+    module = module_for("awp")
+    before = module.network[0].weight.detach().clone()
+    quiet_trainer(gradient_clip_val=1e-15).fit(module, loader(8, double=True))
+    # Without a gradient what is left is w - lr · wd · (w + ν), ‖ν‖ = ξ‖w‖.
+    shift = module.network[0].weight.detach() - before * (1 - LR * DECAY)
+    assert shift.norm().item() == pytest.approx(LR * DECAY * XI * before.norm().item(), rel=1e-6)
 
 
 def test_awp_order_needs_coupled_decay():
@@ -131,16 +153,18 @@ def test_awp_order_needs_coupled_decay():
 
 
 class Weights(Callback):
-    """Remembers the weights when a batch starts, and after its backward."""
+    """Compares the weights when a batch starts with those around and inside of its backward."""
 
     def __init__(self):
-        self.before, self.after, self.inside = None, [], []
+        self.before, self.between, self.after, self.inside = None, [], [], []
 
     def on_train_batch_start(self, trainer, module, *args):
         self.before = module.network[0].weight.detach().clone()
 
     def on_before_backward(self, trainer, module, loss):
-        self.inside.append(not torch.equal(self.before, module.network[0].weight))
+        weight = module.network[0].weight
+        self.between.append(torch.equal(self.before, weight))
+        loss.register_hook(lambda _: self.inside.append(not torch.equal(self.before, weight)))
 
     def on_after_backward(self, trainer, module):
         self.after.append(torch.equal(self.before, module.network[0].weight))
@@ -152,6 +176,8 @@ def test_weights_are_perturbed_for_the_loss_and_restored_bit_for_bit(precision):
     module = ATAWP(network=tiny_body, **PLAIN)
     trainer = quiet_trainer(callbacks=[watch], accumulate_grad_batches=2, precision=precision)
     trainer.fit(module, loader(32))
+    # Hooks before the backward may average weights.
+    assert watch.between == [True] * 4
     assert watch.inside == [True] * 4
     assert watch.after == [True] * 4
 

@@ -18,7 +18,7 @@ from robust_flatness.reporting.correlation import Correlation, correlate, correl
 from robust_flatness.reporting.frame import WEIGHTS, Models, flat_settings, group_runs
 from robust_flatness.reporting.sweeps import find_sweeps
 from robust_flatness.run_folder.files import Array
-from robust_flatness.run_folder.metrics import METHOD_LABELS, Weights, method_label
+from robust_flatness.run_folder.metrics import METHOD_LABELS, Weights, method_label, metric
 from robust_flatness.run_folder.runs import Run
 
 PUBLISHED = "published (CIFAR-10)"
@@ -128,6 +128,12 @@ class Figures:
         """The correlations of each measure, of our models as `runs` and of the paper's."""
         sources = {"runs": self.models, "paper, CIFAR-10": self.published}
         return correlation_table({of: models for of, models in sources.items() if len(models)})
+
+    @property
+    def mapped_correlations(self) -> pd.DataFrame:
+        """Those that a map shows: of measures that are not on training images."""
+        table = self.correlations
+        return table[[metric(name).split != "train" for name in table["x"]]]
 
     @cached_property
     def details(self) -> dict[str, pd.DataFrame]:

@@ -14,6 +14,7 @@ import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
@@ -86,8 +87,17 @@ class Models:
 
     def column(self, name: str, weights: Weights = "final") -> pd.DataFrame:
         """`mean`, `sd`, `n` and `images` of a metric by label, for the models that have it."""
-        rows = self.values[(self.values["metric"] == name) & (self.values["weights"] == weights)]
-        return rows.set_index("label")[["mean", "sd", "n", "images"]]
+        return self._columns.get((name, weights), self._none)
+
+    @cached_property
+    def _columns(self) -> dict[Any, pd.DataFrame]:
+        values = self.values.set_index("label")[["metric", "weights", "mean", "sd", "n", "images"]]
+        groups = values.groupby(["metric", "weights"], sort=False)
+        return {key: rows.drop(columns=["metric", "weights"]) for key, rows in groups}
+
+    @cached_property
+    def _none(self) -> pd.DataFrame:
+        return self.values.iloc[:0].set_index("label")[["mean", "sd", "n", "images"]]
 
     def mean(self, label: str, name: str, weights: Weights = "final") -> float | None:
         """The mean of a metric over seeds, or None if it was not measured."""

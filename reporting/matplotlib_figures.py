@@ -152,9 +152,10 @@ def correlations_figure(
 ) -> Figure | None:
     """Draws Kendall's coefficient of each measure with each loss, error and gap.
 
-    A panel each for our runs and for the paper's models, both also with train RErr held fixed.
+    On test images unless a label says otherwise. A panel each for our runs and for the paper's
+    models, both also with train RErr held fixed.
     """
-    table = figures.correlations
+    table = figures.mapped_correlations
     table = table[table["weights"] == weights] if len(table) else table
     if table.empty or "runs" not in set(table["of"]):
         return None
@@ -164,7 +165,7 @@ def correlations_figure(
     }
     names = list(dict.fromkeys(table.loc[table["of"] == "runs", "x"]))
     targets = [name for name in TARGETS if name in set(table["y"])]
-    figure, all_axes = make_canvas(6.8, 1.9 + 0.2 * len(names), len(grids))
+    figure, all_axes = make_canvas(7.6, 1.9 + 0.2 * len(names), len(grids))
     for axes, ((of, given), grid) in zip(all_axes, grids.items()):
         values = grid.reindex(index=names, columns=targets).to_numpy(float)
         look: dict[str, Any] = {"cmap": "RdBu_r", "vmin": -1, "vmax": 1, "aspect": "auto"}
@@ -177,7 +178,7 @@ def correlations_figure(
         axes.set_title(f"{of}\n{'given train RErr' if given else 'raw'}", fontsize=SMALL)
         words = [metric(target).title.removesuffix(", test") for target in targets]
         axes.set_xticks(range(len(targets)), words, rotation=90, fontsize=SMALL)
-        words = [textwrap.fill(metric(name).title, 30) for name in names]
+        words = [metric(name).title.removesuffix(", test") for name in names]
         first = axes is all_axes[0]
         axes.set_yticks(range(len(names)), words if first else [""] * len(names), fontsize=SMALL)
     add_bar(figure, drawn, all_axes, "Kendall's τ", pad=0.01, aspect=30)

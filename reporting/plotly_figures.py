@@ -67,7 +67,7 @@ def page_figures(figures: Figures) -> dict[str, _Drawn]:
     more = {
         "RErr against ε": _details(figures, "error_curve", "eps", "ε"),
         "RErr of each class": _details(figures, "class_errors", "class", "class"),
-        **_correlations(figures.correlations),
+        **_correlations(figures.mapped_correlations),
     }
     single = {
         "paths": _paths(figures),
@@ -266,9 +266,9 @@ def _correlations(table: pd.DataFrame) -> _Drawn:
             texts.append("<br>".join(lines))
         figure = go.Figure(layout=_layout("", ""))
         figure.add_heatmap(
-            x=[metric(y).title.removesuffix(", test") for y in rows["y"]],
+            x=_titles(rows["y"]),
             # Short lines leave room on a phone.
-            y=["<br>".join(textwrap.wrap(_plain(metric(x).title), 18)) for x in rows["x"]],
+            y=["<br>".join(textwrap.wrap(_plain(title), 18)) for title in _titles(rows["x"])],
             z=_digits(rows["kendall"]),
             customdata=texts,
             texttemplate="%{z:.2f}",
@@ -290,6 +290,10 @@ def _correlations(table: pd.DataFrame) -> _Drawn:
         )
         drawn[f"Correlations: {', '.join(words)}"] = figure
     return drawn
+
+
+def _titles(names: Iterable[str]) -> list[str]:
+    return [metric(name).title.removesuffix(", test") for name in names]
 
 
 def _landscapes(figures: Figures) -> _Drawn:

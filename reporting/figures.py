@@ -133,7 +133,7 @@ class Figures:
     def mapped_correlations(self) -> pd.DataFrame:
         """Those that a map shows: of measures that are not on training images."""
         table = self.correlations
-        return table[[metric(name).split != "train" for name in table["x"]]]
+        return table.loc[[metric(name).split != "train" for name in table["x"]]]
 
     @cached_property
     def details(self) -> dict[str, pd.DataFrame]:

@@ -6,6 +6,7 @@ import pytest
 from jsonargparse import ArgumentParser
 
 from robust_flatness import callbacks, measures
+from robust_flatness.callbacks.final_evaluation import EXTRAS
 
 IMAGES = {"split": "test", "num_examples": 1000}
 COMMON = {"batch_size": 128, "seed": 0}
@@ -70,6 +71,13 @@ def test_all_options_are_offered_with_types_defaults_and_descriptions(name):
     assert dict(parser.get_defaults().c) == OPTIONS[name]
     options = [action for action in parser._actions if action.dest.startswith("c.")]
     assert all(action.help and action.help.strip() for action in options)
+
+
+@pytest.mark.parametrize(("typed", "extras"), [("all", list(EXTRAS)), ("[worst]", ["worst"])])
+def test_extras_are_typed_as_one_name_or_as_a_list(typed, extras):
+    parser = ArgumentParser()
+    parser.add_class_arguments(callbacks.FinalEvaluation, "c", skip={"datasets", "normalization"})
+    assert parser.instantiate_classes(parser.parse_args([f"--c.extras={typed}"])).c.extras == extras
 
 
 def test_a_measure_is_an_option_of_the_callbacks_that_take_any():

@@ -355,6 +355,7 @@ def channels_last(network: nn.Module) -> nn.Module:
         The network.
 
     Example:
+        >>> from robust_flatness.networks import SmallResNet, channels_last
         >>> networks = [channels_last(SmallResNet(10, 3, width=width)) for width in (4, 8)]
         >>> [network.body[0].weight.is_contiguous() for network in networks]
         [True, False]

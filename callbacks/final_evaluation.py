@@ -281,7 +281,7 @@ class FinalEvaluation(FinalMeasure):
 
 
 # The number of images in a batch is part of the definition of sharpness.
-M = {"batch_size": 128}
+SHARPNESS_BATCH = {"batch_size": 128}
 # Measures by name. An extra takes from the evaluation what it shares with it: `attack` is the
 # arguments of `AttackMeasure`.
 EXTRAS: dict[str, Callable[[FinalEvaluation], Measure]] = {
@@ -295,10 +295,14 @@ EXTRAS: dict[str, Callable[[FinalEvaluation], Measure]] = {
     "thickness": lambda e: BoundaryThickness(batch_size=e.measure.batch_size, seed=e.measure.seed),
     "checks": lambda e: AttackChecks(**{**e.attack, "steps": min(10, e.attack["steps"])}),
     "curvature": lambda e: Curvature(batch_size=e.measure.batch_size, seed=e.measure.seed),
-    "adaptive_average": lambda e: AdaptiveSharpness(**e.attack | M),
-    "adaptive_worst": lambda e: AdaptiveSharpness(case="worst", **e.attack | M),
-    "clean_adaptive_average": lambda e: AdaptiveSharpness(loss="clean", **e.attack | M),
-    "clean_adaptive_worst": lambda e: AdaptiveSharpness(case="worst", loss="clean", **e.attack | M),
+    "adaptive_average": lambda e: AdaptiveSharpness(**e.attack | SHARPNESS_BATCH),
+    "adaptive_worst": lambda e: AdaptiveSharpness(case="worst", **e.attack | SHARPNESS_BATCH),
+    "clean_adaptive_average": lambda e: AdaptiveSharpness(
+        loss="clean", **e.attack | SHARPNESS_BATCH
+    ),
+    "clean_adaptive_worst": lambda e: AdaptiveSharpness(
+        case="worst", loss="clean", **e.attack | SHARPNESS_BATCH
+    ),
     "hessian_trace": lambda e: HessianTrace(**e.attack),
     "gradient_norm": lambda e: GradientNorm(**e.attack),
     "clean_gradient_norm": lambda e: GradientNorm(loss="clean", **e.attack),

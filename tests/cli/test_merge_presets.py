@@ -122,7 +122,7 @@ def epochs(*arguments: str) -> int | None:
 
 def test_a_share_of_the_epochs_that_the_layers_below_ask_for():
     share = "--config={epochs_share: 0.4}"
-    assert epochs(share) == 32  # Digits' preset has 80
+    assert epochs(share) == 24  # Digits' preset has 60
     assert epochs(share, "--data=CIFAR10") == 60  # defaults.yaml has 150
     assert epochs("--config={trainer: {max_epochs: 10}}", share) == 4
     assert epochs(share, "--config={trainer: {max_epochs: 10}}") == 10

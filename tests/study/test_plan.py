@@ -24,7 +24,7 @@ def test_all_rows_times_seeds():
 
 def test_epochs_are_those_of_the_preset_on_the_data():
     epochs = {run.stem: run.epochs for run in make_plan(rows=["at", "cyclic"], root=ROOT)}
-    assert epochs == {"at-Digits": 80, "cyclic-Digits": 32}
+    assert epochs == {"at-Digits": 60, "cyclic-Digits": 24}
     (shorter,) = make_plan(rows=["at"], root=ROOT, options=["--trainer.max_epochs=3"])
     assert shorter.epochs == 3
     (apart,) = make_plan(rows=["at"], root=ROOT, options=["--trainer.max_epochs", "5"])

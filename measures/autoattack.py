@@ -70,6 +70,10 @@ class AutoAttackError(Measure):
     other versions and attacks are refused. APGD-T and FAB-T have at most one target less than there
     are classes.
 
+    Attacks run in fewer and larger batches than the package's, of at most `chunk_size` images, with
+    equal verdicts but for rounding, see `measures.batched_attacks`. A network that draws random
+    numbers, or whose logits depend on the other images of a batch, gets the package's own.
+
     Images that are misclassified when clean are not attacked, nor is one that an earlier attack
     broke. An example whose logits are not finite, clean or attacked, counts as misclassified.
     Attacks are in float32; the network gets images in the type of its weights.
@@ -86,13 +90,14 @@ class AutoAttackError(Measure):
         version: `standard` (the paper), `plus`, `rand`, or `custom`, which runs `attacks`.
         attacks: Some of `apgd-ce`, `apgd-dlr`, `fab`, `square`, `apgd-t` and `fab-t`, which makes
             the version `custom`.
-        chunk_size: Number of images in each call of AutoAttack.
+        chunk_size: Number of images in each call of AutoAttack, and in a batch at most.
         eps: Radius of the attack, such as 8/255; None takes `eps` of the datamodule, or 8/255.
         norm: `linf` or `l2`.
 
     Attributes:
         folder: Folder of the verdicts of finished chunks, or None.
         square_queries: Number of queries of Square; None is the package's, 5000.
+        larger_batches: Whether attacks run in larger batches than the package's.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -110,6 +115,7 @@ class AutoAttackError(Measure):
     batch_size: int = field(default=100, init=False)
     folder: Path | None = field(default=None, init=False, compare=False)
     square_queries: int | None = field(default=None, init=False)
+    larger_batches: bool = field(default=True, init=False, compare=False)
 
     def __post_init__(self) -> None:
         check_count("chunk_size", self.chunk_size, low=1)
@@ -148,12 +154,13 @@ class AutoAttackError(Measure):
         with torch.no_grad():
             logits = logits_function(network, images)(images)
         robust = predicted_classes(logits) == labels
+        batched = self.larger_batches and _is_of_single_images(network, images, logits)
         version, attacks = self._attacks_for(logits.shape[1], images)
         # With a radius of 0 there is nothing to search, and some attacks divide by it.
         if self.radius == 0 or not robust.any():
             return robust
         settings = {"eps": self.radius, "version": version, "attacks": attacks}
-        chunk = (images[robust].float(), labels[robust], logits.shape[1])
+        chunk = (images[robust].float(), labels[robust], logits.shape[1], batched)
         try:
             verdicts = self._run_official(_Finite(network, images), *chunk, settings)
         except FloatingPointError:
@@ -185,10 +192,13 @@ class AutoAttackError(Measure):
         images: Tensor,
         labels: Tensor,
         num_classes: int,
+        batched: bool,
         settings: dict[str, Any],
     ) -> Tensor:
         # Imported late: it takes a second, and only this measure needs it.
         from pyautoattack import AutoAttack
+
+        from robust_flatness.measures.batched_attacks import use_larger_batches
 
         logging.getLogger("auto-attack").setLevel(logging.WARNING)
         norm = {"linf": "Linf", "l2": "L2"}[self.norm]
@@ -197,6 +207,8 @@ class AutoAttackError(Measure):
             official.square.n_queries = self.square_queries
         targets = min(9, num_classes - 1)
         official.apgd_targeted.n_target_classes = official.fab.n_target_classes = targets
+        if batched:
+            use_larger_batches(official, self.batch_size)
         _, predicted = official.run_standard_evaluation(images, labels, batch_size=len(images))
         return predicted == labels
 
@@ -297,6 +309,14 @@ class _Finite:
         if not finite.all():
             raise FloatingPointError("logits are not finite")
         return logits
+
+
+def _is_of_single_images(network: nn.Module, images: Tensor, logits: Tensor) -> bool:
+    """Whether logits stay the same in another order of the images, apart from rounding."""
+    with torch.no_grad():
+        again = logits_function(network, images)(images.flip(0)).flip(0)
+    scale = logits[logits.isfinite()].abs().amax().item() if logits.isfinite().any() else 0.0
+    return torch.allclose(logits, again, rtol=0, atol=1e-4 * scale, equal_nan=True)
 
 
 def _check_attacks(version: str, attacks: Any) -> None:

@@ -22,6 +22,7 @@ from robust_flatness.functional.noise import Norm
 from robust_flatness.functional.robust_loss import estimate_text
 from robust_flatness.measures.base import DEFAULT_EPS, Examples, Measure
 from robust_flatness.run_folder.files import write_arrays
+from robust_flatness.run_folder.metrics import attacks_name, metric
 
 # The fewest classes that each attack works with: the DLR loss divides by the gap between the first
 # and third largest logits, the targeted one by that to the fourth.
@@ -46,14 +47,17 @@ class Verdicts:
     Attributes:
         correct: Whether each image is classified correctly, clean and under all attacks, bool
             `(N,)`.
+        attacks: `autoattack` for `standard`, else the attacks, see `run_folder.metrics.attacks_name`.
     """
 
     correct: Tensor
+    attacks: str = "autoattack"
 
     def __repr__(self) -> str:
         """One line: the robust error with its standard error over images."""
         error = estimate_text(~self.correct, percent=True)
-        return f"RErr (AutoAttack) {error} ({len(self.correct)} examples)"
+        label = metric(f"{self.attacks}_error").label
+        return f"{label} {error} ({len(self.correct)} examples)"
 
     @property
     def robust_error(self) -> float:
@@ -145,7 +149,7 @@ class AutoAttackError(Measure):
             images, labels = examples.images[part], examples.labels[part]
             correct[part] = self._read_or_attack(network, images, labels, examples.indices[begin])
             examples.progress()
-        return Verdicts(correct)
+        return Verdicts(correct, self._name(network, examples.images))
 
     def attack(self, network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         """The official verdict on one chunk: whether each image is robust, bool `(N,)`."""
@@ -238,6 +242,14 @@ class AutoAttackError(Measure):
                 "takes those that work."
             )
         return version, custom
+
+    def _name(self, network: nn.Module, images: Tensor) -> str:
+        version, attacks = self.version, self.attacks
+        if len(images):
+            with torch.no_grad():
+                classes = logits_function(network, images)(images[:1]).shape[1]
+            version, attacks = self._attacks_for(classes, images)
+        return attacks_name(version, attacks)
 
     def _read_or_attack(
         self, network: nn.Module, images: Tensor, labels: Tensor, first_index: int

@@ -28,7 +28,14 @@ from robust_flatness.reporting.frame import Models, natural_key
 from robust_flatness.reporting.plotly_figures import X_AXES, hovers, page_figures, templates, y_axes
 from robust_flatness.reporting.table1 import group_thresholds
 from robust_flatness.run_folder.files import write_text
-from robust_flatness.run_folder.metrics import Metric, Weights, is_by_other_attacks, method_label, metric
+from robust_flatness.run_folder.metrics import (
+    Metric,
+    Weights,
+    errors_by_other_attacks,
+    is_by_other_attacks,
+    method_label,
+    metric,
+)
 from robust_flatness.run_folder.runs import LeftOut
 
 _PACKAGES = ("robust-flatness", "torch", "lightning")
@@ -265,8 +272,8 @@ def _facts(models: Models) -> list[tuple[str, str]]:
         return str(low) if low == high else f"{low} to {high}"
 
     measured = {"PGD": ERRORS[1], "AutoAttack": ERRORS[0], "flatness": FLATNESS}
-    others = [name for name in y_axes(models) if is_by_other_attacks(name)]
-    measured |= {metric(name).label.removeprefix("RErr "): name for name in others}
+    others = errors_by_other_attacks(models.values["metric"])
+    measured |= {label: name for name, label in others.items()}
     images = {
         label: [run.num_examples[name] for run in runs if name in run.num_examples]
         for label, name in measured.items()

@@ -31,7 +31,7 @@ from robust_flatness.reporting.figures import (
     typical_rise,
 )
 from robust_flatness.reporting.frame import WEIGHTS, Models, flat_settings
-from robust_flatness.run_folder.metrics import Weights, is_by_other_attacks, method_label, metric
+from robust_flatness.run_folder.metrics import Weights, errors_by_other_attacks, method_label, metric
 from robust_flatness.run_folder.runs import Run
 
 X_AXES = (FLATNESS, "flatness/worst/test", TRAIN_FLATNESS, "flatness/clean_average/test")
@@ -412,9 +412,7 @@ def _schematic(run: Run | None) -> go.Figure | None:
 
 def y_axes(models: Models) -> tuple[str, ...]:
     """`Y_AXES`, and test errors by other attacks of AutoAttack than `standard`."""
-    measured = sorted(set(models.values["metric"]))
-    others = (n for n in measured if n.startswith("test/") and is_by_other_attacks(n))
-    return (*Y_AXES, *others)
+    return (*Y_AXES, *errors_by_other_attacks(models.values["metric"]))
 
 
 def hovers(figures: Figures) -> dict[str, str]:

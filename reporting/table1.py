@@ -24,7 +24,7 @@ from rich.text import Text
 
 from robust_flatness.reporting.frame import Models
 from robust_flatness.run_folder.files import atomic_write, write_text
-from robust_flatness.run_folder.metrics import Weights, is_by_other_attacks, metric
+from robust_flatness.run_folder.metrics import Weights, errors_by_other_attacks, metric
 from robust_flatness.run_folder.runs import is_number
 
 AUTOATTACK, PGD = "AutoAttack", "PGD"
@@ -282,16 +282,12 @@ def table1(models: Models, published: Models | None = None) -> Table1:
         "seeds": seeds,
     }
     frame = pd.DataFrame(columns, index=models.frame.index)
-    others = {
-        name: re.sub(r".*\((.*)\)", r"\1", metric(name).label)
-        for name in sorted(set(models.values["metric"]))
-        if name.startswith("test/") and is_by_other_attacks(name)
-    }
+    others = errors_by_other_attacks(models.values["metric"])
     for column in COLUMNS:
         names = column.names
         if column.names is _TEST:
             # AutoAttack first, and PGD last.
-            names = dict([*_TEST.items()][:1]) | others | _TEST
+            names = {"test/autoattack_error": AUTOATTACK, **others, **_TEST}
         cells = _cells(models, names, column.weights).reindex(frame.index)
         for part in ("mean", "sd", "n", "attack", "images"):
             if part != "attack" or column.has_attack:

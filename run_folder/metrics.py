@@ -13,7 +13,7 @@ Example:
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal, TypeVar
@@ -292,6 +292,17 @@ def is_by_other_attacks(name: str) -> bool:
     """Whether a metric is a robust error by other attacks of the package than `standard`."""
     attacks = name.rsplit("/", 1)[-1].removesuffix("_error").split("+")
     return name.endswith("_error") and set(attacks) <= set(_ATTACKS)
+
+
+def errors_by_other_attacks(names: Iterable[str]) -> dict[str, str]:
+    """The test errors by other attacks of the package than `standard`, with the attacks.
+
+    Example:
+        >>> errors_by_other_attacks(["test/error", "test/apgd-ce+square_error"])
+        {'test/apgd-ce+square_error': 'APGD-CE + Square'}
+    """
+    own = sorted({name for name in names if name.startswith("test/") and is_by_other_attacks(name)})
+    return {name: metric(name).label.removeprefix("RErr (")[:-1] for name in own}
 
 
 def method_label(method: str) -> str:

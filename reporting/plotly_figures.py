@@ -31,7 +31,12 @@ from robust_flatness.reporting.figures import (
     typical_rise,
 )
 from robust_flatness.reporting.frame import WEIGHTS, Models, flat_settings
-from robust_flatness.run_folder.metrics import Weights, errors_by_other_attacks, method_label, metric
+from robust_flatness.run_folder.metrics import (
+    Weights,
+    errors_by_other_attacks,
+    method_label,
+    metric,
+)
 from robust_flatness.run_folder.runs import Run
 
 X_AXES = (FLATNESS, "flatness/worst/test", TRAIN_FLATNESS, "flatness/clean_average/test")

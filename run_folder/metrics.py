@@ -266,9 +266,7 @@ def attacks_name(version: str, attacks: Sequence[str] | None) -> str:
     return "autoattack" if version == "standard" else f"autoattack-{version}"
 
 
-def with_attacks(
-    metrics: Mapping[str, Number], attacks: Mapping[str, str]
-) -> dict[str, Number]:
+def with_attacks(metrics: Mapping[str, Number], attacks: Mapping[str, str]) -> dict[str, Number]:
     """Metrics by names that say which attacks an error is by.
 
     Results contain errors by any attacks of the AutoAttack package as `test/autoattack_error`, and

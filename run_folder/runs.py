@@ -201,7 +201,9 @@ def _attacks(content: Mapping[str, Any]) -> dict[str, str]:
     if "attacks" in content:
         return dict(_entry(content, "attacks", are_names, "a mapping of names") or {})
     own = _mapping(content, "settings").get("autoattack")
-    version, attacks = (own.get(x) if isinstance(own, dict) else None for x in ("version", "attacks"))
+    version, attacks = (
+        own.get(x) if isinstance(own, dict) else None for x in ("version", "attacks")
+    )
     if not isinstance(attacks, list) or not all(isinstance(attack, str) for attack in attacks):
         attacks = None
     name = attacks_name("custom" if attacks else str(version or "standard"), attacks)

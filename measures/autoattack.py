@@ -47,7 +47,7 @@ class Verdicts:
     Attributes:
         correct: Whether each image is classified correctly, clean and under all attacks, bool
             `(N,)`.
-        attacks: `autoattack` for `standard`, else the attacks, see `run_folder.metrics.attacks_name`.
+        attacks: `autoattack` for `standard`, else such as `apgd-ce+apgd-t`.
     """
 
     correct: Tensor

@@ -7,6 +7,7 @@ package does, from the same random numbers; only the other images in its batch d
 """
 
 import math
+from typing import Any
 
 import torch
 from pyautoattack import AutoAttack
@@ -78,7 +79,7 @@ class _APGD(APGDAttack):
     order: Tensor | None = None
 
     @override
-    def attack_single_run(self, x, y, x_init=None):
+    def attack_single_run(self, x: Tensor, y: Tensor, x_init: Tensor | None = None) -> Any:
         if self.eot_iter != 1:
             return super().attack_single_run(x, y, x_init)
         network, order = self.model, torch.zeros_like(y) if self.order is None else self.order
@@ -93,7 +94,7 @@ class _TargetedAPGD(_APGD, APGDAttack_targeted):
     batch_size: int
 
     @override
-    def perturb(self, x, y):
+    def perturb(self, x: Tensor, y: Tensor) -> Any:
         self.init_hyperparam(x)
         adversarial, logits = x.clone(), self.model(x)
         classes, is_robust = logits.sort(dim=1)[1], logits.max(1)[1] == y
@@ -130,7 +131,7 @@ class _FAB(FABAttack_PT):
     batch_size: int
 
     @override
-    def perturb(self, x, y):
+    def perturb(self, x: Tensor, y: Tensor) -> Any:
         # Without targets it has random starts.
         if not self.targeted or self.n_restarts != 1:
             return super().perturb(x, y)
@@ -160,11 +161,11 @@ class _FAB(FABAttack_PT):
         return adversarial
 
     @override
-    def _predict_fn(self, x):
+    def _predict_fn(self, x: Tensor) -> Any:
         return self._clean if self.targeted and self.n_restarts == 1 else super()._predict_fn(x)
 
     @override
-    def _get_predicted_label(self, x):
+    def _get_predicted_label(self, x: Tensor) -> Any:
         if not (self.targeted and self.n_restarts == 1):
             return super()._get_predicted_label(x)
         if self._open is None:
@@ -186,7 +187,9 @@ class _FAB(FABAttack_PT):
         return predicted
 
     @override
-    def get_diff_logits_grads_batch_targeted(self, imgs, la, la_target):
+    def get_diff_logits_grads_batch_targeted(
+        self, imgs: Tensor, la: Tensor, la_target: Tensor
+    ) -> tuple[Tensor, Tensor]:
         rows = self._open
         gap, gradient = imgs.new_ones(len(imgs), 1), torch.ones_like(imgs).unsqueeze(1)
         gap[rows], gradient[rows] = super().get_diff_logits_grads_batch_targeted(
@@ -199,7 +202,7 @@ class _Square(SquareAttack):
     batch_size: int
 
     @override
-    def attack_single_run(self, x, y):
+    def attack_single_run(self, x: Tensor, y: Tensor) -> Any:
         # With l2, random numbers depend on which images are left.
         if self.norm != "Linf":
             return super().attack_single_run(x, y)
@@ -209,11 +212,12 @@ class _Square(SquareAttack):
             best = torch.clamp(x + self.eps * noise, 0.0, 1.0)
             margins = self.margin_and_loss(best, y)[0].tolist()
             squares, signs = self._proposals(channels, height, width)
-            kinds = {}
+            kinds: dict[Any, int] = {}
             kind = [kinds.setdefault((*a, *b), len(kinds)) for a, b in zip(squares, signs.tolist())]
             signs, corners = signs.to(x.device), torch.tensor(squares, device=x.device)
             places = [torch.arange(size, device=x.device) for size in (height, width)]
-            place, rejected = [0] * count, [set() for _ in range(count)]
+            place = [0] * count
+            rejected: list[set[int]] = [set() for _ in range(count)]
             while True:
                 left = [k for k in range(count) if margins[k] > 0 and place[k] < self.n_queries]
                 if not left:
@@ -256,7 +260,9 @@ class _Square(SquareAttack):
                         best[k] = new[row]
             return torch.tensor(place), best
 
-    def _proposals(self, channels, height, width):
+    def _proposals(
+        self, channels: int, height: int, width: int
+    ) -> tuple[list[tuple[int, int, int]], Tensor]:
         squares, signs = [], []
         for query in range(self.n_queries):
             share = self.p_selection(query) * (channels * height * width) / channels

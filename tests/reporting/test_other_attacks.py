@@ -19,11 +19,13 @@ def write(root, name, seed, settings=None, error=0.55):
 
 def test_errors_by_other_attacks_have_a_name_of_their_own(tmp_path):
     run = load_run(write(tmp_path, "a", 0, CHOSEN))
-    assert run.final[NAME] == 0.55 and run.early_stopped[NAME] == 0.5
+    assert run.final[NAME] == 0.55
+    assert run.early_stopped[NAME] == 0.5
     assert run.num_examples[NAME] == 200
     assert not [name for name in run.final if "autoattack" in name]
     standard = load_run(write(tmp_path, "b", 0))
-    assert standard.final["test/autoattack_error"] == 0.55 and NAME not in standard.final
+    assert standard.final["test/autoattack_error"] == 0.55
+    assert NAME not in standard.final
 
 
 def test_errors_by_different_attacks_are_not_pooled(tmp_path):
@@ -37,13 +39,17 @@ def test_errors_by_different_attacks_are_not_pooled(tmp_path):
     assert all("test_robust_error" not in table.means(rows) for rows in table.groups.values())
     text = write_table(table, tmp_path)[0].read_text()
     assert "test RErr (AA or ‡APGD-CE + APGD-T, %)" in text
-    assert "25.0 ‡" in text and "75.0 |" in text and "‡ By these attacks alone" in text
+    assert "25.0 ‡" in text
+    assert "75.0 |" in text
+    assert "‡ By these attacks alone" in text
     page = write_page(tmp_path / "index.html", Figures(models)).read_text()
     assert "RErr (APGD-CE + APGD-T), test, in %" in page
-    assert "200 ((APGD-CE + APGD-T))" not in page and "200 (APGD-CE + APGD-T)" in page
+    assert "200 ((APGD-CE + APGD-T))" not in page
+    assert "200 (APGD-CE + APGD-T)" in page
 
 
 def test_other_attacks_alone_are_named_without_marks(tmp_path):
     write(tmp_path, "a", 0, CHOSEN)
     text = write_table(table1(read_models(tmp_path)), tmp_path)[0].read_text()
-    assert "test RErr (APGD-CE + APGD-T, %)" in text and "‡" not in text
+    assert "test RErr (APGD-CE + APGD-T, %)" in text
+    assert "‡" not in text

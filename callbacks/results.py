@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from typing_extensions import override
 
+from robust_flatness.callbacks.final_evaluation import AutoAttack
 from robust_flatness.callbacks.trajectory import (
     Trajectory,
     datamodule_of,
@@ -49,6 +50,8 @@ class Results(Callback):
     From these values follow `checks`, `error_curve` and `class_errors` of `final` and
     `early_stopped`, see `run_folder.attack_checks`. What was not measured is left out. Failed
     checks are printed below the table.
+
+    `attacks` has the attacks that an `AutoAttack` ran, by the name of its metric.
 
     `diverged_epoch` is the first epoch whose RLoss of fixed images was not finite (without RLoss,
     its flatness), `null` if there is none. JSON has no NaN and no infinity: these are `null`.
@@ -171,11 +174,14 @@ class Results(Callback):
 
 
 def _gather(trainer: Trainer) -> dict[str, dict[str, Any]]:
-    measured: dict[str, dict[str, Any]] = {"final": {}, "early_stopped": {}, "num_examples": {}}
+    parts = ("final", "early_stopped", "num_examples")
+    measured: dict[str, dict[str, Any]] = {part: {} for part in (*parts, "attacks")}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         results = getattr(callback, "final_results", None) or {}
-        for part in measured:
+        for part in parts:
             measured[part] |= results.get(part) or {}
+        if isinstance(callback, AutoAttack):
+            measured["attacks"] |= callback.attacks
     return measured
 
 

@@ -22,6 +22,7 @@ from robust_flatness.functional.noise import Norm
 from robust_flatness.functional.robust_loss import estimate_text
 from robust_flatness.measures.base import DEFAULT_EPS, Examples, Measure
 from robust_flatness.run_folder.files import write_arrays
+from robust_flatness.run_folder.metrics import attacks_name, metric
 
 # The fewest classes that each attack works with: the DLR loss divides by the gap between the first
 # and third largest logits, the targeted one by that to the fourth.
@@ -46,14 +47,17 @@ class Verdicts:
     Attributes:
         correct: Whether each image is classified correctly, clean and under all attacks, bool
             `(N,)`.
+        attacks: `autoattack` for `standard`, else such as `apgd-ce+apgd-t`.
     """
 
     correct: Tensor
+    attacks: str = "autoattack"
 
     def __repr__(self) -> str:
         """One line: the robust error with its standard error over images."""
         error = estimate_text(~self.correct, percent=True)
-        return f"RErr (AutoAttack) {error} ({len(self.correct)} examples)"
+        label = metric(f"{self.attacks}_error").label
+        return f"{label} {error} ({len(self.correct)} examples)"
 
     @property
     def robust_error(self) -> float:
@@ -69,6 +73,10 @@ class AutoAttackError(Measure):
     the targeted DLR loss is not defined: `standard` runs the attacks that apply, with a warning;
     other versions and attacks are refused. APGD-T and FAB-T have at most one target less than there
     are classes.
+
+    Attacks run in fewer and larger batches than the package's, of at most `chunk_size` images, with
+    equal verdicts but for rounding, see `measures.batched_attacks`. A network that draws random
+    numbers, or whose logits depend on the other images of a batch, gets the package's own.
 
     Images that are misclassified when clean are not attacked, nor is one that an earlier attack
     broke. An example whose logits are not finite, clean or attacked, counts as misclassified.
@@ -86,13 +94,14 @@ class AutoAttackError(Measure):
         version: `standard` (the paper), `plus`, `rand`, or `custom`, which runs `attacks`.
         attacks: Some of `apgd-ce`, `apgd-dlr`, `fab`, `square`, `apgd-t` and `fab-t`, which makes
             the version `custom`.
-        chunk_size: Number of images in each call of AutoAttack.
+        chunk_size: Number of images in each call of AutoAttack, and in a batch at most.
         eps: Radius of the attack, such as 8/255; None takes `eps` of the datamodule, or 8/255.
         norm: `linf` or `l2`.
 
     Attributes:
         folder: Folder of the verdicts of finished chunks, or None.
         square_queries: Number of queries of Square; None is the package's, 5000.
+        larger_batches: Whether attacks run in larger batches than the package's.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -110,6 +119,7 @@ class AutoAttackError(Measure):
     batch_size: int = field(default=100, init=False)
     folder: Path | None = field(default=None, init=False, compare=False)
     square_queries: int | None = field(default=None, init=False)
+    larger_batches: bool = field(default=True, init=False, compare=False)
 
     def __post_init__(self) -> None:
         check_count("chunk_size", self.chunk_size, low=1)
@@ -139,7 +149,7 @@ class AutoAttackError(Measure):
             images, labels = examples.images[part], examples.labels[part]
             correct[part] = self._read_or_attack(network, images, labels, examples.indices[begin])
             examples.progress()
-        return Verdicts(correct)
+        return Verdicts(correct, self._name(network, examples.images))
 
     def attack(self, network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         """The official verdict on one chunk: whether each image is robust, bool `(N,)`."""
@@ -148,12 +158,13 @@ class AutoAttackError(Measure):
         with torch.no_grad():
             logits = logits_function(network, images)(images)
         robust = predicted_classes(logits) == labels
+        batched = self.larger_batches and _is_of_single_images(network, images, logits)
         version, attacks = self._attacks_for(logits.shape[1], images)
         # With a radius of 0 there is nothing to search, and some attacks divide by it.
         if self.radius == 0 or not robust.any():
             return robust
         settings = {"eps": self.radius, "version": version, "attacks": attacks}
-        chunk = (images[robust].float(), labels[robust], logits.shape[1])
+        chunk = (images[robust].float(), labels[robust], logits.shape[1], batched)
         try:
             verdicts = self._run_official(_Finite(network, images), *chunk, settings)
         except FloatingPointError:
@@ -185,10 +196,13 @@ class AutoAttackError(Measure):
         images: Tensor,
         labels: Tensor,
         num_classes: int,
+        batched: bool,
         settings: dict[str, Any],
     ) -> Tensor:
         # Imported late: it takes a second, and only this measure needs it.
         from pyautoattack import AutoAttack
+
+        from robust_flatness.measures.batched_attacks import use_larger_batches
 
         logging.getLogger("auto-attack").setLevel(logging.WARNING)
         norm = {"linf": "Linf", "l2": "L2"}[self.norm]
@@ -197,6 +211,8 @@ class AutoAttackError(Measure):
             official.square.n_queries = self.square_queries
         targets = min(9, num_classes - 1)
         official.apgd_targeted.n_target_classes = official.fab.n_target_classes = targets
+        if batched:
+            use_larger_batches(official, self.batch_size)
         _, predicted = official.run_standard_evaluation(images, labels, batch_size=len(images))
         return predicted == labels
 
@@ -226,6 +242,14 @@ class AutoAttackError(Measure):
                 "takes those that work."
             )
         return version, custom
+
+    def _name(self, network: nn.Module, images: Tensor) -> str:
+        version, attacks = self.version, self.attacks
+        if len(images):
+            with torch.no_grad():
+                classes = logits_function(network, images)(images[:1]).shape[1]
+            version, attacks = self._attacks_for(classes, images)
+        return attacks_name(version, attacks)
 
     def _read_or_attack(
         self, network: nn.Module, images: Tensor, labels: Tensor, first_index: int
@@ -297,6 +321,14 @@ class _Finite:
         if not finite.all():
             raise FloatingPointError("logits are not finite")
         return logits
+
+
+def _is_of_single_images(network: nn.Module, images: Tensor, logits: Tensor) -> bool:
+    """Whether logits stay the same in another order of the images, apart from rounding."""
+    with torch.no_grad():
+        again = logits_function(network, images)(images.flip(0)).flip(0)
+    scale = logits[logits.isfinite()].abs().amax().item() if logits.isfinite().any() else 0.0
+    return torch.allclose(logits, again, rtol=0, atol=1e-4 * scale, equal_nan=True)
 
 
 def _check_attacks(version: str, attacks: Any) -> None:

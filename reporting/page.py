@@ -25,10 +25,17 @@ from plotly.offline import get_plotlyjs
 from robust_flatness.plotting.landscape_figures import NAMES
 from robust_flatness.reporting.figures import ERRORS, FLATNESS, Figures
 from robust_flatness.reporting.frame import Models, natural_key
-from robust_flatness.reporting.plotly_figures import X_AXES, Y_AXES, hovers, page_figures, templates
+from robust_flatness.reporting.plotly_figures import X_AXES, hovers, page_figures, templates, y_axes
 from robust_flatness.reporting.table1 import group_thresholds
 from robust_flatness.run_folder.files import write_text
-from robust_flatness.run_folder.metrics import Metric, Weights, method_label, metric
+from robust_flatness.run_folder.metrics import (
+    Metric,
+    Weights,
+    errors_by_other_attacks,
+    is_by_other_attacks,
+    method_label,
+    metric,
+)
 from robust_flatness.run_folder.runs import LeftOut
 
 _PACKAGES = ("robust-flatness", "torch", "lightning")
@@ -131,7 +138,7 @@ def write_page(
         links={name: [f for f in wanted if f in files] for name, wanted in _FILES.items()},
         has_files=bool(files),
         x_axes=_options(X_AXES, sections["relation"], 0),
-        y_axes=_options(Y_AXES, sections["relation"], 1),
+        y_axes=_options(y_axes(models), sections["relation"], 1),
         landscapes={name: _landscape_name(name) for name in sections["landscapes"]},
         curve_models=able,
         chosen=(usual or able)[:2],
@@ -189,6 +196,7 @@ def _table(
     """The rows of the table of all models, and its columns."""
     further = sorted(name for name in set(models.values["metric"]) if metric(name).in_tables)
     known = [*_COLUMNS, *((name, "final") for name in further)]
+    known += [(name, "early_stopped") for name in further if is_by_other_attacks(name)]
     columns = [
         column for column in known if len(models.column(*column)) or len(published.column(*column))
     ]
@@ -263,9 +271,12 @@ def _facts(models: Models) -> list[tuple[str, str]]:
         low, high = min(values), max(values)
         return str(low) if low == high else f"{low} to {high}"
 
+    measured = {"PGD": ERRORS[1], "AutoAttack": ERRORS[0], "flatness": FLATNESS}
+    others = errors_by_other_attacks(models.values["metric"])
+    measured |= {label: name for name, label in others.items()}
     images = {
         label: [run.num_examples[name] for run in runs if name in run.num_examples]
-        for label, name in (("PGD", ERRORS[1]), ("AutoAttack", ERRORS[0]), ("flatness", FLATNESS))
+        for label, name in measured.items()
     }
     hardware, versions = [], []
     for run in runs:

@@ -31,7 +31,12 @@ from robust_flatness.reporting.figures import (
     typical_rise,
 )
 from robust_flatness.reporting.frame import WEIGHTS, Models, flat_settings
-from robust_flatness.run_folder.metrics import Weights, method_label, metric
+from robust_flatness.run_folder.metrics import (
+    Weights,
+    errors_by_other_attacks,
+    method_label,
+    metric,
+)
 from robust_flatness.run_folder.runs import Run
 
 X_AXES = (FLATNESS, "flatness/worst/test", TRAIN_FLATNESS, "flatness/clean_average/test")
@@ -50,9 +55,11 @@ _Drawn = dict[str, go.Figure]
 
 def page_figures(figures: Figures) -> dict[str, _Drawn]:
     """The figures of each section of the page, by the values of its selectors."""
-    error = next((e for e in ERRORS if len(figures.models.column(e))), ERRORS[0])
+    heights = y_axes(figures.models)
+    errors = sorted(heights[1:], key=lambda name: (name == ERRORS[1], name != ERRORS[0]))
+    error = next((e for e in errors if len(figures.models.column(e))), ERRORS[0])
     relations = {
-        "|".join(key): figures.relation(*key) for key in itertools.product(X_AXES, Y_AXES, WEIGHTS)
+        "|".join(key): figures.relation(*key) for key in itertools.product(X_AXES, heights, WEIGHTS)
     }
     views = {
         "Early stopping: RLoss": figures.early_stopping(),
@@ -408,9 +415,14 @@ def _schematic(run: Run | None) -> go.Figure | None:
     return figure
 
 
+def y_axes(models: Models) -> tuple[str, ...]:
+    """`Y_AXES`, and test errors by other attacks of AutoAttack than `standard`."""
+    return (*Y_AXES, *errors_by_other_attacks(models.values["metric"]))
+
+
 def hovers(figures: Figures) -> dict[str, str]:
     """Texts of hovers, by the `ids` of points."""
-    names = dict.fromkeys((*X_AXES, *Y_AXES, *GAPS, _CURVATURE))
+    names = dict.fromkeys((*X_AXES, *y_axes(figures.models), *GAPS, _CURVATURE))
     texts: dict[str, str] = {}
     for models, is_published in figures.sources:
         about = {label: _about(models, label) for label in models.labels}

@@ -24,7 +24,7 @@ from rich.text import Text
 
 from robust_flatness.reporting.frame import Models
 from robust_flatness.run_folder.files import atomic_write, write_text
-from robust_flatness.run_folder.metrics import Weights, metric
+from robust_flatness.run_folder.metrics import Weights, errors_by_other_attacks, metric
 from robust_flatness.run_folder.runs import is_number
 
 AUTOATTACK, PGD = "AutoAttack", "PGD"
@@ -35,6 +35,8 @@ _MIXED = (
     f"{MARK} By PGD, because AutoAttack was not measured. PGD finds fewer errors: AutoAttack would "
     "put such a row further down, and a group that has both has no mean."
 )
+OTHERS = "‡"  # of errors by other attacks of AutoAttack in a column that has more than these
+_OTHERS = f"{OTHERS} By these attacks alone, not by AutoAttack `standard`."
 # The strength that Table 1 is about, for methods with several models.
 _STRENGTHS: Mapping[str, tuple[str, float]] = {
     "at_awp": ("model.xi", 0.01),
@@ -159,7 +161,7 @@ class Table1:
             *(f"{label}: {text}." for label, text in settings.items() if text),
             self._groups_note(),
             *([f"Images: {'; '.join(counts)}."] if counts else []),
-            *([_MIXED] if any(map(self.is_mixed, COLUMNS)) else []),
+            *self.marks(COLUMNS),
             *([paper] if self.published else []),
         ]
 
@@ -184,12 +186,19 @@ class Table1:
         )
 
     def attacks(self, column: Column) -> list[str]:
-        """The attacks of the rows of a column, AutoAttack first."""
+        """The attacks of the rows of a column, AutoAttack first and PGD last."""
         name = f"{column.key}_attack"
-        return sorted(self.frame[name].dropna().unique()) if name in self.frame else []
+        attacks = self.frame[name].dropna().unique() if name in self.frame else []
+        return sorted(attacks, key=lambda attack: (attack == PGD, attack != AUTOATTACK, attack))
+
+    def marks(self, columns: Sequence[Column]) -> list[str]:
+        """Sentences about the marks in columns with several attacks."""
+        mixed = {attack for c in columns if self.is_mixed(c) for attack in self.attacks(c)}
+        marks = {_mark(attack) for attack in mixed}
+        return [text for text in (_OTHERS, _MIXED) if text[0] in marks]
 
     def is_mixed(self, column: Column) -> bool:
-        """Whether some rows of a column are by AutoAttack and others by PGD."""
+        """Whether the rows of a column are by several attacks."""
         return len(self.attacks(column)) > 1
 
     def means(self, rows: pd.DataFrame) -> dict[str, float]:
@@ -240,8 +249,8 @@ class Table1:
         text = column.text(mean)
         if not pd.isna(deviation):
             text += f" ± {column.text(deviation)}"
-        if self.is_mixed(column) and row[f"{column.key}_attack"] == PGD:
-            text += f" {MARK}"
+        if self.is_mixed(column):
+            text = f"{text} {_mark(row[f'{column.key}_attack'])}".rstrip()
         return text if n == row["seeds"] else f"{text} (n={n})"
 
 
@@ -273,8 +282,13 @@ def table1(models: Models, published: Models | None = None) -> Table1:
         "seeds": seeds,
     }
     frame = pd.DataFrame(columns, index=models.frame.index)
+    others = errors_by_other_attacks(models.values["metric"])
     for column in COLUMNS:
-        cells = _cells(models, column.names, column.weights).reindex(frame.index)
+        names = column.names
+        if column.names is _TEST:
+            # AutoAttack first, and PGD last.
+            names = {"test/autoattack_error": AUTOATTACK, **others, **_TEST}
+        cells = _cells(models, names, column.weights).reindex(frame.index)
         for part in ("mean", "sd", "n", "attack", "images"):
             if part != "attack" or column.has_attack:
                 frame[f"{column.key}_{part}"] = cells[part]
@@ -388,8 +402,13 @@ def _match(models: Models, published: Models) -> dict[str, str]:
 
 
 def _names(attacks: Sequence[str]) -> str:
-    """Attacks as headings name them."""
-    return f" or {MARK}".join("AA" if attack == AUTOATTACK else attack for attack in attacks)
+    """Attacks as headings name them, with their marks if there are several."""
+    marks = {attack: _mark(attack) if len(attacks) > 1 else "" for attack in attacks}
+    return " or ".join(f"{marks[a]}{'AA' if a == AUTOATTACK else a}" for a in attacks)
+
+
+def _mark(attack: str) -> str:
+    return {AUTOATTACK: "", PGD: MARK}.get(attack, OTHERS)
 
 
 def _markdown(table: Table1) -> str:
@@ -428,6 +447,7 @@ _LATEX = {
     "≤": r"$\leq$",
     "×": r"$\times$",
     "†": r"\textdagger{}",
+    "‡": r"\textdaggerdbl{}",
     "–": "--",
     "…": r"\dots{}",
     "“": "``",
@@ -480,7 +500,7 @@ def _terminal(table: Table1, columns: Sequence[Column], is_wide: bool) -> Table:
         if column.importance and column not in columns
     )
     caption = [
-        *([_MIXED] if any(map(table.is_mixed, columns)) else []),
+        *table.marks(columns),
         *table.diverged,
         *([f"No room for {left}: see table1.md."] if left else []),
     ]

@@ -13,11 +13,12 @@ Example:
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, TypeVar
 
+Number = TypeVar("Number")
 Rows = Sequence[Mapping[str, float]]
 Weights = Literal["final", "early_stopped"]
 
@@ -195,6 +196,17 @@ METHOD_LABELS = {
     "prevent_label_leaking": "Prevent label leaking",
 }
 _BY_NAME = {entry.name: entry for entry in METRICS}
+# Robust errors by other attacks of the AutoAttack package than `standard`, see `attacks_name`.
+_ATTACKS = {
+    "apgd-ce": "APGD-CE",
+    "apgd-dlr": "APGD-DLR",
+    "apgd-t": "APGD-T",
+    "fab": "FAB",
+    "fab-t": "FAB-T",
+    "square": "Square",
+    "autoattack-plus": "AutoAttack plus",
+    "autoattack-rand": "AutoAttack rand",
+}
 
 
 @lru_cache(maxsize=1024)
@@ -240,6 +252,57 @@ def metric(name: str) -> Metric:
     )
 
 
+def attacks_name(version: str, attacks: Sequence[str] | None) -> str:
+    """What stands for `autoattack` in the name of an error by a version or by some attacks.
+
+    Example:
+        >>> attacks_name("standard", None), attacks_name("plus", None)
+        ('autoattack', 'autoattack-plus')
+        >>> attacks_name("custom", ["apgd-t", "apgd-ce"])
+        'apgd-ce+apgd-t'
+    """
+    if version == "custom":
+        return "+".join(sorted(set(attacks or ())))
+    return "autoattack" if version == "standard" else f"autoattack-{version}"
+
+
+def with_attacks(metrics: Mapping[str, Number], attacks: Mapping[str, str]) -> dict[str, Number]:
+    """Metrics by names that say which attacks an error is by.
+
+    Results contain errors by any attacks of the AutoAttack package as `test/autoattack_error`, and
+    the attacks beside them. What compares runs must not take one for the other.
+
+    Example:
+        >>> name = "test/autoattack_error"
+        >>> renamed = with_attacks({name: 0.5}, {name: "apgd-ce+apgd-t"})
+        >>> renamed, metric(next(iter(renamed))).title
+        ({'test/apgd-ce+apgd-t_error': 0.5}, 'RErr (APGD-CE + APGD-T), test')
+    """
+
+    def own(name: str) -> str:
+        attack = attacks.get(name.removesuffix("_early_stopped"), "autoattack")
+        return name.replace("/autoattack_error", f"/{attack}_error")
+
+    return {own(name): value for name, value in metrics.items()}
+
+
+def is_by_other_attacks(name: str) -> bool:
+    """Whether a metric is a robust error by other attacks of the package than `standard`."""
+    attacks = name.rsplit("/", 1)[-1].removesuffix("_error").split("+")
+    return name.endswith("_error") and set(attacks) <= set(_ATTACKS)
+
+
+def errors_by_other_attacks(names: Iterable[str]) -> dict[str, str]:
+    """The test errors by other attacks of the package than `standard`, with the attacks.
+
+    Example:
+        >>> errors_by_other_attacks(["test/error", "test/apgd-ce+square_error"])
+        {'test/apgd-ce+square_error': 'APGD-CE + Square'}
+    """
+    own = sorted({name for name in names if name.startswith("test/") and is_by_other_attacks(name)})
+    return {name: metric(name).label.removeprefix("RErr (")[:-1] for name in own}
+
+
 def method_label(method: str) -> str:
     """A method's name as the paper writes it.
 
@@ -251,6 +314,9 @@ def method_label(method: str) -> str:
 
 
 def _default(key: str) -> Metric:
+    if is_by_other_attacks(key):
+        label = " + ".join(_ATTACKS[attack] for attack in key.removesuffix("_error").split("+"))
+        return Metric(key, f"RErr ({label})", "%", once=True, in_tables=True)
     is_error = key.endswith("error")
     lower = True if is_error or key.endswith("loss") else None
     return Metric(key, key, "%" if is_error else "", lower_is_better=lower)

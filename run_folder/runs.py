@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 from robust_flatness.run_folder.files import Landscape, read_landscapes
-from robust_flatness.run_folder.metrics import Weights
+from robust_flatness.run_folder.metrics import LOSSES, Weights, attacks_name, with_attacks
 
 Metrics = Mapping[str, float]
 
@@ -40,7 +40,8 @@ class Run:
         data: Class of the data, such as `Digits`.
         seed: Seed of the run, if it had one.
         settings: All settings as nested mappings, as in `config.yaml`.
-        final: Finite metrics of the last weights by name; errors are shares of 1.
+        final: Finite metrics of the last weights by name; errors are shares of 1. An error by other
+            attacks than AutoAttack `standard` has their names: `test/apgd-ce+apgd-t_error`.
         early_stopped: The same of the early-stopped weights.
         num_examples: Number of images that a metric was measured on, by name.
         trajectory: A row for each epoch, with `epoch` and finite metrics by name.
@@ -162,6 +163,9 @@ def _parse(folder: Path, content: Mapping[str, Any]) -> Run:
     # AutoAttack logs the error of the early-stopped weights beside that of the last ones.
     suffix = "_early_stopped"
     logged = {n.removesuffix(suffix): x for n, x in final.items() if n.endswith(suffix)}
+    stopped = logged | _finite(_mapping(content, "early_stopped"), "early_stopped")
+    attacks = _attacks(content)
+    images = {n: x for n in counts if (x := _count(counts, n, low=1)) is not None}
     time = "wall_time_seconds"
     seconds = _entry(content, time, lambda x: is_number(x) and x >= 0, "a number >= 0")
     return Run(
@@ -170,9 +174,9 @@ def _parse(folder: Path, content: Mapping[str, Any]) -> Run:
         data=data,
         seed=_count(content, "seed"),
         settings=_mapping(content, "settings"),
-        final=final,
-        early_stopped=logged | _finite(_mapping(content, "early_stopped"), "early_stopped"),
-        num_examples={n: x for n in counts if (x := _count(counts, n, low=1)) is not None},
+        final=with_attacks(final, attacks),
+        early_stopped=with_attacks(stopped, attacks),
+        num_examples=with_attacks(images, attacks),
         trajectory=[_finite(row, "trajectory") for row in rows],
         early_stopped_epoch=_count(content, "early_stopped_epoch"),
         # A run may end within its first epoch; shares of training divide by this number.
@@ -186,6 +190,24 @@ def _parse(folder: Path, content: Mapping[str, Any]) -> Run:
         error_curve=_lists(content, "error_curve"),
         class_errors=_lists(content, "class_errors"),
     )
+
+
+def _attacks(content: Mapping[str, Any]) -> dict[str, str]:
+    """The attacks of AutoAttack by metric; older formats have them in the settings alone."""
+
+    def are_names(attacks: Any) -> bool:
+        return isinstance(attacks, dict) and all(isinstance(name, str) for name in attacks.values())
+
+    if "attacks" in content:
+        return dict(_entry(content, "attacks", are_names, "a mapping of names") or {})
+    own = _mapping(content, "settings").get("autoattack")
+    version, attacks = (
+        own.get(x) if isinstance(own, dict) else None for x in ("version", "attacks")
+    )
+    if not isinstance(attacks, list) or not all(isinstance(attack, str) for attack in attacks):
+        attacks = None
+    name = attacks_name("custom" if attacks else str(version or "standard"), attacks)
+    return {f"{split}/autoattack_error": name or "autoattack" for split in LOSSES}
 
 
 def is_number(value: Any) -> TypeGuard[float]:

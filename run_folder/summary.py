@@ -18,7 +18,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from robust_flatness.run_folder.metrics import metric
+from robust_flatness.run_folder.metrics import is_by_other_attacks, metric, with_attacks
 
 _DASH, _NOT_FINITE = "–", "not finite"
 # Rows by section. A row shows the first of its names that was measured: on training images the one
@@ -61,8 +61,8 @@ def summary_table(results: Mapping[str, Any], *, folder: str | Path | None = Non
 
     Args:
         results: The content of `results.json`: `final` and `early_stopped` (metrics by name),
-            `num_examples` (images by the same names), `early_stopped_epoch`, `diverged_epoch`,
-            `method` and `data`. All of them may be missing.
+            `num_examples` (images by the same names), `attacks` (by the same names),
+            `early_stopped_epoch`, `diverged_epoch`, `method` and `data`. All may be missing.
         folder: The run folder, for the caption.
 
     Returns:
@@ -90,9 +90,13 @@ def summary_table(results: Mapping[str, Any], *, folder: str | Path | None = Non
         columns.append(logged | stopped)
         note = "" if epoch is None else f"(epoch {epoch})"
         table.add_column(f"early-stopped\n{note}", justify="right", no_wrap=True)
-    images = results.get("num_examples") or {}
+    attacks = results.get("attacks") or {}
+    columns = [with_attacks(column, attacks) for column in columns]
+    images = with_attacks(results.get("num_examples") or {}, attacks)
+    errors = tuple(tuple(with_attacks(dict.fromkeys(row), attacks)) for row in _SECTIONS[0])
     further = sorted({name for column in columns for name in column if metric(name).in_tables})
-    for section in (*_SECTIONS, tuple((name,) for name in further)):
+    further = [name for name in further if not is_by_other_attacks(name)]
+    for section in (errors, *_SECTIONS[1:], tuple((name,) for name in further)):
         table.add_section()
         for names in section:
             measured = [next((n for n in names if n in column), None) for column in columns]

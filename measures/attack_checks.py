@@ -92,7 +92,7 @@ class AttackChecks(AttackMeasure):
         attacked, pgd = self.attacked(examples), self.pgd
 
         def correct(chosen: AttackedSet) -> Tensor:
-            verdicts = [chosen.attack(network, part)[1] for part in chosen.batches]
+            verdicts = [chosen.attack(network, part, known=examples.known)[1] for part in chosen.batches]
             return torch.cat([chosen.labels.new_zeros(0).bool(), *verdicts])
 
         clean = correct(attacked.for_loss("clean"))

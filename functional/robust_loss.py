@@ -310,7 +310,7 @@ def evaluate_robustness(
 def measure_robustness(
     model: Model, attacked: AttackedSet, known: KnownLosses | None = None
 ) -> RobustnessResult:
-    """`evaluate_robustness` inside `evaluation_context`, with `known` as in `AttackedSet.attack`."""
+    """`evaluate_robustness` inside `evaluation_context`; `known` is as in `AttackedSet.attack`."""
     clean = replace(attacked.for_loss("clean"), on_attack=None)
     columns: list[tuple[Tensor, ...]] = []
     for part in attacked.batches:

@@ -55,8 +55,8 @@ class Examples:
         progress: Called after each attack on each batch.
         sharing: How other processes take part in a perturbation that all images share; None if
             there are no others.
-        known: Losses of these images that are known of the network, to which a measure may add; None
-            if nothing may be kept. A measure must not use it while it perturbs weights.
+        known: Losses of these images that are known of the network, which measures add to; None if
+            nothing is kept. A measure that perturbs weights must not use it meanwhile.
     """
 
     images: Tensor

@@ -12,8 +12,8 @@ from robust_flatness.command_line.parser import check_environment, program, run_
 COMMAND_LINE = "robust_flatness.command_line"
 FUNCTIONS = {
     "study": "robust_flatness.study.command:study",
-    "report": "robust_flatness.reporting.command:report",
-    "dashboard": "robust_flatness.reporting.command:dashboard",
+    "report": "robust_flatness.command_line.reports:report",
+    "dashboard": "robust_flatness.command_line.reports:dashboard",
 }
 COMMANDS = {
     "fit": "train one model, and measure it",

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,11 +23,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from torch import Tensor, nn
+from typing_extensions import override
 
 from robust_flatness.callbacks.fixed_images import FixedImages, PixelInput, warn_of_one_class
 from robust_flatness.functional import evaluation
 from robust_flatness.functional.checks import check_examples, errors_on_all_ranks
-from robust_flatness.measures.base import DEFAULT_EPS, Measure, Processes
+from robust_flatness.functional.robust_loss import KnownLosses
+from robust_flatness.measures.base import DEFAULT_EPS, Examples, Measure, Processes
 
 Weights = dict[str, Tensor]
 
@@ -37,6 +40,18 @@ _OWN_WEIGHTS: WeakKeyDictionary[nn.Module, Weights] = WeakKeyDictionary()
 # Lightning uses a task's number as its place in the list, so none of its tasks may move: the task
 # added here is hidden between measures, not removed.
 _TASKS: WeakKeyDictionary[Progress, TaskID] = WeakKeyDictionary()
+
+
+@dataclass
+class _Known:
+    """What measures have computed of a network, and the state of it that this holds for."""
+
+    state: evaluation.NetworkState
+    losses: list[tuple[Examples, KnownLosses]] = field(default_factory=list)
+
+
+# Until the next batch of training, so that what one measure has computed serves the next.
+_KNOWN: WeakKeyDictionary[Trainer, _Known] = WeakKeyDictionary()
 
 
 class HoldsMeasure:
@@ -80,8 +95,22 @@ class MeasuringCallback(FixedImages):
         bar = partial(_progress_bar, trainer, split)
         processes = Processes(trainer.global_rank, trainer.world_size, pl_module.device, bar)
         measure = measure.with_default_eps(data_eps(trainer))
+        network = self._network(pl_module)
         with evaluation_context(trainer, pl_module):
-            return measure.measure_set(self._network(pl_module), examples, processes)
+            examples = replace(examples, known=_known_losses(trainer, network, examples))
+            return measure.measure_set(network, examples, processes)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        _KNOWN.pop(trainer, None)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        _KNOWN.pop(trainer, None)
 
     def _network(self, module: LightningModule) -> nn.Module:
         """The module as a map from pixels in [0, 1] to logits."""
@@ -107,9 +136,38 @@ def evaluation_context(trainer: Trainer, module: LightningModule) -> Iterator[No
             stack.callback(module.register_forward_hook(end, always_call=True).remove)
         stack.enter_context(evaluation.full_float32(module.device))
         if trainer.world_size > 1:
-            for buffer in module.buffers():
-                torch.distributed.broadcast(buffer, src=0)
+            _broadcast(list(module.buffers()))
         yield
+
+
+@torch.no_grad()
+def _broadcast(tensors: Sequence[Tensor]) -> None:
+    """Copies the first process's tensors into those of all, one message for each type."""
+    groups: dict[Any, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    for group in groups.values():
+        flat = torch.cat([tensor.flatten() for tensor in group])
+        torch.distributed.broadcast(flat, src=0)
+        if torch.distributed.get_rank() == 0:
+            # Writing counts as a change of a tensor, also of its own values.
+            continue
+        for tensor, values in zip(group, flat.split([tensor.numel() for tensor in group])):
+            tensor.copy_(values.view_as(tensor))
+
+
+def _known_losses(trainer: Trainer, network: nn.Module, examples: Examples) -> KnownLosses:
+    """What is known of this network, exactly as it is, on these images; measures add to it."""
+    known = _KNOWN.get(trainer)
+    if known is None or not known.state.is_of(network):
+        known = _KNOWN[trainer] = _Known(evaluation.NetworkState(network))
+    for others, losses in known.losses:
+        pairs = ((others.images, examples.images), (others.labels, examples.labels))
+        if all(one is other or evaluation.equal(one, other) for one, other in pairs):
+            return losses
+    losses: KnownLosses = {}
+    known.losses.append((examples, losses))
+    return losses
 
 
 @contextmanager

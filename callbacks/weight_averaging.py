@@ -166,8 +166,28 @@ class WeightAveraging(FixedImages, LightningWeightAveraging):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # Entropy-SGD's weights between its outer steps are those of a walk.
-        if not any(getattr(optimizer, "walking", False) for optimizer in trainer.optimizers):
-            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        walking = any(getattr(optimizer, "walking", False) for optimizer in trainer.optimizers)
+        step = trainer.global_step
+        if not walking and step > self._latest_update_step and self.should_update(step - 1):
+            self._update(pl_module)
+            self._latest_update_step = step
+
+    def _update(self, pl_module: LightningModule) -> None:
+        """`AveragedModel.update_parameters`, but its counter is not copied to the device."""
+        average = self._average_model
+        assert average is not None
+        groups: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+        networks = (average.module, pl_module)
+        for ours, theirs in zip(*(chain(n.parameters(), n.buffers()) for n in networks)):
+            averages, weights = groups.setdefault(ours.dtype, ([], []))
+            averages.append(ours.detach())
+            weights.append(theirs.detach())
+        for averages, weights in groups.values():
+            if average.n_averaged == 0:
+                torch._foreach_copy_(averages, weights)
+            else:
+                self._move(averages, weights, None)
+        average.n_averaged += 1
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

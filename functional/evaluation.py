@@ -240,6 +240,57 @@ _REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_s
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, Tensor)
 
 
+class NetworkState:
+    """A copy of what the logits of a network depend on, which says whether that has changed.
+
+    Parameters, buffers, attributes that are tensors, numbers or strings, classes of modules, and
+    which hooks they have. As in `evaluation_context`, state that is kept elsewhere is not seen.
+
+    Example:
+        >>> network = nn.Linear(2, 2)
+        >>> state = NetworkState(network)
+        >>> network.weight.data[0, 0] += 1
+        >>> state.is_of(network), NetworkState(network).is_of(network)
+        (False, True)
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        tensors, self._values = _tensors_and_values(network)
+        self._tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+    def is_of(self, network: nn.Module) -> bool:
+        """Returns whether a network has this state, bit for bit; never if it holds NaN."""
+        tensors, values = _tensors_and_values(network)
+        if values != self._values or tensors.keys() != self._tensors.keys():
+            return False
+        return all(equal(tensor, self._tensors[name]) for name, tensor in tensors.items())
+
+
+def _tensors_and_values(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Any] = {}
+    for path, module in network.named_modules(remove_duplicate=False):
+        hooks = (getattr(module, name, ()) for name in ("_forward_pre_hooks", "_forward_hooks"))
+        # Numbers of hooks are never used twice.
+        values[path] = (type(module), *map(tuple, hooks))
+        own = {} if isinstance(module, torch.jit.ScriptModule) else vars(module)
+        held = {name: value for name, value in own.items() if isinstance(value, _PLAIN)}
+        held |= dict(module.named_parameters(recurse=False))
+        held |= dict(module.named_buffers(recurse=False))
+        for name, value in held.items():
+            is_tensor = isinstance(value, Tensor) and not is_lazy(value)
+            (tensors if is_tensor else values)[f"{path}.{name}"] = value
+    return tensors, values
+
+
+def equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same type, device, shape and values; NaN equals nothing."""
+    alike = one.dtype == other.dtype and one.device == other.device
+    # Others have no `torch.equal`.
+    dense = one.layout == other.layout == torch.strided
+    return alike and dense and torch.equal(one, other)
+
+
 @contextmanager
 def _state_restored(modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> Iterator[None]:
     # TorchScript keeps its registries elsewhere, and replaces nothing in them.

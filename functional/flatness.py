@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -13,7 +13,7 @@ from robust_flatness.functional.checks import check_choice, check_count, check_n
 from robust_flatness.functional.evaluation import evaluation_context
 from robust_flatness.functional.layer_weights import layer_tensors, perturbed_weights
 from robust_flatness.functional.noise import Norm, Start
-from robust_flatness.functional.robust_loss import AttackedSet, LossKind, estimate_text
+from robust_flatness.functional.robust_loss import AttackedSet, KnownLosses, LossKind, estimate_text
 from robust_flatness.functional.weight_perturbation import (
     Distribution,
     RelativeTo,
@@ -163,10 +163,12 @@ def measure_flatness(
     distribution: Distribution,
     relative_to: RelativeTo,
     per_batch: bool,
+    known: KnownLosses | None = None,
 ) -> FlatnessResult:
     """`average_case_flatness` with checked arguments, inside `evaluation_context`.
 
-    Eq. (1): the mean over ν of max over δ of L(w + ν, x + δ), minus max over δ of L(w, x + δ).
+    Eq. (1): the mean over ν of max over δ of L(w + ν, x + δ), minus max over δ of L(w, x + δ). With
+    `known` as in `AttackedSet.attack`, for the losses at w.
     """
     # Raises, before anything is measured, if a weight cannot be perturbed.
     tensors = layer_tensors(model)
@@ -174,10 +176,13 @@ def measure_flatness(
     attacked = attacked.for_loss(loss)
     units = attacked.units(per_batch)
     paper = protocol == "paper" and loss == "robust"
+    # All directions have the starts of the reference, except in the paper's protocol.
+    attacked = replace(attacked, keep_starts=not paper)
     reference = attacked.losses(
         model,
         [part for _, parts in units for part in parts],
         range(PAPER_REFERENCE_RESTARTS) if paper else None,
+        known,
     )
     perturbed = []
     for k in range(num_perturbations):

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -245,6 +245,8 @@ def _losses(
     coordinates: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
     """The coordinates `(S,)` and the losses `(..., S, N)` at combinations of directions."""
+    # All points share their starts.
+    attacked = replace(attacked, keep_starts=True)
     rows = []
     for terms in points:
         perturbation: dict[str, Tensor] = {}

@@ -1,8 +1,8 @@
 """Robust loss and robust error of a network on a fixed set of images."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Literal, get_args
 
@@ -21,6 +21,9 @@ from robust_flatness.functional.noise import Norm, Start
 LossKind = Literal["robust", "clean"]
 
 NO_ATTACK = PGD(0.0, steps=0, start="zero")
+# What is known of one network on one set of images: the losses of one restart on a batch, `(N,)`,
+# and whether it is classified correctly, by all that they depend on besides these two.
+KnownLosses = dict[Hashable, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class AttackedSet:
     Args:
         images, labels, restarts, seed, batch_size, indices, on_attack: As there.
         pgd: The attack, with `keep` best.
+        keep_starts: Whether each start is drawn once and kept, for a set that is attacked
+            repeatedly. They take as much memory as `restarts` copies of the images.
 
     Raises:
         ValueError: If pixels, shapes, or an argument are out of range.
@@ -43,6 +48,10 @@ class AttackedSet:
     batch_size: int = 128
     indices: Sequence[int] | None = None
     on_attack: Callable[[], None] | None = None
+    keep_starts: bool = False
+    _kept_starts: dict[tuple[int, int, int], Tensor] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         check_examples(self.images, self.labels)
@@ -83,13 +92,26 @@ class AttackedSet:
 
     def starts(self, part: slice, restart: int) -> Tensor:
         """Starts of one restart of the attack on a batch, `(N, C, H, W)`."""
+        key = (part.start, part.stop, restart)
+        if key in self._kept_starts:
+            return self._kept_starts[key]
         images, indices = self.images[part], self._indices[part]
-        return self.pgd.starts(images, indices, seed=self.seed, restart=restart)
+        starts = self.pgd.starts(images, indices, seed=self.seed, restart=restart)
+        if self.keep_starts:
+            self._kept_starts[key] = starts
+        return starts
 
     def attack(
-        self, model: Model, part: slice, restarts: Iterable[int] | None = None
+        self,
+        model: Model,
+        part: slice,
+        restarts: Iterable[int] | None = None,
+        known: KnownLosses | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Attacks one batch by restarts of these numbers, which select their starts, or by all.
+
+        Restarts in `known`, which must be of this network with its present weights and of these
+        images, are not repeated, and others are added.
 
         Returns:
             Highest loss over restarts, and whether none changed the class, `(N,)` each.
@@ -98,11 +120,20 @@ class AttackedSet:
         losses = torch.full(labels.shape, -math.inf, device=images.device)
         correct = torch.ones_like(labels, dtype=torch.bool)
         for restart in range(self.restarts) if restarts is None else restarts:
-            kept = self.pgd.attack(model, images, labels, self.starts(part, restart))
-            if kept.losses is None or kept.predictions is None:
-                raise _refusal(self.pgd)
-            losses = torch.maximum(losses.to(kept.losses), kept.losses)
-            correct &= kept.predictions == labels
+            key = (type(self), self.pgd, self.seed, tuple(self._indices[part]), restart)
+            if known is not None and key in known:
+                restart_losses, restart_correct = known[key]
+            else:
+                # Without a step there is no start.
+                start = self.starts(part, restart) if self.pgd.steps else torch.zeros_like(images)
+                kept = self.pgd.attack(model, images, labels, start)
+                if kept.losses is None or kept.predictions is None:
+                    raise _refusal(self.pgd)
+                restart_losses, restart_correct = kept.losses, kept.predictions == labels
+                if known is not None:
+                    known[key] = (restart_losses, restart_correct)
+            losses = torch.maximum(losses.to(restart_losses), restart_losses)
+            correct &= restart_correct
             if self.on_attack is not None:
                 self.on_attack()
         return losses, correct
@@ -133,10 +164,11 @@ class AttackedSet:
         model: Model,
         parts: Sequence[slice] | None = None,
         restarts: Iterable[int] | None = None,
+        known: KnownLosses | None = None,
     ) -> Tensor:
         """Robust loss of each example of some batches, `(N,)`; `None` takes all batches."""
         parts = self.batches if parts is None else parts
-        losses = [self.attack(model, part, restarts)[0] for part in parts]
+        losses = [self.attack(model, part, restarts, known)[0] for part in parts]
         return torch.cat(losses) if losses else self.images.new_zeros(0)
 
 
@@ -275,13 +307,15 @@ def evaluate_robustness(
         return measure_robustness(model, attacked)
 
 
-def measure_robustness(model: Model, attacked: AttackedSet) -> RobustnessResult:
-    """`evaluate_robustness` inside `evaluation_context`."""
+def measure_robustness(
+    model: Model, attacked: AttackedSet, known: KnownLosses | None = None
+) -> RobustnessResult:
+    """`evaluate_robustness` inside `evaluation_context`; `known` is as in `AttackedSet.attack`."""
     clean = replace(attacked.for_loss("clean"), on_attack=None)
     columns: list[tuple[Tensor, ...]] = []
     for part in attacked.batches:
-        clean_losses, clean_correct = clean.attack(model, part)
-        losses, correct = attacked.attack(model, part)
+        clean_losses, clean_correct = clean.attack(model, part, known=known)
+        losses, correct = attacked.attack(model, part, known=known)
         columns.append((clean_losses, clean_correct, losses, clean_correct & correct))
     if not columns:
         none = attacked.images.new_zeros(0)

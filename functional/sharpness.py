@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -260,7 +260,9 @@ class _Unit:
         normalize: bool,
     ) -> None:
         self.model, self.tensors, self.sizes = model, tensors, sizes
-        self.attacked, self.part, self.normalize = attacked, part, normalize
+        # All ν share their starts.
+        self.attacked = replace(attacked, keep_starts=True)
+        self.part, self.normalize = part, normalize
         # Tensors made under inference mode cannot be saved for backward, their clones can.
         self.labels = attacked.labels[part].clone()
         self.size = torch.cat([size.flatten() for size in sizes.values()])

@@ -24,7 +24,7 @@ from robust_flatness.functional.layer_weights import (
     perturbed_weights,
 )
 from robust_flatness.functional.noise import Norm, Start, keyed_generator
-from robust_flatness.functional.robust_loss import AttackedSet, LossKind, estimate_text
+from robust_flatness.functional.robust_loss import AttackedSet, KnownLosses, LossKind, estimate_text
 from robust_flatness.functional.weight_perturbation import onto_ball, scale_to, split_like
 
 
@@ -168,8 +168,12 @@ def measure_worst_case_flatness(
     keep: Keep | None,
     per_batch: bool,
     sharing: Sharing | None = None,
+    known: KnownLosses | None = None,
 ) -> WorstCaseFlatnessResult:
-    """`worst_case_flatness` with checked arguments, inside `evaluation_context`."""
+    """`worst_case_flatness` with checked arguments, inside `evaluation_context`.
+
+    With `known` as in `AttackedSet.attack`, for the losses at w.
+    """
     keep = keep or ("best" if loss == "clean" else "last")
     ascended = attacked
     if loss == "clean":
@@ -178,7 +182,7 @@ def measure_worst_case_flatness(
     ascent = _JointAscent(model, layer_tensors(model), ascended, xi, weight_step, keep, sharing)
     reference, perturbed = [], []
     for number, parts in attacked.units(per_batch):
-        reference.append(attacked.for_loss(loss).losses(model, parts))
+        reference.append(attacked.for_loss(loss).losses(model, parts, known=known))
         losses = []
         for restart in range(attacked.restarts):
             losses.append(ascent.losses(parts, restart, number))

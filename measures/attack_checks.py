@@ -89,10 +89,10 @@ class AttackChecks(AttackMeasure):
 
     @override
     def measure(self, network: nn.Module, examples: Examples) -> AttackChecksResult:
-        attacked, pgd = self.attacked(examples), self.pgd
+        attacked, pgd, known = self.attacked(examples), self.pgd, examples.known
 
         def correct(chosen: AttackedSet) -> Tensor:
-            verdicts = [chosen.attack(network, part)[1] for part in chosen.batches]
+            verdicts = [chosen.attack(network, p, known=known)[1] for p in chosen.batches]
             return torch.cat([chosen.labels.new_zeros(0).bool(), *verdicts])
 
         clean = correct(attacked.for_loss("clean"))

@@ -61,7 +61,8 @@ class AverageCaseFlatness(AttackMeasure):
 
     @override
     def measure(self, network: nn.Module, examples: Examples) -> FlatnessResult:
-        return measure_flatness(network, self.attacked(examples), **self.own_arguments)
+        attacked = self.attacked(examples)
+        return measure_flatness(network, attacked, known=examples.known, **self.own_arguments)
 
     @override
     def metric_names(self, split: str) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ from robust_flatness.functional.checks import (
 from robust_flatness.functional.evaluation import evaluation_context
 from robust_flatness.functional.layer_weights import perturbed_parameters
 from robust_flatness.functional.noise import Norm
-from robust_flatness.functional.robust_loss import AttackedSet, LossKind
+from robust_flatness.functional.robust_loss import AttackedSet, KnownLosses, LossKind
 from robust_flatness.functional.worst_case_flatness import Sharing
 
 Result = TypeVar("Result")
@@ -55,6 +55,8 @@ class Examples:
         progress: Called after each attack on each batch.
         sharing: How other processes take part in a perturbation that all images share; None if
             there are no others.
+        known: Losses of these images that are known of the network, which measures add to; None if
+            nothing is kept. A measure that perturbs weights must not use it meanwhile.
     """
 
     images: Tensor
@@ -62,6 +64,7 @@ class Examples:
     indices: Sequence[int]
     progress: Callable[[], None] = _nothing
     sharing: Sharing | None = None
+    known: KnownLosses | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -354,7 +357,7 @@ class Processes:
         text, attacks = progress
         with self.bar(text, math.ceil(len(mine) / chunk) * attacks) as advance:
             images, labels = examples.images[mine], examples.labels[mine]
-            share = self.moved(Examples(images, labels, mine, advance, sharing))
+            share = self.moved(Examples(images, labels, mine, advance, sharing, examples.known))
             result = measure(share)
         whole = {}
         for name, value in _fields(result).items():

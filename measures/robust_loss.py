@@ -32,7 +32,7 @@ class RobustLoss(AttackMeasure):
 
     @override
     def measure(self, network: nn.Module, examples: Examples) -> RobustnessResult:
-        return measure_robustness(network, self.attacked(examples))
+        return measure_robustness(network, self.attacked(examples), examples.known)
 
     @override
     def metric_names(self, split: str) -> tuple[str, ...]:

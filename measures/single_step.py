@@ -84,7 +84,7 @@ class SingleStepRobustness(AttackMeasure):
     def measure(self, network: nn.Module, examples: Examples) -> SingleStepResult:
         attacked = self.attacked(examples)
         pgd = attacked.pgd
-        robustness = measure_robustness(network, attacked)
+        robustness = measure_robustness(network, attacked, examples.known)
         fgsm = replace(
             attacked, pgd=replace(pgd, steps=1, step_size=pgd.eps, start="zero"), restarts=1
         )

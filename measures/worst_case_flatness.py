@@ -62,6 +62,7 @@ class WorstCaseFlatness(AttackMeasure):
             network,
             self.attacked(examples),
             sharing=examples.sharing,
+            known=examples.known,
             **self.own_arguments,
         )
 

@@ -1,6 +1,7 @@
 """Averages of weights: how they move, and how they are saved, resumed and tested."""
 
 import warnings
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from averaging_runs import (
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from networks_for_tests import same, snapshot
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from trainers import ToyData, dataset, quiet_trainer
 
 from robust_flatness.callbacks import WeightAveraging
@@ -196,3 +199,34 @@ def test_what_cannot_be_averaged_is_refused_before_training(tmp_path):
         with pytest.raises(ValueError, match=message):
             quiet_trainer(num_sanity_val_steps=0, **settings).fit(net)
     assert same(snapshot(net), initial)
+
+
+class Transfers(TorchDispatchMode):
+    """The operations whose tensors are on two devices."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, kwargs, output)) if isinstance(t, torch.Tensor)]
+        if len({tensor.device for tensor in tensors}) > 1:
+            self.found.append(str(function))
+        return output
+
+
+def test_a_step_copies_nothing_to_the_device():
+    callback, net = averaging(0.9), module()
+    trainer = Mock(optimizers=[], checkpoint_callbacks=[], global_step=0)
+    callback.setup(trainer, net, "fit")
+    callback.effective_decay = 0.9
+    # The network is on another device than the CPU.
+    callback._average_model.module.to("meta")
+    net.to("meta")
+    callback.on_fit_start(trainer, net)
+    with Transfers() as transfers:
+        for trainer.global_step in (1, 2, 3):
+            callback.on_train_batch_end(trainer, net, None, None, 0)
+    assert int(callback._average_model.n_averaged) == 3
+    assert transfers.found == []

@@ -1,12 +1,22 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from networks_for_tests import PassCounter, images_and_labels, tiny_network
 from torch.nn.functional import cross_entropy
 
-from robust_flatness.functional import PGD, evaluate_robustness, robust_loss
+from robust_flatness.functional import (
+    PGD,
+    adaptive_sharpness,
+    attack,
+    average_case_flatness,
+    evaluate_robustness,
+    loss_landscape,
+    robust_loss,
+)
 from robust_flatness.functional.attack import Iterate
+from robust_flatness.functional.noise import keyed_generator
 from robust_flatness.functional.robust_loss import AttackedSet
 
 
@@ -124,3 +134,40 @@ def test_adversarial_examples_are_those_of_the_worst_restart():
     assert len(torch.stack(single).argmax(0).unique()) > 2
     clean = attacked.for_loss("clean").adversarial(network, slice(2, 5))
     assert torch.equal(clean, images[2:5].double())
+
+
+@pytest.mark.parametrize("measure", ["flatness", "landscape", "sharpness", "clean"])
+def test_starts_are_drawn_once_for_all_perturbations(monkeypatch, measure):
+    drawn = []
+
+    def draw(seed, *key):
+        drawn.append(key)
+        return keyed_generator(seed, *key)
+
+    monkeypatch.setattr(attack, "keyed_generator", draw)
+    images, labels = images_and_labels(6)
+    data = (tiny_network(), images, labels)
+    settings = {"eps": 0.1, "steps": 1, "restarts": 2, "batch_size": 4}
+    if measure == "landscape":
+        loss_landscape(*data, num_directions=2, num_steps=3, **settings)
+    elif measure == "sharpness":
+        adaptive_sharpness(*data, num_perturbations=3, **settings)
+    else:
+        loss = "clean" if measure == "clean" else "robust"
+        average_case_flatness(*data, num_perturbations=3, loss=loss, **settings)
+    keys = [("start", index, restart) for index in range(6) for restart in range(2)]
+    assert sorted(drawn) == ([] if measure == "clean" else keys)
+
+
+def test_losses_that_are_known_are_those_of_the_same_attack():
+    images, labels = images_and_labels(6)
+    network = tiny_network().eval()
+    known = {}
+    for restarts in (2, 1, 3):
+        attacked = AttackedSet(images, labels, PGD(0.1), restarts, batch_size=4)
+        assert torch.equal(attacked.losses(network, known=known), attacked.losses(network))
+    # Of two batches and three restarts.
+    assert len(known) == 6
+    for changed in ({"pgd": PGD(0.05)}, {"seed": 1}, {"batch_size": 3}, {"indices": range(1, 7)}):
+        other = replace(attacked, **changed)
+        assert torch.equal(other.losses(network, known=known), other.losses(network))

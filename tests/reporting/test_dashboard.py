@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import wandb
 
+from robust_flatness.command_line.reports import dashboard
 from robust_flatness.reporting import dashboard as module
-from robust_flatness.reporting.command import dashboard
 from robust_flatness.reporting.dashboard import build_report, build_workspace, save_dashboard
 
 ws = pytest.importorskip("wandb_workspaces.workspaces", reason="needs the extra `dashboard`")

@@ -255,10 +255,10 @@ def test_bad_input_is_one_sentence(study, arguments, sentence, capsys):
     assert sentence in " ".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.parametrize("module", ["reporting.report", "reporting.command"])
+@pytest.mark.parametrize("module", ["reporting.report", "command_line.reports"])
 def test_a_report_loads_neither_torch_nor_lightning(study, tmp_path, module):
     code = f"import sys, robust_flatness.{module}\n"
-    if module == "reporting.command":
+    if module == "command_line.reports":
         call = f"robust_flatness.{module}.report({str(study / 'other')!r}, {str(tmp_path)!r})"
         code += f"{call}\n"
     code += "print(*sorted({'torch', 'lightning'} & set(sys.modules)))"

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from robust_flatness.callbacks.fixed_images import FixedImages, PixelInput, warn_of_one_class
 from robust_flatness.functional import evaluation
 from robust_flatness.functional.checks import check_examples, errors_on_all_ranks
+from robust_flatness.functional.memory import smaller_batches
 from robust_flatness.measures.base import DEFAULT_EPS, Measure, Processes
 
 Weights = dict[str, Tensor]
@@ -80,7 +81,7 @@ class MeasuringCallback(FixedImages):
         bar = partial(_progress_bar, trainer, split)
         processes = Processes(trainer.global_rank, trainer.world_size, pl_module.device, bar)
         measure = measure.with_default_eps(data_eps(trainer))
-        with evaluation_context(trainer, pl_module):
+        with smaller_batches(type(measure).__name__), evaluation_context(trainer, pl_module):
             return measure.measure_set(self._network(pl_module), examples, processes)
 
     def _network(self, module: LightningModule) -> nn.Module:

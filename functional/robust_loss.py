@@ -3,19 +3,22 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from robust_flatness.functional.attack import PGD
+from robust_flatness.functional.attack import PGD, Iterate
 from robust_flatness.functional.checks import check_choice, check_count, check_examples
 from robust_flatness.functional.evaluation import (
     Model,
     evaluation_context,
     to_float32,
+    to_float64,
 )
+from robust_flatness.functional.memory import fitting
 from robust_flatness.functional.noise import Norm, Start
 
 LossKind = Literal["robust", "clean"]
@@ -98,7 +101,7 @@ class AttackedSet:
         losses = torch.full(labels.shape, -math.inf, device=images.device)
         correct = torch.ones_like(labels, dtype=torch.bool)
         for restart in range(self.restarts) if restarts is None else restarts:
-            kept = self.pgd.attack(model, images, labels, self.starts(part, restart))
+            kept = self.attack_once(model, part, restart)
             if kept.losses is None or kept.predictions is None:
                 raise _refusal(self.pgd)
             losses = torch.maximum(losses.to(kept.losses), kept.losses)
@@ -106,6 +109,12 @@ class AttackedSet:
             if self.on_attack is not None:
                 self.on_attack()
         return losses, correct
+
+    def attack_once(self, model: Model, part: slice, restart: int) -> Iterate:
+        """One restart on one batch, cut up if it does not fit into memory."""
+        batch = self.images[part], self.labels[part], self.starts(part, restart)
+        columns = zip(*fitting(partial(self.pgd.attack, model), *batch))
+        return Iterate(*(c[0] if len(c) == 1 else torch.cat(c) for c in columns))
 
     def adversarial(self, model: Model, part: slice) -> Tensor:
         """Attacks one batch; returns each example of its worst restart `(N, C, H, W)`.
@@ -117,7 +126,7 @@ class AttackedSet:
         highest = torch.full(labels.shape, -math.inf, device=images.device)
         for restart in range(self.restarts):
             if self.pgd.steps:
-                kept = self.pgd.attack(model, images, labels, self.starts(part, restart))
+                kept = self.attack_once(model, part, restart)
                 if kept.losses is None:
                     raise _refusal(self.pgd)
                 losses = kept.losses.nan_to_num(math.inf, math.inf)
@@ -210,7 +219,7 @@ def estimate_text(values: Tensor, *, percent: bool = False) -> str:
         >>> estimate_text(torch.tensor([True, False]), percent=True)
         '50.0 ± 50.0 %'
     """
-    values = values.double() * (100 if percent else 1)
+    values = to_float64(values) * (100 if percent else 1)
     decimals = 1 if percent else 3
     text = f"{_mean(values):.{decimals}f}"
     if len(values) > 1:
@@ -219,7 +228,7 @@ def estimate_text(values: Tensor, *, percent: bool = False) -> str:
 
 
 def _mean(values: Tensor) -> float:
-    return values.double().mean().item() if len(values) else math.nan
+    return to_float64(values).mean().item() if len(values) else math.nan
 
 
 def evaluate_robustness(

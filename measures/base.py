@@ -24,6 +24,7 @@ from robust_flatness.functional.checks import (
 )
 from robust_flatness.functional.evaluation import evaluation_context
 from robust_flatness.functional.layer_weights import perturbed_parameters
+from robust_flatness.functional.memory import smaller_batches
 from robust_flatness.functional.noise import Norm
 from robust_flatness.functional.robust_loss import AttackedSet, LossKind
 from robust_flatness.functional.worst_case_flatness import Sharing
@@ -122,7 +123,7 @@ class Measure(ABC):
             ValueError: If pixels or shapes are not as above.
         """
         check_examples(images, labels)
-        with evaluation_context(network):
+        with smaller_batches(type(self).__name__), evaluation_context(network):
             examples = Examples(images, labels, range(len(labels)))
             return self.measure_set(network, examples, Processes())
 

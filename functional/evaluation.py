@@ -25,9 +25,14 @@ def to_float32(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in HALF else logits
 
 
+def has_float64(device: torch.device) -> bool:
+    """Whether a device has float64: Apple's GPUs do not."""
+    return device.type != "mps"
+
+
 def to_float64(values: Tensor) -> Tensor:
-    """Converts values to float64, on the CPU if their device has no such type, as Apple's GPUs."""
-    return (values.cpu() if values.device.type == "mps" else values).double()
+    """Converts values to float64, on the CPU if their device has no such type."""
+    return (values if has_float64(values.device) else values.cpu()).double()
 
 
 def predicted_classes(logits: Tensor) -> Tensor:

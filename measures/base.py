@@ -22,7 +22,7 @@ from robust_flatness.functional.checks import (
     check_examples,
     check_radius,
 )
-from robust_flatness.functional.evaluation import evaluation_context
+from robust_flatness.functional.evaluation import evaluation_context, to_float64
 from robust_flatness.functional.layer_weights import perturbed_parameters
 from robust_flatness.functional.memory import smaller_batches
 from robust_flatness.functional.noise import Norm
@@ -360,8 +360,9 @@ class Processes:
         whole = {}
         for name, value in _fields(result).items():
             if isinstance(value, Tensor) and name not in common_fields:
-                table = value.new_zeros(*value.shape[:-1], count, dtype=torch.float64)
-                table[..., mine] = value.to(table)
+                share = to_float64(value)
+                table = share.new_zeros(*value.shape[:-1], count)
+                table[..., mine] = share
                 if self.size > 1:
                     distributed.all_reduce(table)
                 whole[name] = table.cpu().bool() if value.dtype == torch.bool else table.cpu()

@@ -53,7 +53,15 @@ TRAINING: dict[str, dict[str, Any]] = {
     "AT-AWP, bfloat16": {**BFLOAT16, "module": ATAWP},
 }
 CRAFTING = ("textbook", "torchattacks", "ours, best", "ours, last")
-TINY = {"budget": 300, "rounds": 1, "steps": 1, "warm_up": 1, "batch": 4, "width": 2}
+TINY = {
+    "budget": 300,
+    "rounds": 1,
+    "steps": 1,
+    "warm_up": 1,
+    "batch": 4,
+    "width": 2,
+    "pgd_steps": 1,
+}
 TINY |= {"measured": 4, "measure_steps": 1, "measure_batch": 4, "attacked": 2}
 Part = Callable[[], dict[str, Any]]
 
@@ -141,23 +149,22 @@ def timed(run: Callable[[], object], times: int) -> dict[str, Any]:
 
 
 def craft(options: argparse.Namespace, name: str, bfloat16: bool = False) -> dict[str, Any]:
-    """Times PGD-7 on one batch: research code's, torchattacks' and ours; ours alone in the layout.
-
-    That is `channels_last`.
-    """
+    """Times PGD on one batch: research code's and torchattacks', in PyTorch's layout, or ours."""
     model = ready(options)
     images, labels = (part.to(options.device) for part in random_images(options.batch))
     if name in ("textbook", "torchattacks"):
         model = model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     if name == "textbook":
-        settings = {"eps": EPS, "step_size": STEP_SIZE, "steps": 7}
+        settings: dict[str, Any] = {"eps": EPS, "step_size": STEP_SIZE, "steps": options.pgd_steps}
         run: Callable[[], object] = partial(textbook_pgd, model, images, labels, **settings)
     elif name == "torchattacks":
-        attack = import_module("torchattacks").PGD(model, eps=EPS, alpha=STEP_SIZE, steps=7)
+        settings = {"eps": EPS, "alpha": STEP_SIZE, "steps": options.pgd_steps}
+        attack = import_module("torchattacks").PGD(model, **settings)
         run = partial(attack, images, labels)
     else:
-        kept = {"keep": name.removeprefix("ours, "), "start": "uniform"}
-        run = partial(pgd_attack, model, images, labels, eps=EPS, steps=7, **kept)
+        kept: dict[str, Any] = {"keep": name.removeprefix("ours, "), "start": "uniform"}
+        kept |= {"eps": EPS, "steps": options.pgd_steps}
+        run = partial(pgd_attack, model, images, labels, **kept)
     cast = torch.autocast(images.device.type, torch.bfloat16) if bfloat16 else nullcontext()
     with cast:
         return timed(run, 3 * options.rounds)
@@ -171,9 +178,9 @@ def train(
     strategy: str = "auto",
     benchmark: bool = False,
 ) -> dict[str, Any]:
-    """Times steps of training with PGD-7."""
+    """Times steps of training."""
     timer, counted = StepTimer(options.warm_up, clock), CountedStep(options.warm_up - 1)
-    model = module(partial(ResNet18, width=options.width))
+    model = module(partial(ResNet18, width=options.width), steps=options.pgd_steps)
     if compiled:
         model.network.compile()
     data = RandomImages(options.batch * (options.warm_up + options.steps), batch_size=options.batch)
@@ -226,12 +233,13 @@ def parts(options: argparse.Namespace) -> dict[str, tuple[float, dict[str, bool]
     one_pass = clock() - begin
     chosen: dict[str, tuple[float, dict[str, bool], Part]] = {}
     for name in CRAFTING:
-        seconds = 1 + 8 * (2 + 3 * options.rounds) * one_pass
+        seconds = 1 + (options.pgd_steps + 1) * (2 + 3 * options.rounds) * one_pass
         for bfloat16 in (False, True):
             run = partial(craft, options, name, bfloat16)
             label = f"crafting, {name}, {'bfloat16' if bfloat16 else 'TF32'}"
             chosen[label] = (seconds, {"tf32": True}, run)
-    training = 10 + options.rounds * (options.warm_up + options.steps) * 9 * one_pass
+    steps = options.rounds * (options.warm_up + options.steps)
+    training = 10 + steps * (options.pgd_steps + 2) * one_pass
     for name, kwargs in TRAINING.items():
         arguments = {key: value for key, value in kwargs.items() if key != "tf32"}
         switches = {key: kwargs.get(key, False) for key in ("tf32", "benchmark")}
@@ -274,6 +282,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="the smallest sizes, as a smoke test")
     sizes = {"budget": 600, "rounds": 3, "steps": 100, "warm_up": 10, "batch": 128, "width": 64}
+    sizes |= {"pgd_steps": 7}
     sizes |= {"measured": 1000, "measure_steps": 20, "measure_batch": 500, "attacked": 64}
     for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, help=f"default {value}")

@@ -93,7 +93,7 @@ class SingleStepRobustness(AttackMeasure):
         # The image plus noise is not clamped to the box, as in the authors' code.
         noise = replace(attacked, pgd=replace(pgd, start="uniform"))
         correct = [robustness.clean_correct.new_zeros(0)]
-        alignments = [robustness.clean_losses.new_zeros(0)]
+        alignments = [to_float64(robustness.clean_losses.new_zeros(0))]
         for part in attacked.batches:
             images, labels = attacked.images[part], attacked.labels[part]
             correct.append(fgsm.attack(network, part)[1])

@@ -91,6 +91,11 @@ class PretendDevice(TorchFunctionMode):
             indices = [t for t in tree_leaves(args[1]) if isinstance(t, Tensor)]
             if any(index.dtype == torch.bool for index in indices):
                 self.waits.append(name)
+            # PyTorch copies them itself.
+            for index in indices:
+                if not is_marked(index):
+                    self._copied(True)
+            tensors = [t for t in tensors if not any(t is index for index in indices)]
         if "device" in kwargs:
             marked = kwargs["device"] == DEVICE or (kwargs["device"] is None and marked)
             if marked and not tensors and name in ("tensor", "as_tensor"):

@@ -83,6 +83,10 @@ class PretendDevice(TorchFunctionMode):
             if is_marked(first) != is_marked(args[1]):
                 self._copied(is_marked(first))
             return func(*args, **kwargs)
+        if name == "__setitem__" and isinstance(args[2], Tensor):
+            if is_marked(first) != is_marked(args[2]):
+                self._copied(is_marked(first))
+            return func(*args)
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         marked = any(map(is_marked, tensors))
         if marked and name in WAITS:

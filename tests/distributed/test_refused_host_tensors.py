@@ -23,7 +23,7 @@ def test_training_and_measures_send_tensors_of_the_device_alone(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     assert first["logged"] == second["logged"]
-    for variant in ("label noise", "awp", "entropy sgd", "self-supervision", "callbacks"):
+    for variant in ("label noise", "awp", "entropy sgd", "callbacks"):
         weights = [
             {name: v for name, v in rank[variant].items() if "running" not in name}
             for rank in (first, second)

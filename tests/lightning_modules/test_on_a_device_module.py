@@ -24,6 +24,7 @@ class SecondStep(Callback):
         self.device, self.seen = device, None
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        assert pl_module.device == next(pl_module.parameters()).device == batch[0].device == DEVICE
         # The first batch is checked, which waits.
         self.device.waits.clear()
         self.device.copies.clear()
@@ -37,9 +38,7 @@ def second_step(monkeypatch, build, callbacks=()):
         watch = SecondStep(device)
         strategy = SingleDeviceStrategy(device=DEVICE)
         trainer = quiet_trainer(strategy=strategy, devices=1, callbacks=[*callbacks, watch])
-        module = build()
-        trainer.fit(module, mixed_loader())
-        assert module.device == next(module.parameters()).device == DEVICE
+        trainer.fit(build(), mixed_loader())
     return watch.seen
 
 

@@ -6,7 +6,7 @@ python benchmarks/gpu.py smoke.json --device cpu --tiny      # runs every part, 
 The first line is an estimate of the time. A part that would end after the budget of seconds is left
 out; one that fails is recorded with its error, and the others go on. The file is written after each
 part. PyTorch's global flags are set for each part and restored after it. Needs torch, torchvision,
-lightning, torchmetrics, scipy and rich; torchattacks and pyautoattack for the parts of their names.
+lightning, torchmetrics and rich; torchattacks and pyautoattack for the parts of their names.
 The package need not be installed.
 """
 

@@ -360,9 +360,9 @@ class Processes:
         whole = {}
         for name, value in _fields(result).items():
             if isinstance(value, Tensor) and name not in common_fields:
-                share = to_float64(value)
-                table = share.new_zeros(*value.shape[:-1], count)
-                table[..., mine] = share
+                numbers = to_float64(value)
+                table = numbers.new_zeros(*value.shape[:-1], count)
+                table[..., mine] = numbers
                 if self.size > 1:
                     distributed.all_reduce(table)
                 whole[name] = table.cpu().bool() if value.dtype == torch.bool else table.cpu()

@@ -27,6 +27,7 @@ from robust_flatness.functional.checks import (
     check_choice,
     check_count,
     check_examples,
+    check_strategy,
     errors_on_all_ranks,
 )
 from robust_flatness.measures.base import Examples, Split
@@ -127,6 +128,7 @@ class FixedImages(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        check_strategy(trainer, type(self).__name__)
         super().setup(trainer, pl_module, stage)
         self._examples_of_fit = {} if stage == "fit" else self._examples_of_fit | self._examples
         self._examples = {}
@@ -236,10 +238,16 @@ class PixelInput(nn.Module):
         self.module = module
         for name, values in zip(("mean", "std"), channels(normalization)):
             self.register_buffer(name, values)
+        # Copied to the device once, not in each forward.
+        self._copies: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of images in [0, 1]."""
-        logits: Tensor = self.module((images - self.mean.to(images)) / self.std.to(images))
+        key = images.device, images.dtype
+        if key not in self._copies:
+            self._copies[key] = self.mean.to(images), self.std.to(images)
+        mean, std = self._copies[key]
+        logits: Tensor = self.module((images - mean) / std)
         return logits
 
 

@@ -28,6 +28,7 @@ from typing_extensions import override
 from robust_flatness.callbacks.fixed_images import FixedImages, PixelInput, warn_of_one_class
 from robust_flatness.functional import evaluation
 from robust_flatness.functional.checks import check_examples, errors_on_all_ranks
+from robust_flatness.functional.memory import smaller_batches
 from robust_flatness.functional.robust_loss import KnownLosses
 from robust_flatness.measures.base import DEFAULT_EPS, Examples, Measure, Processes
 
@@ -96,7 +97,7 @@ class MeasuringCallback(FixedImages):
         processes = Processes(trainer.global_rank, trainer.world_size, pl_module.device, bar)
         measure = measure.with_default_eps(data_eps(trainer))
         network = self._network(pl_module)
-        with evaluation_context(trainer, pl_module):
+        with smaller_batches(type(measure).__name__), evaluation_context(trainer, pl_module):
             examples = replace(examples, known=_known_losses(trainer, network, examples))
             return measure.measure_set(network, examples, processes)
 

@@ -5,17 +5,15 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from typing_extensions import override
 
 from robust_flatness.functional.attack import PGD, example_losses
 from robust_flatness.functional.batch_noise import BatchNoise, agreed_seed
-from robust_flatness.functional.checks import errors_on_all_ranks
+from robust_flatness.functional.checks import check_strategy, errors_on_all_ranks
 from robust_flatness.functional.evaluation import to_float32
 
 Key = int | str | None
-SHARDED = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
 
 
 class WrappedMethod:
@@ -120,6 +118,7 @@ class TrainingStepCallback(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
+            check_strategy(trainer, type(self).__name__)
             self.seed, self._checked = None, False
 
     @override
@@ -129,11 +128,6 @@ class TrainingStepCallback(Callback):
             raise ValueError(
                 f"Expected `configure_optimizers` to return one optimizer for {name} but got "
                 f"{len(trainer.optimizers)}."
-            )
-        if isinstance(trainer.strategy, SHARDED):
-            raise ValueError(
-                f"Expected a `strategy` that has all weights on each process, such as ddp, for "
-                f"{name} but got {type(trainer.strategy).__name__}."
             )
         if isinstance(getattr(pl_module, "pgd", None), PGD):
             raise ValueError(

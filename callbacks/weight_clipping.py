@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from robust_flatness.functional.checks import check_number
+from robust_flatness.functional.checks import check_number, check_strategy
 
 # `_NormBase` is the base of BatchNorm, SyncBatchNorm and InstanceNorm in all dimensions.
 SCALING = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -55,6 +55,7 @@ class WeightClipping(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._release()
+        check_strategy(trainer, type(self).__name__)
         self._check(pl_module)
         self._clip(pl_module)
         # On the optimizer itself, so that nothing can see weights that are not yet clipped.

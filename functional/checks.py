@@ -138,6 +138,25 @@ def check_outputs(logits: Tensor, num_classes: int) -> None:
         )
 
 
+# By name, as functions need no Lightning.
+SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
+
+
+def check_strategy(trainer: Any, name: str) -> None:
+    """Raises if a Lightning trainer's strategy gives each process a part of the weights only.
+
+    Args:
+        trainer: The trainer.
+        name: Class that needs all of them, for the message.
+    """
+    strategy = type(getattr(trainer, "strategy", None))
+    if any(kind.__name__ in SHARDED for kind in strategy.__mro__):
+        raise ValueError(
+            f"Expected a `strategy` that has all weights on each process, such as ddp, for {name} "
+            f"but got {strategy.__name__}."
+        )
+
+
 def check_archive(name: str, path: str | Path) -> None:
     """Raises if a checkpoint's bytes are not those that were written.
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakIdKeyDictionary
 
+from robust_flatness.functional.memory import in_pieces, smaller_batches
+
 Model = Callable[[Tensor], Tensor] | nn.Module
 Mode = Literal["eval", "train"]
 HALF = (torch.float16, torch.bfloat16)
@@ -21,6 +23,16 @@ HALF = (torch.float16, torch.bfloat16)
 def to_float32(logits: Tensor) -> Tensor:
     """Converts logits or images of half precision to float32, so that losses are exact."""
     return logits.float() if logits.dtype in HALF else logits
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether a device has float64: Apple's GPUs do not."""
+    return device.type != "mps"
+
+
+def to_float64(values: Tensor) -> Tensor:
+    """Converts values to float64, on the CPU if their device has no such type."""
+    return (values if has_float64(values.device) else values.cpu()).double()
 
 
 def predicted_classes(logits: Tensor) -> Tensor:
@@ -73,12 +85,15 @@ def logits_function(model: Model, images: Tensor) -> Callable[[Tensor], Tensor]:
     dtype = images.dtype if first is None else first.dtype
 
     def logits(inputs: Tensor) -> Tensor:
-        output = model(inputs.to(dtype))
+        inputs = inputs.to(dtype)
+        # A function may compare its inputs with a batch that it holds.
+        output = in_pieces(model, inputs) if first is not None else model(inputs)
         _check_logits(output, len(inputs))
         if first is not None and first not in _CHECKED:
             _CHECKED[first] = None
             rows = output.detach()
-            sums = rows.sum(1, dtype=torch.float64)
+            # In float32 at least: not all devices have float64.
+            sums = to_float32(rows).sum(1)
             tolerance = 1e-2 if rows.dtype in HALF else 1e-4
             is_share = ((rows >= 0) & (rows <= 1)).all() and ((sums - 1).abs() <= tolerance).all()
             if len(rows) > 0 and is_share:
@@ -205,7 +220,8 @@ def evaluation_context(model: Model) -> Iterator[None]:
     registers), `requires_grad`, `.grad`, and attributes that are tensors, numbers or strings are
     restored, and so are the global states of `random`, NumPy and torch. State that a forward keeps
     elsewhere, such as in a list or in its own generator, cannot be restored. For a callable that is
-    not an `nn.Module` only random states are.
+    not an `nn.Module` only random states are. A measure inside that runs out of memory goes on with
+    smaller batches.
 
     Example:
         >>> network = nn.Linear(2, 2).bfloat16()
@@ -222,7 +238,12 @@ def evaluation_context(model: Model) -> Iterator[None]:
     python, numpy = random.getstate(), np.random.get_state()
     try:
         restored = _state_restored(modules, tensors)
-        with torch.random.fork_rng(devices), restored, differentiable(model):
+        with (
+            torch.random.fork_rng(devices),
+            restored,
+            differentiable(model),
+            smaller_batches("The measure"),
+        ):
             if half := [tensor for tensor in tensors if tensor.dtype in HALF]:
                 # The attribute in which Lightning's modules keep their type.
                 for module in (m for m in modules if getattr(m, "_dtype", None) in HALF):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from robust_flatness.functional.attack import PGD
 from robust_flatness.functional.checks import check_choice, check_count, check_number
-from robust_flatness.functional.evaluation import evaluation_context
+from robust_flatness.functional.evaluation import evaluation_context, to_float64
 from robust_flatness.functional.layer_weights import layer_tensors, perturbed_weights
 from robust_flatness.functional.noise import Norm, Start
 from robust_flatness.functional.robust_loss import AttackedSet, KnownLosses, LossKind, estimate_text
@@ -40,12 +40,12 @@ class LossIncrease:
     @property
     def increases(self) -> Tensor:
         """Perturbed minus reference loss, `(K, N)`, float64."""
-        return self.perturbed_losses.double() - self.reference_losses.double()
+        return to_float64(self.perturbed_losses) - to_float64(self.reference_losses)
 
     @property
     def reference_loss(self) -> float:
         """RLoss at w, in nats."""
-        return self.reference_losses.double().mean().item()
+        return to_float64(self.reference_losses).mean().item()
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from robust_flatness.functional.checks import check_count, check_number
-from robust_flatness.functional.evaluation import evaluation_context
+from robust_flatness.functional.evaluation import evaluation_context, to_float64
 from robust_flatness.functional.hessian import (
     check_set,
     hessian_product,
@@ -19,6 +20,7 @@ from robust_flatness.functional.layer_weights import (
     layer_tensors,
     perturbed_weights,
 )
+from robust_flatness.functional.memory import fitting
 from robust_flatness.functional.noise import keyed_generator
 from robust_flatness.functional.weight_perturbation import split_like
 
@@ -107,7 +109,7 @@ def gradient_norm(
     with evaluation_context(model), differentiable_weights(model, tensors) as leaves:
         # Tensors made under inference mode cannot be saved for backward, their clones can.
         images, labels = images.clone(), labels.clone()
-        weights = [tensor.value().detach().double() for tensor in tensors.values()]
+        weights = [to_float64(tensor.value().detach()) for tensor in tensors.values()]
         totals = _mean_gradient(model, [*leaves.values()], images, labels, batch_size)
     norms = (torch.stack([tensor.norm() for tensor in part]).cpu() for part in (weights, totals))
     return GradientNormResult(tuple(tensors), *norms)
@@ -220,8 +222,8 @@ def largest_gradient(
 def _mean_gradient(
     model: nn.Module, weights: list[Tensor], images: Tensor, labels: Tensor, batch_size: int
 ) -> list[Tensor]:
-    totals = [torch.zeros_like(weight, dtype=torch.float64) for weight in weights]
+    totals = [torch.zeros_like(to_float64(weight)) for weight in weights]
     for batch, targets in zip(images.split(batch_size), labels.split(batch_size)):
-        parts = weight_gradients(model, weights, batch, targets)
-        totals = [total + part for total, part in zip(totals, parts)]
+        for parts in fitting(partial(weight_gradients, model, weights), batch, targets):
+            totals = [total + to_float64(part) for total, part in zip(totals, parts)]
     return [total.detach() / len(images) for total in totals]

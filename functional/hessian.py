@@ -12,7 +12,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
 from robust_flatness.functional.checks import check_count, check_examples, check_number
-from robust_flatness.functional.evaluation import evaluation_context, logits_function
+from robust_flatness.functional.evaluation import (
+    evaluation_context,
+    logits_function,
+    to_float64,
+)
 from robust_flatness.functional.flatness import standard_error
 from robust_flatness.functional.layer_weights import (
     LayerTensor,
@@ -20,6 +24,7 @@ from robust_flatness.functional.layer_weights import (
     layer_tensor,
     layer_tensors,
 )
+from robust_flatness.functional.memory import fitting
 from robust_flatness.functional.noise import keyed_generator
 from robust_flatness.functional.weight_perturbation import Perturbation, split_like
 
@@ -221,20 +226,28 @@ def hessian_trace(
         weights = [tensor.value().detach() for tensor in tensors.values()]
         scales = [weight.norm() / math.sqrt(weight.numel()) for weight in weights]
         for batch, targets in zip(images.split(batch_size), labels.split(batch_size)):
-            gradients = weight_gradients(model, inputs, batch, targets, create_graph=True)
-            for k in range(num_probes):
-                signs = [
-                    _signs(weight, keyed_generator(seed, "trace", k, position))
-                    for position, weight in enumerate(weights)
-                ]
-                scaled = [scale * sign for scale, sign in zip(scales, signs)]
-                for row, probe in enumerate((signs, scaled)):
-                    slopes = torch.stack([(g * v).sum() for g, v in zip(gradients, probe)])
-                    parts = torch.autograd.grad(
-                        slopes.sum(), inputs, retain_graph=True, materialize_grads=True
-                    )
-                    sums = [(part * v).sum(dtype=torch.float64) for part, v in zip(parts, probe)]
-                    totals[row, k] += torch.stack(sums).sum().cpu()
+
+            def products(images: Tensor, labels: Tensor) -> Tensor:
+                """vᵀHv and vᵀSHSv of the summed loss for each v, `(2, K)`, on the CPU."""
+                gradients = weight_gradients(model, inputs, images, labels, create_graph=True)
+                sums = []
+                for k in range(num_probes):
+                    signs = [
+                        _signs(weight, keyed_generator(seed, "trace", k, position))
+                        for position, weight in enumerate(weights)
+                    ]
+                    scaled = [scale * sign for scale, sign in zip(scales, signs)]
+                    for probe in (signs, scaled):
+                        slopes = torch.stack([(g * v).sum() for g, v in zip(gradients, probe)])
+                        parts = torch.autograd.grad(
+                            slopes.sum(), inputs, retain_graph=True, materialize_grads=True
+                        )
+                        terms = [to_float64(part * v).sum() for part, v in zip(parts, probe)]
+                        sums.append(torch.stack(terms).sum())
+                return torch.stack(sums).cpu().view(num_probes, 2).T
+
+            for summand in fitting(products, batch, targets):
+                totals += summand
     return HessianTraceResult(*(totals / len(images)))
 
 
@@ -272,10 +285,15 @@ def hessian_product(
     """The Hessian of the mean cross-entropy times a direction: one vector, float64, on the CPU."""
     total = torch.zeros(sum(weight.numel() for weight in weights), dtype=torch.float64)
     for batch, targets in zip(images.split(batch_size), labels.split(batch_size)):
-        gradients = weight_gradients(model, weights, batch, targets, create_graph=True)
-        slopes = torch.stack([(g * d).sum() for g, d in zip(gradients, direction)])
-        parts = torch.autograd.grad(slopes.sum(), weights, materialize_grads=True)
-        total += torch.cat([part.double().flatten().cpu() for part in parts])
+
+        def product(images: Tensor, labels: Tensor) -> Tensor:
+            gradients = weight_gradients(model, weights, images, labels, create_graph=True)
+            slopes = torch.stack([(g * d).sum() for g, d in zip(gradients, direction)])
+            parts = torch.autograd.grad(slopes.sum(), weights, materialize_grads=True)
+            return torch.cat([part.flatten().cpu().double() for part in parts])
+
+        for summand in fitting(product, batch, targets):
+            total += summand
     return total / len(images)
 
 

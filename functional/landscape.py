@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from robust_flatness.functional.attack import PGD
 from robust_flatness.functional.checks import check_choice, check_count, check_number
-from robust_flatness.functional.evaluation import evaluation_context
+from robust_flatness.functional.evaluation import evaluation_context, to_float64
 from robust_flatness.functional.hessian import hessian_extreme_eigenvalues, weight_gradients
 from robust_flatness.functional.layer_weights import (
     LayerTensor,
@@ -20,6 +21,7 @@ from robust_flatness.functional.layer_weights import (
     layer_tensors,
     perturbed_weights,
 )
+from robust_flatness.functional.memory import fitting
 from robust_flatness.functional.noise import Norm, Start
 from robust_flatness.functional.robust_loss import AttackedSet, LossKind
 from robust_flatness.functional.weight_perturbation import (
@@ -64,7 +66,7 @@ class LandscapeResult:
     @property
     def curves(self) -> Tensor:
         """Mean loss along each direction, `(D, S)`."""
-        return self.losses.double().mean(dim=2)
+        return to_float64(self.losses).mean(dim=2)
 
     @property
     def mean(self) -> Tensor:
@@ -105,7 +107,7 @@ class SurfaceResult:
     @property
     def mean(self) -> Tensor:
         """Mean loss at each point, `(S, S)`."""
-        return self.losses.double().mean(dim=2)
+        return to_float64(self.losses).mean(dim=2)
 
 
 def loss_landscape(
@@ -416,13 +418,14 @@ def _robust_loss_gradient(
         total = [torch.zeros_like(weight) for weight in weights]
         for part in attacked.batches:
             # Tensors made under inference mode cannot be saved for backward, clones can.
-            images, labels = attacked.images[part], attacked.labels[part].clone()
-            starts = attacked.starts(part, restart)
-            adversarial = attacked.pgd.attack(model, images, labels, starts).images
+            labels = attacked.labels[part].clone()
+            adversarial = attacked.attack_once(model, part, restart).images
             if attacked.on_attack is not None:
                 attacked.on_attack()
-            gradients = weight_gradients(model, weights, adversarial, labels)
-            total = [summand + more for summand, more in zip(total, gradients)]
+            for gradients in fitting(
+                partial(weight_gradients, model, weights), adversarial, labels
+            ):
+                total = [summand + more for summand, more in zip(total, gradients)]
     return total
 
 

@@ -3,19 +3,22 @@
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from robust_flatness.functional.attack import PGD
+from robust_flatness.functional.attack import PGD, Iterate
 from robust_flatness.functional.checks import check_choice, check_count, check_examples
 from robust_flatness.functional.evaluation import (
     Model,
     evaluation_context,
     to_float32,
+    to_float64,
 )
+from robust_flatness.functional.memory import fitting
 from robust_flatness.functional.noise import Norm, Start
 
 LossKind = Literal["robust", "clean"]
@@ -124,9 +127,7 @@ class AttackedSet:
             if known is not None and key in known:
                 restart_losses, restart_correct = known[key]
             else:
-                # Without a step there is no start.
-                start = self.starts(part, restart) if self.pgd.steps else torch.zeros_like(images)
-                kept = self.pgd.attack(model, images, labels, start)
+                kept = self.attack_once(model, part, restart)
                 if kept.losses is None or kept.predictions is None:
                     raise _refusal(self.pgd)
                 restart_losses, restart_correct = kept.losses, kept.predictions == labels
@@ -138,6 +139,15 @@ class AttackedSet:
                 self.on_attack()
         return losses, correct
 
+    def attack_once(self, model: Model, part: slice, restart: int) -> Iterate:
+        """One restart on one batch, cut up if it does not fit into memory."""
+        images = self.images[part]
+        # Without a step there is no start.
+        start = self.starts(part, restart) if self.pgd.steps else torch.zeros_like(images)
+        batch = images, self.labels[part], start
+        columns = zip(*fitting(partial(self.pgd.attack, model), *batch))
+        return Iterate(*(c[0] if len(c) == 1 else torch.cat(c) for c in columns))
+
     def adversarial(self, model: Model, part: slice) -> Tensor:
         """Attacks one batch; returns each example of its worst restart `(N, C, H, W)`.
 
@@ -148,7 +158,7 @@ class AttackedSet:
         highest = torch.full(labels.shape, -math.inf, device=images.device)
         for restart in range(self.restarts):
             if self.pgd.steps:
-                kept = self.pgd.attack(model, images, labels, self.starts(part, restart))
+                kept = self.attack_once(model, part, restart)
                 if kept.losses is None:
                     raise _refusal(self.pgd)
                 losses = kept.losses.nan_to_num(math.inf, math.inf)
@@ -242,7 +252,7 @@ def estimate_text(values: Tensor, *, percent: bool = False) -> str:
         >>> estimate_text(torch.tensor([True, False]), percent=True)
         '50.0 ± 50.0 %'
     """
-    values = values.double() * (100 if percent else 1)
+    values = to_float64(values) * (100 if percent else 1)
     decimals = 1 if percent else 3
     text = f"{_mean(values):.{decimals}f}"
     if len(values) > 1:
@@ -251,7 +261,7 @@ def estimate_text(values: Tensor, *, percent: bool = False) -> str:
 
 
 def _mean(values: Tensor) -> float:
-    return values.double().mean().item() if len(values) else math.nan
+    return to_float64(values).mean().item() if len(values) else math.nan
 
 
 def evaluate_robustness(

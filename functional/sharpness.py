@@ -14,6 +14,7 @@ from robust_flatness.functional.evaluation import (
     evaluation_context,
     logits_function,
     nan_unless_finite,
+    to_float64,
 )
 from robust_flatness.functional.flatness import FlatnessResult
 from robust_flatness.functional.layer_weights import (
@@ -23,6 +24,7 @@ from robust_flatness.functional.layer_weights import (
     layer_tensors,
     perturbed_weights,
 )
+from robust_flatness.functional.memory import fitting
 from robust_flatness.functional.noise import Norm, Start, keyed_generator
 from robust_flatness.functional.robust_loss import AttackedSet, LossKind, estimate_text
 from robust_flatness.functional.weight_perturbation import Perturbation, split_like
@@ -274,7 +276,7 @@ class _Unit:
                 return self.attacked.losses(self.model, [self.part])
             adversarial = self.attacked.adversarial(self.model, self.part)
             with torch.no_grad():
-                return self._losses(adversarial)
+                return self._losses(adversarial, self.labels)
 
     def evaluate(self, relative: Tensor, ascend: bool) -> tuple[Tensor, Tensor | None]:
         """Losses at ν = Tu, `(N,)`, and the gradient of their mean with respect to u."""
@@ -283,19 +285,24 @@ class _Unit:
             adversarial = self.attacked.adversarial(self.model, self.part)
             if not ascend:
                 with torch.no_grad():
-                    return self._losses(adversarial), None
+                    return self._losses(adversarial, self.labels), None
             with differentiable_weights(self.model, self.tensors) as leaves:
-                losses = self._losses(adversarial)
-                gradients = torch.autograd.grad(
-                    losses.mean(), [*leaves.values()], materialize_grads=True
-                )
-        gradient = torch.cat([gradient.flatten() for gradient in gradients])
-        return losses.detach(), gradient * self.size
 
-    def _losses(self, images: Tensor) -> Tensor:
+                def visit(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+                    losses = self._losses(images, labels)
+                    mean = losses.sum() / len(self.labels)
+                    gradients = torch.autograd.grad(
+                        mean, [*leaves.values()], materialize_grads=True
+                    )
+                    return losses.detach(), torch.cat([g.flatten() for g in gradients])
+
+                losses, gradients = zip(*fitting(visit, adversarial, self.labels))
+        return torch.cat(losses), sum(gradients[1:], gradients[0]) * self.size
+
+    def _losses(self, images: Tensor, labels: Tensor) -> Tensor:
         logits = logits_function(self.model, images)(images)
         compared = normalized_logits(logits) if self.normalize else logits
-        return nan_unless_finite(example_losses(compared, self.labels), logits)
+        return nan_unless_finite(example_losses(compared, labels), logits)
 
 
 def normalized_logits(logits: Tensor) -> Tensor:
@@ -346,7 +353,7 @@ def ascend(
 
     def visit(u: Tensor, needs_gradient: bool) -> _Iterate:
         losses, gradient = evaluate(u, needs_gradient)
-        value = losses.double().mean().item()
+        value = to_float64(losses).mean().item()
         # A loss that is not finite is the highest.
         return _Iterate(math.inf if math.isnan(value) else value, u, losses, gradient)
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import get_args
 
 import torch
@@ -23,6 +24,7 @@ from robust_flatness.functional.layer_weights import (
     layer_tensors,
     perturbed_weights,
 )
+from robust_flatness.functional.memory import fitting
 from robust_flatness.functional.noise import Norm, Start, keyed_generator
 from robust_flatness.functional.robust_loss import AttackedSet, KnownLosses, LossKind, estimate_text
 from robust_flatness.functional.weight_perturbation import onto_ball, scale_to, split_like
@@ -240,7 +242,7 @@ class _JointAscent:
             ):
                 inputs = [*leaves.values()]
                 total, losses = self._pass(inputs, batches, adversarial, sharing, ascend)
-            iterates.append((total[0].item(), losses))
+            iterates.append((total[0], losses))
             if ascend:
                 for name, gradient in split_like(total[1:], weights).items():
                     weight = weights[name]
@@ -249,7 +251,8 @@ class _JointAscent:
         if self.keep == "last":
             return losses
         # An iterate whose loss is NaN is the worst.
-        return max(iterates, key=lambda item: math.inf if math.isnan(item[0]) else item[0])[1]
+        sums = torch.stack([total for total, _ in iterates]).nan_to_num(math.inf, math.inf).tolist()
+        return iterates[sums.index(max(sums))][1]
 
     def _pass(
         self,
@@ -274,19 +277,34 @@ class _JointAscent:
             summand = torch.zeros_like(total)
             if turn < len(batches):
                 images, labels = batches[turn]
-                gradients: list[Tensor] = []
-                with torch.set_grad_enabled(ascend):
-                    moving = adversarial[turn].detach().requires_grad_(ascend)
-                    logits = logits_function(self.model, images)(moving)
-                    batch_losses = nan_unless_finite(example_losses(logits, labels), logits)
-                if ascend:
-                    gradient, *gradients = torch.autograd.grad(
-                        batch_losses.sum(), [moving, *weights], materialize_grads=True
-                    )
-                    adversarial[turn] = self.attacked.pgd.move(moving.detach(), gradient, images)
-                losses.append(batch_losses.detach())
-                parts = [losses[-1].sum()[None], *(gradient.flatten() for gradient in gradients)]
-                summand = torch.cat(parts).to(total)
+                moved = []
+                visit = partial(self._visit, weights, ascend)
+                for moving, batch_losses, sums in fitting(visit, adversarial[turn], images, labels):
+                    moved.append(moving)
+                    losses.append(batch_losses)
+                    summand += sums.to(total)
+                adversarial[turn] = torch.cat(moved)
             for other in sharing.gather(summand):
                 total += other
         return total, torch.cat(losses) if losses else total.new_zeros(0)
+
+    def _visit(
+        self,
+        weights: Sequence[Tensor],
+        ascend: bool,
+        moving: Tensor,
+        images: Tensor,
+        labels: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Adversarial examples after a step, if it ascends, their losses before it, and sums."""
+        moving, gradients = moving.detach().requires_grad_(ascend), []
+        with torch.set_grad_enabled(ascend):
+            logits = logits_function(self.model, images)(moving)
+            losses = nan_unless_finite(example_losses(logits, labels), logits)
+        if ascend:
+            gradient, *gradients = torch.autograd.grad(
+                losses.sum(), [moving, *weights], materialize_grads=True
+            )
+            moving = self.attacked.pgd.move(moving.detach(), gradient, images)
+        losses = losses.detach()
+        return moving, losses, torch.cat([losses.sum()[None], *(g.flatten() for g in gradients)])

@@ -9,7 +9,12 @@ from torch import Tensor, nn
 
 from robust_flatness.functional.attack import PGD, Criterion, example_losses
 from robust_flatness.functional.batch_noise import BatchNoise, agreed_seed, forked_random_state
-from robust_flatness.functional.checks import check_examples, check_outputs, errors_on_all_ranks
+from robust_flatness.functional.checks import (
+    check_examples,
+    check_outputs,
+    check_strategy,
+    errors_on_all_ranks,
+)
 from robust_flatness.functional.evaluation import (
     Model,
     evaluation_context,
@@ -90,6 +95,14 @@ class PGDMixin(LightningModule):
         """Logits `(N, K)` of clean images `(N, C, H, W)` in eval mode, without a graph."""
         with torch.no_grad(), module_modes(self, "eval"):
             return to_float32(self(images))
+
+    def setup(self, stage: str) -> None:
+        """Refuses a strategy that leaves a process without some of the weights.
+
+        Raises:
+            ValueError: If it is FSDP, DeepSpeed or the like.
+        """
+        check_strategy(self.trainer, type(self).__name__)
 
     def on_fit_start(self) -> None:
         """Agrees on one seed for the noise of all processes, or keeps that of the checkpoint."""

@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from robust_flatness.functional.checks import Eps, check_count, check_radius
 from robust_flatness.functional.evaluation import logits_function, predicted_classes
+from robust_flatness.functional.memory import retried
 from robust_flatness.functional.noise import Norm
 from robust_flatness.functional.robust_loss import estimate_text
 from robust_flatness.measures.base import DEFAULT_EPS, Examples, Measure
@@ -165,12 +166,16 @@ class AutoAttackError(Measure):
             return robust
         settings = {"eps": self.radius, "version": version, "attacks": attacks}
         chunk = (images[robust].float(), labels[robust], logits.shape[1], batched)
-        try:
-            verdicts = self._run_official(_Finite(network, images), *chunk, settings)
-        except FloatingPointError:
-            finite = _Finite(network, images, extra_class=True)
-            verdicts = self._run_official(finite, *chunk, settings)
-        robust[robust.clone()] = verdicts
+
+        def run() -> Tensor:
+            try:
+                return self._run_official(_Finite(network, images), *chunk, settings)
+            except FloatingPointError:
+                finite = _Finite(network, images, extra_class=True)
+                return self._run_official(finite, *chunk, settings)
+
+        # Its random numbers belong to places in the chunk, so that the chunk must stay whole.
+        robust[robust.clone()] = retried(run, len(chunk[0]))
         return robust
 
     @override
@@ -257,7 +262,7 @@ class AutoAttackError(Measure):
         if self.folder is None:
             return self.attack(network, images, labels)
         with torch.no_grad():
-            logits = logits_function(network, images)(images).double().cpu().numpy()
+            logits = logits_function(network, images)(images).cpu().double().numpy()
         path = self.folder / f"chunk-{self._fingerprint(network, images, labels, first_index)}.npz"
         robust = _read(path, logits)
         if robust is None:

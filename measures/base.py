@@ -22,8 +22,9 @@ from robust_flatness.functional.checks import (
     check_examples,
     check_radius,
 )
-from robust_flatness.functional.evaluation import evaluation_context
+from robust_flatness.functional.evaluation import evaluation_context, to_float64
 from robust_flatness.functional.layer_weights import perturbed_parameters
+from robust_flatness.functional.memory import smaller_batches
 from robust_flatness.functional.noise import Norm
 from robust_flatness.functional.robust_loss import AttackedSet, KnownLosses, LossKind
 from robust_flatness.functional.worst_case_flatness import Sharing
@@ -125,7 +126,7 @@ class Measure(ABC):
             ValueError: If pixels or shapes are not as above.
         """
         check_examples(images, labels)
-        with evaluation_context(network):
+        with smaller_batches(type(self).__name__), evaluation_context(network):
             examples = Examples(images, labels, range(len(labels)))
             return self.measure_set(network, examples, Processes())
 
@@ -362,8 +363,9 @@ class Processes:
         whole = {}
         for name, value in _fields(result).items():
             if isinstance(value, Tensor) and name not in common_fields:
-                table = value.new_zeros(*value.shape[:-1], count, dtype=torch.float64)
-                table[..., mine] = value.to(table)
+                numbers = to_float64(value)
+                table = numbers.new_zeros(*value.shape[:-1], count)
+                table[..., mine] = numbers
                 if self.size > 1:
                     distributed.all_reduce(table)
                 whole[name] = table.cpu().bool() if value.dtype == torch.bool else table.cpu()

@@ -1,5 +1,6 @@
 """Boundary thickness."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from typing_extensions import override
 from robust_flatness.functional.attack import PGD, Keep
 from robust_flatness.functional.boundary import BoundaryThicknessResult, boundary_thickness
 from robust_flatness.functional.checks import Eps, check_count, check_number, check_radius
+from robust_flatness.functional.memory import fitting
 from robust_flatness.measures.base import Examples, Measure
 
 
@@ -60,22 +62,27 @@ class BoundaryThickness(Measure):
     @override
     def measure(self, network: nn.Module, examples: Examples) -> BoundaryThicknessResult:
         attack = PGD(self.eps, self.steps, self.step_size, "l2", keep=self.keep, start="zero")
-        none = examples.images.new_zeros(0)
-        columns = [(none, none.bool(), none.bool())]
-        for begin in range(0, len(examples), self.batch_size):
-            part = slice(begin, begin + self.batch_size)
+
+        def thickness(images: Tensor, labels: Tensor, indices: Sequence[int]) -> tuple[Tensor, ...]:
             result = boundary_thickness(
                 network,
-                examples.images[part],
-                examples.labels[part],
+                images,
+                labels,
                 attack,
-                indices=examples.indices[part],
+                indices=indices,
                 seed=self.seed,
                 alpha=self.alpha,
                 beta=self.beta,
                 num_points=self.num_points,
             )
-            columns.append((result.thickness, result.reached, result.same_class))
+            return result.thickness, result.reached, result.same_class
+
+        none = examples.images.new_zeros(0)
+        columns: list[tuple[Tensor, ...]] = [(none, none.bool(), none.bool())]
+        for begin in range(0, len(examples), self.batch_size):
+            part = slice(begin, begin + self.batch_size)
+            batch = examples.images[part], examples.labels[part], examples.indices[part]
+            columns += fitting(thickness, *batch)
             examples.progress()
         return BoundaryThicknessResult(*(torch.cat(column) for column in zip(*columns)))
 

@@ -10,6 +10,7 @@ from robust_flatness.functional.attack import PGD, Keep
 from robust_flatness.functional.checks import check_count
 from robust_flatness.functional.evaluation import logits_function, nan_unless_finite
 from robust_flatness.functional.lipschitz import local_lipschitz
+from robust_flatness.functional.memory import fitting
 from robust_flatness.functional.objectives import divergences
 from robust_flatness.functional.robust_loss import estimate_text
 from robust_flatness.measures.base import AttackMeasure, Examples
@@ -70,14 +71,16 @@ class LocalLipschitz(AttackMeasure):
         eps, norm = attacked.pgd.eps, self.norm
         keep: Keep = "last" if self.original else "best"
         search = PGD(eps, self.search_steps, eps / 3, norm, keep=keep, start="gaussian")
+
+        def largest(images: Tensor, start: Tensor) -> Tensor:
+            return local_lipschitz(network, images, search, start, through_distance=self.original)
+
         quotients = [examples.images.new_zeros(0)]
         values = [examples.images.new_zeros(0)]
         for part in attacked.batches:
             images, indices = examples.images[part], examples.indices[part]
             start = search.starts(images, indices, seed=self.seed, restart=0)
-            through = self.original
-            found = local_lipschitz(network, images, search, start, through_distance=through)
-            quotients.append(found)
+            quotients += fitting(largest, images, start)
             adversarial = attacked.adversarial(network, part)
             with torch.no_grad():
                 clean, logits = logits_of(images), logits_of(adversarial)

@@ -1,13 +1,15 @@
 """Whether a network that was trained on single-step attacks withstands more than these."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from robust_flatness.functional.attack import PGD, example_losses
-from robust_flatness.functional.evaluation import Model, logits_function
+from robust_flatness.functional.evaluation import Model, logits_function, to_float64
+from robust_flatness.functional.memory import fitting
 from robust_flatness.functional.robust_loss import estimate_text, measure_robustness
 from robust_flatness.measures.base import AttackMeasure, Examples
 
@@ -91,13 +93,12 @@ class SingleStepRobustness(AttackMeasure):
         # The image plus noise is not clamped to the box, as in the authors' code.
         noise = replace(attacked, pgd=replace(pgd, start="uniform"))
         correct = [robustness.clean_correct.new_zeros(0)]
-        alignments = [robustness.clean_losses.new_zeros(0)]
+        alignments = [to_float64(robustness.clean_losses.new_zeros(0))]
         for part in attacked.batches:
             images, labels = attacked.images[part], attacked.labels[part]
             correct.append(fgsm.attack(network, part)[1])
-            alignments.append(
-                gradient_alignments(network, images, labels, noise.starts(part, restart=0))
-            )
+            starts = noise.starts(part, restart=0)
+            alignments += fitting(partial(gradient_alignments, network), images, labels, starts)
         return SingleStepResult(
             torch.cat(correct) & robustness.clean_correct,
             robustness.robust_correct,
@@ -142,7 +143,7 @@ def gradient_alignments(model: Model, images: Tensor, labels: Tensor, noise: Ten
         inputs = inputs.detach().clone().requires_grad_()
         loss = example_losses(logits(inputs), labels).sum()
         (gradient,) = torch.autograd.grad(loss, inputs)
-        flat = gradient.double().flatten(1)
+        flat = to_float64(gradient).flatten(1)
         norm = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
         directions.append(flat / norm.clamp_min(torch.finfo(torch.float64).tiny))
     return (directions[0] * directions[1]).sum(1)

@@ -85,27 +85,58 @@ def test_a_step_of_each_row_with_its_passes_and_the_table(benchmark, tmp_path, c
     assert len(lines) == 4
 
 
+def global_flags():
+    """cuDNN's benchmark mode, and TF32 in matrix products and convolutions."""
+    products, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    if hasattr(cudnn, "conv"):
+        return cudnn.benchmark, products.fp32_precision, cudnn.conv.fp32_precision
+    return cudnn.benchmark, products.allow_tf32, cudnn.allow_tf32
+
+
 @pytest.mark.slow
 def test_a_gpu_file_has_all_parts_and_the_errors_of_those_that_fail(
     benchmark, tmp_path, monkeypatch, capsys
 ):
     gpu, file = benchmark("gpu"), tmp_path / "gpu.json"
-    monkeypatch.setitem(gpu.VARIANTS, "broken", {"precision": "no such"})
-    small = ["--steps=1", "--warm_up=1", "--width=2", "--batch=8", "--measured=8", "--rounds=2"]
-    monkeypatch.delitem(gpu.VARIANTS, "AT, bfloat16, compiled")
-    arguments = [str(file), "--device=cpu", "--measure_steps=1", *small]
-    benchmark = torch.backends.cudnn.benchmark
-    gpu.main(arguments)
-    found = json.loads(file.read_text())
-    assert len(found["AT-AWP, bfloat16"]["seconds_a_step"]) == 2
-    assert "no such" in found["broken"]["error"]
-    assert torch.backends.cudnn.benchmark == benchmark
-    if importlib.util.find_spec("robust_flatness.measures"):
-        assert found["flatness, float32"]["flatness/average/test"] >= 0
-        assert found["robust loss, bfloat16"]["test/robust_loss"] > 0
-    assert re.match(r"no GPU, torch .+: about \d+ s\n", capsys.readouterr().out)
-    gpu.main([*arguments, "--seconds=1"])
+    monkeypatch.setitem(gpu.TRAINING, "broken", {"precision": "no such", "benchmark": True})
+    # Compiling and AutoAttack take a minute.
+    monkeypatch.delitem(gpu.TRAINING, "AT, bfloat16, compiled")
+    parts = gpu.parts
+
+    def light(options):
+        return {name: part for name, part in parts(options).items() if name != "AutoAttack"}
+
+    monkeypatch.setattr(gpu, "parts", light)
+    before = global_flags()
+    gpu.main([str(file), "--device=cpu", "--tiny"])
+    assert global_flags() == before
+    results = json.loads(file.read_text())
+    errors = {n for n, part in results.items() if isinstance(part, dict) and "error" in part}
+    without = importlib.util.find_spec("torchattacks") is None
+    assert errors == {"broken"} | {name for name in results if without and "torchattacks" in name}
+    assert "no such" in results["broken"]["error"]
+    for name in ("AT-AWP, bfloat16", "crafting, ours, best, TF32", "crafting, textbook, bfloat16"):
+        assert results[name]["seconds"][0] > 0
+        assert results[name]["operations"] > 100
+    assert results["flatness, float32"]["flatness/average/test"] is not None
+    printed = capsys.readouterr().out
+    assert re.match(r"no GPU, torch .+: about \d+ s, budget \d+ s\n", printed)
+    gpu.main([str(file), "--device=cpu", "--tiny", "--budget=0"])
     assert "are left" in json.loads(file.read_text())["AT, float32"]["left out"]
+
+
+def test_flags_of_a_part_are_set_and_restored_even_if_it_fails(benchmark):
+    gpu, before, seen = benchmark("gpu"), global_flags(), []
+
+    def fail():
+        seen.extend(global_flags())
+        raise RuntimeError("no memory")
+
+    assert gpu.outcome(fail, {"benchmark": True, "tf32": True}) == {
+        "error": "RuntimeError: no memory"
+    }
+    assert seen in ([True, "tf32", "tf32"], [True, True, True])
+    assert global_flags() == before
 
 
 @pytest.mark.slow

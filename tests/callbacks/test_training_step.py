@@ -7,7 +7,6 @@ from collections import OrderedDict, UserDict, namedtuple
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning_projects import MEAN, STD, Project, classifier, normalised
 from networks_for_tests import PassCounter, images_and_labels, snapshot, tiny_body
 from torch import nn
@@ -364,8 +363,8 @@ def test_a_module_that_attacks_images_itself_is_refused(kind):
 
 @pytest.mark.parametrize("kind", BOTH)
 def test_strategies_that_shard_weights_are_refused(kind, monkeypatch):
-    sharded = "robust_flatness.callbacks.training_step.SHARDED"
-    monkeypatch.setattr(sharded, (SingleDeviceStrategy,))
+    sharded = "robust_flatness.functional.checks.SHARDED"
+    monkeypatch.setattr(sharded, ("SingleDeviceStrategy",))
     with pytest.raises(ValueError, match="Expected a `strategy` that has all weights .* Single"):
         fit(Project(), [kind()], loader(8))
 

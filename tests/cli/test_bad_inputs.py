@@ -1,5 +1,6 @@
 """Promise 13: bad input ends in one sentence, before anything is trained or written."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -59,3 +60,11 @@ def test_the_environment_is_checked_before_lightning_reads_it(name):
     assert ended.returncode == 2
     assert ended.stderr.startswith(f"error: Expected the environment's {name} to be ")
     assert len(ended.stderr.splitlines()) == 1
+
+
+def test_sharded_weights_are_refused_before_training(capsys, monkeypatch):
+    # FSDP and DeepSpeed need GPUs.
+    monkeypatch.setattr("robust_flatness.functional.checks.SHARDED", ("SingleDeviceStrategy",))
+    said = refused(["fit", "--model=AT", "--data=Digits"], capsys)
+    assert re.search(r"such as ddp, for \w+ but got SingleDeviceStrategy\.", said)
+    assert left() == []

@@ -278,3 +278,11 @@ def test_an_epoch_may_end_with_one_image_if_the_network_can_train_on_it(monkeypa
         monkeypatch.setattr(AT, "_check_last_batch", lambda self, image: None)
     assert same(ends[0][0], ends[1][0])
     assert ends[0][1] == ends[1][1]
+
+
+def test_a_strategy_that_shards_weights_is_refused_before_training(monkeypatch):
+    monkeypatch.setattr("robust_flatness.functional.checks.SHARDED", ("SingleDeviceStrategy",))
+    trainer = quiet_trainer()
+    with pytest.raises(ValueError, match="all weights on each process, such as ddp, for AT but"):
+        trainer.fit(AT(tiny_body, **PLAIN), loader())
+    assert trainer.global_step == 0

@@ -85,9 +85,9 @@ def parametrized():
 def test_folds_a_batch_norm_that_alone_uses_a_convolution(network, left):
     model, (images, _) = trained(network()), images_and_labels()
     images = images.double()
-    with torch.no_grad(), held_scales(model), folded_batch_norm(model, model, images[:1]):
-        with Operations() as operations:
-            folded = model(images)
+    folding = folded_batch_norm(model, model, images[:1])
+    with torch.no_grad(), held_scales(model), folding, Operations() as operations:
+        folded = model(images)
     assert operations.counts["native_batch_norm"] == left
     torch.testing.assert_close(folded, model(images), rtol=0, atol=1e-10)
     # The layers are as before.

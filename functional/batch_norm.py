@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from robust_flatness.functional.evaluation import Model
@@ -24,7 +25,7 @@ def held_scales(model: Model) -> Iterator[None]:
 
     Weights get no gradient inside, and must not change. Results are equal bit for bit.
     """
-    modules = model.modules() if isinstance(model, nn.Module) else ()
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
     layers: list[Any] = [module for module in modules if hasattr(module, "held_scale")]
     before = [layer.held_scale for layer in layers]
     try:
@@ -157,11 +158,11 @@ class _Trial(TorchDispatchMode):
         self.layers = layers
         self.inside: int | None = None
         self.calls: list[int] = []
+        self.handles: list[RemovableHandle] = []
         # By the id of a convolution's output: its layer, the output, and the layers that use it.
         self.outputs: dict[int, tuple[int, Tensor, set[int | None]]] = {}
 
     def __enter__(self) -> "_Trial":
-        self.handles = []
         for position, layer in enumerate(self.layers):
             before, after = partial(self._before, position), partial(self._after, position)
             self.handles += [layer.register_forward_pre_hook(before)]

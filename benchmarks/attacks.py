@@ -54,6 +54,8 @@ def pgd_variants(
         "torchattacks": partial(theirs, images, labels),
         "ours, best": partial(ours, keep="best", start="uniform"),
         "ours, last": partial(ours, keep="last", start="uniform"),
+        "ours, best, folded": partial(ours, keep="best", start="uniform", fold_batch_norm=True),
+        "ours, last, folded": partial(ours, keep="last", start="uniform", fold_batch_norm=True),
     }
     for name, run in variants.items():
         print(f"{name}: cross-entropy {cross_entropy(model(run()), labels).item():.2f}")
@@ -95,13 +97,17 @@ def flatness(
                 total += textbook_loss()
         return reference, total / directions
 
-    def ours() -> tuple[float, float]:
+    def ours(fold: bool) -> tuple[float, float]:
         settings = {"num_perturbations": directions, "steps": steps, "start": "uniform"}
-        flatness = functional.average_case_flatness
+        flatness = partial(functional.average_case_flatness, fold_batch_norm=fold)
         result = flatness(model, images, labels, xi=0.5, eps=EPS, **settings)
         return result.reference_loss, result.perturbed_losses.mean().item()
 
-    variants = {"textbook": textbook, "ours": ours}
+    variants = {
+        "textbook": textbook,
+        "ours": partial(ours, False),
+        "ours, folded": partial(ours, True),
+    }
     for name, run in variants.items():
         print("{}: RLoss {:.2f} at w, {:.2f} at w + ν".format(name, *run()))
     column = {name: cpu_seconds(run) for name, run in variants.items()}

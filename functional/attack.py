@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from robust_flatness.functional.batch_norm import folded_batch_norm, held_scales
 from robust_flatness.functional.checks import (
     check_choice,
     check_count,
@@ -23,7 +25,6 @@ from robust_flatness.functional.evaluation import (
     differentiable,
     has_bfloat16,
     logits_function,
-    nan_unless_finite,
     predicted_classes,
     to_float32,
 )
@@ -61,7 +62,10 @@ class Iterate(NamedTuple):
 
         A loss that is NaN, or that comes from logits that are not finite, is the highest.
         """
-        predictions, losses = predicted_classes(logits), nan_unless_finite(losses, logits)
+        # `predicted_classes` and `nan_unless_finite` in fewer operations.
+        finite = logits.isfinite().all(1)
+        predictions = torch.where(finite, logits.argmax(1), -1)
+        losses = torch.where(finite, losses, math.nan)
         if self.losses is None or self.predictions is None:
             return Iterate(images, losses, predictions)
         higher = losses.nan_to_num(math.inf, math.inf) > self.losses.nan_to_num(math.inf, math.inf)
@@ -91,6 +95,9 @@ class PGD:
         start_scale: Factor k on the radius of a `paper` or `uniform` start, U(-kε, kε) for `linf`.
         projection: Whether perturbations are projected onto the ball. Without, they are clamped to
             pixels in [0, 1] alone, and reach up to kε + steps · step_size: for training only.
+        fold_batch_norm: Whether BatchNorm is computed with the convolution before it, which is
+            faster and rounds differently. It needs `mode="eval"`. A network in which no BatchNorm
+            alone uses the output of a convolution is used as it is, with a warning.
 
     Single-step attacks of training are, with `steps=1`, `start="uniform"` and `keep="last"`:
     FGSM-RS (Wong et al., 2020) with `step_size=1.25 * eps`, and N-FGSM (de Jorge et al., 2022) with
@@ -118,6 +125,7 @@ class PGD:
     precision: Precision = "float32"
     start_scale: float = 1.0
     projection: bool = True
+    fold_batch_norm: bool = False
 
     def __post_init__(self) -> None:
         choices = {"norm": Norm, "keep": Keep, "start": Start, "mode": Mode, "precision": Precision}
@@ -127,6 +135,8 @@ class PGD:
         check_radius("step_size", self.length, self.norm)
         check_count("steps", self.steps)
         check_number("start_scale", self.start_scale)
+        if self.fold_batch_norm:
+            check_choice("mode", self.mode, ("eval",))
 
     @property
     def length(self) -> float:
@@ -158,13 +168,16 @@ class PGD:
         Returns:
             The kept iterate of each example, without a graph.
         """
-        with differentiable(model, self.mode):
+        with differentiable(model, self.mode), held_scales(model):
             network = logits_function(model, images)
             # Tensors made under inference mode cannot be saved for backward, their clones can.
             images, labels = to_float32(images.detach()).clone(), labels.clone()
+            fold = self.fold_batch_norm and self.steps and len(images)
+            folded = folded_batch_norm(model, network, images[:1]) if fold else nullcontext()
             if self.precision == "float32" or not self.steps or not has_bfloat16(images.device):
-                return self._search(network, images, labels, start, criterion)
-            with bfloat16_autocast(images.device):
+                with folded:
+                    return self._search(network, images, labels, start, criterion)
+            with bfloat16_autocast(images.device), folded:
                 kept = self._search(network, images, labels, start, criterion)
             if kept.losses is None:
                 return kept
@@ -222,26 +235,27 @@ class PGD:
     def move(self, adversarial: Tensor, gradient: Tensor, images: Tensor) -> Tensor:
         """Returns adversarial examples one step further, projected onto the ball and the box."""
         if self.norm == "linf":
-            step = self.length * gradient.sign()
+            moved = adversarial.add(gradient.sign(), alpha=self.length)
         else:
             # A gradient of zeros has no direction, nor has one that is not finite: both give zeros.
             tiny = torch.finfo(gradient.dtype).tiny
             step = self.length * gradient / per_example_norm(gradient, "l2").clamp_min(tiny)
-            step = step.nan_to_num(0.0, 0.0, 0.0)
-        return self._project(adversarial + step, images)
+            moved = step.nan_to_num_(0.0, 0.0, 0.0).add_(adversarial)
+        return self._project(moved, images)
 
-    def _project(self, adversarial: Tensor, images: Tensor) -> Tensor:
+    def _project(self, moved: Tensor, images: Tensor) -> Tensor:
+        """Projects examples that nothing else holds, in place."""
         if not self.projection:
-            return adversarial.clamp(0, 1)
-        delta = adversarial - images
+            return moved.clamp_(0, 1)
+        delta = moved.sub_(images)
         if self.norm == "linf":
-            delta = delta.clamp(-self.eps, self.eps)
+            delta.clamp_(-self.eps, self.eps)
         else:
             tiny = torch.finfo(delta.dtype).tiny
             length = per_example_norm(delta, "l2").clamp_min(tiny)
-            delta = delta * (self.eps / length).clamp_max(1)
+            delta.mul_((self.eps / length).clamp_max(1))
         # Clamping to the box moves each pixel towards the image, so the ball is kept.
-        return (images + delta).clamp(0, 1)
+        return delta.add_(images).clamp_(0, 1)
 
 
 def pgd_attack(
@@ -258,6 +272,7 @@ def pgd_attack(
     mode: Mode = "eval",
     criterion: Criterion = example_losses,
     seed: int = 0,
+    fold_batch_norm: bool = False,
 ) -> Tensor:
     """Adversarial examples by projected gradient descent (Madry et al., 2018).
 
@@ -268,7 +283,7 @@ def pgd_attack(
         model: Maps images in [0, 1] to logits `(N, K)`.
         images: `(N, C, H, W)` in [0, 1].
         labels: `(N,)` true classes.
-        eps, steps, step_size, norm, keep, start, mode: As in `PGD`.
+        eps, steps, step_size, norm, keep, start, mode, fold_batch_norm: As in `PGD`.
         criterion: Maps logits and labels to the losses `(N,)` that the attack increases.
         seed: Seed of the starts; example i has its own generator, whatever the batch.
 
@@ -286,7 +301,7 @@ def pgd_attack(
         >>> bool((adversarial - images).abs().max() <= 8 / 255 + 1e-7)
         True
     """
-    pgd = PGD(eps, steps, step_size, norm, keep, start, mode)
+    pgd = PGD(eps, steps, step_size, norm, keep, start, mode, fold_batch_norm=fold_batch_norm)
     check_examples(images, labels)
     if eps == 0 or steps == 0:
         return to_float32(images).clone()

@@ -117,11 +117,10 @@ class AWP:
                 mode=self.mode,
                 reduce=mean_over_ranks,
             )
-        ratios = [
-            nu.norm() / weights[name].detach().norm().clamp_min(torch.finfo(nu.dtype).tiny)
-            for name, nu in perturbation.items()
-        ]
-        self._relative_norms.append(torch.stack(ratios))
+        moved_weights = [weights[name].detach() for name in perturbation]
+        norms = torch.stack(torch._foreach_norm([*perturbation.values(), *moved_weights]))
+        lengths, radii = norms.chunk(2)
+        self._relative_norms.append(lengths / radii.clamp_min(torch.finfo(radii.dtype).tiny))
         if self.order == "awp":
             shifts = ((self._tensors[name].own(), nu) for name, nu in perturbation.items())
             # What is computed decays only through the parameters behind it, which are not moved.

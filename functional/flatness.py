@@ -102,6 +102,7 @@ def average_case_flatness(
     batch_size: int = 128,
     indices: Sequence[int] | None = None,
     on_attack: Callable[[], None] | None = None,
+    fold_batch_norm: bool = False,
 ) -> FlatnessResult:
     """Measures how much RLoss rises when weights move in random directions (Eq. 1).
 
@@ -131,6 +132,7 @@ def average_case_flatness(
             K directions (its code).
         seed: Seed of all random numbers.
         batch_size, indices, on_attack: As in `evaluate_robustness`.
+        fold_batch_norm: As in `PGD`.
 
     Raises:
         ValueError: If pixels, shapes, or an argument are out of range.
@@ -141,7 +143,7 @@ def average_case_flatness(
         >>> average_case_flatness(model, images, torch.arange(4), xi=0.0, steps=2).value
         0.0
     """
-    pgd = PGD(eps, steps, step_size, norm, start=start)
+    pgd = PGD(eps, steps, step_size, norm, start=start, fold_batch_norm=fold_batch_norm)
     attacked = AttackedSet(images, labels, pgd, restarts, seed, batch_size, indices, on_attack)
     check_number("xi", xi)
     check_count("num_perturbations", num_perturbations, low=1)

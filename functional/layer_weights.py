@@ -192,22 +192,25 @@ def perturbed_weights(
     """
     tensors = tensors or {name: layer_tensor(model, name) for name in perturbation}
     moved = [(tensors[name], tensors[name].own(), nu) for name, nu in perturbation.items()]
-    own = [(parameter, nu) for _, parameter, nu in moved if parameter is not None]
+    own = [parameter for _, parameter, _ in moved if parameter is not None]
+    summands = [nu for _, parameter, nu in moved if parameter is not None]
     computed = [(tensor, nu) for tensor, parameter, nu in moved if parameter is None]
     with torch.inference_mode(False), torch.no_grad():
-        before = [(parameter, parameter.detach().clone()) for parameter, _ in own]
+        before = [torch.empty_like(parameter) for parameter in own]
+        if own:
+            torch._foreach_copy_(before, own)
     try:
-        with torch.no_grad():
-            for parameter, nu in own:
-                parameter.add_(nu)
+        if own:
+            with torch.no_grad():
+                torch._foreach_add_(own, summands)
         # Autocast keeps casts of the weights: without this the network would not see the change.
         torch.clear_autocast_cache()
         with _added_to_computed(model, computed) if computed else nullcontext():
-            yield before
+            yield list(zip(own, before))
     finally:
-        with torch.no_grad():
-            for parameter, value in before:
-                parameter.copy_(value)
+        if own:
+            with torch.no_grad():
+                torch._foreach_copy_(own, before)
         torch.clear_autocast_cache()
 
 

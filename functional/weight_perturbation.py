@@ -1,6 +1,6 @@
 """Random and adversarial perturbations of weights, relative to each tensor's norm (Eq. 2)."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal, get_args
 
@@ -110,12 +110,8 @@ def random_perturbation(
     weights: Mapping[str, Tensor], xi: float, generator: torch.Generator
 ) -> Perturbation:
     """A random direction of length ξ‖w_l‖ for each weight: AT at random weight perturbations."""
-    return {
-        name: scale_to(
-            torch.randn(weight.shape, generator=generator, device=weight.device), weight, xi
-        )
-        for name, weight in weights.items()
-    }
+    noise = [torch.randn(w.shape, generator=generator, device=w.device) for w in weights.values()]
+    return dict(zip(weights, scale_each_to(noise, list(weights.values()), xi)))
 
 
 def mean_cross_entropy(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
@@ -218,8 +214,8 @@ def adversarial_perturbation(
             )
         if reduce is not None:
             gradients = reduce(gradients)
-        for (name, weight), gradient in zip(weights.items(), gradients):
-            nu = scale_to(gradient, weight, xi)
+        scaled = scale_each_to(gradients, list(weights.values()), xi)
+        for (name, weight), nu in zip(weights.items(), scaled):
             perturbation[name] = onto_ball(perturbation[name] + nu, weight, xi) if step else nu
     return perturbation
 
@@ -294,6 +290,25 @@ def scale_to(
     target = xi * _norm(weight.detach().to(direction.dtype), per_filter)
     usable = (length > 0) & length.isfinite()
     return torch.where(usable, direction * (target / length), 0.0).to(weight.dtype)
+
+
+@torch.no_grad()
+def scale_each_to(
+    directions: Sequence[Tensor], weights: Sequence[Tensor], xi: float
+) -> list[Tensor]:
+    """`scale_to` for each direction and weight, in fewer operations.
+
+    Results are those of `scale_to` bit for bit on CPUs; on GPUs the norms may round differently.
+    """
+    directions = [_at_least_float32(direction) for direction in directions]
+    values = [weight.detach().to(d.dtype) for weight, d in zip(weights, directions)]
+    lengths, norms = torch.stack(torch._foreach_norm([*directions, *values])).chunk(2)
+    usable = ((lengths > 0) & lengths.isfinite()).unbind()
+    scaled = torch._foreach_mul(directions, (xi * norms / lengths).unbind())
+    # A product with 0 would keep NaN.
+    zero = lengths.new_zeros(())
+    parts = zip(usable, scaled, weights)
+    return [torch.where(use, values, zero).to(weight.dtype) for use, values, weight in parts]
 
 
 @torch.no_grad()

@@ -76,6 +76,8 @@ class AT(PGDMixin):
         projection: Whether the training attack stays in the ball; without, FGSM becomes N-FGSM, see
             `PGD`. Measures always stay in it.
         craft_mode: `eval` (the paper) or `train`, which moves BatchNorm statistics while crafting.
+        fold_batch_norm: Whether crafting computes BatchNorm with the convolution before it, which
+            is faster and rounds differently, see `PGD`.
         tau: Stops the attack τ iterates after an example is misclassified, see `FriendlyPGD`.
         incorrect: What to do with images that are misclassified when clean: `attack` them, `ignore`
             the attack and train on the clean image, or attack the `predicted` class in place of the
@@ -118,6 +120,7 @@ class AT(PGDMixin):
         start_scale: float = 1.0,
         projection: bool = True,
         craft_mode: Mode = "eval",
+        fold_batch_norm: bool = False,
         tau: int | None = None,
         incorrect: Incorrect = "attack",
         label_noise: float = 0.0,
@@ -144,9 +147,13 @@ class AT(PGDMixin):
         if eps_scale != 1:
             step_size = PGD(eps, steps, step_size, norm).length
         settings = (eps * eps_scale, steps, step_size, norm, keep, start, craft_mode)
-        reach: dict[str, Any] = {"start_scale": start_scale, "projection": projection}
+        further: dict[str, Any] = {
+            "start_scale": start_scale,
+            "projection": projection,
+            "fold_batch_norm": fold_batch_norm,
+        }
         self.pgd = (
-            PGD(*settings, **reach) if tau is None else FriendlyPGD(*settings, **reach, tau=tau)
+            PGD(*settings, **further) if tau is None else FriendlyPGD(*settings, **further, tau=tau)
         )
         self.training_labels = TrainingLabels(label_noise, label_smoothing, smoothing_spread)
         self.normalize = Normalize(mean, std)

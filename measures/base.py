@@ -215,6 +215,8 @@ class AttackMeasure(Measure):
         restarts: Number of restarts of the attack.
         precision: `float32`, or `bfloat16` to search adversarial examples in bfloat16 on GPUs that
             have it. Losses and predictions are computed in float32 in both cases.
+        fold_batch_norm: Whether the attack computes BatchNorm with the convolution before it, see
+            `functional.attack.PGD`. Worst-case ascent does not.
     """
 
     eps: Eps | None = None
@@ -223,6 +225,7 @@ class AttackMeasure(Measure):
     norm: Norm = "linf"
     restarts: int = 1
     precision: Precision = "float32"
+    fold_batch_norm: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -233,7 +236,8 @@ class AttackMeasure(Measure):
     def pgd(self) -> PGD:
         """The attack."""
         eps = DEFAULT_EPS if self.eps is None else self.eps
-        return PGD(eps, self.steps, self.step_size, self.norm, precision=self.precision)
+        how = {"precision": self.precision, "fold_batch_norm": self.fold_batch_norm}
+        return PGD(eps, self.steps, self.step_size, self.norm, **how)  # type: ignore[arg-type]
 
     @property
     def own_arguments(self) -> dict[str, Any]:

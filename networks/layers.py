@@ -128,6 +128,9 @@ class ReparameterizedBatchNorm2d(nn.Module):
     # Added to `weight` in the forward pass. Measures that are relative to weights read it.
     weight_offset = 1.0
 
+    # `weight` and the scale `1 + weight` while an attack runs, which computes it once.
+    held_scale: tuple[Tensor, Tensor] | None = None
+
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
         super().__init__()
         self.statistics = nn.BatchNorm2d(num_features, eps=eps, momentum=momentum, affine=False)
@@ -147,14 +150,17 @@ class ReparameterizedBatchNorm2d(nn.Module):
             # `SyncBatchNorm` reduces its statistics over the processes, and a momentum of `None`
             # means a cumulative average: the inner module does both.
             return norm(x) * (1 + self.weight)[:, None, None] + self.bias[:, None, None]
-        # Otherwise normalization, scale and shift are one kernel.
+        # Otherwise normalization, scale and shift are one kernel. A weight that other code put in
+        # place of the parameter, as `torch.func.functional_call` does, has another scale.
+        held = self.held_scale
+        scale = held[1] if held is not None and held[0] is self.weight else 1 + self.weight
         if norm.training and norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
         return F.batch_norm(
             x,
             norm.running_mean,
             norm.running_var,
-            1 + self.weight,
+            scale,
             self.bias,
             training=norm.training,
             momentum=norm.momentum or 0.0,

@@ -16,7 +16,7 @@ from robust_flatness.functional import (
 )
 from robust_flatness.functional.layer_weights import perturbed_parameters
 from robust_flatness.functional.noise import keyed_generator
-from robust_flatness.functional.weight_perturbation import onto_ball, scale_to
+from robust_flatness.functional.weight_perturbation import onto_ball, scale_each_to, scale_to
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -301,3 +301,18 @@ def test_bad_arguments_of_awp_are_named():
         adversarial_weight_perturbation(tiny_network(), images, labels, xi=-1)
     with pytest.raises(ValueError, match="`steps` to be >= 1 but got 0"):
         adversarial_weight_perturbation(tiny_network(), images, labels, steps=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_tensors_are_scaled_together_as_each_alone(dtype):
+    weights = [torch.randn(7, 5, 3, 3).to(memory_format=torch.channels_last), torch.randn(9, 4)]
+    weights = [weight.to(dtype) for weight in (*weights, torch.zeros(4), torch.randn(5))]
+    directions = [torch.randn_like(weight) for weight in weights]
+    directions.append(torch.zeros(6, dtype=dtype))
+    directions[3][0] = torch.nan
+    weights.append(torch.ones(6, dtype=dtype))
+    scaled = scale_each_to(directions, weights, 0.01)
+    for one, direction, weight in zip(scaled, directions, weights, strict=True):
+        alone = scale_to(direction, weight, 0.01)
+        assert torch.equal(one, alone)
+        assert (one.dtype, one.stride()) == (alone.dtype, alone.stride())

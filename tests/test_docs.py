@@ -4,9 +4,11 @@ import json
 import re
 import shlex
 import sys
+from configparser import ConfigParser
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import pytest
 import torch
 
@@ -73,9 +75,9 @@ def run_block(
 
 def test_python_blocks_are_those_that_the_tests_below_run():
     having = {page.relative_to(ROOT).as_posix() for page in PAGES if blocks(page, "python")}
-    pages = {"README.md", "docs/any-module.md", "docs/command-line.md", "docs/measures.md"}
+    pages = {"README.md", "docs/any-module.md", "docs/getting-started.md", "docs/measures.md"}
     # The last one is run by test_docs_elsewhere.py.
-    pages |= {"docs/variants.md", "docs/elsewhere.md"}
+    pages |= {"docs/variants.md", "docs/own-network-and-data.md", "docs/elsewhere.md"}
     assert having == pages
 
 
@@ -144,8 +146,18 @@ def test_training_callbacks_in_another_project(my_project):
 
 
 def test_datamodule_that_declares_its_normalization():
-    mean, std = run_block("docs/command-line.md", {})["Data"].normalization
+    mean, std = run_block("docs/own-network-and-data.md", {})["Data"].normalization
     assert len(mean) == len(std) == 3
+
+
+def test_run_in_a_notebook_as_documented():
+    folder = str(ROOT / "tests/fixtures/run_ba960bd")
+    replaced = {'"runs/ATAWP-Digits-s0"': repr(folder), '"runs"': repr(folder)}
+    with matplotlib.rc_context({"backend": "agg"}):
+        names = run_block("docs/getting-started.md", {}, replaced)
+    assert len(names["run"]) > 1
+    assert names["axes"].collections
+    assert list(names["table"]["weights"]) == ["final", "early_stopped"]
 
 
 def test_evaluate_as_documented():
@@ -269,6 +281,16 @@ def test_links_have_a_target(page):
             headings = re.findall(r"^#+ (.*)", target.read_text(), re.MULTILINE)
             slugs = [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings]
             assert anchor in slugs, anchor
+
+
+def test_images_of_the_readme_are_absolute_if_the_project_has_an_address():
+    """PyPI shows no images with relative paths."""
+    metadata = ConfigParser()
+    metadata.read(ROOT / "setup.cfg")
+    images = re.findall(r"!\[[^]]*\]\(([^)]+)\)", (ROOT / "README.md").read_text())
+    assert images
+    if {"url", "project_urls"} & set(metadata["metadata"]):
+        assert all(image.startswith("https://") for image in images)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=PAGE_IDS)

@@ -38,7 +38,7 @@ def study_functions() -> Any:
         return lambda *args: resolve_name(f"{COMMAND_LINE}.{name}")(*args)
 
     names = ["parser:read_options", "lightning_cli:merge_settings"]
-    names += ["lightning_cli:check_arguments", "files:read_mapping"]
+    names += ["lightning_cli:check_arguments", "files:read_mapping", "lightning_cli:all_settings"]
     command_line = resolve_name("robust_flatness.study.plan:CommandLine")
     return command_line(*map(imported_when_called, names))
 

@@ -361,10 +361,10 @@ class CLI(LightningCLI):
         return [table]
 
 
-def run_lightning_cli(arguments: Sequence[str], cli_class: type[CLI] = CLI) -> None:
+def run_lightning_cli(arguments: Sequence[str], cli_class: type[CLI] = CLI) -> CLI:
     """Runs `fit` or `test` with typed arguments."""
     with sigterm_exits(at_once=arguments[0] == "test"):
-        cli_class(
+        return cli_class(
             LightningModule,
             LightningDataModule,
             subclass_mode_model=True,
@@ -426,7 +426,17 @@ class _CheckingCLI(CLI):
 
 def check_arguments(arguments: Sequence[str]) -> None:
     """Raises a `ValueError` if `fit` refuses arguments; leaves neither folder nor variable."""
+    all_settings(arguments)
+
+
+def all_settings(arguments: Sequence[str]) -> Settings:
+    """The settings of `fit` with these arguments, as in the `results.json` of such a run.
+
+    Raises:
+        ValueError: If `fit` refuses the arguments.
+    """
     try:
-        run_lightning_cli(arguments, _CheckingCLI)
+        settings: Settings = run_lightning_cli(arguments, _CheckingCLI).config_dump
     except _RefusedError as error:
         raise ValueError(str(error)) from None
+    return settings

@@ -1,6 +1,7 @@
 """`fit` and `test`: a LightningCLI with presets, default measures and run folders."""
 
 import logging
+import shlex
 import signal
 import sys
 import warnings
@@ -13,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -21,7 +22,7 @@ from lightning.pytorch.strategies.launchers.launcher import _Launcher
 from lightning.pytorch.utilities import rank_zero_info
 from torch.multiprocessing.spawn import ProcessRaisedException
 
-from robust_flatness.callbacks import Results
+from robust_flatness.callbacks import LineProgressBar, Results
 from robust_flatness.command_line.checks import (
     check_linked,
     check_monitors,
@@ -62,6 +63,7 @@ from robust_flatness.lightning_modules import AT
 from robust_flatness.loggers import EpochCSVLogger, EpochWandbLogger, make_wandb_logger
 from robust_flatness.run_folder.checkpoint_io import AtomicCheckpointIO
 from robust_flatness.run_folder.claim import RunFolder, is_first_process
+from robust_flatness.run_folder.environment import started_as
 
 for message in (".*LeafSpec.*", ".*does not have many workers.*"):
     # Said by Lightning about itself, and about data that is in memory already.
@@ -206,6 +208,7 @@ class CLI(LightningCLI):
         """Runs it; what is wrong before anything is trained ends in one sentence."""
         try:
             super()._run_subcommand(subcommand)
+            self._say_what_is_next()
         except REFUSALS as error:
             callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
             if any(c.already_saved for c in callbacks if isinstance(c, RunStart)):
@@ -228,6 +231,17 @@ class CLI(LightningCLI):
             if self._folder is not None and (command := resume_command(self._folder.path)):
                 print(f"To resume the run: {command}", file=sys.stderr)
             sys.exit(status)
+
+    def _say_what_is_next(self) -> None:
+        """Prints the commands that follow `fit`, in the form that this process was started in."""
+        if self.subcommand != "fit" or self._folder is None or not self.trainer.is_global_zero:
+            return
+        folder = self._folder.path
+        folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+        command = shlex.join([*started_as(), "report", str(folder.parent)])
+        print(f"Tables and figures of all runs: {command}")
+        if any((folder / "wandb").glob("offline-run-*")):
+            print(f"To upload the run: wandb sync {folder}/wandb/offline-run-*")
 
     def _refuse(self, error: Exception) -> NoReturn:
         self._discard()
@@ -252,7 +266,7 @@ class CLI(LightningCLI):
         own = own if isinstance(own, list) else [own]
         bars = any(isinstance(callback, ProgressBar) for callback in own)
         if trainer.enable_progress_bar is not False and not bars:
-            own = [RichProgressBar(), *own]
+            own = [LineProgressBar(), *own]
         trainer.callbacks = [*own, *self._default_callbacks()]
         undo_normalization(self.datamodule, self.model, trainer.callbacks)
         if trainer.precision is None and isinstance(self.model, AT):

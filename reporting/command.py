@@ -32,9 +32,7 @@ def report(
 
     others = finished.split(",") if isinstance(finished, str) else finished
     others = [name.strip() for name in others if name.strip()]
-    written = write_report(
-        runs, folder, data=data, published=published, further=others
-    )
+    written = write_report(runs, folder, data=data, published=published, further=others)
     models, console = written.models, Console()
     console.print(terminal_table(written.table, console.width))
     for label in models.labels:

@@ -222,7 +222,7 @@ def warn_if_results_stay(trainer: Trainer, callback: Callback, *attributes: str)
 def _progress_bar(
     trainer: Trainer, split: str, text: str, total: int
 ) -> Iterator[Callable[[], None]]:
-    """Shows progress if the trainer has a Rich bar or a line, and yields the function that advances it."""
+    """Shows progress in a Rich bar or a line of the trainer, and yields what advances it."""
     bar = trainer.progress_bar_callback
     if isinstance(bar, LineProgressBar) and total:
         with bar.measuring(f"{split}: {text}", total) as advance:

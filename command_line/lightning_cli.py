@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import chain, count
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, NoReturn
 
 import torch
@@ -37,10 +38,13 @@ from robust_flatness.command_line.components import (
     LINKED,
     ONLY_IN_FIT,
     OPTIONAL_CALLBACKS,
+    known_classes,
 )
 from robust_flatness.command_line.files import DEFAULTS, Settings, run_folder_of
+from robust_flatness.command_line.overview import group_help
 from robust_flatness.command_line.parser import (
     OneSentenceParser,
+    Option,
     leaves,
     options_of,
     program,
@@ -147,6 +151,7 @@ class CLI(LightningCLI):
         assert isinstance(parser, Parser)
         subcommand, *arguments = sys.argv[1:] if args is None else list(args)
         parser.typed = read_options(arguments)
+        self._help(subcommand, parser.typed)
         try:
             self._presets = presets = merge_presets(arguments)
             written = [leaf for layer in presets.layers for leaf in leaves(layer)]
@@ -159,6 +164,27 @@ class CLI(LightningCLI):
             self._saved = check_start(self.config[subcommand], subcommand)
         except Exception as error:
             parser.error(reason_of(error))
+
+    def _help(self, subcommand: str, typed: Sequence[Option]) -> None:
+        """Prints and exits if a group of options, or the classes of an option, are asked for."""
+        parser = self._parser(subcommand)
+        for name, value, _ in typed:
+            if name in ("h", "help") and value not in (None, "all"):
+                titles = {key: group.title for key, group in (parser.groups or {}).items()}
+                titles["options"] = "options"
+                if value not in titles:
+                    known = ", ".join(["all", *titles])
+                    parser.error(f"Expected `--help` to be one of {known} but got {value}.")
+                print(group_help(parser, str(titles[value]), f"{program()} {subcommand}"))
+                parser.exit(0)
+            option = name.removesuffix(".help")
+            if value is None and option != name and option in known_classes():
+                print(f"classes of --{option}:")
+                for short, path in sorted(known_classes()[option].items()):
+                    first = (resolve_name(path).__doc__ or "").strip().partition("\n")[0]
+                    print(f"  {short:<22} {first}"[:80])
+                print(f"arguments of one: {program()} {subcommand} --{name} {short}")
+                parser.exit(0)
 
     def _known_options(self, subcommand: str) -> list[str]:
         names = list(self._parser(subcommand).get_defaults().keys())

@@ -241,7 +241,7 @@ def test_a_real_run_is_trained_and_goes_on_if_it_was_killed_while_measuring(caps
     assert "is not used" not in text
     assert re.search(r"at │ 1 │ 1 │ 0 │ 0 │ 0 │", text)
     text = said(*elsewhere, "--model.eps_scale=1.125", "--model.steps=3", capsys=capsys)
-    sentence = "model.steps=2, now 3; model.eps_scale=1.0, now 1.125."
+    sentence = "model.eps_scale=1.0, now 1.125; model.steps=2, now 3."
     assert f"kept/at-Digits-s0 is not used, as it was trained with {sentence}" in text
     assert re.search(r"at │ 1 │ 0 │ 0 │ 1 │ 2 │", text)
     # The last checkpoint stands before the run measures its end.

@@ -1,7 +1,8 @@
 """What `fit --help` prints: the usual options on one screen, and how to see all of them."""
 
 import re
-from argparse import ArgumentParser, HelpFormatter
+from argparse import ArgumentParser
+from textwrap import wrap
 from typing import Any
 
 USUAL = {
@@ -69,7 +70,6 @@ def group_help(parser: ArgumentParser, title: str, prefix: str) -> str:
         prefix: How the command begins, for the last line.
     """
     group: Any = next(g for g in parser._action_groups if g.title == title)
-    formatter = HelpFormatter(parser.prog, max_help_position=34, width=80)
     lines = []
     for action in group._group_actions:
         names = [name for name in action.option_strings if not name.startswith("--no_")]
@@ -78,8 +78,7 @@ def group_help(parser: ArgumentParser, title: str, prefix: str) -> str:
         default = "" if action.default in (None, "==SUPPRESS==") else f" [{action.default}]"
         text = re.split(r"(?<=[.!])\s", " ".join((action.help or "").split()))[0]
         text = re.sub(r"\s*\((type|default|required).*", "", text)
-        width = 80 - 34
-        wrapped = formatter._split_lines(f"{text}{default}", width) or [""]
+        wrapped = wrap(f"{text}{default}", 46) or [""]
         head = f"  {names[-1]}"
         lines += [head] if len(head) > 32 else []
         first = " " * 34 if len(head) > 32 else f"{head:<34}"

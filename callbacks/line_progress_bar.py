@@ -25,9 +25,9 @@ _ON_TERMINAL, _EPOCHS, _MEASURES = 0.1, 2.0, 30.0
 class LineProgressBar(ProgressBar):
     """Shows epoch, RLoss, RErr and the time left of training in one line of 80 columns.
 
-    RLoss and RErr are those of the last epoch that measured anything, from the trainer's
-    `EpochCSVLogger`. A measure shows its own progress in the same line. If the output is not a
-    terminal, as in a log of SLURM, each epoch is a line, at most one every two seconds; a measure
+    RLoss and RErr, on test images if these are measured, are those of the last epoch that measured
+    anything, from the trainer's `EpochCSVLogger`. A measure shows its own progress in the same line. If the output is not a
+    terminal, as in a log of SLURM, each epoch is a line with training and test images, at most one every two seconds; a measure
     is a line every 30 seconds.
 
     Args:
@@ -116,7 +116,8 @@ class LineProgressBar(ProgressBar):
         tables = (logger for logger in trainer.loggers if isinstance(logger, EpochCSVLogger))
         rows = next((table.rows for table in tables), [])
         texts = (epoch_text(row) for row in reversed(rows))
-        self._metrics = next(filter(None, texts), "") if self._is_terminal() else ""
+        # Beside the batches, a terminal has room for one pair.
+        self._metrics = next(filter(None, texts), "").split("  ")[-1] if self._is_terminal() else ""
         if rows and rows[-1]["epoch"] == epoch and not self._is_terminal():
             self._metrics = epoch_text(rows[-1])
         self._epoch_end = time.monotonic()

@@ -54,7 +54,7 @@ def overview(program: str, command: str, purpose: str) -> str:
         lines += ["", f"{title}:", *(f"  {name:<29}{text}" for name, text in options.items())]
     lines += [
         "",
-        f"all options: {program} {command} --help all, or --help GROUP, with GROUP one of",
+        "all options: --help all; those of a group: --help GROUP, with one of",
     ]
     lines += [f"  {name:<16}{text}" for name, text in TOPICS.items()]
     lines += [f"arguments of one class: {program} {command} --model.help ATAWP"]

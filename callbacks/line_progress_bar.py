@@ -26,9 +26,9 @@ class LineProgressBar(ProgressBar):
     """Shows epoch, RLoss, RErr and the time left of training in one line of 80 columns.
 
     RLoss and RErr, on test images if these are measured, are those of the last epoch that measured
-    anything, from the trainer's `EpochCSVLogger`. A measure shows its own progress in the same line. If the output is not a
-    terminal, as in a log of SLURM, each epoch is a line with training and test images, at most one every two seconds; a measure
-    is a line every 30 seconds.
+    anything, from the trainer's `EpochCSVLogger`. A measure shows its own progress in the same
+    line. If the output is not a terminal, as in a log of SLURM, each epoch is a line with training
+    and test images, at most one every two seconds; a measure is a line every 30 seconds.
 
     Args:
         console: Where to print; None is the standard output.

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pkgutil import resolve_name
 from typing import Any
 
+from robust_flatness.command_line.overview import overview
 from robust_flatness.command_line.parser import check_environment, program, run_function
 
 COMMAND_LINE = "robust_flatness.command_line"
@@ -38,7 +39,7 @@ def study_functions() -> Any:
         return lambda *args: resolve_name(f"{COMMAND_LINE}.{name}")(*args)
 
     names = ["parser:read_options", "lightning_cli:merge_settings"]
-    names += ["lightning_cli:check_arguments", "files:read_mapping"]
+    names += ["lightning_cli:check_arguments", "files:read_mapping", "lightning_cli:all_settings"]
     command_line = resolve_name("robust_flatness.study.plan:CommandLine")
     return command_line(*map(imported_when_called, names))
 
@@ -59,6 +60,8 @@ def main(args: Sequence[str] | None = None, cli_class: type[Any] | None = None) 
     if command in FUNCTIONS:
         passed = {"command_line": study_functions()} if command == "study" else {}
         run_function(resolve_name(FUNCTIONS[command]), arguments, **passed)
+    elif command in COMMANDS and arguments[1:] in (["-h"], ["--help"]):
+        print(overview(program(), command, f"{COMMANDS[command].capitalize()}."))
     elif command in COMMANDS:
         run = resolve_name(f"{COMMAND_LINE}.lightning_cli:run_lightning_cli")
         run(arguments, cli_class or __getattr__("CLI"))
@@ -66,6 +69,7 @@ def main(args: Sequence[str] | None = None, cli_class: type[Any] | None = None) 
         print(f"usage: {program()} [-h] [--version] COMMAND ...\n")
         print("commands, each with a --help of its own:")
         print("\n".join(f"  {name:<11}{text}" for name, text in COMMANDS.items()))
+        print("\n  --version  print the version and exit")
     elif command == "--version":
         print(f"robust-flatness {version('robust-flatness')}")
     else:

@@ -19,6 +19,7 @@ from robust_flatness.callbacks.final_evaluation import (
     evaluate,
 )
 from robust_flatness.callbacks.landscape import Landscape
+from robust_flatness.callbacks.line_progress_bar import LineProgressBar
 from robust_flatness.callbacks.results import Results
 from robust_flatness.callbacks.robust_early_stopping import (
     MeasuredCheckpoint,
@@ -39,6 +40,7 @@ __all__ = [
     "FinalMeasure",
     "Flatness",
     "Landscape",
+    "LineProgressBar",
     "MeasuredCheckpoint",
     "Results",
     "RobustEarlyStopping",

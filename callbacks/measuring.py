@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from robust_flatness.callbacks.fixed_images import FixedImages, PixelInput, warn_of_one_class
+from robust_flatness.callbacks.line_progress_bar import LineProgressBar
 from robust_flatness.functional import evaluation
 from robust_flatness.functional.checks import check_examples, errors_on_all_ranks
 from robust_flatness.functional.memory import smaller_batches
@@ -280,8 +281,12 @@ def warn_if_results_stay(trainer: Trainer, callback: Callback, *attributes: str)
 def _progress_bar(
     trainer: Trainer, split: str, text: str, total: int
 ) -> Iterator[Callable[[], None]]:
-    """Shows a bar if the trainer shows Rich bars, and yields the function that advances it."""
+    """Shows progress in a Rich bar or a line of the trainer, and yields what advances it."""
     bar = trainer.progress_bar_callback
+    if isinstance(bar, LineProgressBar) and total:
+        with bar.measuring(f"{split}: {text}", total) as advance:
+            yield advance
+        return
     if not isinstance(bar, RichProgressBar) or not bar.is_enabled or total == 0:
         yield lambda: None
         return

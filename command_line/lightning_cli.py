@@ -1,6 +1,7 @@
 """`fit` and `test`: a LightningCLI with presets, default measures and run folders."""
 
 import logging
+import shlex
 import signal
 import sys
 import warnings
@@ -8,12 +9,13 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import chain, count
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, NoReturn
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -21,7 +23,7 @@ from lightning.pytorch.strategies.launchers.launcher import _Launcher
 from lightning.pytorch.utilities import rank_zero_info
 from torch.multiprocessing.spawn import ProcessRaisedException
 
-from robust_flatness.callbacks import Results
+from robust_flatness.callbacks import LineProgressBar, Results
 from robust_flatness.command_line.checks import (
     check_linked,
     check_monitors,
@@ -36,10 +38,13 @@ from robust_flatness.command_line.components import (
     LINKED,
     ONLY_IN_FIT,
     OPTIONAL_CALLBACKS,
+    known_classes,
 )
 from robust_flatness.command_line.files import DEFAULTS, Settings, run_folder_of
+from robust_flatness.command_line.overview import group_help
 from robust_flatness.command_line.parser import (
     OneSentenceParser,
+    Option,
     leaves,
     options_of,
     program,
@@ -62,6 +67,7 @@ from robust_flatness.lightning_modules import AT
 from robust_flatness.loggers import EpochCSVLogger, EpochWandbLogger, make_wandb_logger
 from robust_flatness.run_folder.checkpoint_io import AtomicCheckpointIO
 from robust_flatness.run_folder.claim import RunFolder, is_first_process
+from robust_flatness.run_folder.environment import started_as
 
 for message in (".*LeafSpec.*", ".*does not have many workers.*"):
     # Said by Lightning about itself, and about data that is in memory already.
@@ -145,6 +151,7 @@ class CLI(LightningCLI):
         assert isinstance(parser, Parser)
         subcommand, *arguments = sys.argv[1:] if args is None else list(args)
         parser.typed = read_options(arguments)
+        self._help(subcommand, parser.typed)
         try:
             self._presets = presets = merge_presets(arguments)
             written = [leaf for layer in presets.layers for leaf in leaves(layer)]
@@ -157,6 +164,27 @@ class CLI(LightningCLI):
             self._saved = check_start(self.config[subcommand], subcommand)
         except Exception as error:
             parser.error(reason_of(error))
+
+    def _help(self, subcommand: str, typed: Sequence[Option]) -> None:
+        """Prints and exits if a group of options, or the classes of an option, are asked for."""
+        parser = self._parser(subcommand)
+        for name, value, _ in typed:
+            if name in ("h", "help") and value not in (None, "all"):
+                titles = {key: group.title for key, group in (parser.groups or {}).items()}
+                titles["options"] = "options"
+                if value not in titles:
+                    known = ", ".join(["all", *titles])
+                    parser.error(f"Expected `--help` to be one of {known} but got {value}.")
+                print(group_help(parser, str(titles[value]), f"{program()} {subcommand}"))
+                parser.exit(0)
+            option = name.removesuffix(".help")
+            if value is None and option != name and option in known_classes():
+                print(f"classes of --{option}:")
+                for short, path in sorted(known_classes()[option].items()):
+                    first = (resolve_name(path).__doc__ or "").strip().partition("\n")[0]
+                    print(f"  {short:<22} {first}"[:80])
+                print(f"arguments of one: {program()} {subcommand} --{name} {short}")
+                parser.exit(0)
 
     def _known_options(self, subcommand: str) -> list[str]:
         names = list(self._parser(subcommand).get_defaults().keys())
@@ -206,6 +234,7 @@ class CLI(LightningCLI):
         """Runs it; what is wrong before anything is trained ends in one sentence."""
         try:
             super()._run_subcommand(subcommand)
+            self._say_what_is_next()
         except REFUSALS as error:
             callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
             if any(c.already_saved for c in callbacks if isinstance(c, RunStart)):
@@ -228,6 +257,17 @@ class CLI(LightningCLI):
             if self._folder is not None and (command := resume_command(self._folder.path)):
                 print(f"To resume the run: {command}", file=sys.stderr)
             sys.exit(status)
+
+    def _say_what_is_next(self) -> None:
+        """Prints the commands that follow `fit`, in the form that this process was started in."""
+        if self.subcommand != "fit" or self._folder is None or not self.trainer.is_global_zero:
+            return
+        folder = self._folder.path
+        folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+        command = shlex.join([*started_as(), "report", str(folder.parent)])
+        print(f"Tables and figures of all runs: {command}")
+        if any((folder / "wandb").glob("offline-run-*")):
+            print(f"To upload the run: wandb sync {folder}/wandb/offline-run-*")
 
     def _refuse(self, error: Exception) -> NoReturn:
         self._discard()
@@ -252,7 +292,7 @@ class CLI(LightningCLI):
         own = own if isinstance(own, list) else [own]
         bars = any(isinstance(callback, ProgressBar) for callback in own)
         if trainer.enable_progress_bar is not False and not bars:
-            own = [RichProgressBar(), *own]
+            own = [LineProgressBar(), *own]
         trainer.callbacks = [*own, *self._default_callbacks()]
         undo_normalization(self.datamodule, self.model, trainer.callbacks)
         if trainer.precision is None and isinstance(self.model, AT):
@@ -361,10 +401,10 @@ class CLI(LightningCLI):
         return [table]
 
 
-def run_lightning_cli(arguments: Sequence[str], cli_class: type[CLI] = CLI) -> None:
+def run_lightning_cli(arguments: Sequence[str], cli_class: type[CLI] = CLI) -> CLI:
     """Runs `fit` or `test` with typed arguments."""
     with sigterm_exits(at_once=arguments[0] == "test"):
-        cli_class(
+        return cli_class(
             LightningModule,
             LightningDataModule,
             subclass_mode_model=True,
@@ -426,7 +466,17 @@ class _CheckingCLI(CLI):
 
 def check_arguments(arguments: Sequence[str]) -> None:
     """Raises a `ValueError` if `fit` refuses arguments; leaves neither folder nor variable."""
+    all_settings(arguments)
+
+
+def all_settings(arguments: Sequence[str]) -> Settings:
+    """The settings of `fit` with these arguments, as in the `results.json` of such a run.
+
+    Raises:
+        ValueError: If `fit` refuses the arguments.
+    """
     try:
-        run_lightning_cli(arguments, _CheckingCLI)
+        settings: Settings = run_lightning_cli(arguments, _CheckingCLI).config_dump
     except _RefusedError as error:
         raise ValueError(str(error)) from None
+    return settings

@@ -14,6 +14,7 @@ def report(
     folder: Path = Path("report"),
     data: str | None = None,
     published: bool = True,
+    finished: list[str] | str = "",
 ) -> None:
     """Turns finished runs into Table 1, every figure of the paper, and one HTML page.
 
@@ -24,11 +25,14 @@ def report(
         folder: Folder of the report.
         data: Class of the data to report, by default that of most runs.
         published: Whether to show the paper's numbers beside yours.
+        finished: Further folders with runs, such as docs/studies/cifar10_small.
     """
     from robust_flatness.reporting.report import write_report
     from robust_flatness.reporting.table1 import terminal_table
 
-    written = write_report(runs, folder, data=data, published=published)
+    others = finished.split(",") if isinstance(finished, str) else finished
+    others = [name.strip() for name in others if name.strip()]
+    written = write_report(runs, folder, data=data, published=published, further=others)
     models, console = written.models, Console()
     console.print(terminal_table(written.table, console.width))
     for label in models.labels:

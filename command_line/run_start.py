@@ -2,7 +2,6 @@
 
 import shlex
 import signal
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from robust_flatness.callbacks.fixed_images import ROUNDING
 from robust_flatness.lightning_modules import AT, External
 from robust_flatness.loggers import EpochCSVLogger, EpochWandbLogger
 from robust_flatness.networks import Normalize
+from robust_flatness.run_folder.environment import started_as
 
 # Statuses of processes that a signal ended, as shells report them.
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
@@ -158,10 +158,6 @@ def resume_command(folder: Path) -> str | None:
     last = folder / "checkpoints" / "last.ckpt"
     if not last.is_file():
         return None
-    spec, script = getattr(sys.modules["__main__"], "__spec__", None), sys.argv[0] or "cli.py"
-    program = ["python", script] if script.endswith(".py") else [Path(script).name]
-    if spec is not None:
-        program = ["python", "-m", spec.name.removesuffix(".__main__")]
     if last.is_relative_to(Path.cwd()):
         last = last.relative_to(Path.cwd())
-    return shlex.join([*program, "fit", "--ckpt_path", str(last)])
+    return shlex.join([*started_as(), "fit", "--ckpt_path", str(last)])

@@ -209,6 +209,9 @@ def make_wandb_logger(
                 f"Weights & Biases {reason}, so the run is recorded offline. To upload it: "
                 f"wandb sync {folder}/wandb/offline-run-*"
             )
+        if offline_mode() or "mode" in settings:
+            # It would repeat at both ends where the run is.
+            settings["settings"] = {"quiet": True}
     if log_model:
         settings["checkpoints"] = Path(folder) / "checkpoints"
     return EpochWandbLogger(name=name, save_dir=folder, project=project, **settings)

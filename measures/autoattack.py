@@ -118,6 +118,7 @@ class AutoAttackError(Measure):
     eps: Eps | None = None
     norm: Norm = "linf"
     batch_size: int = field(default=100, init=False)
+    counts_images = True
     folder: Path | None = field(default=None, init=False, compare=False)
     square_queries: int | None = field(default=None, init=False)
     larger_batches: bool = field(default=True, init=False, compare=False)
@@ -149,7 +150,8 @@ class AutoAttackError(Measure):
             part = slice(begin, begin + self.batch_size)
             images, labels = examples.images[part], examples.labels[part]
             correct[part] = self._read_or_attack(network, images, labels, examples.indices[begin])
-            examples.progress()
+            for _ in labels:
+                examples.progress()
         return Verdicts(correct, self._name(network, examples.images))
 
     def attack(self, network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
@@ -193,7 +195,7 @@ class AutoAttackError(Measure):
     @property
     @override
     def progress(self) -> tuple[str, int]:
-        return f"AutoAttack, chunks of {self.batch_size}", 1
+        return "AutoAttack, images", 1
 
     def _run_official(
         self,

@@ -90,6 +90,7 @@ class Measure(ABC):
         moves_weights: Whether it perturbs weights, so that a network must have some that can be.
         whole_set: Whether each process measures all images, and the first one's result counts.
             Otherwise each measures a share.
+        counts_images: Whether its progress advances for each image, not for each batch.
         common_fields: Names of tensors in the result that have no values for single images. The
             last dimension of all others is the images.
 
@@ -101,6 +102,7 @@ class Measure(ABC):
     seed: int = 0
     moves_weights: ClassVar[bool] = False
     whole_set: ClassVar[bool] = False
+    counts_images: ClassVar[bool] = False
     common_fields: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
@@ -139,6 +141,7 @@ class Measure(ABC):
             examples,
             chunk=self.batch_size,
             progress=self.progress,
+            counts_images=self.counts_images,
             common_fields=self.common_fields,
         )
 
@@ -338,6 +341,7 @@ class Processes:
         *,
         chunk: int,
         progress: tuple[str, int],
+        counts_images: bool = False,
         common_fields: Sequence[str] = (),
     ) -> Result:
         """Measures each image on one process and gives the whole result to all.
@@ -350,6 +354,7 @@ class Processes:
             examples: The whole set.
             chunk: Number of images in a chunk.
             progress: See `Measure`.
+            counts_images: See `Measure`.
             common_fields: See `Measure`.
 
         Returns:
@@ -360,7 +365,8 @@ class Processes:
         if self.size > 1:
             sharing = Sharing(math.ceil(count / (chunk * self.size)), self._gather)
         text, attacks = progress
-        with self.bar(text, math.ceil(len(mine) / chunk) * attacks) as advance:
+        parts = len(mine) if counts_images else math.ceil(len(mine) / chunk)
+        with self.bar(text, parts * attacks) as advance:
             images, labels = examples.images[mine], examples.labels[mine]
             share = self.moved(Examples(images, labels, mine, advance, sharing, examples.known))
             result = measure(share)

@@ -51,7 +51,12 @@ class Report:
 
 
 def write_report(
-    runs: str | Path, folder: str | Path, *, data: str | None = None, published: bool = True
+    runs: str | Path,
+    folder: str | Path,
+    *,
+    data: str | None = None,
+    published: bool = True,
+    further: Sequence[str | Path] = (),
 ) -> Report:
     """Writes `index.html`, `table1.md/.csv/.tex`, `correlations.csv` and `figures/`.
 
@@ -62,11 +67,15 @@ def write_report(
         folder: The report's folder; files of an earlier report are replaced.
         data: Class of the data to report; by default that of most runs.
         published: Whether to show the paper's numbers as well.
+        further: More folders like `runs`.
 
     Raises:
         ValueError: If there is no finished run, or none on `data`.
     """
     folder, (all_runs, left_out) = Path(folder), find_runs(runs)
+    for other in further:
+        more_runs, more_left_out = find_runs(other)
+        all_runs, left_out = [*all_runs, *more_runs], [*left_out, *more_left_out]
     if not all_runs:
         reasons = "; ".join(f"{path}: {reason}" for path, reason in left_out[:3])
         raise ValueError(

@@ -1,7 +1,8 @@
-"""Versions and hardware of a run, which its metrics may depend on."""
+"""Versions and hardware of a run, which its metrics may depend on, and how it was started."""
 
 import os
 import platform
+import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,6 +12,14 @@ PACKAGES = (
     *("robust-flatness", "torch", "torchvision", "lightning", "torchmetrics", "pyautoattack"),
     *("numpy", "scikit-learn", "wandb"),
 )
+
+
+def started_as() -> list[str]:
+    """Returns the words that started this process, such as `python cli.py`, without arguments."""
+    spec, script = getattr(sys.modules["__main__"], "__spec__", None), sys.argv[0] or "cli.py"
+    if spec is not None:
+        return ["python", "-m", spec.name.removesuffix(".__main__")]
+    return ["python", script] if script.endswith(".py") else [Path(script).name]
 
 
 def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str | None]:

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from robust_flatness.run_folder.metrics import is_by_other_attacks, metric, with_attacks
 
+_HOW_TO_READ = "[…] 95 % interval, ± standard error; lower is better, except for margins"
 _DASH, _NOT_FINITE = "–", "not finite"
 # Rows by section. A row shows the first of its names that was measured: on training images the one
 # with fixed weights.
@@ -72,9 +73,10 @@ def summary_table(results: Mapping[str, Any], *, folder: str | Path | None = Non
     title = " on ".join(results[key] for key in ("method", "data") if results.get(key))
     if diverged is not None:
         title = f"{title}: diverged, not finite from epoch {diverged}".removeprefix(": ")
+    place = "" if folder is None else f"\nresults, checkpoints and figures: {folder}"
     table = Table(
         title=escape(title) or None,
-        caption=None if folder is None else escape(f"results, checkpoints and figures: {folder}"),
+        caption=escape(f"{_HOW_TO_READ}{place}"),
         caption_justify="left",
     )
     table.add_column("")

@@ -2,6 +2,7 @@
 
 import math
 import os
+import shlex
 import statistics
 from collections.abc import Sequence
 from datetime import timedelta
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from robust_flatness.run_folder.environment import started_as
 from robust_flatness.study.elsewhere import submit, write_sweep
 from robust_flatness.study.plan import (
     CommandLine,
@@ -28,6 +30,7 @@ from robust_flatness.study.state import (
     results_of,
     state_of,
     study_file,
+    use_kept_runs,
 )
 
 _MAX_SEEDS = 10_000
@@ -49,6 +52,7 @@ def study(
     dry_run: bool = False,
     slurm: dict[str, Any] | None = None,
     sweep_file: Path | None = None,
+    finished: list[str] | str = "",
     options: list[str] | None = None,
 ) -> None:
     """Trains rows of Table 1, sweeps or your own config files, with one or more seeds.
@@ -74,6 +78,8 @@ def study(
             {slurm_partition: gpu, timeout_min: 600, gpus_per_node: 1, slurm_array_parallelism: 8},
             and exit.
         sweep_file: Write the runs as a W&B sweep to this file, and exit.
+        finished: Folders with finished runs of this plan that are kept elsewhere, such as
+            docs/studies/cifar10_small. A run of the same name and settings is not trained again.
         options: Options of `fit` for all runs, as after `--`.
     """
     console = Console()
@@ -101,14 +107,19 @@ def study(
             f"{', '.join(unknown)}."
         )
     plan = [run for run in plan if run.name in names] if names else plan
+    others = _names(finished)
+    plan, not_used = use_kept_runs(plan, others, command_line.all_settings)
     for run in plan:
-        check_same_study(run, command_line.read_options)
+        if run.folder.parent == folder:
+            check_same_study(run, command_line.read_options)
     _check_arguments(plan, command_line)
     if sweep_file is not None:
         choice = {**chosen, "seeds": seeds, "root": [root], "data": _names(data or "")}
         write_sweep(sweep_file, plan, choice, options or [], console)
         return
     console.print(plan_table(plan, jobs))
+    for sentence in not_used:
+        print_plain(console, sentence)
     if dry_run:
         return
     if slurm is not None:
@@ -120,12 +131,15 @@ def study(
     except KeyboardInterrupt:
         console.print("Stopped. The same command continues.")
         raise SystemExit(130) from None
-    finished = sum(state_of(run) is State.FINISHED for run in plan)
-    console.print(f"{finished} of {counted(len(plan))} finished.")
+    done = sum(state_of(run) is State.FINISHED for run in plan)
+    console.print(f"{done} of {counted(len(plan))} finished.")
     for run, reason in pool.failures.items():
         print_plain(console, f"  {run.name}: {reason}\n    {study_file(run, 'log')}")
     if pool.failures:
         raise SystemExit(f"{len(pool.failures)} failed; the same command tries them again.")
+    also = [f"--finished={','.join(others)}"] if others else []
+    command = shlex.join([*started_as(), "report", str(root), *also])
+    print_plain(console, f"Tables and figures: {command}")
 
 
 def visible_devices(devices: Sequence[int] | None, jobs: int) -> list[str]:

@@ -29,12 +29,14 @@ class CommandLine(NamedTuple):
         merge_settings: Merges presets and files; also returns the remaining arguments.
         check_arguments: Raises a `ValueError` if `fit` refuses the arguments.
         read_yaml: Reads the mapping in a YAML file, which error messages call by an option's name.
+        all_settings: All settings of a run with these arguments, as in its `results.json`.
     """
 
     read_options: Callable[[Sequence[str]], Sequence[Any]]
     merge_settings: Callable[[Sequence[str]], tuple[Mapping[str, Any], Sequence[str]]]
     check_arguments: Callable[[Sequence[str]], None]
     read_yaml: Callable[[str, str], Mapping[str, Any]]
+    all_settings: Callable[[Sequence[str]], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)

@@ -13,17 +13,23 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from enum import Enum
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from robust_flatness.run_folder.files import jsonable, write_json
-from robust_flatness.run_folder.runs import Run, load_run
+from robust_flatness.run_folder.runs import Run, find_runs, load_run
 from robust_flatness.study.plan import PlannedRun
 
 Process = subprocess.Popen[bytes]
 PROGRAM = (sys.executable, "-m", "robust_flatness.cli")
+# Settings that say where a run is written and watched, and where its data are.
+_NO_RESULT = (
+    *("folder", "project", "group", "log_checkpoints", "ckpt_path", "config", "data.root"),
+    *("trainer.logger", "trainer.enable_progress_bar", "trainer.default_root_dir"),
+)
 # The number of different settings that an error message lists.
 _LISTED = 3
 
@@ -101,6 +107,64 @@ def check_same_study(
             f"Expected the same settings for {run.folder} but it was trained with "
             f"{'; '.join(changes[:_LISTED])}{more}: choose another root."
         )
+
+
+def use_kept_runs(
+    plan: Sequence[PlannedRun],
+    folders: Sequence[str],
+    all_settings: Callable[[Sequence[str]], Mapping[str, Any]],
+) -> tuple[list[PlannedRun], list[str]]:
+    """Replaces runs of a plan by finished ones of the same name and settings in other folders.
+
+    A run that has finished in the folder of the study stays. Settings are compared as a whole, with
+    the defaults of all arguments, except those that change no result (`_NO_RESULT`) and defaults
+    that the kept run does not state, because they are newer.
+
+    Returns:
+        The plan, and a sentence for each kept run of the same name that is not used.
+
+    Raises:
+        ValueError: If one of the folders does not exist.
+    """
+    kept: dict[str, list[Run]] = {}
+    for folder in folders:
+        path = Path(folder).expanduser()
+        if not path.is_dir():
+            raise ValueError(f"Expected `--finished` to name folders but got {folder}.")
+        for run in find_runs(path.resolve())[0]:
+            kept.setdefault(run.name, []).append(run)
+    result, sentences = [], []
+    for planned in plan:
+        for run in kept.get(planned.name, []) if results_of(planned) is None else []:
+            now = _comparable(jsonable(all_settings(planned.arguments)))
+            before = _comparable(run.settings)
+            asked = {*_comparable(jsonable(planned.settings["files"]))}
+            asked |= {part.lstrip("-").partition("=")[0] for part in planned.settings["typed"]}
+            changes = [
+                f"{name}={before.get(name, '(not set)')}, now {now.get(name, '(not set)')}"
+                for name in [*before, *sorted(asked & now.keys() - before.keys())]
+                if before.get(name) != now.get(name)
+            ]
+            if not changes:
+                planned = replace(planned, folder=run.folder)
+                break
+            more = f"; and {len(changes) - _LISTED} more" if len(changes) > _LISTED else ""
+            sentences.append(
+                f"{run.folder} is not used, as it was trained with "
+                f"{'; '.join(changes[:_LISTED])}{more}."
+            )
+        result.append(planned)
+    return result, sentences
+
+
+def _comparable(settings: Mapping[str, Any]) -> dict[str, str]:
+    leaves = ((name.replace(".init_args", ""), value) for name, value in _leaves(settings))
+    # An empty mapping and a missing one are the same.
+    return {
+        name: value
+        for name, value in leaves
+        if value not in ("None", "{}") and not name.startswith(_NO_RESULT)
+    }
 
 
 def start(run: PlannedRun, environment: Mapping[str, str] | None = None) -> Process | None:

@@ -32,7 +32,17 @@ NEEDED = {
 }
 # Options of other commands and programs.
 OTHER_OPTIONS = {
-    *("--configs", "--devices", "--dry_run", "--jobs", "--only", "--rows", "--seeds", "--slurm"),
+    *(
+        "--configs",
+        "--devices",
+        "--dry_run",
+        "--finished",
+        "--jobs",
+        "--only",
+        "--rows",
+        "--seeds",
+        "--slurm",
+    ),
     *("--sweep", "--sweep_file", "--published", "--profile"),
     # Checked like all others as soon as the command line has them.
     *("--eps", "--norm"),

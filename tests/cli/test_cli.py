@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -115,7 +117,7 @@ def test_version_is_that_of_the_distribution(capsys):
 def test_help_fits_a_terminal_and_begins_with_what_the_command_does(command, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as ended:
-        main([command, "--help"])
+        main([command, "--help", "all"])
     assert ended.value.code == 0
     usage, _empty, first, *lines = capsys.readouterr().out.splitlines()
     assert usage == f"usage: cli.py {command} [--model NAME] [--config FILE] [options]"
@@ -123,6 +125,32 @@ def test_help_fits_a_terminal_and_begins_with_what_the_command_does(command, mon
     titles = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
     assert {"Training method:", "train_flatness (Flatness):", "Checkpoint:"} <= set(titles)
     assert all(len(line) <= 80 for line in titles)
+
+
+@pytest.mark.parametrize("arguments", [[], ["trainer"], ["flatness"], ["final"], ["model"]])
+def test_help_of_a_group_fits_a_screen_and_options_exist(arguments, capsys):
+    with suppress(SystemExit):
+        main(["fit", "--help", *arguments])
+    lines = capsys.readouterr().out.splitlines()
+    # The trainer has 42 arguments.
+    assert len(lines) <= (95 if arguments == ["trainer"] else 50)
+    assert all(len(line) <= 80 for line in lines)
+    if not arguments:
+        known = {"--help", "--model.help", "--data.help", "--version"}
+        main_help = " ".join(lines)
+        with pytest.raises(SystemExit):
+            main(["fit", "--help", "all"])
+        text = capsys.readouterr().out
+        for name in re.findall(r"--[a-z_.]+[a-z]", main_help):
+            assert name in known or name in text or name.startswith(("--model.", "--data.")), name
+
+
+def test_help_of_a_class_option_lists_the_classes(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--model.help"])
+    printed = capsys.readouterr().out
+    assert "  ATAWP " in printed
+    assert "arguments of one: " in printed
 
 
 def test_a_taken_name_gets_a_number(trainers):

@@ -3,6 +3,8 @@
 import json
 import os
 import pickle
+import re
+import shutil
 import signal
 import sys
 from functools import partial
@@ -229,6 +231,19 @@ def test_a_real_run_is_trained_and_goes_on_if_it_was_killed_while_measuring(caps
     first = json.loads(path.read_text())
     assert first["final"]["flatness/worst/test"] == first["final"]["flatness/worst/test"]
     assert (path.parent / "landscapes.npz").is_file()
+    # A run that is kept elsewhere counts as finished if its settings are those of the plan.
+    kept = Path("kept") / path.parent.name
+    kept.mkdir(parents=True)
+    for name in ("results.json", "metrics.csv"):
+        shutil.copy(path.parent / name, kept)
+    elsewhere = ["--rows=at", "--root=new", "--finished=kept", "--dry_run", "--", *TINY]
+    text = said(*elsewhere, capsys=capsys)
+    assert "is not used" not in text
+    assert re.search(r"at │ 1 │ 1 │ 0 │ 0 │ 0 │", text)
+    text = said(*elsewhere, "--model.eps_scale=1.125", "--model.steps=3", capsys=capsys)
+    sentence = "model.eps_scale=1.0, now 1.125; model.steps=2, now 3."
+    assert f"kept/at-Digits-s0 is not used, as it was trained with {sentence}" in text
+    assert re.search(r"at │ 1 │ 0 │ 0 │ 1 │ 2 │", text)
     # The last checkpoint stands before the run measures its end.
     path.unlink()
     said("--rows=at", "--", *TINY, capsys=capsys)

@@ -171,7 +171,7 @@ class LineProgressBar(ProgressBar):
 
 def epoch_text(row: Mapping[str, float]) -> str:
     """RLoss and RErr of an epoch on training and test images, else on validation images."""
-    texts = []
+    texts: list[str] = []
     for label, prefixes in _SPLITS.items():
         prefix = next((p for p in prefixes if f"{p}/robust_loss" in row), None)
         if prefix is None or (label == "val" and len(texts) == 2):

@@ -163,10 +163,10 @@ def _known_losses(trainer: Trainer, network: nn.Module, examples: Examples) -> K
     known = _KNOWN.get(trainer)
     if known is None or not known.state.is_of(network):
         known = _KNOWN[trainer] = _Known(evaluation.NetworkState(network))
-    for others, losses in known.losses:
+    for others, known_losses in known.losses:
         pairs = ((others.images, examples.images), (others.labels, examples.labels))
         if all(one is other or evaluation.equal(one, other) for one, other in pairs):
-            return losses
+            return known_losses
     losses: KnownLosses = {}
     known.losses.append((examples, losses))
     return losses

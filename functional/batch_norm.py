@@ -83,7 +83,7 @@ def _identity(inputs: Tensor) -> Tensor:
 @torch.no_grad()
 def _folded_weights(pairs: Sequence[tuple[Any, Any]]) -> tuple[list[Tensor], list[Tensor]]:
     """Weights and biases of convolutions that compute what they and their BatchNorm do."""
-    statistics = [_statistics(norm) for _, norm in pairs]
+    statistics: list[Any] = [_statistics(norm) for _, norm in pairs]
     means = [part.running_mean for part in statistics]
     shifts = [m.new_zeros(m.shape) if n.bias is None else n.bias for m, (_, n) in zip(means, pairs)]
     deviations = torch._foreach_add(
@@ -111,7 +111,7 @@ def _scale(norm: Any, mean: Tensor) -> Tensor:
 
 def _statistics(norm: Any) -> Any:
     """The BatchNorm with the running statistics of a layer, or `None` if it is another layer."""
-    inner = getattr(norm, "statistics", None) if hasattr(norm, "held_scale") else norm
+    inner: Any = getattr(norm, "statistics", None) if hasattr(norm, "held_scale") else norm
     return inner if type(inner) in BATCH_NORMS and inner.running_mean is not None else None
 
 
@@ -193,13 +193,11 @@ class _Trial(TorchDispatchMode):
     def pairs(self) -> list[tuple[int, int]]:
         """Positions of convolutions and of the BatchNorm layers to fold into them."""
         return [
-            (convolution, next(iter(users)))
+            (convolution, user)
             for convolution, _, users in self.outputs.values()
-            if len(users) == 1
-            and all(
-                user is not None
-                and _statistics(self.layers[user]) is not None
-                and self.calls.count(convolution) == self.calls.count(user) == 1
-                for user in users
-            )
+            for user in users
+            if user is not None
+            and len(users) == 1
+            and _statistics(self.layers[user]) is not None
+            and self.calls.count(convolution) == self.calls.count(user) == 1
         ]

@@ -299,8 +299,10 @@ def _tensors_and_values(network: nn.Module) -> tuple[dict[str, Tensor], dict[str
         held |= dict(module.named_parameters(recurse=False))
         held |= dict(module.named_buffers(recurse=False))
         for name, value in held.items():
-            is_tensor = isinstance(value, Tensor) and not is_lazy(value)
-            (tensors if is_tensor else values)[f"{path}.{name}"] = value
+            if isinstance(value, Tensor) and not is_lazy(value):
+                tensors[f"{path}.{name}"] = value
+            else:
+                values[f"{path}.{name}"] = value
     return tensors, values
 
 

@@ -251,12 +251,11 @@ class AutoAttackError(Measure):
         return version, custom
 
     def _name(self, network: nn.Module, images: Tensor) -> str:
-        version, attacks = self.version, self.attacks
-        if len(images):
-            with torch.no_grad():
-                classes = logits_function(network, images)(images[:1]).shape[1]
-            version, attacks = self._attacks_for(classes, images)
-        return attacks_name(version, attacks)
+        if not len(images):
+            return attacks_name(self.version, self.attacks)
+        with torch.no_grad():
+            classes = logits_function(network, images)(images[:1]).shape[1]
+        return attacks_name(*self._attacks_for(classes, images))
 
     def _read_or_attack(
         self, network: nn.Module, images: Tensor, labels: Tensor, first_index: int

@@ -76,6 +76,7 @@ class _OpenRows:
 
 
 class _APGD(APGDAttack):
+    model: Any
     order: Tensor | None = None
 
     @override
@@ -129,6 +130,8 @@ class _TargetedAPGD(_APGD, APGDAttack_targeted):
 
 class _FAB(FABAttack_PT):
     batch_size: int
+    n_iter: int
+    _open: Tensor | None
 
     @override
     def perturb(self, x: Tensor, y: Tensor) -> Any:
@@ -243,13 +246,13 @@ class _Square(SquareAttack):
                 wide = (places[1] >= start) & (places[1] < start + size)
                 area = (tall[:, None, :, None] & wide[:, None, None, :]).to(x.dtype)
                 current, clean = best[index], x[index]
-                new = current + 2.0 * self.eps * signs[query, :, None, None] * area
-                new = torch.min(torch.max(new, clean - self.eps), clean + self.eps)
-                new = torch.clamp(new, 0.0, 1.0)
-                changed = (new != current).flatten(1).any(1).nonzero()[:, 0]
+                moved = current + 2.0 * self.eps * signs[query, :, None, None] * area
+                moved = torch.min(torch.max(moved, clean - self.eps), clean + self.eps)
+                moved = torch.clamp(moved, 0.0, 1.0)
+                changed = (moved != current).flatten(1).any(1).nonzero()[:, 0]
                 if not len(changed):
                     continue
-                margin = self.margin_and_loss(new[changed], y[index[changed]])[0].tolist()
+                margin = self.margin_and_loss(moved[changed], y[index[changed]])[0].tolist()
                 done = set()
                 for row, value in zip(changed.tolist(), margin):
                     k = images[row]
@@ -257,7 +260,7 @@ class _Square(SquareAttack):
                         done.add(k)
                         margins[k], place[k] = value, queries[row] + 1
                         rejected[k].clear()
-                        best[k] = new[row]
+                        best[k] = moved[row]
             return torch.tensor(place), best
 
     def _proposals(

@@ -45,7 +45,7 @@ class LineProgressBar(ProgressBar):
         self._printed = -math.inf
         self._metrics, self._left = "", ""
         self._start = self._epoch_end = 0.0
-        self._first_epoch = 0
+        self._first_epoch, self._is_training = 0, False
 
     def __getstate__(self) -> dict[str, Any]:
         # Both hold locks, which processes that are spawned cannot take.
@@ -63,8 +63,9 @@ class LineProgressBar(ProgressBar):
     def measuring(self, text: str, total: int) -> Iterator[Callable[[], None]]:
         """Shows the progress of a measure, and yields the function that advances it."""
         begin, done = time.monotonic(), 0
-        training = self._trainer is not None and self.trainer.training
-        start = f"{self._epoch()}  {text}" if training else text
+        # One restart goes without saying, as the line is short.
+        text = text.replace(" × 1 restarts", "")
+        start = f"{self._epoch()}  {text}" if self._is_training else text
         # The first line of a measure is due only after its first seconds.
         self._printed = max(self._printed, begin) if not self._is_terminal() else self._printed
 
@@ -81,7 +82,7 @@ class LineProgressBar(ProgressBar):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start = self._epoch_end = time.monotonic()
-        self._first_epoch = trainer.current_epoch
+        self._first_epoch, self._is_training = trainer.current_epoch, True
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -101,6 +102,7 @@ class LineProgressBar(ProgressBar):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.current_epoch > self._first_epoch:
             self._end_epoch(trainer, trainer.current_epoch - 1)
+        self._is_training = False
 
     @override
     def on_exception(
@@ -115,11 +117,14 @@ class LineProgressBar(ProgressBar):
     def _end_epoch(self, trainer: Trainer, epoch: int) -> None:
         tables = (logger for logger in trainer.loggers if isinstance(logger, EpochCSVLogger))
         rows = next((table.rows for table in tables), [])
-        texts = (epoch_text(row) for row in reversed(rows))
-        # Beside the batches, a terminal has room for one pair.
-        self._metrics = next(filter(None, texts), "").split("  ")[-1] if self._is_terminal() else ""
-        if rows and rows[-1]["epoch"] == epoch and not self._is_terminal():
-            self._metrics = epoch_text(rows[-1])
+        texts = [text for row in reversed(rows) if (text := epoch_text(row))]
+        if self._is_terminal():
+            # Beside the batches there is room for one pair: the latest that is not of training.
+            pairs = [text.split("  ")[-1] for text in texts]
+            others = (pair for pair in pairs if not pair.startswith("train"))
+            self._metrics = next(others, pairs[0] if pairs else "")
+        else:
+            self._metrics = epoch_text(rows[-1]) if rows and rows[-1]["epoch"] == epoch else ""
         self._epoch_end = time.monotonic()
         epochs = trainer.max_epochs
         if epochs is not None and epochs > 0:

@@ -60,7 +60,7 @@ class LineProgressBar(ProgressBar):
         self._enabled = False
 
     @contextmanager
-    def measuring(self, text: str, total: int) -> Iterator[Callable[[], None]]:
+    def measuring(self, text: str, total: int) -> Iterator[Callable[..., None]]:
         """Shows the progress of a measure, and yields the function that advances it."""
         begin, done = time.monotonic(), 0
         # One restart goes without saying, as the line is short.
@@ -69,9 +69,9 @@ class LineProgressBar(ProgressBar):
         # The first line of a measure is due only after its first seconds.
         self._printed = max(self._printed, begin) if not self._is_terminal() else self._printed
 
-        def advance() -> None:
+        def advance(count: int = 1) -> None:
             nonlocal done
-            done += 1
+            done += count
             left = (time.monotonic() - begin) / done * (total - done)
             self._show(f"{start}  {done}/{total}  {_duration(left)} left", _MEASURES)
 

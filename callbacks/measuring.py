@@ -280,7 +280,7 @@ def warn_if_results_stay(trainer: Trainer, callback: Callback, *attributes: str)
 @contextmanager
 def _progress_bar(
     trainer: Trainer, split: str, text: str, total: int
-) -> Iterator[Callable[[], None]]:
+) -> Iterator[Callable[..., None]]:
     """Shows progress in a Rich bar or a line of the trainer, and yields what advances it."""
     bar = trainer.progress_bar_callback
     if isinstance(bar, LineProgressBar) and total:
@@ -288,7 +288,7 @@ def _progress_bar(
             yield advance
         return
     if not isinstance(bar, RichProgressBar) or not bar.is_enabled or total == 0:
-        yield lambda: None
+        yield lambda count=1: None
         return
     # A terminal has one live display, so a running one of Lightning's is used.
     running = bar.progress if bar.progress and bar.progress.live.is_started else None
@@ -303,7 +303,7 @@ def _progress_bar(
     task = _TASKS[progress]
     progress.reset(task, description=f"{split}: {text}", total=total, visible=True)
     try:
-        yield lambda: progress.update(task, advance=1, refresh=True)
+        yield lambda count=1: progress.update(task, advance=count, refresh=True)
     finally:
         progress.update(task, visible=False, refresh=True)
         if not running:

@@ -211,7 +211,7 @@ def make_wandb_logger(
             )
         if offline_mode() or "mode" in settings:
             # It would repeat at both ends where the run is.
-            settings["settings"] = {"quiet": True}
+            settings["settings"] = {"silent": True}
     if log_model:
         settings["checkpoints"] = Path(folder) / "checkpoints"
     return EpochWandbLogger(name=name, save_dir=folder, project=project, **settings)

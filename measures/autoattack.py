@@ -150,8 +150,7 @@ class AutoAttackError(Measure):
             part = slice(begin, begin + self.batch_size)
             images, labels = examples.images[part], examples.labels[part]
             correct[part] = self._read_or_attack(network, images, labels, examples.indices[begin])
-            for _ in labels:
-                examples.progress()
+            examples.progress(len(labels))
         return Verdicts(correct, self._name(network, examples.images))
 
     def attack(self, network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:

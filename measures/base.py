@@ -34,12 +34,12 @@ Split = Literal["train", "val", "test"]
 DEFAULT_EPS = 8 / 255
 
 
-def _nothing() -> None:
+def _nothing(count: int = 1) -> None:
     pass
 
 
 @contextmanager
-def no_progress(text: str, total: int) -> Iterator[Callable[[], None]]:
+def no_progress(text: str, total: int) -> Iterator[Callable[..., None]]:
     """Shows nothing."""
     yield _nothing
 
@@ -53,7 +53,7 @@ class Examples:
         labels: Class indices `(N,)`.
         indices: Global index of each image in the measured set. A share consists of whole chunks
             by global index, and may be empty.
-        progress: Called after each attack on each batch.
+        progress: Called after each attack on each batch, or with the number of images.
         sharing: How other processes take part in a perturbation that all images share; None if
             there are no others.
         known: Losses of these images that are known of the network, which measures add to; None if
@@ -63,7 +63,7 @@ class Examples:
     images: Tensor
     labels: Tensor
     indices: Sequence[int]
-    progress: Callable[[], None] = _nothing
+    progress: Callable[..., None] = _nothing
     sharing: Sharing | None = None
     known: KnownLosses | None = None
 
@@ -320,7 +320,7 @@ class Processes:
     rank: int = 0
     size: int = 1
     device: torch.device | None = None
-    bar: Callable[[str, int], AbstractContextManager[Callable[[], None]]] = no_progress
+    bar: Callable[[str, int], AbstractContextManager[Callable[..., None]]] = no_progress
 
     def indices(self, count: int, chunk: int) -> list[int]:
         """Global indices of the images of this process."""

@@ -8,14 +8,14 @@ from typing import Any
 USUAL = {
     "what to train": {
         "--model NAME": "AT, ATAWP, TRADES, …: see --model.help",
-        "--data NAME": "Digits, CIFAR10, ImageFolder, …: see --data.help",
+        "--data NAME": "Digits, CIFAR10, ImageFolder, …: --data.help",
         "--config FILE": "preset, such as table1/at_awp.yaml, or your file",
         "--model.network NAME": "architecture, also a class path of yours",
         "--seed_everything N": "seed",
     },
     "how": {
         "--eps 8/255 --norm linf": "threat model of training and of all measures",
-        "--trainer.max_epochs N": "epochs; --epochs_share is a factor on the preset's",
+        "--trainer.max_epochs N": "epochs; --epochs_share scales the preset's",
         "--data.batch_size N": "batch size",
         "--model.steps N": "steps of the attack in training",
         "--trainer.devices N": "processes; --trainer.accelerator cpu or gpu",

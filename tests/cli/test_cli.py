@@ -102,7 +102,7 @@ def test_fit_leaves_a_run_folder_as_the_design_says(trainers, capsys):
     assert len(results["split_indices"]["val"]) == 500
     assert not any("dummy" in str(logger).lower() for logger in trainers[0].loggers)
     printed = capsys.readouterr().out
-    assert "RErr AutoAttack, test (n=4)" in printed
+    assert "RErr APGD-CE, test (n=4)" in printed
     assert "runs/ATAWP-Digits-s0" in printed
     assert type(load_checkpoint(folder / "checkpoints" / "best.ckpt")) is ATAWP
 

@@ -131,7 +131,7 @@ def test_the_page_of_a_run_shows_the_table_of_the_terminal(
     assert table["columns"][2].startswith("early-stopped (epoch ")
     rows = {row[0].strip(): row[1:] for row in table["data"]}
     assert rows["RLoss, test"][0] == f"{runs[0].summary['final/test/robust_loss']:.3f}"
-    assert set(rows) > {"RErr PGD, test (n=8)", "RErr AutoAttack, test (n=4)"}
+    assert set(rows) > {"RErr PGD, test (n=8)", "RErr APGD-CE, test (n=4)"}
 
 
 def test_checkpoints_are_artifacts_once_at_each_end_and_named_for_what_they_are(

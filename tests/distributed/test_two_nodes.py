@@ -85,5 +85,5 @@ def test_two_nodes_train_and_measure_as_one_run(tmp_path):
     assert results["num_examples"]["test/robust_loss"] == 9
     found = first["final"]["AutoAttack"]["final"]["test/autoattack_error"]
     assert results["final"]["test/autoattack_error"] == found
-    assert "AutoAttack, test" in (tmp_path / "node0.log").read_text()
+    assert "APGD-CE, test" in (tmp_path / "node0.log").read_text()
     assert "AutoAttack, test" not in (tmp_path / "node1.log").read_text()

@@ -86,4 +86,4 @@ def test_two_nodes_train_and_measure_as_one_run(tmp_path):
     found = first["final"]["AutoAttack"]["final"]["test/autoattack_error"]
     assert results["final"]["test/autoattack_error"] == found
     assert "APGD-CE, test" in (tmp_path / "node0.log").read_text()
-    assert "AutoAttack, test" not in (tmp_path / "node1.log").read_text()
+    assert "APGD-CE, test" not in (tmp_path / "node1.log").read_text()

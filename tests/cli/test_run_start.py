@@ -187,7 +187,7 @@ def test_wandb_opens_after_the_first_batch_and_misses_nothing(monkeypatch, opene
     (run,) = read_runs(Path("runs/AT-Digits-s0"))
     rates = [step["lr-SGD"] for step in run.history if "lr-SGD" in step]
     # One an epoch, the first of which came before the run was open.
-    assert rates == [0.05, 0.05]
+    assert rates == [0.1, 0.1]
     assert run.config["num_classes"] == run.config["model"]["init_args"]["num_classes"] == 10
 
 

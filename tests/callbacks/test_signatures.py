@@ -13,7 +13,7 @@ COMMON = {"batch_size": 128, "seed": 0}
 ATTACK = {
     **COMMON,
     **{"eps": None, "steps": 10, "step_size": None, "norm": "linf", "restarts": 1},
-    "precision": "float32",
+    **{"precision": "float32", "fold_batch_norm": False},
 }
 FLATNESS = {
     **{**ATTACK, "steps": 20, "num_perturbations": 10, "xi": 0.5, "protocol": "shared"},
@@ -50,6 +50,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         **{**STEP, "fraction": 1.0, "warmup": 0, "eps": 8 / 255, "step_size": None, "steps": 7},
         **{"norm": "linf", "keep": "best", "start": "paper", "mode": "eval"},
         **{"precision": "float32", "start_scale": 1.0, "projection": True},
+        "fold_batch_norm": False,
     },
     "AdversarialWeightPerturbation": {
         **{**STEP, "warmup": 0, "xi": 0.01, "steps": 1, "mode": "eval"},

@@ -127,10 +127,10 @@ def test_a_share_of_the_epochs_that_the_layers_below_ask_for():
     assert epochs("--config={trainer: {max_epochs: 10}}", share) == 4
     assert epochs(share, "--config={trainer: {max_epochs: 10}}") == 10
     # Shares multiply; and one epoch is the least.
-    assert epochs(share, "--config={epochs_share: 0.5}") == 16
-    assert epochs("--epochs_share=0.25", share) == 8
+    assert epochs(share, "--config={epochs_share: 0.5}") == 12
+    assert epochs("--epochs_share=0.25", share) == 6
     assert epochs("--epochs_share", "0.001") == 1
-    assert epochs("--config={on_data: {Digits: {epochs_share: 2}}}") == 160
+    assert epochs("--config={on_data: {Digits: {epochs_share: 2}}}") == 120
     assert "epochs_share" not in merged(share)
 
 

@@ -329,4 +329,4 @@ def test_rows_combine(build):
 def test_what_is_typed_wins_over_a_row(build):
     run = build("--model.lam=2", "--config=table1/trades.yaml", "--trainer.max_epochs=3")
     assert (run.model.lam, run.trainer.max_epochs) == (2, 3)
-    assert build("--epochs_share=0.5", "--config=table1/cyclic").trainer.max_epochs == 16
+    assert build("--epochs_share=0.5", "--config=table1/cyclic").trainer.max_epochs == 12

@@ -368,6 +368,7 @@ class AutoAttack(FinalMeasure, _HoldsAutoAttack):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
         if trainer.is_global_zero:
             self.measure.remove_verdicts()
 

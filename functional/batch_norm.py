@@ -111,7 +111,11 @@ def _scale(norm: Any, mean: Tensor) -> Tensor:
 
 def _statistics(norm: Any) -> Any:
     """The BatchNorm with the running statistics of a layer, or `None` if it is another layer."""
-    inner: Any = getattr(norm, "statistics", None) if hasattr(norm, "held_scale") else norm
+    inner: Any = norm
+    if hasattr(norm, "held_scale"):
+        # A subclass may compute something else.
+        is_own = "held_scale" in next(vars(c) for c in type(norm).__mro__ if "forward" in vars(c))
+        inner = getattr(norm, "statistics", None) if is_own else None
     return inner if type(inner) in BATCH_NORMS and inner.running_mean is not None else None
 
 
@@ -128,7 +132,10 @@ def _foldable_pairs(
     first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     compiled = any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in modules)
     layers = [] if compiled or first is None else [m for m in modules if _is_plain(m)]
-    key = type(model), *map(id, layers)
+    # Numbers, flags and strings may steer the way through the layers.
+    plain = (bool, int, float, str, type(None))
+    flags = [{n: v for n, v in vars(m).items() if isinstance(v, plain)} for m in modules]
+    key = type(model), [*map(id, layers)], flags
     known = _TRIALS.get(first) if layers else (key, [])
     if known is None or known[0] != key:
         trial = _Trial(layers)

@@ -5,6 +5,8 @@ import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager, nullcontext
+from functools import partial
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, Literal
 
 import numpy as np
@@ -295,7 +297,7 @@ def _tensors_and_values(network: nn.Module) -> tuple[dict[str, Tensor], dict[str
         # Numbers of hooks are never used twice.
         values[path] = (type(module), *map(tuple, hooks))
         own = {} if isinstance(module, torch.jit.ScriptModule) else vars(module)
-        held = {name: value for name, value in own.items() if isinstance(value, _PLAIN)}
+        held = {name: value for name, value in own.items() if _is_compared(value)}
         held |= dict(module.named_parameters(recurse=False))
         held |= dict(module.named_buffers(recurse=False))
         for name, value in held.items():
@@ -304,6 +306,13 @@ def _tensors_and_values(network: nn.Module) -> tuple[dict[str, Tensor], dict[str
             else:
                 values[f"{path}.{name}"] = value
     return tensors, values
+
+
+def _is_compared(value: Any) -> bool:
+    """Whether an attribute is a value, a function, or a tuple of such."""
+    if isinstance(value, tuple):
+        return all(map(_is_compared, value)) and not any(isinstance(v, Tensor) for v in value)
+    return isinstance(value, (*_PLAIN, FunctionType, BuiltinFunctionType, MethodType, partial))
 
 
 def equal(one: Tensor, other: Tensor) -> bool:

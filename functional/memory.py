@@ -32,7 +32,9 @@ class _Limit:
             except RuntimeError as error:
                 if count == 1 or not is_out_of_memory(error):
                     raise
-                self.count, self.is_announced = math.ceil(count / 2), False
+                # A pass inside may have halved it further.
+                self.count = math.ceil(min(count, self.count or count) / 2)
+                self.is_announced = False
             else:
                 self._announce()
                 return result

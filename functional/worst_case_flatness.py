@@ -242,7 +242,8 @@ class _JointAscent:
             ):
                 inputs = [*leaves.values()]
                 total, losses = self._pass(inputs, batches, adversarial, sharing, ascend)
-            iterates.append((total[0], losses))
+            # A view would keep the gradient of all weights.
+            iterates.append((total[0].clone(), losses))
             if ascend:
                 for name, gradient in split_like(total[1:], weights).items():
                     weight = weights[name]

@@ -145,7 +145,7 @@ class AutoAttackError(Measure):
     def measure(self, network: nn.Module, examples: Examples) -> Verdicts:
         # FAB calls `backward`, which would add to existing gradients of the parameters.
         network.requires_grad_(False)
-        correct = torch.zeros(len(examples), dtype=torch.bool)
+        correct = torch.zeros(len(examples), dtype=torch.bool, device=examples.images.device)
         for begin in range(0, len(examples), self.batch_size):
             part = slice(begin, begin + self.batch_size)
             images, labels = examples.images[part], examples.labels[part]
@@ -166,7 +166,7 @@ class AutoAttackError(Measure):
         if self.radius == 0 or not robust.any():
             return robust
         settings = {"eps": self.radius, "version": version, "attacks": attacks}
-        chunk = (images[robust].float(), labels[robust], logits.shape[1], batched)
+        chunk = (images[robust].float(), labels[robust].long(), logits.shape[1], batched)
 
         def run() -> Tensor:
             try:
@@ -176,7 +176,7 @@ class AutoAttackError(Measure):
                 return self._run_official(finite, *chunk, settings)
 
         # Its random numbers belong to places in the chunk, so that the chunk must stay whole.
-        robust[robust.clone()] = retried(run, len(chunk[0]))
+        robust[robust.clone()] = retried(run, self.batch_size if batched else len(chunk[0]))
         return robust
 
     @override
@@ -329,9 +329,11 @@ class _Finite:
 
 
 def _is_of_single_images(network: nn.Module, images: Tensor, logits: Tensor) -> bool:
-    """Whether logits stay the same in another order of the images, apart from rounding."""
+    """Whether logits stay the same among other images and in another order, but for rounding."""
+    others = 1 - images
     with torch.no_grad():
-        again = logits_function(network, images)(images.flip(0)).flip(0)
+        again = logits_function(network, images)(torch.cat([others, images.flip(0)]))
+    again = again[len(others) :].flip(0)
     scale = logits[logits.isfinite()].abs().amax().item() if logits.isfinite().any() else 0.0
     return torch.allclose(logits, again, rtol=0, atol=1e-4 * scale, equal_nan=True)
 

@@ -89,6 +89,8 @@ def test_no_measure_needs_float64_on_the_device(measure, monkeypatch):
 
 
 def test_autoattack_needs_no_float64_on_the_device(monkeypatch):
+    here = "robust_flatness.functional.evaluation.has_float64"
+    monkeypatch.setattr(here, lambda device: device != DEVICE)
     attack = AutoAttackError(attacks=["square"], eps=0.01)
     attack.square_queries = 2
     measured(monkeypatch, attack, refuses_float64=True)

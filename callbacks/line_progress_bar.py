@@ -44,7 +44,7 @@ class LineProgressBar(ProgressBar):
         self._progress: Progress | None = None
         self._printed = -math.inf
         self._metrics, self._left = "", ""
-        self._start = self._epoch_end = 0.0
+        self._start = 0.0
         self._first_epoch, self._is_training = 0, False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -66,14 +66,15 @@ class LineProgressBar(ProgressBar):
         # One restart goes without saying, as the line is short.
         text = text.replace(" × 1 restarts", "")
         start = f"{self._epoch()}  {text}" if self._is_training else text
-        # The first line of a measure is due only after its first seconds.
-        self._printed = max(self._printed, begin) if not self._is_terminal() else self._printed
 
         def advance(count: int = 1) -> None:
             nonlocal done
             done += count
-            left = (time.monotonic() - begin) / done * (total - done)
-            self._show(f"{start}  {done}/{total}  {_duration(left)} left", _MEASURES)
+            taken = time.monotonic() - begin
+            # In a log, only a measure that takes long has lines, and an epoch's line is kept.
+            if self._is_terminal() or taken >= _MEASURES:
+                left = taken / done * (total - done)
+                self._show(f"{start}  {done}/{total}  {_duration(left)} left", _MEASURES)
 
         if self._is_terminal():
             self._show(f"{start}  0/{total}", _MEASURES, now=True)
@@ -81,7 +82,7 @@ class LineProgressBar(ProgressBar):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start = self._epoch_end = time.monotonic()
+        self._start = time.monotonic()
         self._first_epoch, self._is_training = trainer.current_epoch, True
 
     @override
@@ -125,10 +126,9 @@ class LineProgressBar(ProgressBar):
             self._metrics = next(others, pairs[0] if pairs else "")
         else:
             self._metrics = epoch_text(rows[-1]) if rows and rows[-1]["epoch"] == epoch else ""
-        self._epoch_end = time.monotonic()
         epochs = trainer.max_epochs
         if epochs is not None and epochs > 0:
-            pace = (self._epoch_end - self._start) / (epoch + 1 - self._first_epoch)
+            pace = (time.monotonic() - self._start) / (epoch + 1 - self._first_epoch)
             self._left = f"{_duration(pace * (epochs - epoch - 1))} left"
         last = epoch + 1 == epochs or trainer.should_stop
         first = epoch == self._first_epoch

@@ -4,11 +4,11 @@ import io
 import re
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from torch.utils.data import DataLoader, TensorDataset
 
-from robust_flatness.callbacks import AutoAttack, LineProgressBar
+from robust_flatness.callbacks import AutoAttack, LineProgressBar, RobustEvaluation
 from robust_flatness.callbacks.line_progress_bar import epoch_text
 from robust_flatness.loggers import EpochCSVLogger
 
@@ -39,7 +39,7 @@ def data() -> TensorDataset:
     return TensorDataset(images, torch.arange(6) % 4)
 
 
-def shown(*, terminal: bool, epochs: int = 3) -> str:
+def shown(*callbacks: Callback, terminal: bool, epochs: int = 3) -> str:
     output = io.StringIO()
     console = Console(file=output, width=80, force_terminal=terminal)
     small = {"num_examples": 5}
@@ -47,7 +47,7 @@ def shown(*, terminal: bool, epochs: int = 3) -> str:
     trainer = Trainer(
         max_epochs=epochs,
         accelerator="cpu",
-        callbacks=[LineProgressBar(console), attack],
+        callbacks=[LineProgressBar(console), attack, *callbacks],
         logger=EpochCSVLogger(None),
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -70,6 +70,22 @@ def test_a_log_has_a_line_an_epoch_and_the_first_and_the_last_are_never_left_out
     counts = [re.search(r"test: AutoAttack, images  (\d/5)", line) for line in lines[3:]]
     # Images of a chunk are attacked together.
     assert [count[1] for count in counts if count] == ["2/5", "4/5", "5/5"]
+
+
+def test_a_log_has_the_lines_of_epochs_that_measure(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(
+        "robust_flatness.callbacks.line_progress_bar.time.monotonic", lambda: clock[0]
+    )
+
+    class Slow(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            clock[0] += 3
+
+    evaluation = RobustEvaluation(dataset=data(), num_examples=5, steps=1)
+    lines = shown(Slow(), evaluation, terminal=False).splitlines()
+    assert [line.split()[1] for line in lines] == ["0/2", "1/2", "2/2"]
+    assert all("test RLoss" in line for line in lines)
 
 
 def test_a_terminal_shows_one_line_of_80_columns(monkeypatch):

@@ -137,25 +137,8 @@ def evaluation_context(trainer: Trainer, module: LightningModule) -> Iterator[No
             stack.callback(module.register_forward_pre_hook(begin).remove)
             stack.callback(module.register_forward_hook(end, always_call=True).remove)
         stack.enter_context(evaluation.full_float32(module.device))
-        if trainer.world_size > 1:
-            _broadcast(list(module.buffers()))
+        Processes(trainer.global_rank, trainer.world_size).broadcast([*module.buffers()])
         yield
-
-
-@torch.no_grad()
-def _broadcast(tensors: Sequence[Tensor]) -> None:
-    """Copies the first process's tensors into those of all, one message for each type."""
-    groups: dict[Any, list[Tensor]] = {}
-    for tensor in tensors:
-        groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-    for group in groups.values():
-        flat = torch.cat([tensor.flatten() for tensor in group])
-        torch.distributed.broadcast(flat, src=0)
-        if torch.distributed.get_rank() == 0:
-            # Writing counts as a change of a tensor, also of its own values.
-            continue
-        for tensor, values in zip(group, flat.split([tensor.numel() for tensor in group])):
-            tensor.copy_(values.view_as(tensor))
 
 
 def _known_losses(trainer: Trainer, network: nn.Module, examples: Examples) -> KnownLosses:

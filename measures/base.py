@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from robust_flatness.functional.attack import PGD, Precision
@@ -394,14 +395,22 @@ class Processes:
         return dataclasses.replace(result, **received[0])  # type: ignore[type-var]
 
     def broadcast(self, value: Any) -> None:
-        """Copies the first process's tensors into those of nested containers, in place."""
-        if self.size == 1:
-            return
-        if isinstance(value, Tensor):
-            distributed.broadcast(value, src=0)
-        elif isinstance(value, (Mapping, list, tuple)):
-            for part in value.values() if isinstance(value, Mapping) else value:
-                self.broadcast(part)
+        """Copies the first process's tensors into those of nested containers, in place.
+
+        There is one message for all tensors of a type.
+        """
+        groups: dict[Any, list[Tensor]] = {}
+        for part in tree_leaves(value) if self.size > 1 else []:
+            if isinstance(part, Tensor):
+                groups.setdefault((part.dtype, part.device), []).append(part)
+        for group in groups.values():
+            flat = torch.cat([tensor.detach().flatten() for tensor in group])
+            distributed.broadcast(flat, src=0)
+            if self.rank == 0:
+                # Writing counts as a change of a tensor, also of its own values.
+                continue
+            for tensor, values in zip(group, flat.split([tensor.numel() for tensor in group])):
+                tensor.detach().copy_(values.view_as(tensor))
 
     def _gather(self, tensor: Tensor) -> list[Tensor]:
         tensors = [torch.empty_like(tensor) for _ in range(self.size)]

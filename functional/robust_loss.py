@@ -122,17 +122,15 @@ class AttackedSet:
         images, labels = self.images[part], self.labels[part]
         losses = torch.full(labels.shape, -math.inf, device=images.device)
         correct = torch.ones_like(labels, dtype=torch.bool)
+        known = {} if known is None else known
         for restart in range(self.restarts) if restarts is None else restarts:
             key = (type(self), self.pgd, self.seed, tuple(self._indices[part]), restart)
-            if known is not None and key in known:
-                restart_losses, restart_correct = known[key]
-            else:
+            if key not in known:
                 kept = self.attack_once(model, part, restart)
                 if kept.losses is None or kept.predictions is None:
                     raise _refusal(self.pgd)
-                restart_losses, restart_correct = kept.losses, kept.predictions == labels
-                if known is not None:
-                    known[key] = (restart_losses, restart_correct)
+                known[key] = kept.losses, kept.predictions == labels
+            restart_losses, restart_correct = known[key]
             losses = torch.maximum(losses.to(restart_losses), restart_losses)
             correct &= restart_correct
             if self.on_attack is not None:

@@ -160,11 +160,11 @@ class AutoAttackError(Measure):
         with torch.no_grad():
             logits = logits_function(network, images)(images)
         robust = predicted_classes(logits) == labels
-        batched = self.larger_batches and _is_of_single_images(network, images, logits)
         version, attacks = self._attacks_for(logits.shape[1], images)
         # With a radius of 0 there is nothing to search, and some attacks divide by it.
         if self.radius == 0 or not robust.any():
             return robust
+        batched = self.larger_batches and _is_of_single_images(network, images, logits)
         settings = {"eps": self.radius, "version": version, "attacks": attacks}
         chunk = (images[robust].float(), labels[robust].long(), logits.shape[1], batched)
 

@@ -19,7 +19,6 @@ from rich.console import Console
 from rich.table import Table
 from typing_extensions import override
 
-from robust_flatness.callbacks.final_evaluation import AutoAttack
 from robust_flatness.callbacks.trajectory import (
     Trajectory,
     datamodule_of,
@@ -29,7 +28,7 @@ from robust_flatness.callbacks.trajectory import (
 from robust_flatness.loggers.epoch_csv import EpochCSVLogger
 from robust_flatness.loggers.wandb import log_summary, warn_on_failure
 from robust_flatness.run_folder.attack_checks import attack_checks, class_errors, error_curve
-from robust_flatness.run_folder.environment import hardware, versions
+from robust_flatness.run_folder.environment import hardware, shown, versions
 from robust_flatness.run_folder.files import write_arrays, write_json
 from robust_flatness.run_folder.metrics import LOSSES, metric
 from robust_flatness.run_folder.summary import summary_table
@@ -152,7 +151,7 @@ class Results(Callback):
                 write_arrays(path.with_suffix(".npz"), arrays)
             write_json(self._folder / name, results)
         with warn_on_failure("print the table of results"):
-            self._table = summary_table(results, folder=_short(self._folder))
+            self._table = summary_table(results, folder=self._folder and shown(self._folder))
         for logger in trainer.loggers if self._table and trainer.state.fn == "fit" else []:
             if isinstance(logger, WandbLogger):
                 with warn_on_failure("log the table of results to Weights & Biases"):
@@ -174,14 +173,12 @@ class Results(Callback):
 
 
 def _gather(trainer: Trainer) -> dict[str, dict[str, Any]]:
-    parts = ("final", "early_stopped", "num_examples")
-    measured: dict[str, dict[str, Any]] = {part: {} for part in (*parts, "attacks")}
+    parts = ("final", "early_stopped", "num_examples", "attacks")
+    measured: dict[str, dict[str, Any]] = {part: {} for part in parts}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         results = getattr(callback, "final_results", None) or {}
-        for part in parts:
+        for part in measured:
             measured[part] |= results.get(part) or {}
-        if isinstance(callback, AutoAttack):
-            measured["attacks"] |= callback.attacks
     return measured
 
 
@@ -242,9 +239,3 @@ def _fill_in(results: dict[str, Any]) -> None:
         row = rows.get(epoch, {})
         # Metrics of a split, not such as a learning rate.
         results[part] = {k: v for k, v in row.items() if metric(k).split} | results[part]
-
-
-def _short(folder: Path | None) -> Path | None:
-    """The folder relative to the current directory if it is inside."""
-    inside = folder is not None and folder.is_absolute() and folder.is_relative_to(Path.cwd())
-    return folder.relative_to(Path.cwd()) if folder is not None and inside else folder

@@ -67,7 +67,7 @@ from robust_flatness.lightning_modules import AT
 from robust_flatness.loggers import EpochCSVLogger, EpochWandbLogger, make_wandb_logger
 from robust_flatness.run_folder.checkpoint_io import AtomicCheckpointIO
 from robust_flatness.run_folder.claim import RunFolder, is_first_process
-from robust_flatness.run_folder.environment import started_as
+from robust_flatness.run_folder.environment import shown, started_as
 
 for message in (".*LeafSpec.*", ".*does not have many workers.*"):
     # Said by Lightning about itself, and about data that is in memory already.
@@ -262,8 +262,7 @@ class CLI(LightningCLI):
         """Prints the commands that follow `fit`, in the form that this process was started in."""
         if self.subcommand != "fit" or self._folder is None or not self.trainer.is_global_zero:
             return
-        folder = self._folder.path
-        folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+        folder = shown(self._folder.path)
         command = shlex.join([*started_as(), "report", str(folder.parent)])
         print(f"Tables and figures of all runs: {command}")
         if any((folder / "wandb").glob("offline-run-*")):

@@ -19,7 +19,7 @@ from robust_flatness.callbacks.fixed_images import ROUNDING
 from robust_flatness.lightning_modules import AT, External
 from robust_flatness.loggers import EpochCSVLogger, EpochWandbLogger
 from robust_flatness.networks import Normalize
-from robust_flatness.run_folder.environment import started_as
+from robust_flatness.run_folder.environment import shown, started_as
 
 # Statuses of processes that a signal ended, as shells report them.
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
@@ -158,6 +158,4 @@ def resume_command(folder: Path) -> str | None:
     last = folder / "checkpoints" / "last.ckpt"
     if not last.is_file():
         return None
-    if last.is_relative_to(Path.cwd()):
-        last = last.relative_to(Path.cwd())
-    return shlex.join([*started_as(), "fit", "--ckpt_path", str(last)])
+    return shlex.join([*started_as(), "fit", "--ckpt_path", str(shown(last))])

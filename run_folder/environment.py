@@ -22,6 +22,12 @@ def started_as() -> list[str]:
     return ["python", script] if script.endswith(".py") else [Path(script).name]
 
 
+def shown(path: Path) -> Path:
+    """Returns a path as commands and messages show it: relative if it is inside the folder here."""
+    inside = path.is_absolute() and path.is_relative_to(Path.cwd())
+    return path.relative_to(Path.cwd()) if inside else path
+
+
 def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str | None]:
     """Returns the version of Python and of packages, None for one that is not installed.
 

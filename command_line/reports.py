@@ -29,9 +29,9 @@ def report(
     """
     from robust_flatness.reporting.report import write_report
     from robust_flatness.reporting.table1 import terminal_table
+    from robust_flatness.study.plan import split_names
 
-    others = finished.split(",") if isinstance(finished, str) else finished
-    others = [name.strip() for name in others if name.strip()]
+    others = split_names(finished)
     written = write_report(runs, folder, data=data, published=published, further=others)
     models, console = written.models, Console()
     console.print(terminal_table(written.table, console.width))

@@ -21,6 +21,7 @@ from robust_flatness.study.plan import (
     counted,
     make_plan,
     print_plain,
+    split_names,
 )
 from robust_flatness.study.pool import Pool
 from robust_flatness.study.state import (
@@ -84,7 +85,7 @@ def study(
     """
     console = Console()
     chosen: dict[str, Any] = {"rows": rows, "sweep": sweep, "configs": configs}
-    chosen = {key: _names(names) for key, names in chosen.items()}
+    chosen = {key: split_names(names) for key, names in chosen.items()}
     if isinstance(seeds, int):
         if not 1 <= seeds <= _MAX_SEEDS:
             raise ValueError(f"Expected `--seeds` to be in [1, {_MAX_SEEDS}] but got {seeds}.")
@@ -99,7 +100,7 @@ def study(
         raise ValueError(f"Expected `--root` to be a folder but {existing} is a file.")
     common: dict[str, Any] = {"data": data, "seeds": seeds, "options": options or []}
     plan = make_plan(command_line, **chosen, **common, root=folder)
-    names = _names(only)
+    names = split_names(only)
     unknown = sorted(set(names) - {run.name for run in plan})
     if unknown:
         raise ValueError(
@@ -107,14 +108,14 @@ def study(
             f"{', '.join(unknown)}."
         )
     plan = [run for run in plan if run.name in names] if names else plan
-    others = _names(finished)
+    others = split_names(finished)
     plan, not_used = use_kept_runs(plan, others, command_line.all_settings)
     for run in plan:
         if run.folder.parent == folder:
             check_same_study(run, command_line.read_options)
     _check_arguments(plan, command_line)
     if sweep_file is not None:
-        choice = {**chosen, "seeds": seeds, "root": [root], "data": _names(data or "")}
+        choice = {**chosen, "seeds": seeds, "root": [root], "data": split_names(data or "")}
         write_sweep(sweep_file, plan, choice, options or [], console)
         return
     console.print(plan_table(plan, jobs))
@@ -193,11 +194,6 @@ def plan_table(plan: Sequence[PlannedRun], jobs: int) -> Table:
             "epoch in the finished runs."
         )
     return table
-
-
-def _names(names: list[str] | str) -> list[str]:
-    names = names.split(",") if isinstance(names, str) else names
-    return [name.strip() for name in names if name.strip()]
 
 
 def _check_arguments(plan: Sequence[PlannedRun], command_line: CommandLine) -> None:

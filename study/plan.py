@@ -229,3 +229,9 @@ def counted(runs: int) -> str:
 def print_plain(console: Console, text: str) -> None:
     """Prints names, paths and errors, which may contain brackets that are no markup."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def split_names(names: list[str] | str) -> list[str]:
+    """Returns the names in a list, or in a text with commas."""
+    names = names.split(",") if isinstance(names, str) else names
+    return [name.strip() for name in names if name.strip()]

@@ -96,17 +96,22 @@ def check_same_study(
             "start: choose another root."
         ) from None
     now = flat(jsonable(run.settings))
+    if changes := _changes(before, now, [*before, *now]):
+        raise ValueError(
+            f"Expected the same settings for {run.folder} but it was trained with {changes}: "
+            "choose another root."
+        )
+
+
+def _changes(before: Mapping[str, str], now: Mapping[str, str], names: Sequence[str]) -> str:
+    """Lists the settings of these names that have changed; empty if none has."""
     changes = [
         f"{name}={before.get(name, '(not set)')}, now {now.get(name, '(not set)')}"
-        for name in dict.fromkeys([*before, *now])
+        for name in dict.fromkeys(names)
         if before.get(name) != now.get(name)
     ]
-    if changes:
-        more = f"; and {len(changes) - _LISTED} more" if len(changes) > _LISTED else ""
-        raise ValueError(
-            f"Expected the same settings for {run.folder} but it was trained with "
-            f"{'; '.join(changes[:_LISTED])}{more}: choose another root."
-        )
+    more = f"; and {len(changes) - _LISTED} more" if len(changes) > _LISTED else ""
+    return "; ".join(changes[:_LISTED]) + more
 
 
 def use_kept_runs(
@@ -135,24 +140,18 @@ def use_kept_runs(
             kept.setdefault(run.name, []).append(run)
     result, sentences = [], []
     for planned in plan:
-        for run in kept.get(planned.name, []) if results_of(planned) is None else []:
+        same_name = kept.get(planned.name, []) if results_of(planned) is None else []
+        if same_name:
             now = _comparable(jsonable(all_settings(planned.arguments)))
-            before = _comparable(run.settings)
             asked = {*_comparable(jsonable(planned.settings["files"]))}
             asked |= {part.lstrip("-").partition("=")[0] for part in planned.settings["typed"]}
-            changes = [
-                f"{name}={before.get(name, '(not set)')}, now {now.get(name, '(not set)')}"
-                for name in [*before, *sorted(asked & now.keys() - before.keys())]
-                if before.get(name) != now.get(name)
-            ]
-            if not changes:
+        for run in same_name:
+            before = _comparable(run.settings)
+            names = [*before, *sorted(asked & now.keys() - before.keys())]
+            if not (changes := _changes(before, now, names)):
                 planned = replace(planned, folder=run.folder)
                 break
-            more = f"; and {len(changes) - _LISTED} more" if len(changes) > _LISTED else ""
-            sentences.append(
-                f"{run.folder} is not used, as it was trained with "
-                f"{'; '.join(changes[:_LISTED])}{more}."
-            )
+            sentences.append(f"{run.folder} is not used, as it was trained with {changes}.")
         result.append(planned)
     return result, sentences
 

@@ -326,15 +326,15 @@ class AutoAttack(FinalMeasure, _HoldsAutoAttack):
     `EpochCSVLogger` names, verdicts of finished chunks are kept until the run has ended: a run that
     was killed in between reads them from there.
 
-    Names of metrics are the same for all versions and attacks. Results say which ran, also
+    Names of metrics are the same for all versions and attacks. `attacks` says which ran, also in
     `results.json`; tables and reports call an error AutoAttack only if it is by `standard`.
 
     Args:
         **kwargs: Arguments of `FixedImages` and of `measures.AutoAttackError`.
 
     Attributes:
-        final_results: Also `attacks`: by the name of the metric, `autoattack` for `standard`, else
-            such as `apgd-ce+apgd-t`.
+        attacks: By the name of the metric, `autoattack` for `standard`, else such as
+            `apgd-ce+apgd-t`; empty before measuring.
 
     Raises:
         ValueError: If an argument is out of range; before training, if an attack does not work
@@ -347,12 +347,12 @@ class AutoAttack(FinalMeasure, _HoldsAutoAttack):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.final_results["attacks"] = {}
+        self.attacks: dict[str, str] = {}
 
     @override
     def keep(self, weights: str, split: str, measure: Measure, result: Any) -> Metrics:
         metrics = super().keep(weights, split, measure, result)
-        self.final_results["attacks"] |= dict.fromkeys(metrics, result.attacks)
+        self.attacks |= dict.fromkeys(metrics, result.attacks)
         return metrics
 
     @override

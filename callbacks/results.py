@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from typing_extensions import override
 
+from robust_flatness.callbacks.final_evaluation import AutoAttack
 from robust_flatness.callbacks.trajectory import (
     Trajectory,
     datamodule_of,
@@ -173,12 +174,14 @@ class Results(Callback):
 
 
 def _gather(trainer: Trainer) -> dict[str, dict[str, Any]]:
-    parts = ("final", "early_stopped", "num_examples", "attacks")
-    measured: dict[str, dict[str, Any]] = {part: {} for part in parts}
+    parts = ("final", "early_stopped", "num_examples")
+    measured: dict[str, dict[str, Any]] = {part: {} for part in (*parts, "attacks")}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         results = getattr(callback, "final_results", None) or {}
-        for part in measured:
+        for part in parts:
             measured[part] |= results.get(part) or {}
+        if isinstance(callback, AutoAttack):
+            measured["attacks"] |= callback.attacks
     return measured
 
 

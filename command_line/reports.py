@@ -27,6 +27,10 @@ def report(
         published: Whether to show the paper's numbers beside yours.
         finished: Further folders with runs, such as docs/studies/cifar10_small.
     """
+    from robust_flatness.run_folder.runs import check_root
+
+    # Before pandas and Matplotlib are loaded, which takes seconds.
+    check_root(runs)
     from robust_flatness.reporting.report import write_report
     from robust_flatness.reporting.table1 import terminal_table
     from robust_flatness.study.plan import split_names

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from robust_flatness.functional.batch_norm import folded_batch_norm, held_scales
 from robust_flatness.functional.checks import (
     check_choice,
     check_count,
@@ -24,6 +23,7 @@ from robust_flatness.functional.evaluation import (
     bfloat16_autocast,
     differentiable,
     has_bfloat16,
+    held_scales,
     logits_function,
     predicted_classes,
     to_float32,
@@ -172,8 +172,12 @@ class PGD:
             network = logits_function(model, images)
             # Tensors made under inference mode cannot be saved for backward, their clones can.
             images, labels = to_float32(images.detach()).clone(), labels.clone()
-            fold = self.fold_batch_norm and self.steps and len(images)
-            folded = folded_batch_norm(model, network, images[:1]) if fold else nullcontext()
+            folded: AbstractContextManager[None] = nullcontext()
+            if self.fold_batch_norm and self.steps and len(images):
+                # Imported late: other projects load the callbacks without this option.
+                from robust_flatness.functional.batch_norm import folded_batch_norm
+
+                folded = folded_batch_norm(model, network, images[:1])
             if self.precision == "float32" or not self.steps or not has_bfloat16(images.device):
                 with folded:
                     return self._search(network, images, labels, start, criterion)

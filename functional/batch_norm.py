@@ -20,28 +20,6 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 @contextmanager
-def held_scales(model: Model) -> Iterator[None]:
-    """Computes `weight_offset + weight` of layers that have `held_scale` once for all forwards.
-
-    Weights get no gradient inside, and must not change. Results are equal bit for bit.
-    """
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    layers: list[Any] = [module for module in modules if hasattr(module, "held_scale")]
-    before = [layer.held_scale for layer in layers]
-    try:
-        if layers:
-            weights = [layer.weight for layer in layers]
-            with torch.no_grad():
-                scales = torch._foreach_add(weights, [layer.weight_offset for layer in layers])
-            for layer, weight, scale in zip(layers, weights, scales):
-                layer.held_scale = weight, scale
-        yield
-    finally:
-        for layer, held in zip(layers, before):
-            layer.held_scale = held
-
-
-@contextmanager
 def folded_batch_norm(
     model: Model, logits: Callable[[Tensor], Tensor], image: Tensor
 ) -> Iterator[None]:
@@ -132,9 +110,11 @@ def _foldable_pairs(
     first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     compiled = any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in modules)
     layers = [] if compiled or first is None else [m for m in modules if _is_plain(m)]
-    # Numbers, flags and strings may steer the way through the layers.
+    # Numbers, flags and strings may steer the way through the layers, but for private ones, in
+    # which Lightning's modules keep what they are doing.
     plain = (bool, int, float, str, type(None))
-    flags = [{n: v for n, v in vars(m).items() if isinstance(v, plain)} for m in modules]
+    held = ({n: v for n, v in vars(m).items() if n[0] != "_"} for m in modules)
+    flags = [{n: v for n, v in public.items() if isinstance(v, plain)} for public in held]
     key = type(model), [*map(id, layers)], flags
     known = _TRIALS.get(first) if layers else (key, [])
     if known is None or known[0] != key:

@@ -186,6 +186,28 @@ def without_tf32() -> Iterator[None]:
 
 
 @contextmanager
+def held_scales(model: Model) -> Iterator[None]:
+    """Computes `weight_offset + weight` of layers that have `held_scale` once for all forwards.
+
+    Weights get no gradient inside, and must not change. Results are equal bit for bit.
+    """
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    layers: list[Any] = [module for module in modules if hasattr(module, "held_scale")]
+    before = [layer.held_scale for layer in layers]
+    try:
+        if layers:
+            weights = [layer.weight for layer in layers]
+            with torch.no_grad():
+                scales = torch._foreach_add(weights, [layer.weight_offset for layer in layers])
+            for layer, weight, scale in zip(layers, weights, scales):
+                layer.held_scale = weight, scale
+        yield
+    finally:
+        for layer, held in zip(layers, before):
+            layer.held_scale = held
+
+
+@contextmanager
 def module_modes(model: Model, mode: Mode = "eval") -> Iterator[None]:
     """Puts every module of a network into one mode and restores the mode of each.
 

@@ -23,7 +23,6 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from rich.table import Table
 from typing_extensions import override
 
-from robust_flatness.loggers.wandb_login import check_settings, offline_mode, why_no_login
 from robust_flatness.run_folder.metrics import metric
 
 # Names with these prefixes are logged once an epoch. All others keep Lightning's axis, the global
@@ -194,6 +193,9 @@ def make_wandb_logger(
     settings: dict[str, Any] = {"group": group, "tags": list(tags), "entity": entity}
     settings["resume"] = "allow"
     if getattr(rank_zero_only, "rank", 0) == 0:
+        # Imported late: other projects, which load the callbacks, make their own loggers.
+        from robust_flatness.loggers.wandb_login import check_settings, offline_mode, why_no_login
+
         path = Path(folder) / "wandb" / "run_id"
         # A new id does not use the random generators that training is seeded with.
         run_id = path.read_text(encoding="utf-8").strip() if path.exists() else secrets.token_hex(4)

@@ -96,6 +96,12 @@ class LeftOut(NamedTuple):
     reason: str
 
 
+def check_root(root: Path) -> None:
+    """Raises if a folder of runs does not exist."""
+    if not root.is_dir():
+        raise ValueError(f"Expected `runs` to be a folder with run folders but got {root}.")
+
+
 def find_runs(root: str | Path) -> tuple[list[Run], list[LeftOut]]:
     """Reads all runs below a folder, or in it, sorted by path.
 
@@ -106,8 +112,7 @@ def find_runs(root: str | Path) -> tuple[list[Run], list[LeftOut]]:
         ValueError: If `root` is not a folder.
     """
     root = Path(root)
-    if not root.is_dir():
-        raise ValueError(f"Expected `runs` to be a folder with run folders but got {root}.")
+    check_root(root)
     folders = {path.parent for name in (_RESULTS, _CONFIG) for path in root.rglob(name)}
     runs: list[Run] = []
     left_out: list[LeftOut] = []

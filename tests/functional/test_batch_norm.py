@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from robust_flatness.functional.attack import PGD
-from robust_flatness.functional.batch_norm import folded_batch_norm, held_scales
+from robust_flatness.functional.batch_norm import folded_batch_norm
+from robust_flatness.functional.evaluation import held_scales
 from robust_flatness.functional.flatness import average_case_flatness
 from robust_flatness.lightning_modules import AT
 from robust_flatness.measures import RobustLoss

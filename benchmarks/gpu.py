@@ -12,6 +12,7 @@ The package need not be installed.
 
 import argparse
 import json
+import os
 import sys
 import time
 import types
@@ -22,6 +23,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from lightning.pytorch import Callback
@@ -187,11 +189,13 @@ def train(
     # A trainer sets the global flag when it is built.
     settings: dict[str, Any] = {"precision": precision, "benchmark": benchmark}
     settings |= {"accelerator": options.device, "strategy": strategy, "max_epochs": options.rounds}
-    try:
-        quiet_trainer(callbacks=[timer, counted], **settings).fit(model, datamodule=data)
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    # DDP leaves the ranks of its processes in the environment, where the next one would find them.
+    with patch.dict(os.environ):
+        try:
+            quiet_trainer(callbacks=[timer, counted], **settings).fit(model, datamodule=data)
+        finally:
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
     epochs = [STEPS_OF_EPOCH * seconds for seconds in timer.seconds]
     return {"seconds": timer.seconds, "seconds_an_epoch_of_50000": epochs, **counted.counts}
 

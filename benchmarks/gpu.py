@@ -189,13 +189,16 @@ def train(
     # A trainer sets the global flag when it is built.
     settings: dict[str, Any] = {"precision": precision, "benchmark": benchmark}
     settings |= {"accelerator": options.device, "strategy": strategy, "max_epochs": options.rounds}
-    # DDP leaves the ranks of its processes in the environment, where the next one would find them.
+    # DDP leaves the ranks of its processes in the environment, where the next trainer would read
+    # them, and sets the number of threads.
+    threads = torch.get_num_threads()
     with patch.dict(os.environ):
         try:
             quiet_trainer(callbacks=[timer, counted], **settings).fit(model, datamodule=data)
         finally:
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
+            torch.set_num_threads(threads)
     epochs = [STEPS_OF_EPOCH * seconds for seconds in timer.seconds]
     return {"seconds": timer.seconds, "seconds_an_epoch_of_50000": epochs, **counted.counts}
 

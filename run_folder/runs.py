@@ -96,9 +96,9 @@ class LeftOut(NamedTuple):
     reason: str
 
 
-def check_root(root: Path) -> None:
+def check_root(root: str | Path) -> None:
     """Raises if a folder of runs does not exist."""
-    if not root.is_dir():
+    if not Path(root).is_dir():
         raise ValueError(f"Expected `runs` to be a folder with run folders but got {root}.")
 
 
@@ -111,8 +111,8 @@ def find_runs(root: str | Path) -> tuple[list[Run], list[LeftOut]]:
     Raises:
         ValueError: If `root` is not a folder.
     """
-    root = Path(root)
     check_root(root)
+    root = Path(root)
     folders = {path.parent for name in (_RESULTS, _CONFIG) for path in root.rglob(name)}
     runs: list[Run] = []
     left_out: list[LeftOut] = []

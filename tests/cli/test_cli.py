@@ -254,6 +254,21 @@ def test_the_papers_set_up_holds_what_its_name_says(capsys):
     assert config["autoattack"]["version"] == "standard"
 
 
+def test_the_digits_preset_has_a_full_version(capsys):
+    small = parsed("fit", "--model", "ATAWP", capsys=capsys)
+    full = parsed("fit", "--model", "ATAWP", "--config", "digits_full.yaml", capsys=capsys)
+    for name in ("model", "data", "trainer", "seed_everything"):
+        assert full[name] == small[name]
+    final = full["final"]
+    assert (final["steps"], final["restarts"], final["num_perturbations"]) == (20, 10, 10)
+    assert final["extras"] == ["worst"]
+    assert (full["autoattack"]["version"], full["autoattack"]["attacks"]) == ("standard", None)
+    # All images that there are.
+    assert final["num_examples"] == full["autoattack"]["num_examples"] == 600
+    assert full["data"]["init_args"]["num_test"] == 600
+    assert full["flatness"]["every_n_epochs"] == full["evaluation"]["every_n_epochs"] == 1
+
+
 def test_short_names_choose_networks_optimizers_and_callbacks(trainers):
     main(
         [

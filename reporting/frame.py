@@ -35,8 +35,8 @@ _LOOK = {"without", "trainer.logger", "trainer.callbacks", "trainer.profiler"}
 _LOOK |= {"trainer.enable_progress_bar", "trainer.enable_model_summary"}
 _LOOK |= {"trainer.log_every_n_steps", "trajectory.figures"}
 _IGNORED = _PLACE | _HARDWARE | _LOOK
-# Defaults of settings that older runs lack.
-_LATER = {"model.fast": True}
+# Defaults of arguments, of the model or of measures, that older runs lack.
+_LATER = {"fast": True, "fold_batch_norm": False}
 # Sections that only measure, and the images that they measure on.
 _MEASURES = {"evaluation", "train_evaluation", "flatness", "train_flatness", "worst_flatness"}
 _MEASURES |= {"early_stopping", "best_checkpoint", "trajectory", "final", "autoattack"}
@@ -335,7 +335,8 @@ def natural_key(text: str) -> list[tuple[int, str]]:
 def _set_values(run: Run) -> dict[str, Any]:
     """Settings that have a value: an option that an older version lacks is not set."""
     flat = {"data": run.data} | flat_settings(run.settings)
-    return {name: value for name, value in flat.items() if value not in (None, _LATER.get(name))}
+    later = ((name, value, _LATER.get(name.rsplit(".", 1)[-1])) for name, value in flat.items())
+    return {name: value for name, value, default in later if value not in (None, default)}
 
 
 def _training_key(run: Run) -> tuple[str, int | None, str]:

@@ -68,15 +68,17 @@ def test_another_measure_is_no_other_training(section):
     assert kept(run("a", settings={}), run("b", settings=settings)) == ["b"]
 
 
-def test_a_run_from_before_fast_is_the_model_of_one_that_is():
+@pytest.mark.parametrize(("name", "default"), [("fast", True), ("fold_batch_norm", False)])
+def test_a_run_from_before_an_argument_is_the_model_of_one_with_its_default(name, default):
     plain = make_run().settings
-    model = plain["model"]
+    model, flatness = plain["model"], plain.get("flatness", {})
 
-    def with_fast(value):
-        arguments = {**model.get("init_args", {}), "fast": value}
-        return {**plain, "model": {**model, "init_args": arguments}}
+    def with_argument(value):
+        arguments = {**model.get("init_args", {}), name: value}
+        measure = {**flatness, name: value}
+        return {**plain, "model": {**model, "init_args": arguments}, "flatness": measure}
 
-    before, after = run("a", seed=0), run("b", seed=1, settings=with_fast(True))
+    before, after = run("a", seed=0), run("b", seed=1, settings=with_argument(default))
     assert len(group_runs([before, after])) == 1
-    assert len(group_runs([before, run("c", seed=1, settings=with_fast(False))])) == 2
-    assert kept(before, run("d", seed=0, settings=with_fast(True))) == ["d"]
+    assert len(group_runs([before, run("c", seed=1, settings=with_argument(not default))])) == 2
+    assert kept(before, run("d", seed=0, settings=with_argument(default))) == ["d"]

@@ -34,7 +34,9 @@ _HARDWARE |= {"data.num_workers", "data.in_memory"}
 _LOOK = {"without", "trainer.logger", "trainer.callbacks", "trainer.profiler"}
 _LOOK |= {"trainer.enable_progress_bar", "trainer.enable_model_summary"}
 _LOOK |= {"trainer.log_every_n_steps", "trajectory.figures"}
-_IGNORED = _PLACE | _HARDWARE | _LOOK
+# They add metrics and change none.
+_MORE = {"final.extras"}
+_IGNORED = _PLACE | _HARDWARE | _LOOK | _MORE
 # Defaults of arguments, of the model or of measures, that older runs lack.
 _LATER = {"fast": True, "fold_batch_norm": False}
 # Sections that only measure, and the images that they measure on.
@@ -284,7 +286,7 @@ def metric_values(rows: Iterable[tuple[str, Metrics, Metrics, Mapping[str, int]]
 
 
 def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by their names on the command line, without those of place, hardware and look.
+    """Settings by their names on the command line, without those that change no metric.
 
     Example:
         >>> flat_settings({"model": {"class_path": "pkg.AT", "init_args": {"eps": 0.2}}})

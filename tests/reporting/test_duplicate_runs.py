@@ -82,3 +82,11 @@ def test_a_run_from_before_an_argument_is_the_model_of_one_with_its_default(name
     assert len(group_runs([before, after])) == 1
     assert len(group_runs([before, run("c", seed=1, settings=with_argument(not default))])) == 2
     assert kept(before, run("d", seed=0, settings=with_argument(default))) == ["d"]
+
+
+def test_a_seed_with_more_measures_is_a_replica():
+    few = run("a", seed=0, settings={"final": {"steps": 10, "extras": ["worst"]}})
+    more = run("b", seed=1, settings={"final": {"steps": 10, "extras": ["all"]}})
+    assert len(group_runs([few, more])) == 1
+    weaker = run("c", seed=1, settings={"final": {"steps": 5, "extras": ["all"]}})
+    assert len(group_runs([few, weaker])) == 2

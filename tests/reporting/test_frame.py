@@ -106,12 +106,12 @@ def test_a_networks_own_argument_of_such_a_name_matters():
 
 
 def test_an_option_that_an_older_version_lacks_is_one_that_is_not_set():
-    newer = {"final": {"extras": None}}
+    newer = {"autoattack": {"attacks": None}}
     assert labels([trades(0), trades(1, settings=newer)]) == ["TRADES"]
-    set_ = {"final": {"extras": ["worst"]}}
+    set_ = {"autoattack": {"attacks": ["square"]}}
     assert labels([trades(0), trades(1, settings=set_)]) == [
-        "TRADES final.extras=None",
-        "TRADES final.extras=['worst']",
+        "TRADES autoattack.attacks=None",
+        "TRADES autoattack.attacks=['square']",
     ]
 
 

@@ -25,17 +25,23 @@ ROOT_PAGES = {
 LINK = re.compile(r"(\]\()(?!https?:|#)([^)#\s]+)")
 NOTEBOOK = "notebooks/quickstart"
 API = "api/"
+INLINE_CODE = re.compile(r"(?<!</span>)<code>[^<]+</code>")
+OPTION = re.compile(r"--[\w.]+")
+PRIVATE_BASE = re.compile(r', <code><span title="[^"]*">_\w+</span></code>')
 # Holds the packages under their import name while the site is built.
 links = tempfile.TemporaryDirectory()
 
 
-class ExampleSections(Extension):
-    """Reads sections `Example` as griffe's `Examples`, so that they are shown as code."""
+class Sections(Extension):
+    """Reads sections `Example` as griffe's `Examples`, and `Shape` as a list like the others."""
 
     def on_object(self, *, obj: Object, **_: Any) -> None:
         """Changes the docstring of a module, class or function."""
         if obj.docstring:
-            obj.docstring.value = re.sub(r"(?m)^Example:$", "Examples:", obj.docstring.value)
+            value = re.sub(r"(?m)^Example:$", "Examples:", obj.docstring.value)
+            shape = re.compile(r"(?m)^Shape:\n((?: {4}.+\n?)+)")
+            value = shape.sub(lambda m: f"**Shape:**\n\n- {' '.join(m[1].split())}\n", value)
+            obj.docstring.value = value
 
 
 @event_priority(100)  # before mkdocstrings
@@ -105,3 +111,12 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
         return match[1] + posixpath.relpath(target, posixpath.dirname(uri) or ".")
 
     return LINK.sub(site_link, markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Keeps the names of options on one line, and leaves out private base classes."""
+
+    def unbroken(code: re.Match[str]) -> str:
+        return OPTION.sub(r'<span class="option">\g<0></span>', code[0])
+
+    return PRIVATE_BASE.sub("", INLINE_CODE.sub(unbroken, html))

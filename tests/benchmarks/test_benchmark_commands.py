@@ -144,6 +144,16 @@ def test_flags_of_a_part_are_set_and_restored_even_if_it_fails(benchmark):
     assert global_flags() == before
 
 
+def test_a_profile_names_the_operations_of_a_step(benchmark, capsys):
+    benchmark("training").profile("ATAWP", batch=2, width=2)
+    printed = capsys.readouterr().out
+    assert "ATAWP, ResNet-18 of width 2, three steps of 2 images" in printed
+    # Forwards of 20 convolutions a pass: eight of PGD-7 with the best iterate, one for the weight
+    # perturbation and one for the step.
+    line = next(line for line in printed.splitlines() if "aten::convolution " in line)
+    assert int(line.split()[-1]) == 3 * 20 * 10
+
+
 @pytest.mark.slow
 def test_scaling_compares_one_process_and_two(benchmark, capsys):
     light = ["--model.steps=1", "--data.num_train=64", "--trainer.max_epochs=1"]

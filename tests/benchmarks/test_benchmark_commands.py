@@ -145,7 +145,7 @@ def test_flags_of_a_part_are_set_and_restored_even_if_it_fails(benchmark):
 
 
 def test_a_profile_names_the_operations_of_a_step(benchmark, capsys):
-    benchmark("training").profile("ATAWP", batch=2, width=2)
+    benchmark("training").profile("ATAWP", batch=2, width=2, rows=200)
     printed = capsys.readouterr().out
     assert "ATAWP, ResNet-18 of width 2, three steps of 2 images" in printed
     # Forwards of 20 convolutions a pass: eight of PGD-7 with the best iterate, one for the weight

@@ -27,7 +27,7 @@ NOTEBOOK = "notebooks/quickstart"
 API = "api/"
 INLINE_CODE = re.compile(r"(?<!</span>)<code>[^<]+</code>")
 OPTION = re.compile(r"--[\w.]+")
-PRIVATE_BASE = re.compile(r', <code><(\w+)[^>]*>_\w+</\1></code>')
+PRIVATE_BASE = re.compile(r", <code><(\w+)[^>]*>_\w+</\1></code>")
 # Holds the packages under their import name while the site is built.
 links = tempfile.TemporaryDirectory()
 

@@ -15,8 +15,9 @@ os.environ.setdefault("WANDB_SILENT", "true")
 # W&B's tables and artifacts wait for their upload there, by default below the home folder.
 os.environ.setdefault("WANDB_DATA_DIR", tempfile.mkdtemp(prefix="wandb-"))
 logging.getLogger(lightning.pytorch.__name__).setLevel(logging.WARNING)
-# The tests' tensors are tiny: more threads only wait for each other. Lightning's DDP sets the number of
-# threads unless this variable does, and a forked process waits forever for threads of its parent.
+# The tests' tensors are tiny: more threads only wait for each other. Lightning's DDP sets the
+# number of threads unless this variable does, and a forked process waits forever for threads of its
+# parent.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 sys.path.insert(0, os.path.dirname(__file__))

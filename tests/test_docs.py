@@ -27,6 +27,7 @@ NEEDED = {
     "--model.loss": ["--model=ATUnlabeled"],
     "--model.lr_scheduler.cycle_momentum": ["--config=table1/cyclic.yaml"],
     "--model.network.depth": ["--model.network=package.Network"],
+    "--model.network.num_classes": ["--model.network=package.Network"],
     "--model.order": ["--model=ATAWP"],
     "--model.rotations": ["--model=ATSelfSupervision"],
     "--model.trust_weights": ["--model=External"],

@@ -37,10 +37,10 @@ QUIET = {
 
 
 class NormalizedDigits(Digits):
-    """Digits whose batches are normalised, as usual elsewhere."""
+    """Digits whose batches are normalized, as usual elsewhere."""
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Normalises."""
+        """Normalizes."""
         images, *others = super().on_after_batch_transfer(batch, dataloader_idx)
         return [Normalize(self.mean, self.std)(images), *others]
 
@@ -53,7 +53,7 @@ class Classifier(LightningModule):
         self.network, self.epochs = SmallResNet(10, 1, width=width), epochs
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits of normalised images."""
+        """Logits of normalized images."""
         return self.network(images)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:

@@ -36,7 +36,7 @@ class _HoldsPGD:
 
 
 class AdversarialTraining(TrainingStepCallback, _HoldsPGD):
-    """Hands `training_step` a batch whose images are adversarial (Madry et al., 2018).
+    """Replaces the images that `training_step` gets by adversarial examples (Madry et al., 2018).
 
     It serves any LightningModule whose `forward` maps images to logits. The attack acts on the
     batch that `training_step` would get, after all transfer hooks; the batch itself, and so the
@@ -51,7 +51,7 @@ class AdversarialTraining(TrainingStepCallback, _HoldsPGD):
             the loader shuffles. The others stay as they are.
         warmup: Number of epochs in which the radius rises: in epoch e < `warmup`, counted from 0,
             radius and step are (e + 1) / (warmup + 1) of theirs.
-        normalization: `(mean, std)` if the batches are normalised images; the attack acts on pixels
+        normalization: `(mean, std)` if the batches are normalized images; the attack acts on pixels
             in [0, 1] all the same, and `eps` is in their units.
         **kwargs: Arguments of `TrainingStepCallback` and of `functional.PGD`.
 
@@ -103,7 +103,7 @@ class AdversarialTraining(TrainingStepCallback, _HoldsPGD):
             return
         pixels = self.to_pixels(images)
         low, high = pixels.min().item(), pixels.max().item()
-        # Undoing a normalisation rounds.
+        # Undoing a normalization rounds.
         slack = ROUNDING if self.normalization else 0.0
         if not (low >= -slack and high <= 1 + slack):
             raise ValueError(
@@ -193,7 +193,7 @@ class AdversarialWeightPerturbation(TrainingStepCallback, _HoldsAWP):
     `training_step` gets: the adversarial one beside `AdversarialTraining`. `training_step` and its
     backward run there, so BatchNorm statistics come from w + ν, and the weights are restored bit
     for bit before the optimizer moves them (Wu et al., 2020). Processes average g before they
-    normalise it. `awp/relative_norm_min` and `_max` log ‖ν_l‖ / ‖w_l‖ over layers and steps.
+    normalize it. `awp/relative_norm_min` and `_max` log ‖ν_l‖ / ‖w_l‖ over layers and steps.
 
     With manual optimization a batch may have one backward.
 

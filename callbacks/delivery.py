@@ -304,7 +304,7 @@ def _read(
         indices = {"batch_size": None, "sampler": [index for batch in batches for index in batch]}
     for batch in DataLoader(loader.dataset, collate_fn=loader.collate_fn, **indices):
         if isinstance(trainer.precision_plugin, DoublePrecision):
-            # Half precision would round pixels before normalisation is undone.
+            # Half precision would round pixels before normalization is undone.
             batch = trainer.precision_plugin.convert_input(batch)
         batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
         batch = module._apply_batch_transfer_handler(batch, torch.device("cpu"), dataloader_idx=0)

@@ -225,7 +225,7 @@ class Curvature(EpochMeasure, _HoldsCurvature):
     datamodules.
 
     Args:
-        num_examples: The first so many images are used, or all if there are fewer.
+        num_examples: Number of images, the first ones; all of them if there are fewer.
         **kwargs: Arguments of `EpochMeasure` and of `measures.Curvature`.
 
     Example:

@@ -174,7 +174,7 @@ class FinalEvaluation(FinalMeasure):
         splits: What is measured.
         datasets: Where the images of a split come from; others are those of the data.
         num_examples: Number of images of each split.
-        normalization: `(mean, std)` if module and datasets use normalised images.
+        normalization: `(mean, std)` if module and datasets use normalized images.
         num_perturbations: Number of directions of the flatness; 0 leaves it out.
         xi: Relative length ξ of a perturbation in each layer.
         protocol: Protocol of the flatness, `shared` or `paper`.
@@ -188,7 +188,8 @@ class FinalEvaluation(FinalMeasure):
             also with `clean_` in front for the clean loss, and `hessian_trace`. The start of
             `fit` states the cost.
         steps: Number of steps of the attack.
-        restarts: Number of restarts for RLoss and RErr.
+        restarts: Number of restarts for RLoss, RErr and worst-case flatness. Average-case flatness
+            takes one.
         **kwargs: Arguments of `measures.RobustLoss`.
 
     Raises:
@@ -269,7 +270,7 @@ class FinalEvaluation(FinalMeasure):
         self, trainer: Trainer, pl_module: LightningModule, weights: str
     ) -> Metrics:
         metrics = super()._measure_weights(trainer, pl_module, weights)
-        # The generalisation gap, test minus training images (Sec. 4).
+        # The generalization gap, test minus training images (Sec. 4).
         for name in ("robust_loss", "robust_error"):
             pair = [metrics.get(f"{prefix}/{name}") for prefix in ("test", "train_eval")]
             if pair[0] is not None and pair[1] is not None:

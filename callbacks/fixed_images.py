@@ -33,7 +33,7 @@ from robust_flatness.functional.checks import (
 from robust_flatness.measures.base import Examples, Split
 
 Normalization = tuple[Sequence[float], Sequence[float]]
-# How far pixels may be outside of [0, 1] after a normalisation was undone.
+# How far pixels may be outside of [0, 1] after a normalization was undone.
 ROUNDING = 1e-3
 CHECKPOINT_KEY = "robust_flatness_measured_images"
 # Number of training images that are read again in the second epoch.
@@ -62,18 +62,19 @@ class FixedImages(Callback):
     `collate_fn`, the transfer hooks of module and datamodule, `limit_*_batches` and
     `overfit_batches` apply. A shuffled set counts in its own order; a part that is drawn at random
     is drawn once for a run and kept in its checkpoints. A loader is read in a fork of the process,
-    so that training does not notice. What is not sure is refused: sampling with replacement,
-    iterable datasets, training images that change (random augmentation), processes that read
-    different images.
+    so that training does not notice. These raise an error: sampling with replacement, iterable
+    datasets, training images that change (random augmentation), processes that read different
+    images. A datamodule with random augmentation can define `split_dataset(split)`, which returns
+    a dataset of pairs without it.
 
     Args:
         split: `train`, `val` or `test`.
         dataset: Items `(image, label)`, read as they are; None takes the images of the data. In
             `trainer.test` after `fit`, a split that the test does not have is that of `fit`.
-        num_examples: The first so many images are used, or all if there are fewer.
-        normalization: `(mean, std)` if module and dataset use normalised images; attacks act on
+        num_examples: Number of images, the first ones; all of them if there are fewer.
+        normalization: `(mean, std)` if module and dataset use normalized images; attacks act on
             pixels in [0, 1] all the same.
-        **kwargs: Arguments of the next base class, such as `measure`.
+        **kwargs: Arguments of the next base class, such as `measure` of `EpochMeasure`.
 
     Attributes:
         images_must_stay: Whether training images that change are refused.
@@ -211,7 +212,7 @@ class FixedImages(Callback):
         return examples
 
     def _make(self, images: Tensor, labels: Tensor) -> Examples:
-        """Checks images and labels and undoes a normalisation."""
+        """Checks images and labels and undoes a normalization."""
         if self.normalization is not None:
             mean, std = (values.to(images) for values in channels(self.normalization))
             images = images * std + mean
@@ -223,7 +224,7 @@ class FixedImages(Callback):
 
 
 class PixelInput(nn.Module):
-    """Feeds pixels in [0, 1] to a module that expects normalised images.
+    """Feeds pixels in [0, 1] to a module that expects normalized images.
 
     Args:
         module: Takes `(images - mean) / std`.

@@ -42,7 +42,7 @@ class Landscape(FinalMeasure, _HoldsLandscape):
     the file.
 
     Args:
-        num_examples: The first so many images are used; 128 in the paper.
+        num_examples: Number of images, the first ones; 128 in the paper.
         **kwargs: Arguments of `FixedImages` and of `measures.LossLandscape`.
 
     Attributes:

@@ -18,23 +18,25 @@ from robust_flatness.measures.base import Split
 class RobustEarlyStopping(RobustEvaluation):
     """Keeps the weights of lowest robust error on held-out images (Rice et al., 2020).
 
-    Logs `val/error`, `val/robust_loss` and `val/robust_error`. The earliest epoch wins ties. By
-    default training continues and only the weights are kept, as in the paper, whose early stopping
-    selects on the last 500 test images: metrics of early-stopped weights are optimistic by that.
-    A network with a weight or a loss that is not finite is never kept.
+    It selects weights and does not stop training unless `patience` is set. Logs `val/error`,
+    `val/robust_loss` and `val/robust_error`. Of equal errors, the earliest epoch is kept. As in the
+    paper, datamodules of this package take `val` from the test set by default (the last 500 test
+    images), so metrics of early-stopped weights are optimistic; `val_from="train"` avoids it. A
+    network with a weight or a loss that is not finite is never kept.
     `MeasuredCheckpoint(monitor="val/robust_error", mode="min")` keeps the same weights on disk;
     here they are in memory and in the callback's state.
 
     Args:
         split: The images to select on.
         steps: Number of steps of the attack.
-        patience: Stops training after so many measurements without a lower robust error; None
-            never stops.
+        patience: Stops training after this number of measurements without a lower robust error;
+            None never stops it.
         **kwargs: Arguments of `RobustEvaluation`; the paper uses `restarts=5` and
             `every_n_epochs=5`.
 
     Attributes:
-        best_epoch: Epoch of the kept weights, -1 until a measured network was finite.
+        best_epoch: Epoch of the kept weights, counted from 0; -1 until a measured network was
+            finite.
         best_error: Robust error there, in [0, 1].
         best_weights: State dict of the module as it was measured there, on the CPU; may be empty.
         trajectory: Robust error by measured epoch.

@@ -50,11 +50,11 @@ class WeightAveraging(FixedImages, LightningWeightAveraging):
             training of T steps uses 1 - (1 - τ) · reference_steps / T, so that the horizon is the
             same share of training. None uses `decay` as it is.
         batch_norm: `average` or `reestimate`.
-        num_examples: The first so many images are what statistics are estimated from.
+        num_examples: Number of images, the first ones, that statistics are estimated from.
         batch_size: Number of images in a batch there, at most.
         dataset: Where those images come from; None takes those of the data, see `FixedImages`.
         split: `train`, `val` or `test`.
-        normalization: `(mean, std)` if module and dataset use normalised images.
+        normalization: `(mean, std)` if module and dataset use normalized images.
 
     Attributes:
         effective_decay: The decay of this training, None before it starts.

@@ -37,7 +37,7 @@ class WeightClipping(Callback):
 
     Raises:
         ValueError: If `w_max` is not positive; before training, if the scale of an ordinary
-            normalisation layer would be clipped, or `leave_out` names no parameter or all of them.
+            normalization layer would be clipped, or `leave_out` names no parameter or all of them.
 
     Example:
         >>> WeightClipping(0.01, leave_out=["*.bias"]).leave_out
@@ -118,6 +118,6 @@ class WeightClipping(Callback):
         if scales:
             raise ValueError(
                 f"Expected `leave_out` to name the scales {', '.join(scales)}, without which "
-                f"normalised activations would shrink to {self.w_max:g}, but got "
+                f"normalized activations would shrink to {self.w_max:g}, but got "
                 f"{list(self.leave_out)}; a network with `ReparameterizedBatchNorm2d` needs none."
             )

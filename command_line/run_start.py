@@ -69,7 +69,7 @@ class RunStart(SaveConfigCallback):
 def undo_normalization(
     data: LightningDataModule, model: LightningModule, callbacks: Sequence[Callback]
 ) -> None:
-    """Has normalised images measured, and trained on, as pixels in [0, 1].
+    """Has normalized images measured, and trained on, as pixels in [0, 1].
 
     Callbacks take the `normalization` of the data, `(mean, std)` of each channel, unless they have
     one of their own, and a module of the user's own takes the images as they are delivered. Modules
@@ -112,7 +112,7 @@ def _to_pixels(
     scale, shift = (images.new_tensor(values).view(-1, 1, 1) for values in (std, mean))
     pixels = images * scale + shift
     rounded = (pixels >= -ROUNDING) & (pixels <= 1 + ROUNDING)
-    # Others were not normalised like this, which the first batch's check says.
+    # Others were not normalized like this, which the first batch's check says.
     return [torch.where(rounded, pixels.clamp(0, 1), pixels), *rest]
 
 

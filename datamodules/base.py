@@ -49,8 +49,8 @@ class RobustDataModule(LightningDataModule, ABC):
     selects on **test** images; `val_from="train"` avoids it.
 
     Args:
-        eps: Radius of the ball that measures use on these images, in pixels of [0, 1]; measures in
-            L-infinity refuse more than 1 before training.
+        eps: Radius of the attack of measures, in pixels of [0, 1]; measures in L-infinity refuse
+            more than 1 before training. `AT` has its own `eps`; `--eps` sets both.
         batch_size: Images in a global batch, shared among the processes.
         augment: `"none"`; `"flip"`; `"flip_crop"`, which pads by an eighth of the side (4 pixels at
             32); `"autoaugment"`, which adds AutoAugment and Cutout; `"autoaugment_batch"`, with one
@@ -67,7 +67,8 @@ class RobustDataModule(LightningDataModule, ABC):
         num_val: Number of images of `val`.
         num_test: Number of images of `test`.
         val_from: `"test"`, or `"train"` to take `val` from the end of the training images.
-        in_memory: Whether images are kept on the device; if not, they are read when needed.
+        in_memory: Whether training images are kept on the device; if not, they are read when
+            needed.
         num_workers: Processes that read images if `in_memory` is false, else unused.
         seed: Seed of shuffling and augmentation; `None` for PyTorch's global seed.
 

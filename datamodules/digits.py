@@ -19,7 +19,7 @@ _NUM_IMAGES = 1797
 
 
 class Digits(RobustDataModule):
-    """1797 gray digits of 8x8 pixels in 10 classes, few enough to overfit within a minute.
+    """1797 gray digits of 8x8 pixels in 10 classes, few enough to overfit within minutes.
 
     They have no test set, so a fixed permutation is divided into four parts: 300 training images,
     a pool of 397 for methods that use unlabeled images, 600 images of `test` and 500 of `val`. All

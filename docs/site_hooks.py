@@ -9,7 +9,7 @@ from configparser import ConfigParser
 from pathlib import Path
 from typing import Any
 
-from griffe import Extension, Object
+from griffe import Class, Extension, Object
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
@@ -27,21 +27,36 @@ NOTEBOOK = "notebooks/quickstart"
 API = "api/"
 INLINE_CODE = re.compile(r"(?<!</span>)<code>[^<]+</code>")
 OPTION = re.compile(r"--[\w.]+")
-PRIVATE_BASE = re.compile(r", <code><(\w+)[^>]*>_\w+</\1></code>")
+# Base classes that hold arguments of several classes of a package, below its page.
+SHARED_BASES = {
+    "callbacks": [
+        "fixed_images.FixedImages",
+        "measuring.MeasuringCallback",
+        "measuring.HoldsMeasure",
+        "training_step.TrainingStepCallback",
+    ],
+    "lightning_modules": ["pgd_mixin.PGDMixin", "awp_mixin.AWPMixin"],
+}
+PLACES = {p.split(".")[1]: f"{k}.{p}" for k, paths in SHARED_BASES.items() for p in paths}
 # Holds the packages under their import name while the site is built.
 links = tempfile.TemporaryDirectory()
 
 
-class Sections(Extension):
-    """Reads sections `Example` as griffe's `Examples`, and `Shape` as a list like the others."""
+class Docstrings(Extension):
+    """Shows sections `Example` as code and `Shape` as a list, and links shared bases only."""
 
     def on_object(self, *, obj: Object, **_: Any) -> None:
-        """Changes the docstring of a module, class or function."""
+        """Changes the docstring and the bases of a module, class or function."""
         if obj.docstring:
-            value = re.sub(r"(?m)^Example:$", "Examples:", obj.docstring.value)
+            text = re.sub(r"(?m)^Example:$", "Examples:", obj.docstring.value)
             shape = re.compile(r"(?m)^Shape:\n((?: {4}.+\n?)+)")
-            value = shape.sub(lambda m: f"**Shape:**\n\n- {' '.join(m[1].split())}\n", value)
-            obj.docstring.value = value
+            text = shape.sub(lambda m: f"**Shape:**\n\n- {' '.join(m[1].split())}\n", text)
+            for name, place in PLACES.items():
+                link = rf"[`{name}\1`][robust_flatness.{place}\1]"
+                text = re.sub(rf"`{name}((?:\.\w+)?)`", link, text)
+            obj.docstring.value = text
+        if isinstance(obj, Class):
+            obj.bases = [base for base in obj.bases if not str(base).startswith("_")]
 
 
 @event_priority(100)  # before mkdocstrings
@@ -92,7 +107,12 @@ def summary(folder: str) -> str:
 def api_page(folder: str) -> str:
     """The page of one package, or of the list of packages."""
     if folder != "index":
-        return f"# robust_flatness.{folder}\n\n::: robust_flatness.{folder}\n"
+        page = f"# robust_flatness.{folder}\n\n::: robust_flatness.{folder}\n"
+        options = "{show_root_heading: true, show_root_toc_entry: true, heading_level: 3}"
+        for number, base in enumerate(SHARED_BASES.get(folder, [])):
+            page += "" if number else "\n## Shared bases\n"
+            page += f"\n::: robust_flatness.{folder}.{base}\n    options: {options}\n"
+        return page
     names = re.findall(r"api/(\w+)\.md", (ROOT / "mkdocs.yml").read_text())
     rows = [f"| [{n}]({n}.md) | {summary(n)} |" for n in names if n != "index"]
     return "\n".join(["# API reference", "", "| package | content |", "|---|---|", *rows])
@@ -114,9 +134,9 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Keeps the names of options on one line, and leaves out private base classes."""
+    """Keeps the names of options on one line."""
 
     def unbroken(code: re.Match[str]) -> str:
         return OPTION.sub(r'<span class="option">\g<0></span>', code[0])
 
-    return PRIVATE_BASE.sub("", INLINE_CODE.sub(unbroken, html))
+    return INLINE_CODE.sub(unbroken, html)

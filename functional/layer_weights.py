@@ -348,8 +348,8 @@ def _check_layer(prefix: str, layer: nn.Module, computed: Container[str]) -> Non
         return
     parameters = dict(layer.named_parameters(recurse=False))
     if any(map(is_lazy, parameters.values())):
-        end = "uninitialised ones; run a batch through the network first"
-        raise _refusal(prefix, layer, "the parameters", "initialised", end)
+        end = "uninitialized ones; run a batch through the network first"
+        raise _refusal(prefix, layer, "the parameters", "initialized", end)
     single = isinstance(layer, (_ConvNd, nn.Linear))
     for name in WEIGHT_NAMES:
         # Reading what is computed would move the vectors of spectral norm.

@@ -47,7 +47,7 @@ Incorrect = Literal["attack", "ignore", "predicted"]
 
 
 class AT(PGDMixin):
-    """Adversarial training (Madry et al., 2018): minimises cross-entropy on PGD examples alone.
+    """Adversarial training (Madry et al., 2018): minimizes cross-entropy on PGD examples alone.
 
     The base of all variants: a variant overrides `objective`, and `attack` if it attacks another
     loss. Defaults are the paper's baseline (Sec. 3): ResNet-18, PGD-7 at 8/255, SGD with Nesterov
@@ -56,15 +56,16 @@ class AT(PGDMixin):
     perturbations, logits and losses stay float32.
 
     Args:
-        network: Takes normalised images `(N, C, H, W)` and returns logits `(N, num_classes)`: a
+        network: Takes normalized images `(N, C, H, W)` and returns logits `(N, num_classes)`: a
             class or function that builds it, see `build_network`; or a module, which is trained as
             it is: two variants of one module share its weights. A checkpoint does not hold a
             network that was built in Python: load it with `network=`.
-        num_classes: Number of classes; the command line takes it from the data.
-        in_channels: Number of image channels, likewise.
-        mean: Per-channel mean for the normalisation in front of the network, likewise: a sequence
-            of numbers, a tensor or an array.
-        std: Per-channel standard deviation, likewise.
+        num_classes: Number of classes. The command line takes it, `in_channels`, `mean` and `std`
+            from the data.
+        in_channels: Number of image channels.
+        mean: Per-channel mean for the normalization in front of the network: a sequence of numbers,
+            a tensor or an array. The default is that of CIFAR-10.
+        std: Per-channel standard deviation; the default is that of CIFAR-10.
         eps: Radius of the training attack, in pixel units of images in [0, 1].
         eps_scale: Factor on the radius, but not on the step; 9/8 is the paper's larger ε.
         steps: Steps of the training attack.

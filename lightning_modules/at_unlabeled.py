@@ -1,4 +1,4 @@
-"""Adversarial training with pseudo-labelled images beside the labelled ones."""
+"""Adversarial training with pseudo-labeled images beside the labeled ones."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
@@ -43,7 +43,7 @@ class ATUnlabeled(TRADES):
             super().check_attack()
 
     def on_train_batch_start(self, batch: Sequence[Tensor], batch_idx: int) -> None:
-        """Checks that batches contain which images are pseudo-labelled."""
+        """Checks that batches contain which images are pseudo-labeled."""
         super().on_train_batch_start(batch, batch_idx)
         if len(batch) < 3:
             raise ValueError(

@@ -27,6 +27,7 @@ class AWPMixin(PGDMixin):
     code spends one more forward to update them at w.
 
     Args:
+        args: Positional arguments of the variant.
         xi: Relative length ξ; the paper's AT-AWP takes 0.01.
         awp_steps: Ascent steps on the weights; the paper takes 1.
         order: `sam` decays the restored weights (the paper); `awp` decays the perturbed ones, as
@@ -35,7 +36,7 @@ class AWPMixin(PGDMixin):
         awp_mode: `eval` ascends on running BatchNorm statistics (the paper's code), `train` on
             those of the batch (the original's).
         direction: `adversarial`, or `random` for one drawn on the sphere in each step.
-        args, kwargs: Arguments of the variant.
+        kwargs: Other arguments of the variant.
 
     Raises:
         ValueError: If an argument is out of range; before training, if the warm-up is a share of

@@ -40,7 +40,7 @@ class External(LightningModule):
             zoo, which RobustBench downloads. `None` if `weights` is a TorchScript file.
         weights: File with a state dict, at any place in it (`state_dict`, `model`, …) and with any
             prefix (`module.`, `_orig_mod.`, …); or a TorchScript file.
-        input_mean: Per-channel mean of a normalisation in front of the network; `None` if it takes
+        input_mean: Per-channel mean of a normalization in front of the network; `None` if it takes
             pixels in [0, 1]. The data's own mean is not used: the network was trained with its own.
         input_std: Standard deviation likewise.
         trust_weights: Whether to load a file that contains more than tensors. Such a file can run
@@ -213,11 +213,11 @@ def load_weights(
         network: Changed in place.
         tensors: By name, which begins with the names of the mappings that a tensor is in.
         path: The file, for messages.
-        normalized: Whether a normalisation is put in front of the network.
+        normalized: Whether a normalization is put in front of the network.
 
     Raises:
         ValueError: If the file lacks a weight, or has one of another shape, or has weights or a
-            normalisation that the network lacks.
+            normalization that the network lacks.
 
     Example:
         >>> network = nn.Linear(2, 1)
@@ -249,7 +249,7 @@ def load_weights(
     statistics = [name for name in left if STATISTICS.search(name)]
     if statistics and not normalized:
         raise ValueError(
-            f"Expected `input_mean` and `input_std`, as {path} has a normalisation, "
+            f"Expected `input_mean` and `input_std`, as {path} has a normalization, "
             f"{file[statistics[0]][0]}, that the network lacks, but got None; zeros and ones are "
             "none."
         )

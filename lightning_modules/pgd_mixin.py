@@ -31,7 +31,7 @@ class PGDMixin(LightningModule):
     """A LightningModule that is trained on adversarial examples of its own `forward`.
 
     Attributes:
-        network: Maps normalised images to logits.
+        network: Maps normalized images to logits.
         pgd: The attack on the images.
         num_classes: Number of classes.
         run_seed: Seed of all noise, the same on all processes and after a resume; `None` before
@@ -48,7 +48,7 @@ class PGDMixin(LightningModule):
 
         Args:
             images: `(N, C, H, W)` clean images in [0, 1].
-            labels: `(N,)` classes to leave.
+            labels: `(N,)` classes to leave, before label noise.
 
         Returns:
             `(N, C, H, W)`, adversarial, without a graph.
@@ -59,7 +59,7 @@ class PGDMixin(LightningModule):
         """Comes before the objective; `AWPMixin` perturbs the weights here."""
 
     def objective(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> ObjectiveTerms:
-        """The loss to minimise.
+        """The loss to minimize.
 
         Args:
             images: `(N, C, H, W)` clean images in [0, 1].
@@ -68,8 +68,8 @@ class PGDMixin(LightningModule):
 
         Returns:
             Scalar loss; logits `(M, num_classes)` of the first M examples, all that are adversarial
-            and have labels; and further terms to log, one value for each example, by the name that
-            their mean over an epoch gets.
+            and have labels; and further terms to log, `(N,)` each, by the name that their mean over
+            an epoch gets. Terms may have a graph: they are detached before they are summed.
         """
         raise NotImplementedError
 
@@ -82,7 +82,19 @@ class PGDMixin(LightningModule):
         model: Model | None = None,
         start: Tensor | None = None,
     ) -> Tensor:
-        """`BatchNoise.craft` with the module's attack, of the module unless `model` is set."""
+        """Runs the module's attack `pgd`.
+
+        Args:
+            images: `(N, C, H, W)` clean images in [0, 1].
+            labels: `(N,)`, or any target with N rows that `criterion` takes.
+            criterion: Maps logits `(N, num_classes)` and labels to the losses `(N,)` to increase;
+                cross-entropy by default.
+            model: What is attacked; the module by default.
+            start: Perturbations `(N, C, H, W)` to start from; `None` draws them.
+
+        Returns:
+            `(N, C, H, W)` in [0, 1], adversarial, without a graph.
+        """
         attacked = self if model is None else model
         return self.noise.craft(self.pgd, attacked, images, labels, criterion, start)
 

@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib
 import pytest
 import torch
+from torchvision.datasets import FakeData
 
 from robust_flatness.cli import main
 from robust_flatness.command_line.parser import read_options
@@ -26,6 +27,7 @@ NEEDED = {
     "--model.loss": ["--model=ATUnlabeled"],
     "--model.lr_scheduler.cycle_momentum": ["--config=table1/cyclic.yaml"],
     "--model.network.depth": ["--model.network=package.Network"],
+    "--model.network.num_classes": ["--model.network=package.Network"],
     "--model.order": ["--model=ATAWP"],
     "--model.rotations": ["--model=ATSelfSupervision"],
     "--model.trust_weights": ["--model=External"],
@@ -85,7 +87,7 @@ def run_block(
 
 def test_python_blocks_are_those_that_the_tests_below_run():
     having = {page.relative_to(ROOT).as_posix() for page in PAGES if blocks(page, "python")}
-    pages = {"README.md", "docs/any-module.md", "docs/getting-started.md", "docs/measures.md"}
+    pages = {"README.md", "docs/any-module.md", "docs/getting-started.md", "docs/evaluate.md"}
     # The last one is run by test_docs_elsewhere.py.
     pages |= {"docs/variants.md", "docs/own-network-and-data.md", "docs/elsewhere.md"}
     assert having == pages
@@ -155,9 +157,39 @@ def test_training_callbacks_in_another_project(my_project):
     assert logged["awp/relative_norm_max"] == pytest.approx(0.01, rel=1e-4)
 
 
-def test_datamodule_that_declares_its_normalization():
-    mean, std = run_block("docs/own-network-and-data.md", {})["Data"].normalization
-    assert len(mean) == len(std) == 3
+def test_own_datamodule_from_the_command_line(tmp_path, monkeypatch):
+    datamodule, _ = blocks(ROOT / "docs/own-network-and-data.md", "python")
+    (tmp_path / "my_data.py").write_text(datamodule.replace("NUM_VAL = 1000", "NUM_VAL = 8"))
+
+    def street_numbers(root, part, transform, download):
+        return FakeData(32 if part == "train" else 16, (3, 32, 32), 10, transform)
+
+    monkeypatch.setattr("torchvision.datasets.SVHN", street_numbers)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(sys.modules, "my_data", None)
+    del sys.modules["my_data"]
+    command = next(
+        c for c in commands(ROOT / "docs/own-network-and-data.md") if "my_data.Data" in c
+    )
+    light = ["--final.steps=1", "--final.restarts=1", "--final.num_perturbations=1"]
+    light += ["--model.network=SmallResNet", "--model.network.width=4", "--trainer.max_epochs=1"]
+    without = "--without=[autoattack,wandb,flatness,train_flatness]"
+    main([*command, *light, without, f"--trainer.default_root_dir={tmp_path}"])
+    results = json.loads((tmp_path / "ATAWP-Data-s0" / "results.json").read_text())
+    images = results["num_examples"]
+    assert (images["train_eval/robust_error"], images["test/robust_error"]) == (24, 16)
+    assert results["settings"]["data"]["init_args"]["batch_size"] == 64
+
+
+def test_training_in_python_as_documented(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, training = blocks(ROOT / "docs/own-network-and-data.md", "python")
+    light = 'max_epochs=1, accelerator="cpu", logger=False'
+    names: dict[str, Any] = {}
+    torch.manual_seed(0)
+    exec(training.replace("max_epochs=10", light), names)
+    assert {"val/robust_error", "flatness/average/test"} <= set(names["trainer"].callback_metrics)
+    assert names["module"].network is names["network"]
 
 
 def test_run_in_a_notebook_as_documented():
@@ -171,14 +203,10 @@ def test_run_in_a_notebook_as_documented():
 
 
 def test_evaluate_as_documented():
-    from robust_flatness.datamodules import Digits
-
     torch.manual_seed(0)
-    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
     light = 'extras=["worst"], num_examples=4, steps=1, restarts=1, num_perturbations=1'
     smaller = {'extras=["worst"]': light, "AutoAttack()": "AutoAttack(num_examples=4)"}
-    names = {"network": network, "data": Digits()}
-    results = run_block("docs/measures.md", names, smaller)["results"]
+    results = run_block("docs/evaluate.md", {}, smaller)["results"]
     assert {"test/robust_loss", "flatness/worst/test", "test/autoattack_error"} <= set(results)
 
 

@@ -22,7 +22,7 @@ def names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     names = {}
-    exec(FIRST.replace("runs/at-Digits-s0/checkpoints/best.ckpt", str(CHECKPOINT)), names)
+    exec(FIRST.replace("runs/ATAWP-Digits-s0/checkpoints/best.ckpt", str(CHECKPOINT)), names)
     return names
 
 

@@ -92,7 +92,7 @@ def test_a_normalisation_of_the_file_is_not_left_out(tmp_path):
     path, images = str(tmp_path / "a.ckpt"), images_and_labels()[0]
     trained = AT(tiny_body, mean=[0.5] * 3, std=[0.25] * 3).eval()
     torch.save({"state_dict": trained.state_dict()}, path)
-    message = "`input_mean` and `input_std`, as .* has a normalisation, state_dict.normalize.mean"
+    message = "`input_mean` and `input_std`, as .* has a normalization, state_dict.normalize.mean"
     with pytest.raises(ValueError, match=message):
         External(tiny_network(seed=4), path)
     module = External(tiny_network(seed=4), path, input_mean=[0.5] * 3, input_std=[0.25] * 3)

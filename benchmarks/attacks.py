@@ -51,24 +51,22 @@ def pgd_variants(
 ) -> dict[str, Callable[[], Tensor]]:
     """Functions that return adversarial examples, each called once."""
     model, plain = resnet(images, width, layout)
-    ours = partial(functional.pgd_attack, model, images, labels, eps=EPS, steps=steps)
+    attack = partial(functional.pgd_attack, eps=EPS, steps=steps, start="uniform")
+    ours = partial(attack, model, images, labels)
     theirs = torchattacks.PGD(plain, eps=EPS, alpha=STEP_SIZE, steps=steps, random_start=True)
     settings = {"eps": EPS, "step_size": STEP_SIZE, "steps": steps}
     variants: dict[str, Callable[[], Tensor]] = {
         "textbook": lambda: textbook_pgd(plain, images, labels, **settings)[0],
         "torchattacks": partial(theirs, images, labels),
-        "ours, best": partial(ours, keep="best", start="uniform"),
-        "ours, last": partial(ours, keep="last", start="uniform"),
-        "ours, best, folded": partial(ours, keep="best", start="uniform", fold_batch_norm=True),
-        "ours, last, folded": partial(ours, keep="last", start="uniform", fold_batch_norm=True),
+        "ours, best": partial(ours, keep="best"),
+        "ours, last": partial(ours, keep="last"),
+        "ours, best, folded": partial(ours, keep="best", fold_batch_norm=True),
+        "ours, last, folded": partial(ours, keep="last", fold_batch_norm=True),
     }
     if compiled:
         faster = copy.deepcopy(model)
         faster.network.compile()  # type: ignore[operator, union-attr]
-        arguments = {"eps": EPS, "steps": steps, "keep": "last", "start": "uniform"}
-        variants["ours, last, compiled"] = partial(
-            functional.pgd_attack, faster, images, labels, **arguments
-        )
+        variants["ours, last, compiled"] = partial(attack, faster, images, labels, keep="last")
     for name, run in variants.items():
         begin = time.perf_counter()
         reached = cross_entropy(model(run()), labels).item()

@@ -337,8 +337,11 @@ def natural_key(text: str) -> list[tuple[int, str]]:
 def _set_values(run: Run) -> dict[str, Any]:
     """Settings that have a value: an option that an older version lacks is not set."""
     flat = {"data": run.data} | flat_settings(run.settings)
-    later = ((name, value, _LATER.get(name.rsplit(".", 1)[-1])) for name, value in flat.items())
-    return {name: value for name, value, default in later if value not in (None, default)}
+    return {
+        name: value
+        for name, value in flat.items()
+        if value not in (None, _LATER.get(name.rsplit(".", 1)[-1]))
+    }
 
 
 def _training_key(run: Run) -> tuple[str, int | None, str]:

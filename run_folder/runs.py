@@ -111,8 +111,8 @@ def find_runs(root: str | Path) -> tuple[list[Run], list[LeftOut]]:
     Raises:
         ValueError: If `root` is not a folder.
     """
-    check_root(root)
     root = Path(root)
+    check_root(root)
     folders = {path.parent for name in (_RESULTS, _CONFIG) for path in root.rglob(name)}
     runs: list[Run] = []
     left_out: list[LeftOut] = []

@@ -21,7 +21,7 @@ from robust_flatness.callbacks.measuring import (
     warn_if_results_stay,
 )
 from robust_flatness.callbacks.robust_early_stopping import early_stopping_of
-from robust_flatness.functional.checks import check_choice
+from robust_flatness.functional.checks import check_choice, check_count
 from robust_flatness.functional.flatness import Protocol
 from robust_flatness.loggers.epoch_csv import EpochCSVLogger
 from robust_flatness.measures import (
@@ -84,6 +84,10 @@ class FinalMeasure(MeasuringCallback, HoldsMeasure):
     def logged_name(self, name: str, weights: str) -> str:
         """Returns the name of a metric of `final` or `early_stopped` weights in loggers."""
         return f"{weights}/{name}"
+
+    def count_of(self, measure: Measure) -> int | None:
+        """Returns the number of images for a measure; None for all."""
+        return None
 
     def keep(self, weights: str, split: str, measure: Measure, result: Any) -> Metrics:
         """Keeps a result and returns its metrics."""
@@ -154,10 +158,11 @@ class FinalMeasure(MeasuringCallback, HoldsMeasure):
         metrics: Metrics = {}
         for split, measures in self.measures.items():
             for measure in measures:
-                result = self.measure_split(trainer, pl_module, split, measure)
+                count = self.count_of(measure)
+                result = self.measure_split(trainer, pl_module, split, measure, count)
                 measured = self.keep(weights, split, measure, result)
-                count = len(self.examples(trainer, pl_module, split))
-                self.final_results["num_examples"] |= dict.fromkeys(measured, count)
+                examples = self.examples(trainer, pl_module, split).first(count)
+                self.final_results["num_examples"] |= dict.fromkeys(measured, len(examples))
                 metrics |= measured
         return metrics
 
@@ -174,6 +179,8 @@ class FinalEvaluation(FinalMeasure):
         splits: What is measured.
         datasets: Where the images of a split come from; others are those of the data.
         num_examples: Number of images of each split.
+        num_flatness_examples: Number of images for flatness and extras, the first of each split;
+            None for `num_examples`.
         normalization: `(mean, std)` if module and datasets use normalized images.
         num_perturbations: Number of directions of the flatness; 0 leaves it out.
         xi: Relative length ξ of a perturbation in each layer.
@@ -206,6 +213,7 @@ class FinalEvaluation(FinalMeasure):
         splits: Sequence[str] = ("test", "train"),
         datasets: Mapping[str, Dataset[Any]] | None = None,
         num_examples: int = 1000,
+        num_flatness_examples: int | None = None,
         normalization: Normalization | None = None,
         num_perturbations: int = 10,
         xi: float = 0.5,
@@ -219,6 +227,9 @@ class FinalEvaluation(FinalMeasure):
         super().__init__(
             measure=robust_loss, num_examples=num_examples, normalization=normalization
         )
+        if num_flatness_examples is not None:
+            check_count("num_flatness_examples", num_flatness_examples, low=1)
+        self.num_flatness_examples = num_flatness_examples
         if not splits:
             known = ", ".join(get_args(Split))
             raise ValueError(f"Expected `splits` to name some of {known} but got none.")
@@ -264,6 +275,10 @@ class FinalEvaluation(FinalMeasure):
     @override
     def dataset_of(self, split: str) -> Dataset[Any] | None:
         return self.datasets.get(split)
+
+    @override
+    def count_of(self, measure: Measure) -> int | None:
+        return None if measure is self.measure else self.num_flatness_examples
 
     @override
     def _measure_weights(
@@ -351,6 +366,10 @@ class AutoAttack(FinalMeasure, _HoldsAutoAttack):
         self.attacks: dict[str, str] = {}
 
     @override
+    def count_of(self, measure: Measure) -> int | None:
+        """Returns the number of images for a measure; None for all."""
+        return None
+
     def keep(self, weights: str, split: str, measure: Measure, result: Any) -> Metrics:
         metrics = super().keep(weights, split, measure, result)
         self.attacks |= dict.fromkeys(metrics, result.attacks)

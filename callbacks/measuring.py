@@ -90,10 +90,18 @@ class MeasuringCallback(FixedImages):
         warn_of_one_class(examples, classes, split)
 
     def measure_split(
-        self, trainer: Trainer, pl_module: LightningModule, split: str, measure: Measure
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        split: str,
+        measure: Measure,
+        num_examples: int | None = None,
     ) -> Any:
-        """Measures the weights that the module holds; every process gets the whole result."""
-        examples = self.examples(trainer, pl_module, split)
+        """Measures the weights that the module holds; every process gets the whole result.
+
+        Only the first `num_examples` images are measured if it is set.
+        """
+        examples = self.examples(trainer, pl_module, split).first(num_examples)
         bar = partial(_progress_bar, trainer, split)
         processes = Processes(trainer.global_rank, trainer.world_size, pl_module.device, bar)
         measure = measure.with_default_eps(data_eps(trainer))

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 
@@ -87,6 +87,11 @@ def read_config(source: str) -> tuple[Settings, Path | None]:
     )
 
 
+def is_preset(file: Path | None) -> TypeGuard[Path]:
+    """Whether a file is one of `configs/`."""
+    return file is not None and file.resolve().is_relative_to(CONFIGS.resolve())
+
+
 def read_preset(*parts: str) -> Settings:
     """Reads a file of `configs/`; empty if there is none."""
     file = CONFIGS.joinpath(*parts)
@@ -99,12 +104,13 @@ def snake_case(class_path: str) -> str:
 
 
 def with_overlays(
-    settings: Settings, file: Path | None, data: str, known: Sequence[str]
+    settings: Settings, file: Path | None, data: str, known: Sequence[str], earlier: Sequence[str]
 ) -> list[Settings]:
-    """The settings of a file on one data set: its own, those `on_data`, those of its overlay.
+    """The settings of a file on one data set: its own, those `on_data`, those of its overlays.
 
-    Only presets of the package have an overlay, `configs/<data>/<name>.yaml`. `known` are the names
-    of the package's classes of data.
+    Only presets of the package have overlays: `configs/<data>/<name>.yaml`, and
+    `configs/<earlier>/<name>.yaml` for each preset before them. `known` are the names of the
+    package's classes of data.
     """
     sections, short = settings.pop("on_data", {}), data.rsplit(".", 1)[-1]
     mappings = sections.items() if isinstance(sections, dict) else [(None, None)]
@@ -116,8 +122,8 @@ def with_overlays(
                 f"paths, but got {sections}."
             )
     layers = [settings, sections.get(short, sections.get(data, {}))]
-    if file is not None and file.resolve().is_relative_to(CONFIGS.resolve()):
-        layers.append(read_preset(snake_case(data), file.name))
+    if is_preset(file):
+        layers += [read_preset(folder, file.name) for folder in (snake_case(data), *earlier)]
     return layers
 
 

@@ -31,6 +31,7 @@ from robust_flatness.command_line.components import (
 )
 from robust_flatness.command_line.files import (
     Settings,
+    is_preset,
     read_config,
     read_mapping,
     read_preset,
@@ -127,7 +128,12 @@ def merge_presets(arguments: Sequence[str]) -> Presets:
         settings = preset["model"]["init_args"].items()
         taken = () if external else options_of(model)
         preset["model"] = {"init_args": {k: v for k, v in settings if k in taken}}
-    user = [layer for file in files for layer in with_overlays(*file, data, list(known["data"]))]
+    user: list[Settings] = []
+    earlier: list[str] = []
+    for settings, file in files:
+        user += with_overlays(settings, file, data, list(known["data"]), earlier)
+        if is_preset(file):
+            earlier.append(file.stem)
     shares = [option.value for option in typed if option.name == "epochs_share"]
     if shares and goes_on:
         raise ValueError(

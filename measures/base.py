@@ -71,6 +71,13 @@ class Examples:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def first(self, count: int | None) -> "Examples":
+        """Returns the first `count` images, or all."""
+        if count is None or count >= len(self):
+            return self
+        images, labels, indices = self.images[:count], self.labels[:count], self.indices[:count]
+        return Examples(images, labels, indices, self.progress, self.sharing)
+
 
 @dataclass(kw_only=True)
 class Measure(ABC):

@@ -112,6 +112,23 @@ def test_flatness_can_be_left_out():
     assert not any(name.startswith("flatness") for name in final.final_results["final"])
 
 
+def test_flatness_and_extras_may_take_fewer_images():
+    def measured(**counts):
+        final = FinalEvaluation(steps=2, restarts=1, num_perturbations=2, extras="margins", **counts)
+        quiet_trainer(callbacks=[final]).fit(AT(tiny_body, **PLAIN), ToyData())
+        return final.final_results
+
+    few, all_of_few = measured(num_examples=6, num_flatness_examples=3), measured(num_examples=3)
+    everything = measured(num_examples=6)
+    for name in ("flatness/average/test", "margin/mean/train"):
+        assert few["final"][name] == all_of_few["final"][name] != everything["final"][name]
+        assert few["num_examples"][name] == 3
+    assert few["final"]["test/robust_loss"] == everything["final"]["test/robust_loss"]
+    assert few["num_examples"]["test/robust_loss"] == 6
+    with pytest.raises(ValueError, match="Expected `num_flatness_examples` to be"):
+        FinalEvaluation(num_flatness_examples=0)
+
+
 def test_measures_where_the_module_was_trained():
     # Lightning moves the module to the CPU before `on_fit_end`: on a GPU machine the full protocol
     # would run there. What is called is looked at, as the tests have no other device.

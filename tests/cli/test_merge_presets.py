@@ -185,6 +185,13 @@ def test_a_preset_of_the_package_has_overlays_for_data(tmp_path, monkeypatch):
     assert merged("--config=weight_clipping.yaml")["weight_clipping"] == {"w_max": 2}
 
 
+def test_a_preset_of_the_package_has_overlays_for_an_earlier_one():
+    small, clipping = "--config=cifar10_small.yaml", "--config=table1/weight_clipping.yaml"
+    assert merged(small, clipping)["weight_clipping"] == {"w_max": 0.02}
+    assert merged(clipping, small, "--data=CIFAR10")["weight_clipping"] == {"w_max": 0.005}
+    assert merged(small, clipping, "--data=Digits")["weight_clipping"] == {"w_max": 0.02}
+
+
 def test_presets_are_found_by_name_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("table1/trades", "table1/trades.yaml", "configs/table1/trades.yaml"):

@@ -366,10 +366,6 @@ class AutoAttack(FinalMeasure, _HoldsAutoAttack):
         self.attacks: dict[str, str] = {}
 
     @override
-    def count_of(self, measure: Measure) -> int | None:
-        """Returns the number of images for a measure; None for all."""
-        return None
-
     def keep(self, weights: str, split: str, measure: Measure, result: Any) -> Metrics:
         metrics = super().keep(weights, split, measure, result)
         self.attacks |= dict.fromkeys(metrics, result.attacks)

@@ -22,6 +22,8 @@ from robust_flatness.run_folder.metrics import LOSSES, Weights, attacks_name, wi
 Metrics = Mapping[str, float]
 
 _RESULTS, _CONFIG, _METRICS = "results.json", "config.yaml", "metrics.csv"
+# What `test` measured on the last checkpoint later, such as further extras.
+_TESTED = "results_test.json"
 # Classes of runs in older formats, which do not state them.
 _CLASSES = {"Digits": 10, "CIFAR10": 10, "CIFAR100": 100}
 # The square of a larger number may not be finite.
@@ -130,6 +132,8 @@ def find_runs(root: str | Path) -> tuple[list[Run], list[LeftOut]]:
 def load_run(folder: str | Path) -> Run:
     """Reads the run in a run folder.
 
+    Measures that `results.json` lacks are taken from `results_test.json` if that is of `last.ckpt`.
+
     Raises:
         ValueError: If the run has not finished, is broken or lacks entries. The message is the
             reason.
@@ -138,21 +142,41 @@ def load_run(folder: str | Path) -> Run:
     path = folder / _RESULTS
     if not path.is_file():
         raise ValueError(_progress(folder))
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{_RESULTS} is broken ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{_RESULTS} is of another format (a {type(content).__name__})")
+    content = _read_json(path)
     missing = [name for name in _NEEDED if content.get(name) is None]
     if missing:
         raise ValueError(f"{_RESULTS} is of an older format, without {', '.join(missing)}")
+    tested = _read_json(folder / _TESTED) if (folder / _TESTED).is_file() else {}
     try:
-        _check_values(content)
+        _check_values([content, tested])
+        if tested.get("checkpoint") == "last":
+            content = _with_tested(content, tested)
         run = _parse(folder, content)
     except ValueError as error:
         raise ValueError(f"{_RESULTS} is of another format ({error})") from error
     return replace(run, landscapes=_landscapes(folder))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} is broken ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} is of another format (a {type(content).__name__})")
+    return content
+
+
+def _with_tested(content: Mapping[str, Any], tested: Mapping[str, Any]) -> dict[str, Any]:
+    """The results of `fit`, and those of `test` that it lacks."""
+    both = dict(content)
+    for name in ("final", "early_stopped", "num_examples"):
+        both[name] = _mapping(tested, name) | _mapping(content, name)
+    own = {name: attacks for name, attacks in _attacks(content).items() if name in content["final"]}
+    both["attacks"] = _mapping(tested, "attacks") | own
+    for name in ("checks", "error_curve", "class_errors"):
+        both.setdefault(name, tested.get(name))
+    return both
 
 
 def _parse(folder: Path, content: Mapping[str, Any]) -> Run:

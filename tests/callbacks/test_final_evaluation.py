@@ -114,7 +114,8 @@ def test_flatness_can_be_left_out():
 
 def test_flatness_and_extras_may_take_fewer_images():
     def measured(**counts):
-        final = FinalEvaluation(steps=2, restarts=1, num_perturbations=2, extras="margins", **counts)
+        counts |= {"steps": 2, "restarts": 1, "num_perturbations": 2}
+        final = FinalEvaluation(extras="margins", **counts)
         quiet_trainer(callbacks=[final]).fit(AT(tiny_body, **PLAIN), ToyData())
         return final.final_results
 

@@ -133,6 +133,35 @@ def test_autoattack_of_early_stopped_weights_is_theirs_where_only_the_last_ones_
     assert load_run(tmp_path).early_stopped["test/autoattack_error"] == 0.5
 
 
+def test_measures_that_fit_lacks_are_those_of_a_test_of_its_last_checkpoint(tmp_path):
+    run = make_run()
+    parts = [
+        {name: value for name, value in part.items() if "autoattack" not in name}
+        for part in (run.final, run.early_stopped, run.num_examples)
+    ]
+    run = replace(run, final=parts[0], early_stopped=parts[1], num_examples=parts[2])
+    folder = write_run(tmp_path, run)
+    before = load_run(folder)
+    tested = {
+        "checkpoint": "last",
+        "final": {"hessian/trace": 3.0, "test/robust_loss": 99.0, "test/autoattack_error": 0.5},
+        "early_stopped": {"hessian/trace": 2.0},
+        "num_examples": {"hessian/trace": 128},
+        "attacks": {"test/autoattack_error": "apgd-ce+apgd-t"},
+    }
+    path = folder / "results_test.json"
+    path.write_text(json.dumps(tested))
+    run = load_run(folder)
+    new = {"hessian/trace": 3.0, "test/apgd-ce+apgd-t_error": 0.5}
+    assert run.final == {**before.final, **new}
+    assert run.early_stopped == {**before.early_stopped, "hessian/trace": 2.0}
+    assert run.num_examples == {**before.num_examples, "hessian/trace": 128}
+    path.write_text(json.dumps(tested | {"checkpoint": "best"}))
+    assert load_run(folder).final == before.final
+    path.write_text("{")
+    assert reason(folder).startswith("results_test.json is broken")
+
+
 def test_landscapes_of_fit_win_over_those_of_test(tmp_path):
     write_run(tmp_path, make_run())
     assert load_run(tmp_path).landscapes == {}

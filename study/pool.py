@@ -94,15 +94,14 @@ class Pool:
 
     def _train(self, run: PlannedRun) -> PlannedRun | None:
         """Trains a run. Returns it if it has to be tried again."""
-        environment = self._environments.get()
         log = study_file(run, "log")
         log_size = log.stat().st_size if log.is_file() else 0
-        with self._lock:
-            if self._stopping.is_set():
-                return None
-            process = start(run, environment)
-            self._running[run] = process
+        environment = self._environments.get()
         try:
+            with self._lock:
+                if self._stopping.is_set():
+                    return None
+                process = self._running[run] = start(run, environment)
             if process is not None:
                 process.wait()
             elif is_running(run) and not runs_here(run):
@@ -113,7 +112,7 @@ class Pool:
                 while is_running(run) and not self._stopping.wait(_POLL_SECONDS):
                     pass
         finally:
-            del self._running[run]
+            self._running.pop(run, None)
             self._environments.put(environment)
         if self._stopping.is_set():
             return None

@@ -94,14 +94,27 @@ from pathlib import Path
 from robust_flatness.study import state
 from robust_flatness.study.pool import Pool
 state.PROGRAM = (sys.executable, {stand_in!r})
-Pool(2).run(pickle.loads(Path({plan!r}).read_bytes()))
+{before}
+Pool({jobs}).run(pickle.loads(Path({plan!r}).read_bytes()))
 """
 
 
-def study_process(plan: list[PlannedRun], folder: Path) -> subprocess.Popen[bytes]:
+# Threads that have ended a run take the next one before it is cancelled.
+LATE = """
+from concurrent.futures import ThreadPoolExecutor
+from time import sleep
+shutdown = ThreadPoolExecutor.shutdown
+ThreadPoolExecutor.shutdown = lambda *args, **kwargs: (sleep(1), shutdown(*args, **kwargs))
+"""
+
+
+def study_process(
+    plan: list[PlannedRun], folder: Path, jobs: int = 2, before: str = ""
+) -> subprocess.Popen[bytes]:
     # To make the plan again would import torch and Lightning.
     (folder / "plan").write_bytes(pickle.dumps(plan))
-    script = STUDY.format(stand_in=STAND_IN, plan=str(folder / "plan"))
+    paths = {"stand_in": STAND_IN, "plan": str(folder / "plan")}
+    script = STUDY.format(**paths, jobs=jobs, before=before)
     return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL)
 
 
@@ -150,6 +163,18 @@ def test_ending_the_study_ends_its_runs(plan, tmp_path, half_way):
     time.sleep(0.5)
     assert rows(plan[0]) == ["epoch", "0", "1"]
     assert state_of(plan[0]) is State.CUT_OFF
+
+
+def test_a_study_ends_although_several_runs_wait(plan, tmp_path):
+    (tmp_path / "hold").touch()
+    process = study_process(plan, tmp_path, jobs=1, before=LATE)
+    wait_for(lambda: epochs_done(plan[0]) == 2)
+    process.terminate()
+    try:
+        assert process.wait(timeout=60) != 0
+    finally:
+        process.kill()
+    assert journal(tmp_path) == {f"{plan[0].name} starts": 1}
 
 
 def test_what_was_left_before_the_first_checkpoint_starts_anew(plan, tmp_path):

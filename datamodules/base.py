@@ -59,7 +59,8 @@ class RobustDataModule(LightningDataModule, ABC):
         downsample: Side of the blocks of pixels that are averaged, so that 2 halves the resolution;
             means are rounded to 8 bits. Above 1 it needs `in_memory`.
         unlabeled: Pseudo-labeled images, see `read_unlabeled`: the pickle of Carmon et al., an
-            `.npz`, or a folder; read only if `unlabeled_share` is above 0.
+            `.npz`, or a folder; read only if `unlabeled_share` is above 0. `"unused"` takes the
+            training images that no split has, with their labels, as if by a perfect teacher.
         unlabeled_share: Share of them in each global batch. Above 0, batches have a third part,
             `unlabeled` `(N,)`, True if a label is a pseudo-label. See `MixedSampler`.
         num_train: Number of images to train on, the first ones; `None` for all.
@@ -162,10 +163,29 @@ class RobustDataModule(LightningDataModule, ABC):
         """Returns the pseudo-labeled images if `unlabeled_share` is above 0.
 
         Raises:
-            ValueError: If `unlabeled` is `None`, or not a file or folder that can be read.
+            ValueError: If `unlabeled` is `None`, or not a file or folder that can be read, or if it
+                is `"unused"` and the splits have all training images.
         """
+        if self.unlabeled == "unused":
+            return self._unused_images()
         names = getattr(self, "class_names", None)
         return read_unlabeled(self.unlabeled, num_classes=self.num_classes, class_names=names)
+
+    def _unused_images(self) -> LabeledImages:
+        train, test = self.sources()
+        order, _ = self.orders(len(train), len(test))
+        if not self._images:
+            self.setup()
+        used = set(self._splits["training"])
+        if self.sizes.val_from == "train":
+            used.update(self._splits["val"])
+        unused = [index for index in order if index not in used]
+        if not unused:
+            raise ValueError(
+                f"Expected `num_train` to leave some of {len(train)} training images if "
+                f"`unlabeled` is unused but got {self.sizes.num_train}."
+            )
+        return train.subset(unused)
 
     @cached_property
     def mean(self) -> list[float]:

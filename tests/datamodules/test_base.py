@@ -215,6 +215,21 @@ def test_bad_input_stops_before_training(kwargs, message):
         record(Toy(**kwargs), max_epochs=1)
 
 
+@pytest.mark.parametrize("val_from", ["train", "test"])
+def test_unused_training_images_are_those_of_no_split(val_from):
+    arguments = {"num_train": 12, "num_train_eval": 3, "val_from": val_from, "seed": 0}
+    toy = Toy(**arguments, unlabeled="unused", unlabeled_share=0.5, augment="none", downsample=2)
+    seen = {False: set(), True: set()}
+    for images, labels, unlabeled in record(toy, max_epochs=9):
+        assert images.shape[1:] == (1, 4, 4)
+        for label, is_unlabeled in zip(labels.tolist(), unlabeled.tolist(), strict=True):
+            seen[is_unlabeled].add(label)
+    assert seen[False] == set(range(12))
+    assert seen[True] == set(range(12, 19 if val_from == "train" else 24))
+    with pytest.raises(ValueError, match="`num_train` to leave some of 24 training images"):
+        Toy(unlabeled="unused").unlabeled_source()
+
+
 @pytest.mark.parametrize("wrong", [True, False, "crop"])
 def test_an_augmentation_that_is_none_is_refused_at_once(wrong):
     kinds = "none, flip, flip_crop, autoaugment, autoaugment_batch"

@@ -59,7 +59,8 @@ class FinalMeasure(MeasuringCallback, HoldsMeasure):
 
     Attributes:
         final_results: `final` and `early_stopped` metrics by name, and `num_examples` by name.
-        final_arrays: Values of each image by name, `final/…` and `early_stopped/…`.
+        final_arrays: Values of each image by name, `final/…` and `early_stopped/…`. Values of fewer
+            images than others are those of the first ones.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -105,7 +106,8 @@ class FinalMeasure(MeasuringCallback, HoldsMeasure):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for split, measures in self.measures.items():
-            self.prepare(trainer, pl_module, split, measures)
+            fewest = min((n for m in measures if (n := self.count_of(m))), default=None)
+            self.prepare(trainer, pl_module, split, measures, fewest)
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -180,7 +182,7 @@ class FinalEvaluation(FinalMeasure):
         datasets: Where the images of a split come from; others are those of the data.
         num_examples: Number of images of each split.
         num_flatness_examples: Number of images for flatness and extras, the first of each split;
-            None for `num_examples`.
+            None or a larger number for all `num_examples`.
         normalization: `(mean, std)` if module and datasets use normalized images.
         num_perturbations: Number of directions of the flatness; 0 leaves it out.
         xi: Relative length ξ of a perturbation in each layer.

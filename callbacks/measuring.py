@@ -71,9 +71,21 @@ class MeasuringCallback(FixedImages):
     """Measures a network in training, on fixed images, without touching training."""
 
     def prepare(
-        self, trainer: Trainer, pl_module: LightningModule, split: str, measures: Sequence[Measure]
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        split: str,
+        measures: Sequence[Measure],
+        num_examples: int | None = None,
     ) -> None:
         """Reads the images of a split, so that what does not fit is refused before training.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The module to measure.
+            split: The split of the images.
+            measures: What will be measured.
+            num_examples: The smallest number of images that a measure takes; None for all.
 
         Raises:
             ValueError: On all processes, if there are no images, if they do not fit the network, if
@@ -87,7 +99,7 @@ class MeasuringCallback(FixedImages):
             check_examples(examples.images, examples.labels, classes)
             for measure in measures:
                 measure.with_default_eps(data_eps(trainer)).check(network, images, classes)
-        warn_of_one_class(examples, classes, split)
+        warn_of_one_class(examples.first(num_examples), classes, split)
 
     def measure_split(
         self,

@@ -88,7 +88,7 @@ def read_config(source: str) -> tuple[Settings, Path | None]:
 
 
 def is_preset(file: Path | None) -> TypeGuard[Path]:
-    """Whether a file is one of `configs/`."""
+    """Whether a file is in `configs/`."""
     return file is not None and file.resolve().is_relative_to(CONFIGS.resolve())
 
 
@@ -109,8 +109,8 @@ def with_overlays(
     """The settings of a file on one data set: its own, those `on_data`, those of its overlays.
 
     Only presets of the package have overlays: `configs/<data>/<name>.yaml`, and
-    `configs/<earlier>/<name>.yaml` for each preset before them. `known` are the names of the
-    package's classes of data.
+    `configs/<earlier>/<name>.yaml`. `known` are the names of the package's classes of data,
+    `earlier` those of the presets before this file.
     """
     sections, short = settings.pop("on_data", {}), data.rsplit(".", 1)[-1]
     mappings = sections.items() if isinstance(sections, dict) else [(None, None)]

@@ -182,8 +182,8 @@ class RobustDataModule(LightningDataModule, ABC):
         unused = [index for index in order if index not in used]
         if not unused:
             raise ValueError(
-                f"Expected `num_train` to leave some of {len(train)} training images if "
-                f"`unlabeled` is unused but got {self.sizes.num_train}."
+                f"Expected `num_train` to leave some of {len(order)} training images for "
+                f"`unlabeled` 'unused' but got {self.sizes.num_train}."
             )
         return train.subset(unused)
 

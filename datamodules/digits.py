@@ -26,7 +26,8 @@ class Digits(RobustDataModule):
     of `split_indices` are positions in scikit-learn's order.
 
     If `unlabeled_share` is above 0 and `unlabeled` is `None`, batches mix in the pool, labeled by a
-    support vector machine that was trained on the training images alone.
+    support vector machine that was trained on the training images alone; `"unused"` mixes in the
+    pool with its true labels.
 
     Args:
         eps: Radius of the ball that measures use on these images, in pixels of [0, 1].
@@ -125,14 +126,16 @@ class Digits(RobustDataModule):
         Raises:
             ValueError: If the pool is empty, or as in the base class.
         """
-        if self.unlabeled is not None:
+        if self.unlabeled not in (None, "unused"):
             return super().unlabeled_source()
         if not self.num_pool:
             raise ValueError(
-                "Expected `num_pool` to be >= 1 or `unlabeled` to be set if `unlabeled_share` is"
-                " above 0 but got 0 and None."
+                "Expected `num_pool` to be >= 1 or `unlabeled` to be a path if `unlabeled_share` is"
+                f" above 0 but got 0 and {self.unlabeled}."
             )
         pool = self._pool()
+        if self.unlabeled == "unused":
+            return pool
         return ResidentImages(pool.images, self._pseudo_labels(pool.images))
 
     def _pool(self) -> ResidentImages:

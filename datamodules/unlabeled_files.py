@@ -19,7 +19,7 @@ from robust_flatness.datamodules.images import LabeledImages, ResidentImages
 
 _KINDS = (
     "the pickle `ti_500K_pseudo_labeled.pickle` of Carmon et al., an .npz with `image` and `label`,"
-    " or a folder with one folder per class"
+    " a folder with one folder per class, or 'unused'"
 )
 
 

@@ -72,7 +72,7 @@ class Examples:
         return len(self.labels)
 
     def first(self, count: int | None) -> "Examples":
-        """Returns the first `count` images, or all."""
+        """Returns the first `count` images, or all; losses of all images are not known of them."""
         if count is None or count >= len(self):
             return self
         images, labels, indices = self.images[:count], self.labels[:count], self.indices[:count]

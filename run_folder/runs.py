@@ -20,10 +20,17 @@ from robust_flatness.run_folder.files import Landscape, read_landscapes
 from robust_flatness.run_folder.metrics import LOSSES, Weights, attacks_name, with_attacks
 
 Metrics = Mapping[str, float]
+_Checks = Mapping[str, list[dict[str, Any]]]
 
 _RESULTS, _CONFIG, _METRICS = "results.json", "config.yaml", "metrics.csv"
 # What `test` measured on the last checkpoint later, such as further extras.
 _TESTED = "results_test.json"
+# Settings that a test must share with its run, beside those of the final evaluation.
+_PROTOCOL = [
+    f"{part}.{name}" for part in ("data.init_args", "autoattack") for name in ("eps", "norm")
+]
+_NO_PROTOCOL = ("extras", "splits", "num_examples", "num_flatness_examples")
+_EARLY_STOPPED = "_early_stopped"
 # Classes of runs in older formats, which do not state them.
 _CLASSES = {"Digits": 10, "CIFAR10": 10, "CIFAR100": 100}
 # The square of a larger number may not be finite.
@@ -108,7 +115,8 @@ def find_runs(root: str | Path) -> tuple[list[Run], list[LeftOut]]:
     """Reads all runs below a folder, or in it, sorted by path.
 
     Returns:
-        The finished runs, and folders of runs that are not finished or are broken.
+        The finished runs; and folders of runs that are not finished or are broken, and tests that
+        do not fit their run.
 
     Raises:
         ValueError: If `root` is not a folder.
@@ -123,7 +131,9 @@ def find_runs(root: str | Path) -> tuple[list[Run], list[LeftOut]]:
         if "wandb" in folder.relative_to(root).parts:
             continue
         try:
-            runs.append(load_run(folder))
+            run, unused = _load_run(folder)
+            runs.append(run)
+            left_out += unused
         except (ValueError, OSError) as error:
             left_out.append(LeftOut(folder, str(error)))
     return runs, left_out
@@ -132,13 +142,18 @@ def find_runs(root: str | Path) -> tuple[list[Run], list[LeftOut]]:
 def load_run(folder: str | Path) -> Run:
     """Reads the run in a run folder.
 
-    Measures that `results.json` lacks are taken from `results_test.json` if that is of `last.ckpt`.
+    A test of `last.ckpt`, `results_test.json`, adds the measures that `results.json` lacks, if it
+    has the same weights, threat model and protocol of the final evaluation.
 
     Raises:
         ValueError: If the run has not finished, is broken or lacks entries. The message is the
             reason.
     """
-    folder = Path(folder)
+    return _load_run(Path(folder))[0]
+
+
+def _load_run(folder: Path) -> tuple[Run, list[LeftOut]]:
+    """A run, and its test if that cannot be used."""
     path = folder / _RESULTS
     if not path.is_file():
         raise ValueError(_progress(folder))
@@ -146,15 +161,18 @@ def load_run(folder: str | Path) -> Run:
     missing = [name for name in _NEEDED if content.get(name) is None]
     if missing:
         raise ValueError(f"{_RESULTS} is of an older format, without {', '.join(missing)}")
-    tested = _read_json(folder / _TESTED) if (folder / _TESTED).is_file() else {}
     try:
-        _check_values([content, tested])
-        if tested.get("checkpoint") == "last":
-            content = _with_tested(content, tested)
+        _check_values(content)
         run = _parse(folder, content)
     except ValueError as error:
         raise ValueError(f"{_RESULTS} is of another format ({error})") from error
-    return replace(run, landscapes=_landscapes(folder))
+    unused = []
+    if (folder / _TESTED).is_file():
+        try:
+            run = _parse(folder, _with_tested(content, _read_json(folder / _TESTED)))
+        except (ValueError, OSError) as error:
+            unused.append(LeftOut(folder / _TESTED, str(error)))
+    return replace(run, landscapes=_landscapes(folder)), unused
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -167,16 +185,63 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _with_tested(content: Mapping[str, Any], tested: Mapping[str, Any]) -> dict[str, Any]:
-    """The results of `fit`, and those of `test` that it lacks."""
+def _with_tested(content: dict[str, Any], tested: dict[str, Any]) -> dict[str, Any]:
+    """The results of `fit`, with the measures of `test` that they lack.
+
+    Raises:
+        ValueError: If the test is of other weights or another protocol, or has another format.
+    """
+    _check_values(tested)
+    if tested.get("checkpoint") != "last" or tested.get("trajectory") != content["trajectory"]:
+        raise ValueError("is not a test of the last checkpoint of this training")
+    others = [name for name in _PROTOCOL if _setting(tested, name) != _setting(content, name)]
+    if _final_settings(tested) != _final_settings(content):
+        others.append("final")
+    if others:
+        raise ValueError(f"has other settings than the run: {', '.join(others)}")
+    parts = ("final", "early_stopped")
+    theirs, ours = _mapping(tested, "num_examples"), _mapping(content, "num_examples")
+    measured = {name for part in parts for name in _mapping(content, part)}
+    measured |= {name.removesuffix(_EARLY_STOPPED) for name in measured}
+    # Without a number of images, a value is one of the trajectory.
+    taken = {name for part in parts for name in _mapping(tested, part) if name not in measured}
+    taken |= {name for name in theirs if name not in ours}
     both = dict(content)
-    for name in ("final", "early_stopped", "num_examples"):
+    for part in (*parts, "num_examples", "attacks"):
+        own = _attacks(content) if part == "attacks" else _mapping(content, part)
+        new = _mapping(tested, part)
+        both[part] = {name: value for name, value in own.items() if name not in taken}
+        both[part] |= {name: value for name, value in new.items() if name in taken}
+    for name in ("error_curve", "class_errors"):
         both[name] = _mapping(tested, name) | _mapping(content, name)
-    own = {name: attacks for name, attacks in _attacks(content).items() if name in content["final"]}
-    both["attacks"] = _mapping(tested, "attacks") | own
-    for name in ("checks", "error_curve", "class_errors"):
-        both.setdefault(name, tested.get(name))
+    both["checks"] = _merged_checks(_checks(content), _checks(tested))
     return both
+
+
+def _setting(content: Mapping[str, Any], path: str) -> Any:
+    value: Any = content.get("settings")
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def _final_settings(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The protocol of the final evaluation, without what is measured and on how many images."""
+    settings = _setting(content, "final")
+    settings = settings if isinstance(settings, dict) else {}
+    return {name: value for name, value in settings.items() if name not in _NO_PROTOCOL}
+
+
+def _merged_checks(ours: _Checks, theirs: _Checks) -> dict[str, list[dict[str, Any]]]:
+    """Checks by weights; one that `ours` could not decide is taken from `theirs`."""
+    merged = {}
+    for weights in {**theirs, **ours}:
+        named = {check["name"]: check for check in ours.get(weights, ())}
+        for check in theirs.get(weights, ()):
+            if named.get(check["name"], {}).get("passed") is None:
+                named[check["name"]] = check
+        merged[weights] = list(named.values())
+    return merged
 
 
 def _parse(folder: Path, content: Mapping[str, Any]) -> Run:
@@ -190,7 +255,7 @@ def _parse(folder: Path, content: Mapping[str, Any]) -> Run:
     if any(_count(row, "epoch") is None for row in rows):
         raise ValueError("a row of its trajectory has no epoch")
     # AutoAttack logs the error of the early-stopped weights beside that of the last ones.
-    suffix = "_early_stopped"
+    suffix = _EARLY_STOPPED
     logged = {n.removesuffix(suffix): x for n, x in final.items() if n.endswith(suffix)}
     stopped = logged | _finite(_mapping(content, "early_stopped"), "early_stopped")
     attacks = _attacks(content)

@@ -126,6 +126,9 @@ def test_flatness_and_extras_may_take_fewer_images():
         assert few["num_examples"][name] == 3
     assert few["final"]["test/robust_loss"] == everything["final"]["test/robust_loss"]
     assert few["num_examples"]["test/robust_loss"] == 6
+    sorted_images = TensorDataset(torch.rand(6, 3, 8, 8), torch.tensor([0, 0, 0, 1, 1, 1]))
+    with pytest.warns(UserWarning, match="All 3 measured images of split test are of class 0"):
+        measured(num_flatness_examples=3, datasets={"test": sorted_images})
     with pytest.raises(ValueError, match="Expected `num_flatness_examples` to be"):
         FinalEvaluation(num_flatness_examples=0)
 

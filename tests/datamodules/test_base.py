@@ -226,7 +226,7 @@ def test_unused_training_images_are_those_of_no_split(val_from):
             seen[is_unlabeled].add(label)
     assert seen[False] == set(range(12))
     assert seen[True] == set(range(12, 19 if val_from == "train" else 24))
-    with pytest.raises(ValueError, match="`num_train` to leave some of 24 training images"):
+    with pytest.raises(ValueError, match="`num_train` to leave some of 24 training images for"):
         Toy(unlabeled="unused").unlabeled_source()
 
 

@@ -78,3 +78,12 @@ def test_val_from_train_shrinks_the_training_set():
 def test_bad_sizes_are_refused(kwargs, message):
     with pytest.raises(ValueError, match=message):
         Digits(**kwargs)
+
+
+def test_unused_images_are_the_pool_with_its_labels():
+    digits = Digits(unlabeled="unused", unlabeled_share=0.5)
+    pool = digits.unlabeled_source()
+    assert torch.equal(pool.images, Digits(unlabeled_share=0.5).unlabeled_source().images)
+    assert pool.labels.tolist() == load_digits().target[digits.split_indices()["pool"]].tolist()
+    with pytest.raises(ValueError, match="`num_pool` to be >= 1 .* got 0 and unused"):
+        Digits(unlabeled="unused", num_pool=0).unlabeled_source()

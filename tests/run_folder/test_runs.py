@@ -133,33 +133,96 @@ def test_autoattack_of_early_stopped_weights_is_theirs_where_only_the_last_ones_
     assert load_run(tmp_path).early_stopped["test/autoattack_error"] == 0.5
 
 
-def test_measures_that_fit_lacks_are_those_of_a_test_of_its_last_checkpoint(tmp_path):
+@pytest.fixture
+def tested_run(tmp_path):
+    """A finished run without AutoAttack, and writes the results of a test of it."""
     run = make_run()
     parts = [
         {name: value for name, value in part.items() if "autoattack" not in name}
         for part in (run.final, run.early_stopped, run.num_examples)
     ]
     run = replace(run, final=parts[0], early_stopped=parts[1], num_examples=parts[2])
-    folder = write_run(tmp_path, run)
+    folder = write_run(tmp_path / "run", run)
+    fitted = json.loads((folder / "results.json").read_text())
+
+    def write(**changes):
+        tested = {
+            "checkpoint": "last",
+            "trajectory": fitted["trajectory"],
+            "settings": fitted["settings"],
+            "final": {"hessian/trace": 3.0, "test/robust_loss": 99.0, "test/autoattack_error": 0.5},
+            "early_stopped": {"hessian/trace": 2.0},
+            "num_examples": {"hessian/trace": 128, "test/autoattack_error": 64},
+            "attacks": {"test/autoattack_error": "apgd-ce+apgd-t"},
+        }
+        (folder / "results_test.json").write_text(json.dumps(tested | changes))
+
+    return folder, write
+
+
+def test_measures_that_fit_lacks_are_those_of_a_test_of_its_last_checkpoint(tested_run):
+    folder, write = tested_run
     before = load_run(folder)
-    tested = {
-        "checkpoint": "last",
-        "final": {"hessian/trace": 3.0, "test/robust_loss": 99.0, "test/autoattack_error": 0.5},
-        "early_stopped": {"hessian/trace": 2.0},
-        "num_examples": {"hessian/trace": 128},
-        "attacks": {"test/autoattack_error": "apgd-ce+apgd-t"},
-    }
-    path = folder / "results_test.json"
-    path.write_text(json.dumps(tested))
+    write()
     run = load_run(folder)
-    new = {"hessian/trace": 3.0, "test/apgd-ce+apgd-t_error": 0.5}
-    assert run.final == {**before.final, **new}
+    assert run.final == {**before.final, "hessian/trace": 3.0, "test/apgd-ce+apgd-t_error": 0.5}
     assert run.early_stopped == {**before.early_stopped, "hessian/trace": 2.0}
-    assert run.num_examples == {**before.num_examples, "hessian/trace": 128}
-    path.write_text(json.dumps(tested | {"checkpoint": "best"}))
-    assert load_run(folder).final == before.final
-    path.write_text("{")
-    assert reason(folder).startswith("results_test.json is broken")
+    counts = {"hessian/trace": 128, "test/apgd-ce+apgd-t_error": 64}
+    assert run.num_examples == {**before.num_examples, **counts}
+    assert find_runs(folder) == ([run], [])
+
+
+def test_a_value_of_the_trajectory_gives_way_to_one_of_a_test_for_both_weights(tested_run):
+    folder, write = tested_run
+    content = json.loads((folder / "results.json").read_text())
+    change(folder, final=content["final"] | {"hessian/trace": 5.0})
+    write()
+    run = load_run(folder)
+    values = (run.final["hessian/trace"], run.early_stopped["hessian/trace"])
+    assert (*values, run.num_examples["hessian/trace"]) == (3.0, 2.0, 128)
+
+
+def test_checks_of_a_test_decide_what_fit_left_open(tested_run):
+    folder, write = tested_run
+    names = ("AutoAttack", "Square", "more steps")
+    ours, theirs = (
+        [{"name": name, "passed": passed, "text": text} for name, passed in zip(names, values)]
+        for text, values in (("fit", (True, None, None)), ("test", (False, False, None)))
+    )
+    change(folder, checks={"final": ours})
+    write(checks={"final": theirs}, error_curve={"final": {"eps": [0.1], "robust_error": [1.0]}})
+    run = load_run(folder)
+    checks = [(check["text"], check["passed"]) for check in run.checks["final"]]
+    assert checks == [("fit", True), ("test", False), ("test", None)]
+    assert run.error_curve["final"]["eps"] == [0.1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"checkpoint": "best"}, "is not a test of the last checkpoint"),
+        ({"trajectory": []}, "is not a test of the last checkpoint"),
+        ({"settings": {"final": {"steps": 5}}}, "has other settings than the run: final"),
+        ({"settings": {"data": {"init_args": {"eps": 1}}}}, "run: data.init_args.eps"),
+        ({"final": [1]}, "`final` is"),
+        ({"final": {"hessian/trace": 10**30}}, "too many digits"),
+    ],
+)
+def test_a_test_that_does_not_fit_the_run_is_named_and_the_run_stays(tested_run, changes, expected):
+    folder, write = tested_run
+    before = load_run(folder)
+    write(**changes)
+    runs, left_out = find_runs(folder)
+    assert runs == [before] == [load_run(folder)]
+    assert [item.folder.name for item in left_out] == ["results_test.json"]
+    assert expected in left_out[0].reason
+
+
+def test_a_broken_test_leaves_the_run_finished(tested_run):
+    folder, _ = tested_run
+    (folder / "results_test.json").write_text("{")
+    assert load_run(folder).name == "run"
+    assert find_runs(folder)[1][0].reason.startswith("results_test.json is broken")
 
 
 def test_landscapes_of_fit_win_over_those_of_test(tmp_path):

@@ -43,7 +43,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "FinalEvaluation": {
         **{**ATTACK, "steps": 20, "restarts": 10, "splits": ("test", "train")},
-        **{"num_examples": 1000, "num_perturbations": 10, "xi": 0.5, "protocol": "shared"},
+        **{
+            "num_examples": 1000,
+            "num_flatness_examples": None,
+            "num_perturbations": 10,
+            "xi": 0.5,
+            "protocol": "shared",
+        },
         "extras": (),
     },
     "AdversarialTraining": {

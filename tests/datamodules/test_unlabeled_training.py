@@ -154,5 +154,5 @@ def test_digits_take_other_images_and_refuse_an_empty_pool(tmp_path):
     np.savez(path, image=np.full((4, 8, 8, 1), 7, np.uint8), label=np.arange(4))
     source = Digits(unlabeled=str(path), unlabeled_share=0.5).unlabeled_source()
     assert (len(source), int(source[0][0].max())) == (4, 7)
-    with pytest.raises(ValueError, match="`num_pool` to be >= 1 or `unlabeled` to be set"):
+    with pytest.raises(ValueError, match="`num_pool` to be >= 1 or `unlabeled` to be a path"):
         Digits(num_pool=0, unlabeled_share=0.5).unlabeled_source()

@@ -163,8 +163,9 @@ class FinalMeasure(MeasuringCallback, HoldsMeasure):
                 count = self.count_of(measure)
                 result = self.measure_split(trainer, pl_module, split, measure, count)
                 measured = self.keep(weights, split, measure, result)
-                examples = self.examples(trainer, pl_module, split).first(count)
-                self.final_results["num_examples"] |= dict.fromkeys(measured, len(examples))
+                images = len(self.examples(trainer, pl_module, split))
+                count = images if count is None else min(count, images)
+                self.final_results["num_examples"] |= dict.fromkeys(measured, count)
                 metrics |= measured
         return metrics
 

@@ -127,6 +127,25 @@ def test_results_hold_everything_a_report_needs(
     assert tmp_path.name in printed.replace("\n", "")
 
 
+def test_parts_of_a_final_metric_are_not_those_of_an_epoch(tmp_path: Path) -> None:
+    class Epochs(Toy):
+        def on_train_epoch_end(self) -> None:
+            # The final measure has no incorrect examples, and the error of the flatness is of
+            # other directions than its value.
+            self.log_dict({"test/robust_loss_incorrect": 9.0, "test/error": 0.5})
+            self.log_dict({"flatness/average/test": 1.0, "flatness/average/test_sem": 0.1})
+
+    measured = Measure()
+    measured.final_results["final"] |= {"test/robust_loss": 2.0, "flatness/average/test": 0.5}
+    callbacks = [measured, Trajectory(figures=False), Results()]
+    make_trainer(tmp_path, *callbacks).fit(Epochs(), datamodule=Points())
+    results = read(tmp_path / "results.json")
+    names = {"train/robust_loss", "val/robust_error", "test/error", "flatness/average/test"}
+    assert results["final"].keys() == {*names, "test/robust_error", "test/robust_loss"}
+    # Nothing but the error was measured on these weights at the end.
+    assert results["early_stopped"]["flatness/average/test_sem"] == pytest.approx(0.1)
+
+
 class Diverges(Toy):
     """Has figures of fixed images that are not finite from the second epoch on."""
 

@@ -129,6 +129,9 @@ class CLI(LightningCLI):
         for name, callback in DEFAULT_CALLBACKS.items():
             group = groups[name]
             group.title, group.description = f"{name} ({callback.__name__})", f"{group.title}."
+        if subcommand == "test":
+            # `Results` prints a table, with whole names and intervals.
+            parser.set_defaults(verbose=False)
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

@@ -188,6 +188,9 @@ def test_a_test_of_other_weights_has_a_file_and_a_heading_of_its_own(trainers, c
         main(["test", "--model=AT", f"--ckpt_path={folder}/checkpoints/{name}.ckpt", QUIET])
         heading = " ".join(capsys.readouterr().out.split())
         assert ("best.ckpt" in heading) == (name == "best")
+        # One table, ours.
+        assert heading.count("RErr PGD, test (n=") == 1 + (name == "last")
+        assert "Test metric" not in heading
     files = {path.name for path in folder.glob("results*.json")}
     assert files == {"results.json", "results_test.json", "results_best.json"}
     assert json.loads((folder / "results_best.json").read_text())["checkpoint"] == "best"

@@ -240,7 +240,7 @@ def _fill_in(results: dict[str, Any]) -> None:
     rows = {row["epoch"]: row for row in results["trajectory"]}
     for part, epoch in epochs.items():
         row = rows.get(epoch, {})
-        # A standard error, or the loss of correct examples, belongs to the measurement of its value.
+        # A standard error or the loss of correct examples belongs to the measurement of its value.
         own = tuple(f"{name}_" for name in results[part])
         # Metrics of a split, not such as a learning rate.
         logged = {k: v for k, v in row.items() if metric(k).split and not k.startswith(own)}

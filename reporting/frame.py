@@ -37,6 +37,8 @@ _LOOK |= {"trainer.log_every_n_steps", "trajectory.figures"}
 # They add metrics and change none.
 _MORE = {"final.extras"}
 _IGNORED = _PLACE | _HARDWARE | _LOOK | _MORE
+# Data that a run's `data` identifies, wherever they are.
+_AT_ANY_ROOT = {"CIFAR10", "CIFAR100", "ImageFolder"}
 # Defaults of arguments, of the model or of measures, that older runs lack.
 _LATER = {"fast": True, "fold_batch_norm": False}
 # Sections that only measure, and the images that they measure on.
@@ -238,7 +240,10 @@ def group_runs(runs: Iterable[Run]) -> Models:
         by_method.setdefault(run.method, []).append(run)
     models: list[tuple[str, str, list[Run], dict[str, Any]]] = []
     for method in sorted(by_method):
-        models += [(method, *model) for model in _group_method(method, by_method[method])]
+        for label, own, differs in _group_method(method, by_method[method]):
+            # A run may be called `TRADES lam=9`.
+            taken = any(label == other for _, other, *_ in models)
+            models.append((method, f"{label} ({method})" if taken else label, own, differs))
     grouped = {
         label: tuple(sorted(own, key=lambda run: (run.seed is None, run.seed or 0, run.name)))
         for _, label, own, _ in models
@@ -336,10 +341,12 @@ def natural_key(text: str) -> list[tuple[int, str]]:
 
 def _set_values(run: Run) -> dict[str, Any]:
     """Settings that have a value: an option that an older version lacks is not set."""
-    flat = {"data": run.data} | flat_settings(run.settings)
+    flat = flat_settings(run.settings)
+    if flat.get("data") in _AT_ANY_ROOT:
+        flat.pop("data.root", None)
     return {
         name: value
-        for name, value in flat.items()
+        for name, value in (flat | {"data": run.data}).items()
         if value not in (None, _LATER.get(name.rsplit(".", 1)[-1]))
     }
 

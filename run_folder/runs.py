@@ -17,7 +17,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 from robust_flatness.run_folder.files import Landscape, read_landscapes
-from robust_flatness.run_folder.metrics import LOSSES, Weights, attacks_name, with_attacks
+from robust_flatness.run_folder.metrics import (
+    LOSSES,
+    METHOD_LABELS,
+    Weights,
+    attacks_name,
+    with_attacks,
+)
 
 Metrics = Mapping[str, float]
 _Checks = Mapping[str, list[dict[str, Any]]]
@@ -33,6 +39,13 @@ _NO_PROTOCOL = ("extras", "splits", "num_examples", "num_flatness_examples")
 _EARLY_STOPPED = "_early_stopped"
 # Classes of runs in older formats, which do not state them.
 _CLASSES = {"Digits": 10, "CIFAR10": 10, "CIFAR100": 100}
+# Methods by their label and by their class.
+_METHODS = {label: method for method, label in METHOD_LABELS.items()} | {
+    "ATAWP": "at_awp",
+    "ATEntropySGD": "entropy_sgd",
+    "ATSelfSupervision": "self_supervision",
+    "ATUnlabeled": "unlabeled",
+}
 # The square of a larger number may not be finite.
 _HUGE = 1e100
 # Entries that a report needs. Older formats lack some of them.
@@ -45,8 +58,8 @@ class Run:
 
     Attributes:
         folder: The run folder.
-        method: Name of what was trained, such as `at_awp`.
-        data: Class of the data, such as `Digits`.
+        method: Name of what was trained, such as `at_awp`, which `ATAWP` is read as.
+        data: Class of the data, such as `Digits`; of an `ImageFolder`, the name of its folder.
         seed: Seed of the run, if it had one.
         settings: All settings as nested mappings, as in `config.yaml`.
         final: Finite metrics of the last weights by name; errors are shares of 1. An error by other
@@ -218,6 +231,20 @@ def _with_tested(content: dict[str, Any], tested: dict[str, Any]) -> dict[str, A
     return both
 
 
+def _method(content: Mapping[str, Any]) -> str:
+    """The method. What `--model TRADES` trained is of the same method as the row `trades`."""
+    method = _text(content, "method")
+    return _METHODS.get(method, method)
+
+
+def _data(content: Mapping[str, Any]) -> str:
+    """The class of the data, or the name of the folder with the images: each is a data set."""
+    data, root = _text(content, "data"), _setting(content, "data.init_args.root")
+    folder = Path(root).name if isinstance(root, str) else ""
+    is_name = data == "ImageFolder" and 0 < len(folder) < 256 and folder.isprintable()
+    return folder if is_name and folder not in _CLASSES else data
+
+
 def _setting(content: Mapping[str, Any], path: str) -> Any:
     value: Any = content.get("settings")
     for name in path.split("."):
@@ -245,7 +272,7 @@ def _merged_checks(ours: _Checks, theirs: _Checks) -> dict[str, list[dict[str, A
 
 
 def _parse(folder: Path, content: Mapping[str, Any]) -> Run:
-    final, data = _finite(_mapping(content, "final"), "final"), _text(content, "data")
+    final, data = _finite(_mapping(content, "final"), "final"), _data(content)
     hardware, counts = _mapping(content, "hardware"), _mapping(content, "num_examples")
     if not isinstance(hardware.get("gpus") or [], list):
         raise ValueError("`hardware` holds no list of `gpus`")
@@ -264,7 +291,7 @@ def _parse(folder: Path, content: Mapping[str, Any]) -> Run:
     seconds = _entry(content, time, lambda x: is_number(x) and x >= 0, "a number >= 0")
     return Run(
         folder=folder,
-        method=_text(content, "method"),
+        method=_method(content),
         data=data,
         seed=_count(content, "seed"),
         settings=_mapping(content, "settings"),

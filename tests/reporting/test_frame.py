@@ -97,6 +97,14 @@ def test_where_and_on_what_a_run_was_does_not_matter(others):
     assert len(group_runs([trades(0), trades(1, settings=others)])) == 1
 
 
+def test_a_method_may_be_called_as_another_ones_model():
+    runs = [trades(0, 9.0), trades(0, 10.0), make_run("TRADES lam=9")]
+    models = group_runs(runs)
+    # As sorted by method.
+    assert models.labels == ["TRADES lam=9", "TRADES lam=9 (trades)", "TRADES lam=10"]
+    assert [len(own) for own in models.runs.values()] == [1, 1, 1]
+
+
 def test_a_networks_own_argument_of_such_a_name_matters():
     nets = [{"net": {"init_args": {"name": name}}} for name in ("small", "large")]
     assert labels([trades(0, settings=net) for net in nets]) == [
@@ -127,6 +135,16 @@ def test_truth_is_no_number():
 def test_data_sets_are_never_replicas_of_each_other():
     runs = [trades(0), trades(1, data="CIFAR10")]
     assert labels(runs) == ["TRADES data=CIFAR10", "TRADES data=Digits"]
+
+
+@pytest.mark.parametrize(("path", "count"), [("datamodules.CIFAR10", 1), ("mine.Data", 2)])
+def test_copies_of_a_data_set_in_two_places_are_one(path, count):
+    # Of someone else's data, the root may be what tells data sets apart.
+    runs = [
+        trades(seed, data="Data", settings={"data": {"class_path": path, "root": root}})
+        for seed, root in enumerate(("data", "/shared/data"))
+    ]
+    assert len(group_runs(runs)) == count
 
 
 def test_a_number_that_two_settings_share_is_shown_once():

@@ -36,6 +36,30 @@ def test_run_reads_back_equal(tmp_path):
     assert load_run(folder).metrics("early_stopped") == run.early_stopped
 
 
+@pytest.mark.parametrize(
+    ("written", "method"),
+    [("AT", "at"), ("ATAWP", "at_awp"), ("MART", "mart"), ("at", "at"), ("TRADESAWP", "TRADESAWP")],
+)
+def test_a_class_and_its_row_are_one_method(written, method, tmp_path):
+    assert load_run(write_run(tmp_path / "run", make_run(written))).method == method
+
+
+@pytest.mark.parametrize(
+    ("data", "root", "name"),
+    [
+        ("ImageFolder", "~/pictures/", "pictures"),
+        ("ImageFolder", "/data/CIFAR10", "ImageFolder"),  # not the images of the class
+        ("ImageFolder", None, "ImageFolder"),
+        ("ImageFolder", "two\nlines", "ImageFolder"),
+        ("CIFAR10", "~/data", "CIFAR10"),
+    ],
+)
+def test_images_in_folders_are_the_data_set_of_their_folder(data, root, name, tmp_path):
+    settings = {"data": {"class_path": f"package.{data}", "init_args": {"root": root}}}
+    folder = write_run(tmp_path / "run", make_run(data=data, settings=settings))
+    assert load_run(folder).data == name
+
+
 def test_runs_are_found_at_any_depth_in_the_order_of_their_folders(tmp_path):
     names = ["b", "a/deep/er", "a/x"]
     for name in names:

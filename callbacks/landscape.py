@@ -10,7 +10,12 @@ from typing_extensions import override
 
 from robust_flatness.callbacks.final_evaluation import FinalMeasure, Metrics
 from robust_flatness.callbacks.measuring import HoldsMeasure, data_eps
-from robust_flatness.callbacks.trajectory import run_folder, run_title, save_figure
+from robust_flatness.callbacks.trajectory import (
+    name_of_test,
+    run_folder,
+    run_title,
+    save_figure,
+)
 from robust_flatness.functional.layer_weights import perturbed_parameters
 from robust_flatness.loggers.wandb import warn_on_failure
 from robust_flatness.measures import LossLandscape, Measure
@@ -69,8 +74,9 @@ class Landscape(FinalMeasure, _HoldsLandscape):
         super().setup(trainer, pl_module, stage)
         # Here and not when it is needed, where the processes may no longer talk.
         self._folder = run_folder(trainer)
-        split = "" if self.split == "test" else f"_{self.split}"
-        self._suffix = split + ("_test" if stage == "test" else "")
+        self._suffix = "" if self.split == "test" else f"_{self.split}"
+        if stage == "test":
+            self._suffix += f"_{name_of_test(trainer, self._folder)}"
 
     @override
     def keep(self, weights: str, split: str, measure: Measure, result: Any) -> Metrics:

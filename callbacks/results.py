@@ -6,10 +6,12 @@ Example:
         Trainer(callbacks=[Flatness(), Trajectory(), Results()])
 """
 
+import json
 import math
 import os
 import time
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from robust_flatness.callbacks.trajectory import (
     Trajectory,
     datamodule_of,
     early_stopped_epoch,
+    name_of_test,
     run_folder,
 )
 from robust_flatness.loggers.epoch_csv import EpochCSVLogger
@@ -38,7 +41,8 @@ from robust_flatness.run_folder.summary import summary_table
 class Results(Callback):
     """Writes `results.json` after `fit` and `results_test.json` after `test`, and prints a table.
 
-    The test of another checkpoint than `last.ckpt` has a file of its own, `results_best.json`.
+    The test of another checkpoint than `last.ckpt` has a file of its own, `results_best.json`. An
+    earlier test with metrics that a new one lacks is kept as `results_test-1.json` and so on.
 
     Metrics come from the callbacks that have an attribute `final_results`, a dictionary with
     `final` and `early_stopped` (metrics by name) and `num_examples` (number of images by the same
@@ -95,7 +99,8 @@ class Results(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
             seconds = time.monotonic() - self._started
-            self._finish(trainer, pl_module, self._name_of_test(trainer), seconds)
+            name = f"results_{name_of_test(trainer, self._folder)}.json"
+            self._finish(trainer, pl_module, name, seconds)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -112,12 +117,6 @@ class Results(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._seconds_before = float(state_dict["wall_time_seconds"])
-
-    def _name_of_test(self, trainer: Trainer) -> str:
-        path = Path(trainer.ckpt_path or "").resolve()
-        own = self._folder is not None and self._folder.resolve() in path.parents
-        # The test of a checkpoint from elsewhere has a folder of its own.
-        return f"results_{path.stem}.json" if own and path.stem != "last" else "results_test.json"
 
     def _fit_seconds(self) -> float:
         now = time.monotonic() - self._started if self._fitting else 0.0
@@ -137,6 +136,7 @@ class Results(Callback):
         results["diverged_epoch"] = next(diverged, None)
         if trainer.state.fn != "fit":
             results["checkpoint"] = Path(trainer.ckpt_path).stem if trainer.ckpt_path else None
+            _add_logged(results["final"], trainer)
         else:
             results["epochs"] = trainer.current_epoch
             _fill_in(results)
@@ -146,6 +146,7 @@ class Results(Callback):
         results |= _from_arrays(arrays)
         self._failed = _failed(results)
         if self._folder is not None:
+            _keep_earlier(self._folder / name, results)
             # Results last: a run that has them has finished.
             if arrays:
                 path = self._folder / name.replace("results", "examples")
@@ -233,6 +234,28 @@ def _is_finite(metrics: Mapping[str, float]) -> bool:
     losses = [metrics[name] for name in LOSSES.values() if name in metrics]
     flatness = [value for name, value in metrics.items() if name.startswith("flatness/")]
     return all(map(math.isfinite, losses or flatness))
+
+
+def _add_logged(final: dict[str, Any], trainer: Trainer) -> None:
+    """Adds what other callbacks and `test_step` logged in `test`, of the tested weights."""
+    for name, value in trainer.callback_metrics.items():
+        if not name.startswith("early_stopped/") and not name.endswith("_early_stopped"):
+            final.setdefault(name, float(value))
+
+
+def _keep_earlier(path: Path, results: Mapping[str, Any]) -> None:
+    """Renames results of an earlier test that has metrics which this one lacks."""
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))["final"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if path.stem == "results" or not earlier.keys() - results["final"].keys():
+        return
+    number = next(n for n in count(1) if not path.with_stem(f"{path.stem}-{n}").exists())
+    examples = path.with_name(f"{path.stem.replace('results', 'examples')}.npz")
+    for file in (examples, path):
+        if file.is_file():
+            file.rename(file.with_stem(f"{file.stem}-{number}"))
 
 
 def _fill_in(results: dict[str, Any]) -> None:

@@ -220,6 +220,17 @@ def run_folder(trainer: Trainer) -> Path | None:
     return None if getattr(trainer, "fast_dev_run", False) else folder
 
 
+def name_of_test(trainer: Trainer, folder: Path | None) -> str:
+    """Returns what files of `trainer.test` are called by: `test`, or the tested checkpoint.
+
+    `test` is a test of `last.ckpt`, or of a checkpoint from elsewhere, which has a folder of its
+    own.
+    """
+    path = Path(trainer.ckpt_path or "").resolve()
+    own = folder is not None and folder.resolve() in path.parents
+    return path.stem if own and path.stem != "last" else "test"
+
+
 def _num_classes(trainer: Trainer, pl_module: LightningModule) -> int | None:
     for owner in (datamodule_of(trainer), pl_module):
         number = getattr(owner, "num_classes", None)

@@ -21,7 +21,7 @@ from typing import Any
 
 import pandas as pd
 
-from robust_flatness.run_folder.metrics import Weights, method_label
+from robust_flatness.run_folder.metrics import Weights, method_label, method_of
 from robust_flatness.run_folder.runs import LeftOut, Metrics, Run, find_runs, is_number, load_run
 
 WEIGHTS: tuple[Weights, Weights] = ("final", "early_stopped")
@@ -31,20 +31,31 @@ _PLACE = {"seed_everything", "folder", "project", "group", "name", "ckpt_path", 
 _PLACE |= {"config", "trainer.default_root_dir", "best_checkpoint.dirpath", "last_checkpoint"}
 _HARDWARE = {"trainer.accelerator", "trainer.devices", "trainer.strategy", "trainer.num_nodes"}
 _HARDWARE |= {"data.num_workers", "data.in_memory"}
-_LOOK = {"without", "trainer.logger", "trainer.callbacks", "trainer.profiler"}
+_LOOK = {"without", "trainer.logger", "trainer.profiler"}
 _LOOK |= {"trainer.enable_progress_bar", "trainer.enable_model_summary"}
-_LOOK |= {"trainer.log_every_n_steps", "trajectory.figures"}
-# They add metrics and change none.
-_MORE = {"final.extras"}
+_LOOK |= {"trainer.log_every_n_steps"}
+# Callbacks of Lightning and of this package that show, write or measure.
+_WATCHERS = {"DeviceStatsMonitor", "LearningRateMonitor", "ModelCheckpoint", "ModelSummary"}
+_WATCHERS |= {"OnExceptionCheckpoint", "RichModelSummary", "RichProgressBar", "TQDMProgressBar"}
+_WATCHERS |= {"LineProgressBar", "MeasuredCheckpoint", "ThroughputMonitor"}
+_WATCHERS |= {"AutoAttack", "CatastrophicOverfitting", "Curvature", "EpochMeasure", "Results"}
+_WATCHERS |= {"FinalEvaluation", "FinalMeasure", "Flatness", "Landscape", "RobustEvaluation"}
+_WATCHERS |= {"Trajectory", "WorstCaseFlatness"}
+# They add metrics or files, and change no metric of others.
+_MORE = {"final.extras", "landscape", "catastrophic_overfitting", "trajectory", "log_checkpoints"}
 _IGNORED = _PLACE | _HARDWARE | _LOOK | _MORE
-# Data that a run's `data` identifies, wherever they are.
-_AT_ANY_ROOT = {"CIFAR10", "CIFAR100", "ImageFolder"}
+# Data sets that are the same at any root.
+_AT_ANY_ROOT = {"CIFAR10", "CIFAR100"}
 # Defaults of arguments, of the model or of measures, that older runs lack.
 _LATER = {"fast": True, "fold_batch_norm": False}
 # Sections that only measure, and the images that they measure on.
 _MEASURES = {"evaluation", "train_evaluation", "flatness", "train_flatness", "worst_flatness"}
-_MEASURES |= {"early_stopping", "best_checkpoint", "trajectory", "final", "autoattack"}
-_MEASURES |= {"curvature", "landscape", "data.num_test", "data.num_train_eval"}
+_MEASURES |= {"early_stopping", "best_checkpoint", "final", "autoattack"}
+_MEASURES |= {"curvature", "data.num_test", "data.num_train_eval"}
+# What final values of all models of a report should have in common.
+_COMPARED = ["data.downsample"] + [
+    f"final.{name}" for name in ("eps", "norm", "steps", "step_size", "restarts", "protocol", "xi")
+]
 # Unlike the rest of its section, it ends training.
 _TRAINING = {"early_stopping.patience"}
 # Settings of training, which labels show first and without their section.
@@ -144,7 +155,7 @@ class Models:
 
     def settings(self, label: str) -> str:
         """The settings that differ, if a letter stands for them in the label; else empty."""
-        if not label.startswith(f"{method_label(self.frame.at[label, 'method'])} ("):
+        if not re.search(r" \([a-z]+\)$", label):
             return ""
         texts = _texts(self.differs.get(label, {}))
         more = len(texts) - _MANY_SETTINGS
@@ -208,9 +219,10 @@ def read_runs(folder: str | Path) -> pd.DataFrame:
 def drop_duplicates(runs: Sequence[Run]) -> tuple[list[Run], list[LeftOut]]:
     """Keeps one of the runs with the same method, data, seed and training settings.
 
-    The same seed again is not a replica and would narrow the deviation over seeds. The run with
-    most metrics stays; of these the one with most images; of these the last by the numbers in its
-    name, which is the newest of `at-s0`, `at-s0-2`, `at-s0-10`.
+    The same seed again is not a replica and would narrow the deviation over seeds. The run stays
+    that was measured best: with AutoAttack, with more steps and restarts, with more metrics, on
+    more images; of equal ones the last by the numbers in its name, which is the newest of `at-s0`,
+    `at-s0-2`, `at-s0-10`.
 
     Runs without a seed all stay. Returns the runs that stay, in their order, and those left out.
     """
@@ -223,7 +235,8 @@ def drop_duplicates(runs: Sequence[Run]) -> tuple[list[Run], list[LeftOut]]:
         if other is run:
             kept.append(run)
             continue
-        more = "which measured more" if _measured(other) > _measured(run) else "which comes later"
+        is_better = _measured(other) > _measured(run)
+        more = "which was measured better" if is_better else "which comes later"
         # Parent folders on this machine are private.
         name = "/".join(other.folder.parts[-2:])
         left_out.append(LeftOut(run.folder, f"is the same training as {name}, {more}"))
@@ -236,14 +249,19 @@ def group_runs(runs: Iterable[Run]) -> Models:
     Models are sorted by method and the values of the settings that differ.
     """
     by_method: dict[str, list[Run]] = {}
+    protocols: dict[str, set[str]] = {}
     for run in runs:
-        by_method.setdefault(run.method, []).append(run)
+        by_method.setdefault(method_of(run.method), []).append(run)
+        for name, value in _protocol(run).items():
+            protocols.setdefault(name, set()).add(exact_text(value))
+    mixed = [name for name, values in protocols.items() if len(values) > 1]
     models: list[tuple[str, str, list[Run], dict[str, Any]]] = []
     for method in sorted(by_method):
-        for label, own, differs in _group_method(method, by_method[method]):
+        for label, own, differs in _group_method(method, by_method[method], mixed):
             # A run may be called `TRADES lam=9`.
-            taken = any(label == other for _, other, *_ in models)
-            models.append((method, f"{label} ({method})" if taken else label, own, differs))
+            while any(label == other for _, other, *_ in models):
+                label = f"{label} ({method})"
+            models.append((method, label, own, differs))
     grouped = {
         label: tuple(sorted(own, key=lambda run: (run.seed is None, run.seed or 0, run.name)))
         for _, label, own, _ in models
@@ -266,17 +284,21 @@ def metric_values(rows: Iterable[tuple[str, Metrics, Metrics, Mapping[str, int]]
     """The `values` of `Models`, with the gaps of robust loss among the metrics.
 
     Each row is a replica: the label of its model, metrics of the last and of the early-stopped
-    weights, and numbers of images.
+    weights, and numbers of images. A value without a number of images is one of the last epoch, by
+    another protocol than final values: it is not averaged with them, nor subtracted from them.
     """
     long = [
         (label, weights, name, value, images.get(name))
         for label, final, stopped, images in rows
         for weights, metrics in zip(WEIGHTS, (final, stopped))
-        for name, value in (_gaps(metrics, final, stopped) | dict(metrics)).items()
+        for name, value in (_gaps(metrics, final, stopped, images) | dict(metrics)).items()
     ]
     keys = ["label", "weights", "metric"]
     frame = pd.DataFrame(long, columns=[*keys, "value", "images"])
     frame["images"] = frame["images"].astype("Int64")
+    is_final = frame["images"].notna()
+    has_final = is_final.groupby([frame[key] for key in keys]).transform("any")
+    frame = frame[is_final | ~has_final]
     groups = frame.groupby(keys, sort=False)
     over = {
         # Exact sums: the order of seeds changes no digit.
@@ -305,9 +327,18 @@ def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, An
             flat[prefix.rstrip(".")] = str(value).rsplit(".", 1)[-1]
         elif isinstance(value, Mapping):
             flat |= flat_settings(value, prefix if key == "init_args" else f"{prefix}{key}.")
+        elif f"{prefix}{key}" == "trainer.callbacks":
+            if trains := [callback for callback in value or [] if not _only_watches(callback)]:
+                flat[f"{prefix}{key}"] = trains
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def _only_watches(callback: Any) -> bool:
+    """Whether a callback of the settings is known to change neither training nor measures."""
+    path = callback.get("class_path") if isinstance(callback, Mapping) else callback
+    return str(path).rsplit(".", 1)[-1] in _WATCHERS
 
 
 def is_training(name: str) -> bool:
@@ -353,21 +384,38 @@ def _set_values(run: Run) -> dict[str, Any]:
 
 def _training_key(run: Run) -> tuple[str, int | None, str]:
     trained = {name: exact_text(v) for name, v in _set_values(run).items() if is_training(name)}
-    return run.method, run.seed, json.dumps(trained, sort_keys=True)
+    return method_of(run.method), run.seed, json.dumps(trained, sort_keys=True)
 
 
-def _worth(run: Run) -> tuple[int, int, list[tuple[int, str]], str]:
-    return *_measured(run), natural_key(run.name), str(run.folder)
+def _worth(run: Run) -> tuple[tuple[float, ...], list[tuple[int, str]], str]:
+    return _measured(run), natural_key(run.name), str(run.folder)
 
 
-def _measured(run: Run) -> tuple[int, int]:
-    """Number of metrics and landscapes, and of the images that they were measured on."""
+def _measured(run: Run) -> tuple[float, ...]:
+    """How well a run was measured: attacks, number of metrics and landscapes, images."""
+    protocol = _protocol(run)
+    sizes = [protocol.get(f"final.{name}") for name in ("steps", "restarts")]
+    steps, restarts = (float(size) if is_number(size) else 0.0 for size in sizes)
+    has_autoattack = "test/autoattack_error" in run.final
     metrics = len(run.final) + len(run.early_stopped) + len(run.landscapes)
-    return metrics, sum(run.num_examples.values())
+    return has_autoattack, steps * restarts, metrics, sum(run.num_examples.values())
 
 
-def _group_method(method: str, runs: Sequence[Run]) -> list[tuple[str, list[Run], dict[str, Any]]]:
-    """Models of one method: label, runs, and the settings that differ."""
+def _protocol(run: Run) -> dict[str, Any]:
+    """What final errors and losses are measured with, as far as a run states it."""
+    flat = flat_settings(run.settings)
+    for name in ("eps", "norm"):
+        flat[f"final.{name}"] = flat.get(f"final.{name}") or flat.get(f"data.{name}")
+    return {name: flat[name] for name in _COMPARED if flat.get(name) is not None}
+
+
+def _group_method(
+    method: str, runs: Sequence[Run], mixed: Sequence[str] = ()
+) -> list[tuple[str, list[Run], dict[str, Any]]]:
+    """Models of one method: label, runs, and the settings that differ.
+
+    Labels begin with the values of `mixed`, a protocol that is not the same in all methods.
+    """
     values = [_set_values(run) for run in runs]
     names = sorted({name for settings in values for name in settings}, key=_importance)
     names = [n for n in names if len({exact_text(settings.get(n)) for settings in values}) > 1]
@@ -377,7 +425,15 @@ def _group_method(method: str, runs: Sequence[Run]) -> list[tuple[str, list[Run]
         differs = {name: settings.get(name) for name in names}
         groups.setdefault(key, ([], differs))[0].append(run)
     ordered = sorted(groups.values(), key=lambda group: _by_value(group[1]))
-    labels = _labels(method_label(method), [differs for _, differs in ordered])
+    # For `final.eps` as for `data.eps`.
+    short = {f"final.{name}": f"data.{name}" for name in ("eps", "norm")}
+    starts, further = [], []
+    for own, differs in ordered:
+        protocol = _protocol(own[0])
+        texts = [setting_text(short.get(n, n), protocol[n]) for n in mixed if n in protocol]
+        starts.append(" ".join([method_label(method), *texts]))
+        further.append({n: x for n, x in differs.items() if setting_text(n, x) not in texts})
+    labels = _labels(starts, further)
     return [(label, own, differs) for label, (own, differs) in zip(labels, ordered)]
 
 
@@ -395,12 +451,12 @@ def _by_value(differs: Mapping[str, Any]) -> list[tuple[int, float, str]]:
     ]
 
 
-def _labels(method: str, differences: Sequence[Mapping[str, Any]]) -> list[str]:
+def _labels(methods: Sequence[str], differences: Sequence[Mapping[str, Any]]) -> list[str]:
     """Labels that tell models apart, with letters if settings would make them long."""
     shown = _shown_settings(differences)
     if max(len(" ".join(texts)) for texts in shown) > _LONGEST_LABEL:
-        return [f"{method} ({_letters(index)})" for index in range(len(shown))]
-    return [" ".join([method, *texts]) for texts in shown]
+        return [f"{method} ({_letters(index)})" for index, method in enumerate(methods)]
+    return [" ".join([method, *texts]) for method, texts in zip(methods, shown)]
 
 
 def _shown_settings(differences: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -442,12 +498,15 @@ def _letters(index: int) -> str:
     return (_letters(before - 1) if before else "") + ascii_lowercase[last]
 
 
-def _gaps(metrics: Metrics, final: Metrics, stopped: Metrics) -> dict[str, float]:
+def _gaps(
+    metrics: Metrics, final: Metrics, stopped: Metrics, images: Mapping[str, int]
+) -> dict[str, float]:
     """Differences of robust losses and errors, which are taken seed by seed."""
     gaps = {
         f"gap/{name}": metrics[f"test/{name}"] - metrics[f"train_eval/{name}"]
         for name in ("robust_loss", "robust_error")
         if {f"test/{name}", f"train_eval/{name}"} <= set(metrics)
+        and (f"test/{name}" in images) == (f"train_eval/{name}" in images)
     }
     loss = "test/robust_loss"
     if metrics is final and loss in final and loss in stopped:

@@ -176,8 +176,8 @@ class Table1:
             return "Too few rows for groups, or rows too close to each other; bold rows are means."
         low, high = self.thresholds
         errors = self.frame[f"{_SORTED_BY.key}_mean"]
-        is_baseline = (self.frame["method"] == "at") & (self.frame["model"] == "AT")
-        here = [f"; here AT is at {100 * error:.1f} %" for error in errors[is_baseline].dropna()]
+        baseline = errors.reindex(_candidates(self.models, "at")).dropna()
+        here = [f"; here AT is at {100 * error:.1f} %" for error in baseline if len(baseline) == 1]
         return (
             f"Groups: good below {100 * low:.0f} % test RErr, poor from {100 * high:.0f} %: the "
             f"30 % and 70 % percentiles over {errors.count()} rows, in whole percents; bold rows "
@@ -387,18 +387,25 @@ def _match(models: Models, published: Models) -> dict[str, str]:
     """The paper's row of each model that it plainly belongs to, by labels."""
     matched: dict[str, str] = {}
     for method in models.methods:
-        ours = [label for label in models.labels if models.frame.at[label, "method"] == method]
         theirs = list(published.frame.index[published.frame["method"] == method])
-        matched |= {label: label for label in ours if label in theirs}
-        if len(ours) > 1:
-            name, strength = _STRENGTHS.get(method, ("", math.nan))
-            values = {label: models.differs[label].get(name) for label in ours}
-            ours = [
-                label for label, x in values.items() if is_number(x) and math.isclose(x, strength)
-            ]
+        matched |= {label: label for label in models.labels if label in theirs}
+        ours = _candidates(models, method)
         if len(theirs) == len(ours) == 1:
             matched[ours[0]] = theirs[0]
     return matched
+
+
+def _candidates(models: Models, method: str) -> list[str]:
+    """Models of a method, of several those at Table 1's strength or trained as its row."""
+    ours = [label for label in models.labels if models.frame.at[label, "method"] == method]
+    if len(ours) < 2:
+        return ours
+    if method not in _STRENGTHS:
+        named = {label: {run.method for run in models.runs.get(label, ())} for label in ours}
+        return [label for label in ours if method in named[label]]
+    name, strength = _STRENGTHS[method]
+    values = {label: models.differs[label].get(name) for label in ours}
+    return [label for label, x in values.items() if is_number(x) and math.isclose(x, strength)]
 
 
 def _names(attacks: Sequence[str]) -> str:

@@ -195,6 +195,13 @@ METHOD_LABELS = {
     "pgd_tau": "PGD-τ",
     "prevent_label_leaking": "Prevent label leaking",
 }
+# Methods by their label and by their class.
+_ROWS = {label: method for method, label in METHOD_LABELS.items()} | {
+    "ATAWP": "at_awp",
+    "ATEntropySGD": "entropy_sgd",
+    "ATSelfSupervision": "self_supervision",
+    "ATUnlabeled": "unlabeled",
+}
 _BY_NAME = {entry.name: entry for entry in METRICS}
 # Robust errors by other attacks of the AutoAttack package than `standard`, see `attacks_name`.
 _ATTACKS = {
@@ -311,6 +318,16 @@ def method_label(method: str) -> str:
         ('AT-AWP', 'my_method')
     """
     return METHOD_LABELS.get(method, method)
+
+
+def method_of(name: str) -> str:
+    """The method that a run is of: what `--model TRADES` trains is of the same as `trades.yaml`.
+
+    Example:
+        >>> method_of("TRADES"), method_of("ATAWP"), method_of("my_method")
+        ('trades', 'at_awp', 'my_method')
+    """
+    return _ROWS.get(name, name)
 
 
 def _default(key: str) -> Metric:

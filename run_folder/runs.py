@@ -9,6 +9,7 @@ Example:
 import csv
 import json
 import math
+import re
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -17,35 +18,24 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 from robust_flatness.run_folder.files import Landscape, read_landscapes
-from robust_flatness.run_folder.metrics import (
-    LOSSES,
-    METHOD_LABELS,
-    Weights,
-    attacks_name,
-    with_attacks,
-)
+from robust_flatness.run_folder.metrics import LOSSES, Weights, attacks_name, with_attacks
 
 Metrics = Mapping[str, float]
 _Checks = Mapping[str, list[dict[str, Any]]]
 
 _RESULTS, _CONFIG, _METRICS = "results.json", "config.yaml", "metrics.csv"
 # What `test` measured on the last checkpoint later, such as further extras.
-_TESTED = "results_test.json"
+_TESTS = "results_test*.json"
 # Settings that a test must share with its run, beside those of the final evaluation.
 _PROTOCOL = [
     f"{part}.{name}" for part in ("data.init_args", "autoattack") for name in ("eps", "norm")
 ]
 _NO_PROTOCOL = ("extras", "splits", "num_examples", "num_flatness_examples")
+# Settings of the data that change no image that is measured, or are compared by `_data`.
+_FREE = (".root", ".num_workers", ".in_memory", ".batch_size", ".num_test", ".num_train_eval")
 _EARLY_STOPPED = "_early_stopped"
 # Classes of runs in older formats, which do not state them.
 _CLASSES = {"Digits": 10, "CIFAR10": 10, "CIFAR100": 100}
-# Methods by their label and by their class.
-_METHODS = {label: method for method, label in METHOD_LABELS.items()} | {
-    "ATAWP": "at_awp",
-    "ATEntropySGD": "entropy_sgd",
-    "ATSelfSupervision": "self_supervision",
-    "ATUnlabeled": "unlabeled",
-}
 # The square of a larger number may not be finite.
 _HUGE = 1e100
 # Entries that a report needs. Older formats lack some of them.
@@ -58,7 +48,7 @@ class Run:
 
     Attributes:
         folder: The run folder.
-        method: Name of what was trained, such as `at_awp`, which `ATAWP` is read as.
+        method: Name of what was trained, such as `at_awp`.
         data: Class of the data, such as `Digits`; of an `ImageFolder`, the name of its folder.
         seed: Seed of the run, if it had one.
         settings: All settings as nested mappings, as in `config.yaml`.
@@ -179,13 +169,22 @@ def _load_run(folder: Path) -> tuple[Run, list[LeftOut]]:
         run = _parse(folder, content)
     except ValueError as error:
         raise ValueError(f"{_RESULTS} is of another format ({error})") from error
-    unused = []
-    if (folder / _TESTED).is_file():
+    unused, landscapes = [], ["landscapes.npz"]
+    for test in _tests(folder):
         try:
-            run = _parse(folder, _with_tested(content, _read_json(folder / _TESTED)))
+            content = _with_tested(content, _read_json(test))
+            run = _parse(folder, content)
+            landscapes.append(f"{test.stem.replace('results', 'landscapes')}.npz")
         except (ValueError, OSError) as error:
-            unused.append(LeftOut(folder / _TESTED, str(error)))
-    return replace(run, landscapes=_landscapes(folder)), unused
+            unused.append(LeftOut(test, str(error)))
+    return replace(run, landscapes=_landscapes(folder, landscapes)), unused
+
+
+def _tests(folder: Path) -> list[Path]:
+    """Results of tests of `last.ckpt`, the latest first: without a number, then by number."""
+    numbers = {int(n[1]): p for p in folder.glob(_TESTS) if (n := re.search(r"-(\d+)$", p.stem))}
+    files = [folder / _TESTS.replace("*", ""), *(numbers[n] for n in sorted(numbers, reverse=True))]
+    return [path for path in files if path.is_file()]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -208,10 +207,14 @@ def _with_tested(content: dict[str, Any], tested: dict[str, Any]) -> dict[str, A
     if tested.get("checkpoint") != "last" or tested.get("trajectory") != content["trajectory"]:
         raise ValueError("is not a test of the last checkpoint of this training")
     others = [name for name in _PROTOCOL if _setting(tested, name) != _setting(content, name)]
+    others += ["data"] if "data" in tested and _data(tested) != _data(content) else []
+    for name in ("data", "model"):
+        others += _other_settings(_setting(tested, name) or {}, _setting(content, name) or {}, name)
     if _final_settings(tested) != _final_settings(content):
         others.append("final")
     if others:
-        raise ValueError(f"has other settings than the run: {', '.join(others)}")
+        names = ", ".join(dict.fromkeys(others))
+        raise ValueError(f"has other settings than the run: {names}")
     parts = ("final", "early_stopped")
     theirs, ours = _mapping(tested, "num_examples"), _mapping(content, "num_examples")
     measured = {name for part in parts for name in _mapping(content, part)}
@@ -219,22 +222,22 @@ def _with_tested(content: dict[str, Any], tested: dict[str, Any]) -> dict[str, A
     # Without a number of images, a value is one of the trajectory.
     taken = {name for part in parts for name in _mapping(tested, part) if name not in measured}
     taken |= {name for name in theirs if name not in ours}
+    # A standard error is of the same measurement as its value.
+    parts_of = tuple(f"{name}_" for name in taken)
     both = dict(content)
     for part in (*parts, "num_examples", "attacks"):
         own = _attacks(content) if part == "attacks" else _mapping(content, part)
         new = _mapping(tested, part)
-        both[part] = {name: value for name, value in own.items() if name not in taken}
+        both[part] = {
+            name: value
+            for name, value in own.items()
+            if name not in taken and (name in ours or not name.startswith(parts_of))
+        }
         both[part] |= {name: value for name, value in new.items() if name in taken}
     for name in ("error_curve", "class_errors"):
         both[name] = _mapping(tested, name) | _mapping(content, name)
     both["checks"] = _merged_checks(_checks(content), _checks(tested))
     return both
-
-
-def _method(content: Mapping[str, Any]) -> str:
-    """The method. What `--model TRADES` trained is of the same method as the row `trades`."""
-    method = _text(content, "method")
-    return _METHODS.get(method, method)
 
 
 def _data(content: Mapping[str, Any]) -> str:
@@ -250,6 +253,14 @@ def _setting(content: Mapping[str, Any], path: str) -> Any:
     for name in path.split("."):
         value = value.get(name) if isinstance(value, dict) else None
     return value
+
+
+def _other_settings(theirs: Any, ours: Any, name: str) -> list[str]:
+    """Settings that both state and that differ; newer versions have more settings."""
+    if not (isinstance(theirs, dict) and isinstance(ours, dict)):
+        return [name] if theirs != ours and not name.endswith(_FREE) else []
+    common = [key for key in ours if key in theirs]
+    return [n for key in common for n in _other_settings(theirs[key], ours[key], f"{name}.{key}")]
 
 
 def _final_settings(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -291,7 +302,7 @@ def _parse(folder: Path, content: Mapping[str, Any]) -> Run:
     seconds = _entry(content, time, lambda x: is_number(x) and x >= 0, "a number >= 0")
     return Run(
         folder=folder,
-        method=_method(content),
+        method=_text(content, "method"),
         data=data,
         seed=_count(content, "seed"),
         settings=_mapping(content, "settings"),
@@ -336,9 +347,9 @@ def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _landscapes(folder: Path) -> dict[str, Landscape]:
-    """Landscapes that `fit` measured, else those of `test`, averaged over examples."""
-    for name in ("landscapes.npz", "landscapes_test.npz"):
+def _landscapes(folder: Path, names: Sequence[str]) -> dict[str, Landscape]:
+    """Landscapes in the first of these files that exists, averaged over examples."""
+    for name in names:
         if (path := folder / name).is_file():
             try:
                 landscapes = read_landscapes(path)[0]

@@ -193,11 +193,31 @@ def test_testing_writes_its_own_file(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, Measure(), Results())
     trainer.test(Toy(), datamodule=Points(), verbose=False)
     results = read(tmp_path / "results_test.json")
-    assert results["final"].keys() == Measure().final_results["final"].keys()
+    # And what the module logs.
+    assert results["final"].keys() == {*Measure().final_results["final"], "test/error"}
     assert results["early_stopped"] == {"test/robust_error": 0.5}
     assert len(results["trajectory"]) == 3
     assert "epochs" not in results
     assert (tmp_path / "results.json").read_text() == before
+
+
+def test_an_earlier_test_with_other_metrics_stays(tmp_path: Path) -> None:
+    def test(**metrics: float) -> None:
+        measure = Measure()
+        measure.final_results["final"] = dict(metrics)
+        make_trainer(tmp_path, measure, Results()).test(Toy(), datamodule=Points(), verbose=False)
+
+    names = {"test/robust_loss": 2.0, "hessian/trace": 1.0}
+    test(**names)
+    # It has all that the first one has.
+    test(**names)
+    assert not list(tmp_path.glob("results_test-*.json"))
+    test(**{"test/robust_loss": 2.0, "margin/test": 0.5})
+    test(**names)
+    files = {path.name: read(path)["final"] for path in tmp_path.glob("results_test*.json")}
+    assert len(files) == 3
+    assert files["results_test.json"].keys() == files["results_test-1.json"].keys()
+    assert "margin/test" in files["results_test-2.json"]
 
 
 def test_wall_time_adds_up_over_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

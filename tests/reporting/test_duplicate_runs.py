@@ -37,7 +37,15 @@ def test_the_run_with_most_figures_stays_whatever_its_name():
         found, ((folder, reason),) = drop_duplicates(runs)
         assert [run.name for run in found] == ["at-s0-6"]
         assert folder == few.folder
-        assert reason == "is the same training as runs/at-s0-6, which measured more"
+        assert reason == "is the same training as runs/at-s0-6, which was measured better"
+
+
+def test_stronger_attacks_count_more_than_more_metrics():
+    more = {**WITHOUT_AUTOATTACK, "hessian/trace": 1.0, "margin/test": 0.1, "sharpness/test": 0.1}
+    assert kept(run("at-s0-9", final=more), run("at-s0", final=FINAL)) == ["at-s0"]
+    strong = {"settings": {"final": {"steps": 20, "restarts": 10}}, "final": WITHOUT_AUTOATTACK}
+    weak = {"settings": {"final": {"steps": 10, "restarts": 1}}, "final": more}
+    assert kept(run("at-s0-9", **weak), run("at-s0", **strong)) == ["at-s0"]
 
 
 def test_of_equal_figures_most_images_count_then_the_newest():

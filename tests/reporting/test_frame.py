@@ -6,7 +6,7 @@ import pytest
 from run_factory import make_run, write_run
 
 from robust_flatness.reporting import read_run, read_runs
-from robust_flatness.reporting.frame import flat_settings, group_runs
+from robust_flatness.reporting.frame import drop_duplicates, flat_settings, group_runs
 from robust_flatness.run_folder.metrics import METHOD_LABELS, method_label
 
 
@@ -91,10 +91,58 @@ def test_settings_that_differ_name_the_label_in_the_order_of_their_numbers():
         {"data": {"init_args": {"num_workers": 8, "in_memory": False}}},
         {"name": "x", "group": "y", "project": "z", "ckpt_path": "a.ckpt", "without": ["wandb"]},
         {"folder": "runs/elsewhere", "last_checkpoint": {"dirpath": "there"}},
+        {"landscape": {"num_steps": 5}, "log_checkpoints": True, "trajectory": {"figures": False}},
     ],
 )
 def test_where_and_on_what_a_run_was_does_not_matter(others):
     assert len(group_runs([trades(0), trades(1, settings=others)])) == 1
+
+
+def test_a_class_and_its_row_are_one_method():
+    models = group_runs([make_run("at", 0), make_run("AT", 1), make_run("ATAWP"), make_run("Mine")])
+    assert models.labels == ["Mine", "AT", "AT-AWP"]
+    assert [run.seed for run in models.runs["AT"]] == [0, 1]
+    left_out = drop_duplicates([make_run("at", 0), make_run("AT", 0)])[1]
+    assert len(left_out) == 1
+
+
+def test_a_protocol_that_is_not_the_same_for_all_is_in_all_labels():
+    weak = {"final": {"eps": None, "steps": 10}, "data": {"init_args": {"eps": 0.1}}}
+    usual = {"final": {"eps": None, "steps": 20}, "data": {"init_args": {"eps": 0.2}}}
+    runs = [trades(0, settings=weak), make_run("at", settings=usual)]
+    assert labels(runs) == ["AT eps=0.2 final.steps=20", "TRADES eps=0.1 final.steps=10"]
+    # An older run says nothing.
+    assert labels([*runs[:1], make_run("at")]) == ["AT", "TRADES"]
+    more = {**weak, "final": {"eps": 0.2, "steps": 10}}
+    assert labels([trades(0, 9.0, settings=weak), trades(0, settings=more)]) == [
+        "TRADES eps=0.2 lam=6",
+        "TRADES eps=0.1 lam=9",
+    ]
+
+
+def test_callbacks_that_train_tell_models_apart_and_others_do_not():
+    def with_callbacks(*names):
+        callbacks = [{"class_path": f"package.{name}", "init_args": {}} for name in names]
+        return trades(0, settings={"trainer": {"callbacks": callbacks}})
+
+    assert len(group_runs([trades(0), with_callbacks("LearningRateMonitor", "Flatness")])) == 1
+    assert len(group_runs([trades(0), with_callbacks("AdversarialTraining")])) == 2
+    assert len(group_runs([trades(0), with_callbacks("Timer", "Flatness")])) == 2
+
+
+def test_values_of_the_last_epoch_are_not_averaged_with_final_ones():
+    loss, train = "test/robust_loss", "train_eval/robust_loss"
+    runs = [
+        make_run("at", 0, final={loss: 2.0, train: 1.0}, num_examples={loss: 1000, train: 1000}),
+        make_run("at", 1, final={loss: 4.0, train: 1.0}, num_examples={train: 1000}),
+    ]
+    models = group_runs(runs)
+    assert models.mean("AT", loss) == 2.0
+    assert models.column(loss).at["AT", "n"] == 1
+    # Of the second, RLoss on test images is that of an epoch.
+    assert models.mean("AT", "gap/robust_loss") == 1.0
+    assert group_runs(runs[1:]).mean("AT", loss) == 4.0
+    assert group_runs(runs[1:]).mean("AT", "gap/robust_loss") is None
 
 
 def test_a_method_may_be_called_as_another_ones_model():

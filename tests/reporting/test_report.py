@@ -111,7 +111,7 @@ def test_what_is_left_out_is_told_with_its_reason(report):
     assert reasons["unfinished"] == "not finished: 2 epochs were recorded"
     assert reasons["other"] == "is on CIFAR10; `--data=CIFAR10` reports it"
     # It has no landscapes.
-    assert reasons["copied"].endswith("/at-Digits-s0, which measured more")
+    assert reasons["copied"].endswith("/at-Digits-s0, which was measured better")
     page = (report.folder / "index.html").read_text()
     assert all(escape(reason) in page for reason in reasons.values())
 

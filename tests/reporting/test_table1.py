@@ -203,6 +203,16 @@ def test_of_several_models_only_the_papers_own_setting_is_its(method, name, valu
     assert set(rows(table, key) if key in table.frame else ()) == expected
 
 
+def test_a_model_of_a_class_leaves_the_rows_place_to_the_row():
+    other = run("AT", 0.5, settings={"model": {"init_args": {"activation": "silu"}}})
+    table = of(*five(), other, published=published_models("table1"))
+    (label,) = (label for label in table.frame.index if "silu" in label)
+    errors = rows(table, "paper_test_robust_error")
+    assert 0.628 in errors.values()
+    assert label not in errors
+    assert "here AT is at" in " ".join(table.notes)
+
+
 def test_among_several_published_rows_the_label_decides():
     published = paper(*(("trades", f"TRADES lam={lam}", lam / 10) for lam in (3, 6)))
     table = of(*sweep("trades", "lam", [3.0, 9.0]), published=published)

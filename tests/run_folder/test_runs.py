@@ -37,14 +37,6 @@ def test_run_reads_back_equal(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("written", "method"),
-    [("AT", "at"), ("ATAWP", "at_awp"), ("MART", "mart"), ("at", "at"), ("TRADESAWP", "TRADESAWP")],
-)
-def test_a_class_and_its_row_are_one_method(written, method, tmp_path):
-    assert load_run(write_run(tmp_path / "run", make_run(written))).method == method
-
-
-@pytest.mark.parametrize(
     ("data", "root", "name"),
     [
         ("ImageFolder", "~/pictures/", "pictures"),
@@ -249,13 +241,59 @@ def test_a_broken_test_leaves_the_run_finished(tested_run):
     assert find_runs(folder)[1][0].reason.startswith("results_test.json is broken")
 
 
-def test_landscapes_of_fit_win_over_those_of_test(tmp_path):
-    write_run(tmp_path, make_run())
-    assert load_run(tmp_path).landscapes == {}
-    write_landscapes(tmp_path / "landscapes_test.npz", {"final/random": landscape(2)}, {})
-    assert load_run(tmp_path).landscapes["final/random"].losses.max() == 2
-    write_landscapes(tmp_path / "landscapes.npz", {"final/random": landscape(1)}, {})
-    assert load_run(tmp_path).landscapes["final/random"].losses.max() == 1
+def test_several_tests_all_add_their_measures_and_the_latest_wins(tested_run):
+    folder, write = tested_run
+    for number, name in ((2, "second"), (10, "tenth"), ("", "latest")):
+        final = {"common": float(number or 99), name: 1.0}
+        write(final=final, early_stopped={}, num_examples=dict.fromkeys(final, 8), attacks={})
+        if number:
+            (folder / "results_test.json").rename(folder / f"results_test-{number}.json")
+    final = load_run(folder).final
+    assert {"second", "tenth", "latest"} <= final.keys()
+    assert final["common"] == 99
+    change(folder, trajectory=[{"epoch": 0}])
+    assert len(find_runs(folder)[1]) == 3
+
+
+def test_a_test_of_other_data_or_another_network_adds_nothing(tested_run):
+    folder, write = tested_run
+    base = {"class_path": "p.CIFAR10", "init_args": {"root": "a", "downsample": 2, "num_test": 9}}
+    model = {"class_path": "p.AT", "init_args": {"network": {"init_args": {"activation": "relu"}}}}
+    change(folder, settings={"data": base, "model": model})
+
+    def said(data=base, model=model):
+        write(settings={"data": data, "model": model})
+        reasons = [left_out.reason for left_out in find_runs(folder)[1]]
+        return reasons[0] if reasons else ""
+
+    moved = {**base["init_args"], "root": "b", "num_test": 5, "newer": 1}
+    assert said(data={**base, "init_args": moved}) == ""
+    assert "run: data.init_args.downsample" in said(data={**base, "init_args": {"downsample": 1}})
+    assert "run: data.class_path" in said(data={**base, "class_path": "p.ImageFolder"})
+    silu = {"init_args": {"network": {"init_args": {"activation": "silu"}}}}
+    assert "run: model.init_args.network.init_args.activation" in said(model=silu)
+
+
+def test_a_standard_error_goes_with_its_value(tested_run):
+    folder, write = tested_run
+    content = json.loads((folder / "results.json").read_text())
+    trace, error = "hessian/trace", "hessian/trace_sem"
+    change(folder, final=content["final"] | {trace: 5.0, error: 0.1})
+    # By one probe, which has no standard error.
+    write(final={trace: 3.0}, num_examples={trace: 128})
+    final = load_run(folder).final
+    assert final[trace] == 3.0
+    assert error not in final
+
+
+def test_landscapes_of_fit_win_over_those_of_a_test_that_fits(tested_run):
+    folder, write = tested_run
+    write_landscapes(folder / "landscapes_test.npz", {"final/random": landscape(2)}, {})
+    assert load_run(folder).landscapes == {}
+    write()
+    assert load_run(folder).landscapes["final/random"].losses.max() == 2
+    write_landscapes(folder / "landscapes.npz", {"final/random": landscape(1)}, {})
+    assert load_run(folder).landscapes["final/random"].losses.max() == 1
 
 
 def test_landscapes_are_means_over_examples(tmp_path):

@@ -9,6 +9,7 @@ Example:
 import csv
 import json
 import math
+import os
 import re
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +39,8 @@ _EARLY_STOPPED = "_early_stopped"
 _CLASSES = {"Digits": 10, "CIFAR10": 10, "CIFAR100": 100}
 # The square of a larger number may not be finite.
 _HUGE = 1e100
+# Shares of images; an error of someone else's module may be a distance.
+_ERRORS = ("error", "robust_error", "autoattack_error")
 # Entries that a report needs. Older formats lack some of them.
 _NEEDED = ("method", "data", "settings", "final", "early_stopped", "trajectory", "epochs")
 
@@ -126,7 +129,14 @@ def find_runs(root: str | Path) -> tuple[list[Run], list[LeftOut]]:
     """
     root = Path(root)
     check_root(root)
-    folders = {path.parent for name in (_RESULTS, _CONFIG) for path in root.rglob(name)}
+    folders, seen = [], set()
+    for name, subfolders, files in os.walk(root, followlinks=True):
+        # A link may lead back to a folder above it.
+        if (real := os.path.realpath(name)) in seen:
+            subfolders.clear()
+        elif not {_RESULTS, _CONFIG, _TESTS.replace("*", "")}.isdisjoint(files):
+            folders.append(Path(name))
+        seen.add(real)
     runs: list[Run] = []
     left_out: list[LeftOut] = []
     for folder in sorted(folders):
@@ -364,8 +374,10 @@ def _landscapes(folder: Path, names: Sequence[str]) -> dict[str, Landscape]:
 
 
 def _progress(folder: Path) -> str:
-    """How many epochs a run without results recorded."""
+    """What a folder has instead of results: how many epochs were recorded, or a test."""
     path, epochs = folder / _METRICS, 0
+    if _tests(folder) and not path.exists():
+        return "has a test and no training"
     with suppress(OSError, ValueError, csv.Error):
         if path.is_file():  # opening a FIFO would block
             with path.open(newline="", encoding="utf-8") as file:
@@ -454,15 +466,18 @@ def _lists(content: Mapping[str, Any], name: str) -> dict[str, dict[str, list[fl
 
 
 def _finite(metrics: Mapping[str, Any], where: str) -> dict[str, float]:
-    """The finite numbers. An error that is not a share of 1 is refused."""
+    """The finite numbers. An error of ours that is not a share of 1 is refused, others left out."""
     finite = {
         name: float(value)
         for name, value in metrics.items()
         if is_number(value) and abs(value) < _HUGE
     }
+    others = []
     for name, value in finite.items():
         # The difference of two shares may be negative.
         low = -1 if "gap/" in name else 0
         if "error" in name and not low <= value <= 1:
-            raise ValueError(f"`{where}` has {name} {value:g}, not a share of 1")
-    return finite
+            if name.rsplit("/", 1)[-1].removesuffix(_EARLY_STOPPED) in _ERRORS:
+                raise ValueError(f"`{where}` has {name} {value:g}, not a share of 1")
+            others.append(name)
+    return {name: value for name, value in finite.items() if name not in others}

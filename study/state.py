@@ -25,9 +25,9 @@ from robust_flatness.study.plan import PlannedRun
 
 Process = subprocess.Popen[bytes]
 PROGRAM = (sys.executable, "-m", "robust_flatness.cli")
-# Settings that say where a run is written and watched, and where its data are.
+# Settings that say where a run is written and watched.
 _NO_RESULT = (
-    *("folder", "project", "group", "log_checkpoints", "ckpt_path", "config", "data.root"),
+    *("folder", "project", "group", "log_checkpoints", "ckpt_path", "config"),
     *("trainer.logger", "trainer.enable_progress_bar", "trainer.default_root_dir"),
 )
 # The number of different settings that an error message lists.
@@ -123,7 +123,8 @@ def use_kept_runs(
 
     A run that has finished in the folder of the study stays. Settings are compared as a whole, with
     the defaults of all arguments, except those that change no result (`_NO_RESULT`) and defaults
-    that the kept run does not state, because they are newer.
+    that the kept run does not state, because they are newer. The data may lie elsewhere, in a
+    folder of the same name, or for CIFAR in any.
 
     Returns:
         The plan, and a sentence for each kept run of the same name that is not used.
@@ -159,11 +160,14 @@ def use_kept_runs(
 def _comparable(settings: Mapping[str, Any]) -> dict[str, str]:
     leaves = ((name.replace(".init_args", ""), value) for name, value in _leaves(settings))
     # An empty mapping and a missing one are the same.
-    return {
+    compared = {
         name: value
         for name, value in leaves
         if value not in ("None", "{}") and not name.startswith(_NO_RESULT)
     }
+    root = Path(compared.pop("data.root", "")).name
+    is_cifar = compared.get("data.class_path", "").rsplit(".", 1)[-1] in ("CIFAR10", "CIFAR100")
+    return compared | ({"data.root": root} if root and not is_cifar else {})
 
 
 def start(run: PlannedRun, environment: Mapping[str, str] | None = None) -> Process | None:

@@ -67,6 +67,29 @@ def test_a_run_folder_inside_a_folder_named_wandb_is_read(tmp_path):
     assert len(find_runs(tmp_path / "wandb")[0]) == 1
 
 
+def test_linked_run_folders_are_read_once_and_a_circle_ends(tmp_path):
+    folder = write_run(tmp_path / "scratch" / "at-s0", make_run())
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "at-s0").symlink_to(folder)
+    (folder / "up").symlink_to(tmp_path / "runs")
+    assert [run.folder for run in find_runs(tmp_path / "runs")[0]] == [tmp_path / "runs" / "at-s0"]
+    assert len(find_runs(tmp_path)[0]) == 1
+
+
+def test_a_test_without_a_training_is_left_out_by_name(tmp_path):
+    write_run(tmp_path / "run", make_run())
+    (tmp_path / "external").mkdir()
+    (tmp_path / "external" / "results_test.json").write_text("{}")
+    assert find_runs(tmp_path)[1] == [(tmp_path / "external", "has a test and no training")]
+
+
+def test_an_error_that_is_a_distance_is_left_out(tmp_path):
+    final = {**FINAL, "val/depth_error": 3.2, "val/my_error": 0.5}
+    run = load_run(write_run(tmp_path, make_run(final=final)))
+    assert "val/depth_error" not in run.final
+    assert run.final["val/my_error"] == 0.5
+
+
 def test_config_of_wandb_inside_a_run_folder_is_no_run(tmp_path):
     folder = write_run(tmp_path / "run", make_run())
     files = folder / "wandb" / "offline-run-1" / "files"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from run_factory import make_run, write_run
 
 from robust_flatness.cli import main, study_functions
 from robust_flatness.study import state
@@ -222,6 +223,29 @@ def test_an_array_of_submitit_trains_the_runs(capsys, monkeypatch):
     with pytest.raises(Exception, match="at-Digits-s0 ended with code 2."):
         job.result()
     assert "no_such" in Path("runs/study/at-Digits-s0.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("kind", "before", "now", "is_used"),
+    [
+        ("ImageFolder", "/data/cifar10", "/data/svhn", False),
+        ("ImageFolder", "/data/cifar10", "~/cifar10", True),
+        ("CIFAR10", "data", "/scratch/torchvision", True),
+    ],
+)
+def test_a_kept_run_is_of_the_same_images(kind, before, now, is_used, tmp_path):
+    def settings(root):
+        return {"data": {"class_path": f"package.{kind}", "init_args": {"root": root}}}
+
+    (run,) = make_plan(rows=["at"], root=tmp_path / "new")
+    write_run(tmp_path / "old" / run.name, make_run(settings=settings(before)))
+    old = [str(tmp_path / "old")]
+    now_all = make_run(settings=settings(now)).settings
+    (planned,), sentences = state.use_kept_runs([run], old, lambda arguments: now_all)
+    assert (planned.folder.parent.name == "old") == is_used
+    assert ["data.root=cifar10, now svhn" in sentence for sentence in sentences] == (
+        [] if is_used else [True]
+    )
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ def report(
     Args:
         runs: A folder that contains run folders, at any depth.
         folder: Folder of the report.
-        data: Class of the data to report, by default that of most runs.
+        data: Class of the data, or the name of the folder of images, by default that of most runs.
         published: Whether to show the paper's numbers beside yours.
         finished: Further folders with runs, such as docs/studies/cifar10_small.
     """

@@ -33,7 +33,7 @@ class Report:
 
     Attributes:
         folder: Its folder; `index.html` is the page.
-        data: Class of the data of its runs.
+        data: Data set of its runs, see `Run.data`.
         models: Its models.
         left_out: Folders that are not in it, and why.
         figures: Names of its figures.
@@ -65,7 +65,7 @@ def write_report(
     Args:
         runs: A folder that contains run folders at any depth.
         folder: The report's folder; files of an earlier report are replaced.
-        data: Class of the data to report; by default that of most runs.
+        data: Data set to report, see `Run.data`; by default that of most runs.
         published: Whether to show the paper's numbers as well.
         further: More folders like `runs`.
 

@@ -116,7 +116,7 @@ class Table1:
     """The table.
 
     Attributes:
-        data: Class of the data of all rows, such as `Digits`.
+        data: Data set of all rows, such as `Digits`, see `Run.data`.
         frame: A row for each model, by label, as in `table1.csv`: `group` (`good`, `average`,
             `poor`; `all` if rows are too few or too close for groups; `without RErr`), `model`,
             `method`, `data`, `seeds`, and for each column its key with `_mean`, `_sd`, `_n`,

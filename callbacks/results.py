@@ -33,7 +33,7 @@ from robust_flatness.loggers.epoch_csv import EpochCSVLogger
 from robust_flatness.loggers.wandb import log_summary, warn_on_failure
 from robust_flatness.run_folder.attack_checks import attack_checks, class_errors, error_curve
 from robust_flatness.run_folder.environment import hardware, shown, versions
-from robust_flatness.run_folder.files import write_arrays, write_json
+from robust_flatness.run_folder.files import jsonable, write_arrays, write_json
 from robust_flatness.run_folder.metrics import LOSSES, metric
 from robust_flatness.run_folder.summary import summary_table
 
@@ -60,7 +60,8 @@ class Results(Callback):
     `diverged_epoch` is the first epoch whose RLoss of fixed images was not finite (without RLoss,
     its flatness), `null` if there is none. JSON has no NaN and no infinity: these are `null`.
 
-    Wall time is that of all parts of a run that was resumed.
+    Wall time is that of all parts of a run that was resumed. `earlier_settings` has the settings of
+    the parts that had others, each with the first epoch (from 0) that it did not train.
 
     Args:
         settings: The settings of the run; None takes the module's hyperparameters.
@@ -72,6 +73,7 @@ class Results(Callback):
         self._folder: Path | None = None
         self._started = time.monotonic()
         self._seconds_before = 0.0
+        self._earlier: list[dict[str, Any]] = []
         self._fitting = False
         self._table: Table | None = None
         self._failed: list[str] = []
@@ -84,6 +86,13 @@ class Results(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._started, self._fitting = time.monotonic(), True
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._earlier and self._earlier[-1]["settings"] == jsonable(self.settings):
+            self._earlier.pop()
+        elif self._earlier:
+            self._earlier[-1]["before_epoch"] = trainer.current_epoch
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -112,11 +121,14 @@ class Results(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"wall_time_seconds": self._fit_seconds()}
+        own = {"before_epoch": None, "settings": jsonable(self.settings)}
+        return {"wall_time_seconds": self._fit_seconds(), "settings": [*self._earlier, own]}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._seconds_before = float(state_dict["wall_time_seconds"])
+        # Older checkpoints have none.
+        self._earlier = list(state_dict.get("settings", ()))
 
     def _fit_seconds(self) -> float:
         now = time.monotonic() - self._started if self._fitting else 0.0
@@ -139,6 +151,8 @@ class Results(Callback):
             _add_logged(results["final"], trainer)
         else:
             results["epochs"] = trainer.current_epoch
+            if self._earlier:
+                results["earlier_settings"] = self._earlier
             _fill_in(results)
             if results["diverged_epoch"] is None and not _is_finite(results["final"]):
                 results["diverged_epoch"] = results["epochs"] - 1

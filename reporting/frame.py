@@ -373,6 +373,15 @@ def natural_key(text: str) -> list[tuple[int, str]]:
 def _set_values(run: Run) -> dict[str, Any]:
     """Settings that have a value: an option that an older version lacks is not set."""
     flat = flat_settings(run.settings)
+    # Of a run that was resumed with others, what it was trained with before.
+    resumed = [
+        f"{setting_text(name, value)} to epoch {part.get('before_epoch')}"
+        for part in run.earlier_settings
+        for name, value in flat_settings(part["settings"]).items()
+        if name in flat and is_training(name) and exact_text(value) != exact_text(flat[name])
+    ]
+    if resumed:
+        flat["resumed"] = ", ".join(resumed)
     if flat.get("data") in _AT_ANY_ROOT:
         flat.pop("data.root", None)
     return {

@@ -62,6 +62,8 @@ class Run:
         trajectory: A row for each epoch, with `epoch` and finite metrics by name.
         early_stopped_epoch: Epoch of the early-stopped weights, from 0.
         diverged_epoch: First epoch, from 0, at which the network was not finite.
+        earlier_settings: Of parts of a resumed run that had others: `settings`, and `before_epoch`,
+            the first epoch (from 0) with later ones.
         epochs: Number of epochs trained, at least 1.
         wall_time_seconds: Of training with all its measures.
         num_classes: Number K of classes, if known.
@@ -89,6 +91,7 @@ class Run:
     versions: Mapping[str, str] = field(default_factory=dict)
     hardware: Mapping[str, Any] = field(default_factory=dict)
     diverged_epoch: int | None = None
+    earlier_settings: Sequence[Mapping[str, Any]] = field(default_factory=list)
     checks: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     error_curve: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
     class_errors: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
@@ -250,6 +253,13 @@ def _with_tested(content: dict[str, Any], tested: dict[str, Any]) -> dict[str, A
     return both
 
 
+def _earlier_settings(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    parts = _entry(content, "earlier_settings", lambda x: isinstance(x, list), "a list") or []
+    if not all(isinstance(part, dict) and isinstance(part.get("settings"), dict) for part in parts):
+        raise ValueError("`earlier_settings` is not a list of settings")
+    return list(parts)
+
+
 def _data(content: Mapping[str, Any]) -> str:
     """The class of the data, or the name of the folder with the images: each is a data set."""
     data, root = _text(content, "data"), _setting(content, "data.init_args.root")
@@ -328,6 +338,7 @@ def _parse(folder: Path, content: Mapping[str, Any]) -> Run:
         versions=_mapping(content, "versions"),
         hardware=hardware,
         diverged_epoch=_count(content, "diverged_epoch"),
+        earlier_settings=_earlier_settings(content),
         checks=_checks(content),
         error_curve=_lists(content, "error_curve"),
         class_errors=_lists(content, "class_errors"),

@@ -238,6 +238,19 @@ def test_wall_time_adds_up_over_a_resume(tmp_path: Path, monkeypatch: pytest.Mon
         clock.append(clock[-1] + 5000.0)
 
 
+def test_results_say_what_a_resumed_run_was_trained_with_before(tmp_path: Path) -> None:
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    for epochs, lam in ((1, 6.0), (2, 6.0), (3, 9.0), (4, 9.0)):
+        checkpoint = ModelCheckpoint(filename="last", enable_version_counter=False)
+        results = Results({"lam": lam})
+        trainer = make_trainer(tmp_path, results, checkpoint, epochs=epochs)
+        trainer.fit(Toy(), datamodule=Points(), ckpt_path=last if epochs > 1 else None)
+        written = read(tmp_path / "results.json")
+        expected = [{"before_epoch": 2, "settings": {"lam": 6.0}}] if epochs > 2 else None
+        assert written.get("earlier_settings") == expected
+        assert written["settings"] == {"lam": lam}
+
+
 def test_fast_dev_run_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     trainer = make_trainer(tmp_path, Results(), logger=False, fast_dev_run=True)

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -118,6 +119,18 @@ def test_a_protocol_that_is_not_the_same_for_all_is_in_all_labels():
         "TRADES eps=0.2 lam=6",
         "TRADES eps=0.1 lam=9",
     ]
+
+
+def test_a_run_that_was_resumed_with_other_settings_is_another_model():
+    def resumed(seed, **before):
+        earlier = [{"before_epoch": 2, "settings": settings(**before)}]
+        return replace(trades(seed, 9.0), earlier_settings=earlier)
+
+    runs = [trades(0, 9.0), resumed(1, lam=6.0)]
+    assert labels(runs) == ["TRADES resumed=None", "TRADES resumed=lam=6 to epoch 2"]
+    # It was stopped with other measures or in another place.
+    elsewhere = {"folder": "there", "final": {"num_examples": 9}}
+    assert labels([trades(0, 9.0), resumed(1, lam=9.0, **elsewhere)]) == ["TRADES"]
 
 
 def test_callbacks_that_train_tell_models_apart_and_others_do_not():

@@ -12,7 +12,12 @@ from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from robust_flatness.callbacks.fixed_images import ROUNDING, Normalization, channels
+from robust_flatness.callbacks.fixed_images import (
+    ROUNDING,
+    Normalization,
+    channels,
+    check_normalized,
+)
 from robust_flatness.callbacks.training_step import TrainingStepCallback, unwrap, wrap
 from robust_flatness.functional.attack import PGD, example_losses
 from robust_flatness.functional.awp import AWP, skips_backward
@@ -57,8 +62,8 @@ class AdversarialTraining(TrainingStepCallback, _HoldsPGD):
 
     Raises:
         ValueError: If an argument is out of range; before training, if the module has several
-            optimizers; in the first step, if images are not in [0, 1], or if labels are soft or
-            outputs are no logits and there is no criterion.
+            optimizers; in the first step, if images are not in [0, 1] or were not normalized, or if
+            labels are soft or outputs are no logits and there is no criterion.
 
     Example:
         >>> AdversarialTraining(eps=8 / 255, steps=10, keep="last").pgd.steps
@@ -111,6 +116,8 @@ class AdversarialTraining(TrainingStepCallback, _HoldsPGD):
                 f"images of a batch but got {self.normalization}, with which pixels are in "
                 f"[{low:.3g}, {high:.3g}]."
             )
+        if self.normalization is not None:
+            check_normalized(images, self.normalization)
 
     @override
     def around_step(self, step: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:

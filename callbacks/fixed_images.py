@@ -214,6 +214,7 @@ class FixedImages(Callback):
     def _make(self, images: Tensor, labels: Tensor) -> Examples:
         """Checks images and labels and undoes a normalization."""
         if self.normalization is not None:
+            check_normalized(images, self.normalization)
             mean, std = (values.to(images) for values in channels(self.normalization))
             images = images * std + mean
             if images.min() >= -ROUNDING and images.max() <= 1 + ROUNDING:
@@ -298,6 +299,21 @@ def channels(normalization: Normalization) -> list[Tensor]:
             f"channel, but got {normalization}."
         )
     return [mean, std]
+
+
+def check_normalized(images: Tensor, normalization: Normalization) -> None:
+    """Raises if images are pixels in [0, 1] already, although they should be normalized.
+
+    Normalized images have pixels below a mean > 0. Those of a few pale images need not, so what has
+    little contrast passes.
+    """
+    low, high = images.min().item(), images.max().item()
+    if low >= 0 and low + 0.5 < high <= 1 and (channels(normalization)[0] > 0).any():
+        raise ValueError(
+            "Expected `normalization` to be (mean, std) that was applied to the images, or None, "
+            f"but got {normalization} with images in [{low:.3g}, {high:.3g}], which look like "
+            "pixels in [0, 1] already."
+        )
 
 
 def _digest(examples: Examples | Delivery) -> list[str]:

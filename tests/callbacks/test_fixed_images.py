@@ -86,6 +86,37 @@ def test_hooks_of_a_datamodule_are_seen(data, seed):
     assert torch.allclose(images, dataset(len(images), seed=seed).tensors[0])
 
 
+@pytest.mark.parametrize("source", ["loader", "dataset", "split_dataset"])
+def test_pixels_that_were_not_normalised_are_refused(source):
+    measure = watch(
+        normalization=NORMALIZATION, dataset=dataset(12) if source == "dataset" else None
+    )
+    data = {"datamodule": ToyData()} if source == "split_dataset" else {}
+    data = data or {"train_dataloaders": loader(), "val_dataloaders": loader(12)}
+    with pytest.raises(ValueError, match=r"which look like pixels in \[0, 1\] already"):
+        quiet_trainer(callbacks=[measure]).fit(Foreign(), **data)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "mean"),
+    [
+        (torch.ones(2, 3, 8, 8), MEAN),
+        (torch.ones(2, 3, 8, 8) - 0.4 * torch.eye(8), MEAN),
+        # Paler than the mean.
+        (torch.linspace(0.55, 0.65, 192).view(1, 3, 8, 8), MEAN),
+        (torch.full((1, 3, 8, 8), MEAN), MEAN),
+        # One dark pixel.
+        (torch.ones(4, 3, 8, 8).index_fill(3, torch.tensor(1), 0.4), MEAN),
+        # A division by the standard deviation alone.
+        (0.2 * images_and_labels(4)[0], 0.0),
+    ],
+)
+def test_normalised_images_are_not_taken_for_pixels(pixels, mean):
+    data = TensorDataset((pixels - mean) / STD, torch.arange(len(pixels)))
+    measure = watch(dataset=data, normalization=([mean] * 3, [STD] * 3))
+    torch.testing.assert_close(fitted(measure).images, pixels)
+
+
 def test_the_logged_error_is_that_of_the_delivered_images():
     class Turned(Foreign):
         def on_after_batch_transfer(self, batch, dataloader_idx):

@@ -315,6 +315,10 @@ REFUSED = {
         *(HALF, {"normalization": (MEAN, [1, 1, 1])}, Project, batch_of()),
         r"Expected `normalization` to be .* but got .* with which pixels are in \[0.37",
     ),
+    "pixels": (
+        *(HALF, {"normalization": (MEAN, STD)}, Project, batch_of()),
+        r"Expected `normalization` to be .* which look like pixels in \[0, 1\] already",
+    ),
     "other channels": (
         *(HALF, {"normalization": (MEAN, STD)}, Project, batch_of(torch.rand(8, 1, 8, 8))),
         r"Expected `normalization` to be of 1 channels, as the images of a batch, but got 3\.",

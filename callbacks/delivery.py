@@ -249,15 +249,7 @@ def _loader(trainer: Trainer, split: str) -> DataLoader[Any]:
     loop, stage = _loop(trainer, split), STAGES[split]
     combined = loop._combined_loader
     if combined is None:
-        try:
-            loaders = _request_dataloader(loop._data_source)
-        except Exception:
-            # In `fit` Lightning has not set up a datamodule for the test.
-            datamodule = loop._data_source.instance
-            if split != "test" or not isinstance(datamodule, LightningDataModule):
-                raise
-            datamodule.setup("test")
-            loaders = _request_dataloader(loop._data_source)
+        loaders = _requested(trainer, split)
         is_combined = isinstance(loaders, CombinedLoader)
         combined = loaders if is_combined else CombinedLoader(loaders, "sequential")
         overfit: float = trainer.overfit_batches  # type: ignore[attr-defined]
@@ -286,6 +278,33 @@ def _loader(trainer: Trainer, split: str) -> DataLoader[Any]:
             f"{kind}, which may change the batches; {ways}"
         )
     return loader
+
+
+def _requested(trainer: Trainer, split: str) -> Any:
+    """What the source of a split returns, set up for its stage if Lightning has not done so."""
+    source, stage = source_of(trainer, split), "test" if split == "test" else "fit"
+    datamodule = source.instance if trainer.state.fn != stage else None
+    try:
+        loaders = _request_dataloader(source)
+        is_missing = _lacks_data(loaders)
+    except Exception:
+        if not isinstance(datamodule, LightningDataModule):
+            raise
+        is_missing = True
+    if is_missing and isinstance(datamodule, LightningDataModule):
+        datamodule.setup(stage)
+        loaders = _request_dataloader(source)
+    if _lacks_data(loaders):
+        raise Refusal(
+            f"Expected the loader of `split` {split} to have a dataset but got None; pass "
+            "`dataset=`, or another `split`."
+        )
+    return loaders
+
+
+def _lacks_data(loaders: Any) -> bool:
+    found = loaders if isinstance(loaders, (list, tuple)) else [loaders]
+    return any(getattr(loader, "dataset", loader) is None for loader in found)
 
 
 def _read(

@@ -8,6 +8,7 @@ from typing import Any, get_args
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from typing_extensions import override
@@ -393,7 +394,7 @@ class AutoAttack(FinalMeasure, _HoldsAutoAttack):
 
 
 class _Network(LightningModule):
-    """A network as a module that a trainer tests."""
+    """A network as a LightningModule."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -403,9 +404,9 @@ class _Network(LightningModule):
         logits: Tensor = self.network(images)
         return logits
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        # Callbacks measure.
-        pass
+
+def _no_step(batch: Any, batch_idx: int) -> None:
+    """A `test_step` of modules that have none: callbacks measure."""
 
 
 def evaluate(
@@ -450,7 +451,14 @@ def evaluate(
     module = network if isinstance(network, LightningModule) else _Network(network)
     settings = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
     tester = Trainer(callbacks=list(chosen), **{**settings, **trainer})
-    tester.test(module, verbose=False, **source)
+    has_step = is_overridden("test_step", module)
+    if not has_step:
+        module.test_step = _no_step  # type: ignore[method-assign]
+    try:
+        tester.test(module, verbose=False, **source)
+    finally:
+        if not has_step:
+            del module.test_step
     return {
         name: value
         for measurement in chosen

@@ -4,6 +4,8 @@ import importlib
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from networks_for_tests import images_and_labels, tiny_network
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -46,6 +48,26 @@ def test_without_measurements_it_is_the_papers_protocol_on_the_splits_there_are(
     assert "test/error" in evaluate(tiny_network(), images_and_labels(4), **QUIET)
     assert "train_eval/error" in evaluate(tiny_network(), ToyData(), **QUIET)
     assert asked == [{"splits": ["test"]}, {}]
+
+
+def test_a_lightning_module_without_a_test_step_keeps_its_transfer_hooks():
+    class Shifted(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.network = tiny_network()
+
+        def forward(self, images):
+            return self.network(images)
+
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return batch[0] / 2, batch[1]
+
+    images, labels = images_and_labels(12)
+    module = Shifted()
+    found = evaluate(module, (images, labels), [light(splits=["test"])], **QUIET)
+    halved = evaluate(module.network, (images / 2, labels), [light(splits=["test"])], **QUIET)
+    assert found == pytest.approx(halved)
+    assert not is_overridden("test_step", module)
 
 
 def test_a_split_that_the_data_lacks_is_refused():

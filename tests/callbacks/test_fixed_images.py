@@ -175,6 +175,61 @@ def test_the_test_set_of_a_datamodule_is_set_up_for_a_measure_in_fit():
     assert not hasattr(data, "test")
 
 
+class Staged(LightningDataModule):
+    """Sets up the data of a stage, and holds None before."""
+
+    train = val = test = None
+
+    def setup(self, stage):
+        if stage == "fit":
+            self.train, self.val = dataset(8, seed=3), dataset(9, seed=7)
+        elif stage == "test":
+            self.test = dataset(9, seed=7)
+
+    def train_dataloader(self):
+        return DataLoader(self.train, 4)
+
+    def val_dataloader(self):
+        return [DataLoader(self.val, 4)]
+
+    def test_dataloader(self):
+        return DataLoader(self.test, 4)
+
+
+class Lacking(Staged):
+    """Has no such attributes before."""
+
+    def __getattribute__(self, name):
+        value = super().__getattribute__(name)
+        if name in ("train", "val", "test") and value is None:
+            raise AttributeError(name)
+        return value
+
+
+@pytest.mark.parametrize("data", [Staged, Lacking])
+@pytest.mark.parametrize(
+    ("run", "split", "seed"), [("fit", "test", 7), ("test", "val", 7), ("test", "train", 3)]
+)
+def test_a_datamodule_is_set_up_for_the_stage_of_a_split(data, run, split, seed):
+    measure, data = watch(split=split), data()
+    trainer = quiet_trainer(callbacks=[measure])
+    getattr(trainer, run)(Foreign(), datamodule=data)
+    images = measure.examples(trainer, trainer.lightning_module).images
+    assert torch.equal(images, dataset(len(images), seed=seed).tensors[0])
+    assert vars(data).get(split) is None
+
+
+def test_a_loader_without_a_dataset_is_refused():
+    class Never(Staged):
+        def setup(self, stage):
+            if stage == "fit":
+                super().setup(stage)
+
+    message = "the loader of `split` test to have a dataset but got None; pass `dataset=`"
+    with pytest.raises(ValueError, match=message):
+        quiet_trainer(callbacks=[watch(split="test")]).fit(Foreign(), datamodule=Never())
+
+
 def test_own_datamodules_are_read_without_a_fork(monkeypatch):
     def forbidden(*_):
         raise AssertionError

@@ -8,6 +8,7 @@ from typing import Any, get_args
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -53,7 +54,7 @@ class FinalMeasure(MeasuringCallback, HoldsMeasure):
     """Measures at the end of `fit` and in `test`, on last and early-stopped weights.
 
     Early-stopped weights are those of a `RobustEarlyStopping` beside it, in `test` too, whose
-    checkpoint contains them.
+    checkpoint contains them. A warning leaves them out if they no longer fit the network.
 
     Args:
         **kwargs: `measure`, such as `measures.WorstCaseFlatness()`, and arguments of `FixedImages`.
@@ -137,16 +138,24 @@ class FinalMeasure(MeasuringCallback, HoldsMeasure):
 
     def _measure_all(self, trainer: Trainer, pl_module: LightningModule) -> Metrics:
         results, stopped = self.final_results, early_stopping_of(trainer)
+        best = {} if stopped is None else stopped.best_weights
+        if differing := _misfits(pl_module, best):
+            best = {}
+            rank_zero_warn(
+                f"{type(self).__name__} measures the final weights alone: the early-stopped ones "
+                f"no longer fit the network, which differs in {differing[0]}, as pruning that is "
+                "made permanent does."
+            )
         # A finished run that is resumed holds the weights of training, not their averages.
         with averaged_weights(trainer, pl_module):
             results["final"] = self._measure_weights(trainer, pl_module, "final")
-            equal = stopped is not None and _has_weights(pl_module, stopped.best_weights)
+            equal = bool(best) and _has_weights(pl_module, best)
         if equal:
             results["early_stopped"] = dict(results["final"])
             for name, values in list(self.final_arrays.items()):
                 self.final_arrays[name.replace("final/", "early_stopped/", 1)] = values
-        elif stopped is not None:
-            with swapped_weights(pl_module, stopped.best_weights):
+        elif best:
+            with swapped_weights(pl_module, best):
                 metrics = self._measure_weights(trainer, pl_module, "early_stopped")
                 results["early_stopped"] = metrics
         return {
@@ -500,6 +509,15 @@ def _on_training_device(trainer: Trainer, module: LightningModule) -> Iterator[N
         yield
     finally:
         module.to(before)
+
+
+def _misfits(module: LightningModule, weights: Mapping[str, Tensor]) -> list[str]:
+    """Names of weights that a module lacks, has in addition or has in another shape."""
+    own, other = (
+        {(name, value.shape) for name, value in state.items()}
+        for state in (module.state_dict(), weights)
+    )
+    return sorted({name for name, _ in own ^ other}) if weights else []
 
 
 def _has_weights(module: LightningModule, weights: Mapping[str, Tensor]) -> bool:

@@ -5,8 +5,9 @@ import pytest
 import torch
 import wandb
 from averaging_runs import Final, FirstWeight, Scripted
+from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.loggers import CSVLogger
-from networks_for_tests import tiny_body
+from networks_for_tests import same, snapshot, tiny_body
 from torch import nn
 from torch.utils.data import TensorDataset
 from trainers import PLAIN, ToyData, dataset, quiet_trainer
@@ -40,6 +41,19 @@ def test_equal_weights_are_measured_once():
     quiet_trainer(max_epochs=1, callbacks=[weight, stopping]).fit(AT(tiny_body, **PLAIN), ToyData())
     assert len(weight.seen) == 1
     assert weight.final_results["early_stopped"] == weight.final_results["final"]
+
+
+def test_early_stopped_weights_that_no_longer_fit_are_left_out():
+    weight, stopping = Final(), Scripted()
+    # It renames weights when training has ended.
+    pruning = ModelPruning("l1_unstructured", parameter_names=["weight"], amount=0.3)
+    module = AT(tiny_body, **PLAIN)
+    trainer = quiet_trainer(max_epochs=3, callbacks=[pruning, weight, stopping])
+    with pytest.warns(UserWarning, match="Final measures the final weights alone: .*weight"):
+        trainer.fit(module, ToyData())
+    assert len(weight.seen) == 1
+    assert same(weight.seen[0], snapshot(module))
+    assert weight.final_results["early_stopped"] == {}
 
 
 def test_bad_images_are_refused_before_training():

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any, ClassVar, get_args
 from weakref import WeakKeyDictionary
 
@@ -29,6 +30,7 @@ from robust_flatness.functional.checks import (
     check_examples,
     check_strategy,
     errors_on_all_ranks,
+    takes,
 )
 from robust_flatness.measures.base import Examples, Split
 
@@ -179,8 +181,7 @@ class FixedImages(Callback):
         count, own_hooks = self.num_examples, False
         if dataset is None and _has_split_dataset(trainer, split):
             # Transfer hooks of the user apply to what its datamodule delivers.
-            datamodule: Any = source_of(trainer, split).instance
-            dataset, own_hooks = datamodule.split_dataset(split), has_own_hooks(trainer)
+            dataset, own_hooks = _split_dataset(trainer, split), has_own_hooks(trainer)
         if dataset is not None and not own_hooks:
             return self._make(*_read_items(dataset, count))
         if not has_examples(trainer, split):
@@ -285,7 +286,28 @@ def _check_alike(trainer: Trainer, examples: Examples) -> None:
 
 def _has_split_dataset(trainer: Trainer, split: str) -> bool:
     source = source_of(trainer, split).instance
-    return isinstance(source, LightningDataModule) and hasattr(source, "split_dataset")
+    method: Any = getattr(source, "split_dataset", None)
+    # A method of this name that takes something else serves something else.
+    if not isinstance(source, LightningDataModule) or not takes(method, split):
+        return False
+    return "split" in signature(method).parameters or not takes(method)
+
+
+def _split_dataset(trainer: Trainer, split: str) -> Dataset[Any]:
+    """What `split_dataset(split)` of the datamodule returns, checked."""
+    datamodule: Any = source_of(trainer, split).instance
+    try:
+        dataset: Dataset[Any] = datamodule.split_dataset(split)
+        if hasattr(dataset, "__getitem__"):
+            return dataset
+        came = type(dataset).__name__
+    except (AttributeError, LookupError, TypeError) as error:
+        came = f"{type(error).__name__}: {error}"
+    raise ValueError(
+        f"Expected `split_dataset` of {type(datamodule).__name__} to return the dataset of a "
+        f"split, but for {split} got {came}; rename it if it serves another purpose, or pass "
+        "`dataset=`."
+    )
 
 
 def channels(normalization: Normalization) -> list[Tensor]:

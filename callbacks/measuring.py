@@ -262,8 +262,18 @@ def _tensors(module: nn.Module) -> Weights:
 
 
 def data_eps(trainer: Trainer) -> float:
-    """Returns the radius of the attack that the datamodule suggests, or 8/255."""
-    return float(getattr(getattr(trainer, "datamodule", None), "eps", DEFAULT_EPS))
+    """Returns the radius of the attack that the datamodule suggests, or 8/255.
+
+    Raises:
+        ValueError: If its `eps` is no number.
+    """
+    eps = getattr(getattr(trainer, "datamodule", None), "eps", None)
+    try:
+        return DEFAULT_EPS if eps is None else float(eps)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"Expected `eps` of the datamodule to be a number or None but got {eps!r}."
+        ) from error
 
 
 def warn_if_results_stay(trainer: Trainer, callback: Callback, *attributes: str) -> None:

@@ -29,6 +29,7 @@ from robust_flatness.callbacks.trajectory import (
     name_of_test,
     run_folder,
 )
+from robust_flatness.functional.checks import takes
 from robust_flatness.loggers.epoch_csv import EpochCSVLogger
 from robust_flatness.loggers.wandb import log_summary, warn_on_failure
 from robust_flatness.run_folder.attack_checks import attack_checks, class_errors, error_curve
@@ -175,6 +176,7 @@ class Results(Callback):
 
     def _describe(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         data, seed = datamodule_of(trainer), os.environ.get("PL_GLOBAL_SEED")
+        indices: Any = getattr(data, "split_indices", None)
         return {
             "method": self.method or type(pl_module).__name__,
             "model": type(pl_module).__name__,
@@ -184,7 +186,7 @@ class Results(Callback):
             "settings": dict(pl_module.hparams) if self.settings is None else self.settings,
             "versions": versions(),
             "hardware": hardware(trainer.world_size),
-            "split_indices": data.split_indices() if hasattr(data, "split_indices") else None,
+            "split_indices": indices() if takes(indices) else None,
         }
 
 

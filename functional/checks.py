@@ -5,6 +5,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
+from inspect import signature
 from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -136,6 +137,20 @@ def check_outputs(logits: Tensor, num_classes: int) -> None:
             f"Expected `network` to return {num_classes} logits, one for each class, but got "
             f"{logits.shape[1]}."
         )
+
+
+def takes(function: Any, *arguments: Any) -> bool:
+    """Returns whether something can be called with such arguments.
+
+    Example:
+        >>> takes(len, []), takes(len), takes("len", [])
+        (True, False, False)
+    """
+    try:
+        signature(function).bind(*arguments)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 # By name, as functions need no Lightning.

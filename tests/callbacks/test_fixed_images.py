@@ -230,6 +230,40 @@ def test_a_loader_without_a_dataset_is_refused():
         quiet_trainer(callbacks=[watch(split="test")]).fit(Foreign(), datamodule=Never())
 
 
+class Named(Staged):
+    """What it returns is given."""
+
+    def __init__(self, result):
+        super().__init__()
+        self.result = result
+
+    def split_dataset(self, name):
+        return self.result[name]
+
+
+@pytest.mark.parametrize(
+    ("data", "came"),
+    [(Named({"val": None}), "NoneType"), (Named({}), "KeyError: 'val'"), (Named(3), "TypeError: ")],
+)
+def test_a_split_dataset_that_returns_something_else_is_refused(data, came):
+    message = f"`split_dataset` of Named to return the dataset of a split, but for val got {came}"
+    with pytest.raises(ValueError, match=message):
+        quiet_trainer(callbacks=[watch()]).fit(Foreign(), datamodule=data)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [lambda: 1 / 0, lambda ratio=0.1: 1 / 0, lambda images, ratio: 1 / 0, ["train", "val"]],
+)
+def test_a_split_dataset_that_serves_something_else_is_left_alone(method):
+    measure, data = watch(), Staged()
+    data.split_dataset = method
+    trainer = quiet_trainer(callbacks=[measure])
+    trainer.fit(Foreign(), datamodule=data)
+    images = measure.examples(trainer, trainer.lightning_module).images
+    assert torch.equal(images, dataset(9, seed=7).tensors[0])
+
+
 def test_own_datamodules_are_read_without_a_fork(monkeypatch):
     def forbidden(*_):
         raise AssertionError

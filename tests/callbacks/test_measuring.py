@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import SaveConfigCallback
 from torch import nn
@@ -19,8 +19,9 @@ from robust_flatness.callbacks import (
     RobustEarlyStopping,
     RobustEvaluation,
 )
-from robust_flatness.callbacks.measuring import _progress_bar
+from robust_flatness.callbacks.measuring import _progress_bar, data_eps
 from robust_flatness.command_line.run_start import RunStart
+from robust_flatness.measures.base import DEFAULT_EPS
 
 SMALL: dict[str, Any] = {"num_examples": 5, "batch_size": 2}
 
@@ -101,6 +102,20 @@ def test_measures_of_the_end_alone_and_runs_of_our_command_line_say_nothing(
         command_line.already_saved = True
         fit(command_line, RobustEvaluation(split="val", steps=1, **SMALL))
         assert len(said(capsys)) == lines
+
+
+def test_the_radius_of_the_data_may_be_none_but_no_text() -> None:
+    class Data(LightningDataModule):
+        eps: Any = None
+        train_dataloader = val_dataloader = staticmethod(loader)
+
+    watch, data = RobustEvaluation(split="val", steps=1, **SMALL), Data()
+    trainer = quiet_trainer(callbacks=[watch])
+    trainer.fit(Foreign(), datamodule=data)
+    assert data_eps(trainer) == DEFAULT_EPS
+    data.eps = "small"
+    with pytest.raises(ValueError, match="`eps` of the datamodule to be a number or None but got"):
+        quiet_trainer(callbacks=[watch]).fit(Foreign(), datamodule=data)
 
 
 @pytest.mark.parametrize("run", ["fit", "test"])

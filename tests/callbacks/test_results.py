@@ -251,6 +251,14 @@ def test_results_say_what_a_resumed_run_was_trained_with_before(tmp_path: Path) 
         assert written["settings"] == {"lam": lam}
 
 
+@pytest.mark.parametrize("indices", [{"test": [0]}, lambda part: [0]])
+def test_split_indices_of_another_meaning_are_left_out(tmp_path: Path, indices: Any) -> None:
+    data = Points()
+    data.split_indices = indices  # type: ignore[method-assign]
+    make_trainer(tmp_path, Results()).fit(Toy(), datamodule=data)
+    assert read(tmp_path / "results.json")["split_indices"] is None
+
+
 def test_fast_dev_run_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     trainer = make_trainer(tmp_path, Results(), logger=False, fast_dev_run=True)

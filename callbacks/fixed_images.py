@@ -106,6 +106,7 @@ class FixedImages(Callback):
         self.num_examples, self.normalization = num_examples, normalization
         self._examples: dict[str, Examples] = {}
         self._examples_of_fit: dict[str, Examples] = {}
+        self._compared = False
 
     def dataset_of(self, split: str) -> Dataset[Any] | None:
         """Returns the dataset of a split; None takes the images of the data."""
@@ -134,7 +135,7 @@ class FixedImages(Callback):
         check_strategy(trainer, type(self).__name__)
         super().setup(trainer, pl_module, stage)
         self._examples_of_fit = {} if stage == "fit" else self._examples_of_fit | self._examples
-        self._examples = {}
+        self._examples, self._compared = {}, False
         if stage == "fit":
             _READ[trainer] = _Read()
 
@@ -142,6 +143,9 @@ class FixedImages(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        if self._examples and self.normalization is None and not self._compared:
+            self._warn_of_normalized(batch)
+        self._compared = True
         # Some training images are read again in the second epoch, which may augment otherwise.
         read = _READ.get(trainer)
         if read is None or read.unchecked is None or trainer.current_epoch <= read.unchecked[0]:
@@ -211,6 +215,21 @@ class FixedImages(Callback):
                 few = Delivery(images, labels, delivery.batches)
                 earlier.unchecked = trainer.current_epoch, few
         return examples
+
+    def _warn_of_normalized(self, batch: Any) -> None:
+        """Warns if a batch of training is normalized, and measured images are pixels."""
+        images = batch[0] if isinstance(batch, (list, tuple)) and batch else None
+        if not isinstance(images, Tensor) or not images.is_floating_point() or not len(images):
+            return
+        low, high = images.min().item(), images.max().item()
+        # Noise of augmentation may leave [0, 1].
+        if low < -0.5 or high > 1.5:
+            rank_zero_warn(
+                f"{type(self).__name__} gives the module pixels in [0, 1] of split "
+                f"{', '.join(self._examples)}, but training gives it images in [{low:.3g}, "
+                f"{high:.3g}]: if these are normalized, set `normalization=(mean, std)` and "
+                "normalize the images of `dataset=` or `split_dataset` too."
+            )
 
     def _make(self, images: Tensor, labels: Tensor) -> Examples:
         """Checks images and labels and undoes a normalization."""

@@ -1,5 +1,8 @@
 """Promise 14: measures look at the images that the trainer delivers to the module."""
 
+import re
+import warnings
+
 import pytest
 import torch
 from foreign_project import MEAN, NORMALIZATION, STD, Foreign, fitted, normalised, watch
@@ -95,6 +98,19 @@ def test_pixels_that_were_not_normalised_are_refused(source):
     data = data or {"train_dataloaders": loader(), "val_dataloaders": loader(12)}
     with pytest.raises(ValueError, match=r"which look like pixels in \[0, 1\] already"):
         quiet_trainer(callbacks=[measure]).fit(Foreign(), **data)
+
+
+@pytest.mark.parametrize("normalises", [True, False])
+def test_pixels_beside_normalised_training_are_a_warning(normalises):
+    made = DataLoader(dataset(12), 5, collate_fn=collate if normalises else None)
+    measure = watch(dataset=dataset(12))
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        fitted(measure, made, max_epochs=2)
+    pattern = (
+        r"gives the module pixels in \[0, 1\] of split val, but training gives it images in \[-"
+    )
+    assert len([w for w in found if re.search(pattern, str(w.message))]) == normalises
 
 
 @pytest.mark.parametrize(

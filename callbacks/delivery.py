@@ -11,10 +11,11 @@ import multiprocessing
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.heap import BufferWrapper
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -316,6 +317,7 @@ def _read(
 ) -> tuple[Tensor, Tensor]:
     images: list[Tensor] = []
     labels: list[Tensor] = []
+    third: list[Any] = []
     if loader.num_workers and loader.worker_init_fn is not None:
         loader.worker_init_fn(0)
     indices: dict[str, Any] = {"batch_sampler": batches}
@@ -335,6 +337,8 @@ def _read(
                 "Expected batches that begin with images and labels, both tensors, but got a "
                 f"{kind}; pass `dataset=` with items `(image, label)`."
             )
+        if len(batch) > 2 and isinstance(batch[2], Tensor) and batch[2].ndim == 1:
+            third += batch[2].tolist()
         for parts, part in zip((images, labels), pair):
             is_half = part.is_floating_point() and part.dtype != torch.float64
             parts.append((part.float() if is_half else part).detach().cpu())
@@ -342,7 +346,31 @@ def _read(
             break
     if not images:
         raise Refusal("Expected the loader to deliver images but got an empty one.")
+    check_no_indices(torch.cat(labels)[:count], third[:count])
     return torch.cat(images)[:count], torch.cat(labels)[:count]
+
+
+def check_no_indices(labels: Tensor, third: Sequence[Any]) -> None:
+    """Raises a Refusal if labels are the indices of `(image, index, label)`.
+
+    Args:
+        labels: What came in the second place.
+        third: What came in the third place, if anything.
+
+    Example:
+        >>> check_no_indices(torch.arange(20) % 10, [0] * 20)
+    """
+    indices = list(range(len(labels)))
+    values = [v.item() if isinstance(v, Tensor) and v.numel() == 1 else v for v in third]
+    if len(indices) <= 10 or len(values) != len(indices) or sorted(labels.tolist()) != indices:
+        return
+    whole = all(isinstance(value, Integral) and not isinstance(value, bool) for value in values)
+    if whole and sorted(values) != indices:
+        raise Refusal(
+            "Expected images and labels in the first two places but got as labels the numbers 0 to "
+            f"{indices[-1]}, each once, and other whole numbers behind them, as in (image, index, "
+            "label); pass `dataset=` with items `(image, label)`."
+        )
 
 
 def _shared_tensors(loader: DataLoader[Any], module: LightningModule) -> list[tuple[Tensor, int]]:

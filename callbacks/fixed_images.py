@@ -19,6 +19,7 @@ from typing_extensions import override
 from robust_flatness.callbacks.delivery import (
     Delivery,
     changing,
+    check_no_indices,
     has_own_hooks,
     read_delivery,
     source_of,
@@ -372,12 +373,15 @@ def _read_items(dataset: Dataset[Any], count: int) -> tuple[Tensor, Tensor]:
     try:
         items = [dataset[i] for i in range(size)]
         images = torch.stack([item[0] for item in items]).cpu()
-        return images, torch.stack([torch.as_tensor(item[1]).cpu() for item in items])
+        labels = torch.stack([torch.as_tensor(item[1]).cpu() for item in items])
     except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             "Expected `dataset` to have items that begin with an image tensor, all of one shape, "
             f"and a label, but got {type(dataset).__name__} ({error})."
         ) from error
+    third = [item[2] for item in items if isinstance(item, (list, tuple)) and len(item) > 2]
+    check_no_indices(labels, third)
+    return images, labels
 
 
 def _class_indices(labels: Tensor) -> Tensor:

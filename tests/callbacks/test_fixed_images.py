@@ -349,3 +349,27 @@ def test_labels_are_one_class_of_each_image(through_loader, make, message):
     else:
         with pytest.raises(ValueError, match=f"one class index for each image, .*{message}"):
             fitted(measure, None, DataLoader(data, 11))
+
+
+@pytest.mark.parametrize("through_loader", [True, False])
+@pytest.mark.parametrize(
+    ("second", "third", "refused"),
+    [
+        (torch.arange(12), torch.arange(12) % 10, True),
+        (torch.arange(12).flip(0), torch.arange(12) % 10, True),
+        # One image of each class, with an index, a weight or a mask.
+        (torch.arange(12), torch.arange(12).flip(0), False),
+        (torch.arange(12), torch.rand(12), False),
+        (torch.arange(12), torch.arange(12) > 6, False),
+        (torch.arange(12) % 10, torch.arange(12), False),
+    ],
+)
+def test_indices_in_the_place_of_labels_are_refused(through_loader, second, third, refused):
+    data = TensorDataset(images_and_labels(12)[0], second, third)
+    measure, module = watch() if through_loader else watch(dataset=data), Foreign()
+    module.net[-1] = torch.nn.Linear(256, 100)
+    if refused:
+        with pytest.raises(ValueError, match=r"0 to 11, each once, .* as in \(image, index, label"):
+            fitted(measure, None, DataLoader(data, 5), module)
+    else:
+        assert torch.equal(fitted(measure, None, DataLoader(data, 5), module).labels, second)

@@ -39,7 +39,8 @@ Normalization = tuple[Sequence[float], Sequence[float]]
 # How far pixels may be outside of [0, 1] after a normalization was undone.
 ROUNDING = 1e-3
 CHECKPOINT_KEY = "robust_flatness_measured_images"
-# Number of training images that are read again in the second epoch.
+# Number of training images that are read again in the second epoch, and of labels that say which
+# classes there are.
 FEW = 64
 
 
@@ -288,6 +289,21 @@ def warn_of_one_class(examples: Examples, num_classes: int, split: str) -> None:
             f"All {len(examples)} measured images of split {split} are of class "
             f"{int(examples.labels[0])} although the network has {num_classes} classes. If the "
             "data are sorted by class, raise `num_examples` or pass a shuffled `dataset=`."
+        )
+
+
+def warn_of_features(examples: Examples, logits: Tensor, split: str) -> None:
+    """Warns if all first predictions are beyond the labels, of which there are far fewer."""
+    largest, outputs = int(examples.labels.max()), logits.shape[1]
+    if (
+        len(examples) >= FEW
+        and outputs > 2 * (largest + 1)
+        and int(logits.argmax(dim=1).min()) > largest
+    ):
+        rank_zero_warn(
+            f"The network has {outputs} outputs and predicts none of the classes 0 to {largest} of "
+            f"the {len(examples)} measured images of split {split}: `forward` has to return "
+            "logits, not features. If the data are sorted by class, raise `num_examples`."
         )
 
 

@@ -25,7 +25,12 @@ from rich.progress import (
 from torch import Tensor, nn
 from typing_extensions import override
 
-from robust_flatness.callbacks.fixed_images import FixedImages, PixelInput, warn_of_one_class
+from robust_flatness.callbacks.fixed_images import (
+    FixedImages,
+    PixelInput,
+    warn_of_features,
+    warn_of_one_class,
+)
 from robust_flatness.callbacks.line_progress_bar import LineProgressBar
 from robust_flatness.functional import evaluation
 from robust_flatness.functional.checks import check_examples, errors_on_all_ranks
@@ -95,11 +100,13 @@ class MeasuringCallback(FixedImages):
         images = examples.images[:FIRST_IMAGES].to(pl_module.device)
         network = self._network(pl_module)
         with evaluation_context(trainer, pl_module), torch.no_grad(), errors_on_all_ranks():
-            classes = evaluation.first_logits(network, images).shape[1]
+            logits = evaluation.first_logits(network, images)
+            classes = logits.shape[1]
             check_examples(examples.images, examples.labels, classes)
             for measure in measures:
                 measure.with_default_eps(data_eps(trainer)).check(network, images, classes)
         warn_of_one_class(examples.first(num_examples), classes, split)
+        warn_of_features(examples, logits, split)
 
     def measure_split(
         self,

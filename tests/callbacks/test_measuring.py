@@ -1,6 +1,7 @@
 """What is shown of measuring: the line that says what it costs, and the progress bar."""
 
 import re
+import warnings
 from typing import Any
 
 import pytest
@@ -116,6 +117,27 @@ def test_the_radius_of_the_data_may_be_none_but_no_text() -> None:
     data.eps = "small"
     with pytest.raises(ValueError, match="`eps` of the datamodule to be a number or None but got"):
         quiet_trainer(callbacks=[watch]).fit(Foreign(), datamodule=data)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "largest", "count", "warns"),
+    [(32, 20, 64, True), (32, 2, 64, False), (32, 20, 63, False), (5, 4, 64, False)],
+)
+def test_features_in_the_place_of_logits_are_a_warning(
+    outputs: int, largest: int, count: int, warns: bool
+) -> None:
+    module = Foreign()
+    module.network[1] = nn.Linear(16, outputs)
+    with torch.no_grad():
+        # The largest output, whatever the image.
+        module.network[1].bias[largest] = 100.0
+    images = TensorDataset(torch.rand(count, 1, 4, 4), torch.arange(count) % 3)
+    watch = RobustEvaluation(dataset=images, steps=1)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        quiet_trainer(callbacks=[watch]).fit(module, loader())
+    pattern = f"has {outputs} outputs and predicts none of the classes 0 to 2 .* not features"
+    assert any(re.search(pattern, str(w.message)) for w in found) == warns
 
 
 @pytest.mark.parametrize("run", ["fit", "test"])

@@ -24,7 +24,7 @@ from robust_flatness.callbacks.delivery import (
     read_delivery,
     source_of,
 )
-from robust_flatness.callbacks.loader_order import Batches, seed_all
+from robust_flatness.callbacks.loader_order import Batches, Refusal, seed_all
 from robust_flatness.functional.checks import (
     check_choice,
     check_count,
@@ -360,14 +360,14 @@ def channels(normalization: Normalization) -> list[Tensor]:
 
 
 def check_normalized(images: Tensor, normalization: Normalization) -> None:
-    """Raises if images are pixels in [0, 1] already, although they should be normalized.
+    """Raises a Refusal if images are pixels in [0, 1] already, although they should be normalized.
 
     Normalized images have pixels below a mean > 0. Those of a few pale images need not, so what has
     little contrast passes.
     """
     low, high = images.min().item(), images.max().item()
     if low >= 0 and low + 0.5 < high <= 1 and (channels(normalization)[0] > 0).any():
-        raise ValueError(
+        raise Refusal(
             "Expected `normalization` to be (mean, std) that was applied to the images, or None, "
             f"but got {normalization} with images in [{low:.3g}, {high:.3g}], which look like "
             "pixels in [0, 1] already."

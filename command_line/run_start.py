@@ -15,7 +15,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
-from robust_flatness.callbacks.fixed_images import ROUNDING
+from robust_flatness.callbacks.fixed_images import ROUNDING, check_normalized
 from robust_flatness.lightning_modules import AT, External
 from robust_flatness.loggers import EpochCSVLogger, EpochWandbLogger
 from robust_flatness.networks import Normalize
@@ -109,6 +109,10 @@ def _to_pixels(
             f"{type(batch).__name__}."
         )
     images, *rest = batch
+    if not getattr(data, "_is_checked", False):
+        # Once only: the check waits for the device.
+        check_normalized(images, (mean, std))
+        data._is_checked = True  # type: ignore[attr-defined]
     scale, shift = (images.new_tensor(values).view(-1, 1, 1) for values in (std, mean))
     pixels = images * scale + shift
     rounded = (pixels >= -ROUNDING) & (pixels <= 1 + ROUNDING)

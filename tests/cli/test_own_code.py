@@ -37,6 +37,9 @@ class Normalized(Pixels):
 class Untold(Pixels):
     normalized = True
 
+class Mistaken(Pixels):
+    normalization = ([0.3], [0.4])
+
 class Named(Pixels):
     normalization = "imagenet"
 """
@@ -152,7 +155,11 @@ def test_own_data_with_normalised_images_are_measured_as_pixels(on_pixels, on_no
 
 @pytest.mark.parametrize(
     ("data", "named"),
-    [("Untold", "pixels in [0, 1]"), ("Named", "`normalization` of Named to be (mean, std)")],
+    [
+        ("Untold", "pixels in [0, 1]"),
+        ("Mistaken", "`normalization` to be (mean, std) that was applied"),
+        ("Named", "`normalization` of Named to be (mean, std)"),
+    ],
 )
 def test_a_normalisation_that_is_not_told_is_refused(data, named, capsys):
     with pytest.raises(SystemExit) as stopped:

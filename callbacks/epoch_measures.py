@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from itertools import combinations
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -38,13 +39,17 @@ class EpochMeasure(MeasuringCallback, HoldsMeasure):
         measured_late: Whether it came when training had ended.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range; before training, if another callback of this
+            kind logs metrics of the same names.
 
     Example:
         >>> flatness = measures.AverageCaseFlatness(num_perturbations=3)
         >>> EpochMeasure(measure=flatness, split="val").metric_names
         ('flatness/average/val', 'flatness/average/val_sem')
     """
+
+    # Whether `trainer.test` is measured too.
+    measures_in_test: ClassVar[bool] = True
 
     def __init__(self, *, every_n_epochs: int = 1, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -84,6 +89,16 @@ class EpochMeasure(MeasuringCallback, HoldsMeasure):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         self._begin()
+        callbacks = epoch_measures(trainer) if stage in ("fit", "test") else []
+        logging = [c for c in callbacks if stage == "fit" or c.measures_in_test]
+        for one, other in combinations(logging, 2):
+            # Lightning would log one value for both.
+            if shared := sorted({*one.metric_names} & {*other.metric_names}):
+                raise ValueError(
+                    f"Expected callbacks to log metrics of different names but got {one.state_key} "
+                    f"and {other.state_key}, which both log {', '.join(shared)}; leave one out, or "
+                    "choose another `split`."
+                )
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -94,7 +109,8 @@ class EpochMeasure(MeasuringCallback, HoldsMeasure):
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.on_train_start(trainer, pl_module)
+        if self.measures_in_test:
+            self.on_train_start(trainer, pl_module)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -122,7 +138,8 @@ class EpochMeasure(MeasuringCallback, HoldsMeasure):
 
     @override
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pl_module.log_dict(self.compute(trainer, pl_module), sync_dist=True, reduce_fx="max")
+        if self.measures_in_test:
+            pl_module.log_dict(self.compute(trainer, pl_module), sync_dist=True, reduce_fx="max")
 
     def measure_epoch(
         self, trainer: Trainer, pl_module: LightningModule, epoch: int

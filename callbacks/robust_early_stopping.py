@@ -1,7 +1,7 @@
 """The weights of lowest robust error, in memory and on disk."""
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -49,6 +49,9 @@ class RobustEarlyStopping(RobustEvaluation):
         -1
     """
 
+    # A test need not have the images to select on.
+    measures_in_test: ClassVar[bool] = False
+
     def __init__(
         self,
         *,
@@ -94,15 +97,6 @@ class RobustEarlyStopping(RobustEvaluation):
             self.best_epoch, self.best_error, self._since_best = epoch, error, 0
             state = pl_module.state_dict()
             self.best_weights = {name: v.detach().cpu().clone() for name, v in state.items()}
-
-    @override
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # A test need not have the images to select on.
-        pass
-
-    @override
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pass
 
     @property
     @override

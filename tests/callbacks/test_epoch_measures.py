@@ -29,6 +29,7 @@ from robust_flatness.lightning_modules import AT
 from robust_flatness.loggers import EpochCSVLogger
 from robust_flatness.measures import (
     AdaptiveSharpness,
+    AverageCaseFlatness,
     FirstOrderFlatness,
     GradientNorm,
     HessianTrace,
@@ -75,13 +76,13 @@ def test_split_and_radius_are_those_of_the_datamodule():
     data, module = ToyData(), AT(tiny_body, **PLAIN)
     callbacks = [
         Flatness(split="train", num_perturbations=1, steps=2),
-        Flatness(split="train", num_perturbations=1, steps=2, eps=0.3, loss="robust"),
+        Flatness(split="test", num_perturbations=1, steps=2, eps=0.3, loss="robust"),
     ]
     trainer = quiet_trainer(callbacks=callbacks)
     trainer.fit(module, data)
     for callback, eps in zip(callbacks, (data.eps, 0.3)):
         found = callback.measure.with_default_eps(eps)(module, *data.measured[:])
-        assert callback.metrics == {"flatness/average/train": found.value}
+        assert callback.metrics == {f"flatness/average/{callback.split}": found.value}
 
 
 @pytest.mark.parametrize(("callback", "settings"), NAMED)
@@ -123,6 +124,38 @@ def test_two_splits_live_side_by_side(tmp_path):
     assert {"flatness/average/test", "flatness/average/train"} <= set(logged)
     assert logged["hessian/max_eigenvalue"] != logged["hessian/train/max_eigenvalue"]
     trainer.save_checkpoint(tmp_path / "a.ckpt")
+
+
+SAME_NAMES = [
+    (
+        [RobustEarlyStopping(**VAL), RobustEvaluation(**VAL)],
+        r"RobustEarlyStopping\[val\] and RobustEvaluation\[val\], which both log val/error, "
+        "val/robust_error, val/robust_loss; ",
+    ),
+    (
+        [Flatness(xi=0.1, **VAL), EpochMeasure(measure=AverageCaseFlatness(), split="val")],
+        r"Flatness\[val\] and EpochMeasure\[AverageCaseFlatness, val\], which both log "
+        "flatness/average/val, flatness/average/val_sem; ",
+    ),
+]
+
+
+@pytest.mark.parametrize(("callbacks", "message"), SAME_NAMES)
+def test_metrics_of_one_name_by_two_callbacks_are_refused_before_training(callbacks, message):
+    with pytest.raises(ValueError, match=message):
+        quiet_trainer(callbacks=callbacks).fit(Returns(lambda z: z))
+
+
+def test_metrics_of_one_name_are_refused_in_tests_if_both_are_measured_there():
+    light = {**LIGHT, "dataset": dataset(4)}
+    with pytest.raises(ValueError, match="which both log test/error, "):
+        quiet_trainer(callbacks=[RobustEvaluation(**light), RobustEvaluation(**light)]).test(
+            Foreign(), verbose=False
+        )
+    stopping = RobustEarlyStopping(split="test", **light)
+    trainer = quiet_trainer(callbacks=[stopping, RobustEvaluation(**light)])
+    (tested,) = trainer.test(Foreign(), verbose=False)
+    assert "test/error" in tested
 
 
 def test_a_diverged_network_is_logged_as_not_finite():

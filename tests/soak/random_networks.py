@@ -91,7 +91,7 @@ def measures() -> list[Callback]:
                 FirstOrderFlatness(weight_steps=1, loss="clean"),
             )
         ),
-        RobustEarlyStopping(**attacked),
+        RobustEarlyStopping(**{**attacked, "split": "train"}),
         Trajectory(figures=False),
         Landscape(**{**attacked, "num_examples": 4}, **line),
         FinalEvaluation(

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from robust_flatness import measures
 from robust_flatness.callbacks.measuring import HoldsMeasure, MeasuringCallback, averaged_weights
-from robust_flatness.functional.checks import check_count
+from robust_flatness.functional.checks import check_count, errors_on_all_ranks
 
 
 class EpochMeasure(MeasuringCallback, HoldsMeasure):
@@ -40,7 +40,7 @@ class EpochMeasure(MeasuringCallback, HoldsMeasure):
 
     Raises:
         ValueError: If an argument is out of range; before training, if another callback of this
-            kind logs metrics of the same names.
+            kind logs metrics of the same names; if anything else logs one.
 
     Example:
         >>> flatness = measures.AverageCaseFlatness(num_perturbations=3)
@@ -62,6 +62,8 @@ class EpochMeasure(MeasuringCallback, HoldsMeasure):
         self.metrics: dict[str, float] = {}
         self.measured_step, self.measured_late = -1, False
         self._unmeasured_epoch: int | None = None
+        # The last value of each metric; one that is not defined keeps an earlier one.
+        self._logged: dict[str, float] = {}
 
     @property
     def metric_names(self) -> tuple[str, ...]:
@@ -99,6 +101,10 @@ class EpochMeasure(MeasuringCallback, HoldsMeasure):
                     f"and {other.state_key}, which both log {', '.join(shared)}; leave one out, or "
                     "choose another `split`."
                 )
+
+    @override
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._check_names(trainer, pl_module)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -139,20 +145,36 @@ class EpochMeasure(MeasuringCallback, HoldsMeasure):
     @override
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.measures_in_test:
+            self._check_names(trainer, pl_module)
             pl_module.log_dict(self.compute(trainer, pl_module), sync_dist=True, reduce_fx="max")
 
     def measure_epoch(
         self, trainer: Trainer, pl_module: LightningModule, epoch: int
     ) -> dict[str, float]:
         """Measures the weights at the end of an epoch, averaged ones if training averages."""
+        self._check_names(trainer, pl_module)
         with averaged_weights(trainer, pl_module):
             self.metrics = self.compute(trainer, pl_module)
+            self._logged |= self.metrics
             self.on_measured(trainer, pl_module, epoch)
         self.measured_step = trainer.global_step
         return self.metrics
 
     def on_measured(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> None:
         """Called when `metrics` are known, while the module holds the measured weights."""
+
+    def _check_names(self, trainer: Trainer, module: LightningModule) -> None:
+        """Raises if anything else has logged a metric of this callback's, as one would be lost."""
+        logged = trainer.callback_metrics
+        with errors_on_all_ranks():
+            for name in sorted(logged.keys() & {*self.metric_names}):
+                own, found = self._logged.get(name), torch.tensor(float(logged[name]))
+                if own is None or not found.isclose(torch.tensor(own), 1e-6, 0, equal_nan=True):
+                    raise ValueError(
+                        f"Expected {self.state_key} alone to log {name} but something else logged "
+                        f"{found:g} under this name; rename that metric, such as in `self.log` of "
+                        f"{type(module).__name__}."
+                    )
 
     def is_due(self, trainer: Trainer) -> bool:
         """Returns whether the current epoch is measured: every n-th from 0 on, and the last."""

@@ -158,6 +158,57 @@ def test_metrics_of_one_name_are_refused_in_tests_if_both_are_measured_there():
     assert "test/error" in tested
 
 
+class LogsItself(Foreign):
+    """Logs the clean error under the name that a measure has."""
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/robust_loss", 0.25)
+
+    test_step = validation_step
+
+
+TAKEN = (
+    r"Expected Counted\[val\] alone to log val/robust_loss but something else logged 0.25 under "
+    "this name; rename that metric, such as in `self.log` of LogsItself."
+)
+
+
+def test_a_name_that_the_module_logs_is_refused_before_training(monkeypatch):
+    monkeypatch.setattr(LogsItself, "training_step", Returns.training_step)
+    with pytest.raises(ValueError, match=TAKEN):
+        quiet_trainer(callbacks=[Counted()]).fit(LogsItself())
+
+
+@pytest.mark.parametrize(("every", "epoch"), [(1, 1), (9, 2)])
+def test_a_name_that_the_module_logs_is_refused_before_it_is_merged(every, epoch):
+    # The module begins to log after the first measurement.
+    settings = {"num_sanity_val_steps": 0, "check_val_every_n_epoch": 2, "max_epochs": 3}
+    trainer = quiet_trainer(callbacks=[Counted(every_n_epochs=every)], **settings)
+    with pytest.raises(ValueError, match=TAKEN):
+        trainer.fit(LogsItself())
+    assert trainer.current_epoch == epoch
+
+
+def test_a_name_that_the_module_logs_is_refused_in_tests():
+    with pytest.raises(ValueError, match=TAKEN):
+        quiet_trainer(callbacks=[Counted()]).test(LogsItself(), verbose=False)
+
+
+def test_own_metrics_of_earlier_epochs_and_fits_are_not_taken_for_others():
+    class Gaps(Counted):
+        def compute(self, trainer, module):
+            values = {"val/robust_loss": math.nan, "val/error": 1 / 3, "val/robust_error": math.inf}
+            # One is not defined in every other epoch.
+            return dict([*values.items()][: 3 - trainer.current_epoch % 2])
+
+    trainer, module = quiet_trainer(callbacks=[callback := Gaps()], max_epochs=4), Foreign()
+    trainer.fit(module)
+    trainer.fit_loop.max_epochs = 6
+    trainer.fit(module)
+    trainer.test(module, verbose=False)
+    assert len(callback.weights) == 6
+
+
 def test_a_diverged_network_is_logged_as_not_finite():
     module = AT(tiny_body, **PLAIN)
     with torch.no_grad():

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from typing_extensions import override
 
-from robust_flatness.callbacks.epoch_measures import RobustEvaluation, epoch_measures
+from robust_flatness.callbacks.epoch_measures import EpochMeasure, RobustEvaluation, epoch_measures
 from robust_flatness.callbacks.measuring import averaged_weights, is_finite, warn_if_results_stay
 from robust_flatness.functional.checks import check_count
 from robust_flatness.measures.base import Split
@@ -139,7 +139,8 @@ class MeasuredCheckpoint(ModelCheckpoint):
 
     `trainer.callback_metrics` keeps a metric's last value, so that a stock `ModelCheckpoint` takes
     the score of another epoch for the weights of one that was not measured. This one saves by
-    `monitor` only in epochs in which the callback that logs it has measured, with any `save_top_k`;
+    `monitor` only in epochs in which the callback that logs it has measured, with any `save_top_k`,
+    and at the end of the epoch, whenever validation runs, unless `save_on_train_epoch_end` is set;
     it skips networks with a weight, or a metric of that callback, that is not finite. If the last
     epoch is measured only when training has ended, it is considered too, and a checkpoint without
     `monitor` is written again, so that it holds what was measured.
@@ -159,13 +160,34 @@ class MeasuredCheckpoint(ModelCheckpoint):
         # Checkpoints of the stock class continue with this one.
         return f"{ModelCheckpoint.__qualname__}{kwargs!r}"
 
+    def _logging(self, trainer: Trainer) -> list[EpochMeasure]:
+        """The callbacks that log what is monitored, as far as they are of this package."""
+        callbacks = epoch_measures(trainer)
+        return [c for c in callbacks if self.monitor in {*c.metric_names, *c.metrics}]
+
+    @override
+    def _should_save_on_train_epoch_end(self, trainer: Trainer) -> bool:
+        # Validation, after which Lightning would save, may end before anything is measured.
+        if self._save_on_train_epoch_end is None and self._logging(trainer):
+            return True
+        return super()._should_save_on_train_epoch_end(trainer)
+
+    @override
+    def _save_topk_checkpoint(
+        self, trainer: Trainer, monitor_candidates: dict[str, Tensor]
+    ) -> None:
+        # A run that goes on may have measured nothing yet, which Lightning takes for an error.
+        if self.monitor in monitor_candidates or not self._logging(trainer):
+            super()._save_topk_checkpoint(trainer, monitor_candidates)
+
     @override
     def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
         if current is None or not bool(torch.isfinite(torch.as_tensor(current))):
             return False
-        logging = [c for c in epoch_measures(trainer) if self.monitor in c.metrics]
         # A metric that somebody else logs is judged as Lightning does.
-        if logging and all(c.measured_step != trainer.global_step for c in logging):
+        logging = self._logging(trainer)
+        measured = (c for c in logging if c.measured_step == trainer.global_step)
+        if logging and not any(self.monitor in c.metrics for c in measured):
             return False
         if not all(math.isfinite(value) for c in logging for value in c.metrics.values()):
             return False

@@ -42,7 +42,9 @@ def fit(folder, measure, epochs=100, others=(), module=AT, **kwargs):
     trainer = quiet_trainer(
         max_epochs=epochs, callbacks=callbacks, enable_checkpointing=True, **kwargs
     )
-    trainer.fit(module(tiny_body, **PLAIN), loader(8))
+    module = module(tiny_body, **PLAIN)
+    # Other modules have loaders of their own.
+    trainer.fit(module, *([] if isinstance(module, Validates) else [loader(8)]))
     return {path.stem: torch.load(path, weights_only=True) for path in folder.glob("*.ckpt")}
 
 
@@ -55,6 +57,67 @@ def test_only_measured_epochs_are_kept_with_any_number_of_checkpoints(tmp_path):
     (state,) = (s for key, s in saved["last"]["callbacks"].items() if "'max'" in key)
     scores = sorted(round(score.item(), 3) for score in state["best_k_models"].values())
     assert scores == [0.5, 0.7, 0.9]
+
+
+class Validates(AT):
+    """Has a validation of its own, which logs nothing that is measured."""
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def train_dataloader(self):
+        return loader(16)
+
+    val_dataloader = train_dataloader
+
+
+VALIDATION = [
+    {"check_val_every_n_epoch": 2},
+    {"check_val_every_n_epoch": 9},
+    {"val_check_interval": 0.5},
+    {"num_sanity_val_steps": 0},
+]
+
+
+@pytest.mark.parametrize("validation", VALIDATION)
+def test_measured_epochs_are_kept_whenever_validation_runs(tmp_path, validation):
+    measure = Scripted([0.9, 0.4, 0.3, 0, 0.5], every_n_epochs=2)
+    saved = fit(tmp_path, measure, epochs=5, module=Validates, **validation)
+    assert {*saved} - {"last"} == {"best", "epoch=0", "epoch=2", "epoch=4"}
+    assert saved["best"]["epoch"] == measure.best_epoch == 2
+    assert same(saved["best"]["state_dict"], measure.best_weights)
+
+
+def test_a_run_that_goes_on_saves_when_it_has_measured(tmp_path):
+    checkpoint = {"monitor": "val/robust_error", "enable_version_counter": False}
+    path, found = tmp_path / "a.ckpt", []
+    for epochs, ckpt_path in ((2, None), (5, path)):
+        measure = Scripted([0.9, 0.8, 0.7, 0.6, 0.5], every_n_epochs=4)
+        best = MeasuredCheckpoint(tmp_path, "best", **checkpoint)
+        trainer = quiet_trainer(
+            max_epochs=epochs, callbacks=[measure, best], enable_checkpointing=True
+        )
+        module = Validates(tiny_body, **PLAIN)
+        trainer.fit(module, ckpt_path=ckpt_path, weights_only=True)
+        trainer.save_checkpoint(path)
+        found.append(torch.load(tmp_path / "best.ckpt", weights_only=True)["epoch"])
+    assert found == [1, 4]
+
+
+def test_a_metric_that_an_epoch_does_not_define_is_not_that_of_an_earlier_one(tmp_path):
+    class Sometimes(Scripted):
+        def compute(self, trainer, module):
+            metrics = super().compute(trainer, module)
+            if self.epoch == 1:
+                del metrics["val/robust_error"]
+            return metrics
+
+        def on_measured(self, trainer, module, epoch):
+            pass
+
+    assert set(fit(tmp_path, Sometimes([0.9, 0, 0.3]), epochs=3)) == {
+        *("best", "last", "epoch=0", "epoch=2")
+    }
 
 
 @pytest.mark.parametrize("averaged", [False, True])

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
@@ -40,7 +41,8 @@ class EpochMeasure(MeasuringCallback, HoldsMeasure):
 
     Raises:
         ValueError: If an argument is out of range; before training, if another callback of this
-            kind logs metrics of the same names; if anything else logs one.
+            kind logs metrics of the same names, or beside Lightning's `StochasticWeightAveraging`;
+            if anything else logs one of the metrics.
 
     Example:
         >>> flatness = measures.AverageCaseFlatness(num_perturbations=3)
@@ -91,6 +93,13 @@ class EpochMeasure(MeasuringCallback, HoldsMeasure):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         self._begin()
+        callbacks = trainer.callbacks if stage == "fit" else []  # type: ignore[attr-defined]
+        if any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks):
+            raise ValueError(
+                f"Expected {self.state_key} to measure the weights that training ends with but got "
+                "StochasticWeightAveraging, whose average is not measured; use `WeightAveraging` "
+                "of this package or of Lightning."
+            )
         callbacks = epoch_measures(trainer) if stage in ("fit", "test") else []
         logging = [c for c in callbacks if stage == "fit" or c.measures_in_test]
         for one, other in combinations(logging, 2):

@@ -16,7 +16,11 @@ from averaging_runs import (
     train,
 )
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from networks_for_tests import same, snapshot, tiny_body, tiny_network
 from torch import nn
 from trainers import ToyData, quiet_trainer
@@ -118,6 +122,20 @@ def test_measures_before_and_after_the_callback_see_the_averages(kind):
     assert len(before.seen) == 4
     assert same(before.seen[2], changed)
     assert same(before.seen[3], changed)
+
+
+def test_averages_that_are_not_measured_are_refused_before_training():
+    swa = StochasticWeightAveraging(swa_lrs=0.1)
+    net = module()
+    initial = snapshot(net)
+    message = r"Expected Spy\[test\] .* got StochasticWeightAveraging, .*`WeightAver"
+    with pytest.raises(ValueError, match=message):
+        fit(Spy(), swa, net=net, epochs=2)
+    assert same(snapshot(net), initial)
+    # Measured after training are the weights that it ends with.
+    _, net = fit(final := Final(), StochasticWeightAveraging(swa_lrs=0.1), epochs=2)
+    assert same(final.seen[0], snapshot(net))
+    quiet_trainer(callbacks=[Spy(), swa]).test(net, ToyData(), verbose=False)
 
 
 def test_nothing_is_exchanged_before_the_first_update():

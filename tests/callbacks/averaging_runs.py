@@ -86,8 +86,8 @@ class FirstWeight(Measure):
 class Spy(EpochMeasure):
     """Sees the weights that are measured at the end of an epoch."""
 
-    def __init__(self):
-        super().__init__(measure=FirstWeight(), num_examples=4)
+    def __init__(self, split="test"):
+        super().__init__(measure=FirstWeight(), num_examples=4, split=split)
 
     @property
     def seen(self):

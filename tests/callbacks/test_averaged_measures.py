@@ -105,7 +105,7 @@ def test_contexts_give_the_averages_once_and_the_weights_back_bit_for_bit(first)
 @KINDS
 def test_measures_before_and_after_the_callback_see_the_averages(kind):
     """Of this package's callback and of Lightning's."""
-    before, after, callback, seen = Spy(), Spy(), kind(), Recorder()
+    before, after, callback, seen = Spy(), Spy("train"), kind(), Recorder()
     trainer, net = fit(before, callback, after, seen, epochs=2)
     assert len(before.seen) == 2
     for first, second, raw in zip(before.seen, after.seen, seen.epochs):

@@ -62,7 +62,7 @@ def test_statistics_are_estimated_once_for_each_state_of_the_average(monkeypatch
         reestimate_batch_norm(*args)
 
     monkeypatch.setattr(weight_averaging, "reestimate_batch_norm", counted)
-    fit(Spy(), averaging(batch_norm="reestimate"), Spy(), Final(), Scripted(), epochs=3)
+    fit(Spy(), averaging(batch_norm="reestimate"), Spy("train"), Final(), Scripted(), epochs=3)
     assert len(calls) == 3
 
 

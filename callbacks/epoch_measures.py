@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
@@ -93,6 +93,8 @@ class EpochMeasure(MeasuringCallback, HoldsMeasure):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         self._begin()
+        if stage == "fit":
+            _follow_averages(trainer)
         callbacks = trainer.callbacks if stage == "fit" else []  # type: ignore[attr-defined]
         if any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks):
             raise ValueError(
@@ -198,6 +200,21 @@ class EpochMeasure(MeasuringCallback, HoldsMeasure):
 def epoch_measures(trainer: Trainer) -> list[EpochMeasure]:
     """Returns the trainer's callbacks that measure at the end of epochs."""
     return [c for c in trainer.callbacks if isinstance(c, EpochMeasure)]  # type: ignore[attr-defined]
+
+
+def _follow_averages(trainer: Trainer) -> None:
+    """Moves the callbacks that measure behind Lightning's averaging of weights.
+
+    It may average at the end of an epoch, and the average before that is not what is saved.
+    """
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    averaging = [c for c in callbacks if isinstance(c, WeightAveraging)]
+    # This package's averages in steps alone, so that the order has no effect.
+    averaging = [c for c in averaging if not hasattr(c, "refresh_average")]
+    end = callbacks.index(averaging[-1]) + 1 if averaging else 0
+    first = [c for c in callbacks[:end] if not isinstance(c, EpochMeasure)]
+    moved = [c for c in callbacks[:end] if isinstance(c, EpochMeasure)]
+    trainer.callbacks = [*first, *moved, *callbacks[end:]]  # type: ignore[attr-defined]
 
 
 class _HoldsRobustLoss(HoldsMeasure):

@@ -25,7 +25,12 @@ from networks_for_tests import same, snapshot, tiny_body, tiny_network
 from torch import nn
 from trainers import ToyData, quiet_trainer
 
-from robust_flatness.callbacks import Flatness, RobustEarlyStopping, RobustEvaluation
+from robust_flatness.callbacks import (
+    Flatness,
+    MeasuredCheckpoint,
+    RobustEarlyStopping,
+    RobustEvaluation,
+)
 from robust_flatness.callbacks.measuring import (
     averaged_weights,
     own_weights,
@@ -122,6 +127,32 @@ def test_measures_before_and_after_the_callback_see_the_averages(kind):
     assert len(before.seen) == 4
     assert same(before.seen[2], changed)
     assert same(before.seen[3], changed)
+
+
+class AveragesEpochs(EMAWeightAveraging):
+    """Updates the average at the end of epochs, and says what it was then."""
+
+    def __init__(self, start):
+        super().__init__(decay=0.5, update_every_n_steps=0, update_starting_at_epoch=start)
+        self.ends = []
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        super().on_train_epoch_end(trainer, pl_module)
+        self.ends.append(average_of(self))
+
+
+def test_averages_of_the_end_of_an_epoch_are_measured_whatever_the_order(tmp_path):
+    first, second, last = Spy(), RobustEarlyStopping(**LIGHT), Recorder()
+    callback = AveragesEpochs(0)
+    best = MeasuredCheckpoint(tmp_path, "{epoch}", "val/robust_error", save_top_k=-1)
+    trainer, _ = fit(first, second, callback, last, best, epochs=3, enable_checkpointing=True)
+    assert len(first.seen) == 3
+    for epoch, (measured, average, own) in enumerate(zip(first.seen, callback.ends, last.epochs)):
+        assert same(measured, average)
+        assert same(measured, own) == (epoch == 0)
+        saved = torch.load(tmp_path / f"epoch={epoch}.ckpt", weights_only=True)
+        assert same(saved["state_dict"], measured)
+    assert [c for c in trainer.callbacks if c in (first, second)] == [first, second]
 
 
 def test_averages_that_are_not_measured_are_refused_before_training():

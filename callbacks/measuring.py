@@ -197,6 +197,13 @@ def averaged_weights(trainer: Trainer, module: LightningModule) -> Iterator[None
         yield
 
 
+def average_begun(trainer: Trainer) -> bool:
+    """Returns whether averages of the weights, which checkpoints hold, are of trained weights."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    averages = [c._average_model for c in callbacks if isinstance(c, WeightAveraging)]
+    return all(average is None or average.n_averaged > 0 for average in averages)
+
+
 @contextmanager
 def swapped_weights(module: LightningModule, weights: Weights) -> Iterator[None]:
     """Gives a module the weights and buffers of a state dict, and its own back bit for bit.

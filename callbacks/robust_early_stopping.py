@@ -10,7 +10,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from robust_flatness.callbacks.epoch_measures import EpochMeasure, RobustEvaluation, epoch_measures
-from robust_flatness.callbacks.measuring import averaged_weights, is_finite, warn_if_results_stay
+from robust_flatness.callbacks.measuring import (
+    average_begun,
+    averaged_weights,
+    is_finite,
+    warn_if_results_stay,
+)
 from robust_flatness.functional.checks import check_count
 from robust_flatness.measures.base import Split
 
@@ -141,7 +146,8 @@ class MeasuredCheckpoint(ModelCheckpoint):
     the score of another epoch for the weights of one that was not measured. This one saves by
     `monitor` only in epochs in which the callback that logs it has measured, with any `save_top_k`,
     and at the end of the epoch, whenever validation runs, unless `save_on_train_epoch_end` is set;
-    it skips networks with a weight, or a metric of that callback, that is not finite. If the last
+    it skips networks with a weight, or a metric of that callback, that is not finite, and epochs
+    before the first update of averaged weights, which Lightning would save. If the last
     epoch is measured only when training has ended, it is considered too, and a checkpoint without
     `monitor` is written again, so that it holds what was measured.
 
@@ -188,6 +194,9 @@ class MeasuredCheckpoint(ModelCheckpoint):
         logging = self._logging(trainer)
         measured = (c for c in logging if c.measured_step == trainer.global_step)
         if logging and not any(self.monitor in c.metrics for c in measured):
+            return False
+        # What was measured is trained, and the checkpoint would hold an average that is not.
+        if logging and not average_begun(trainer):
             return False
         if not all(math.isfinite(value) for c in logging for value in c.metrics.values()):
             return False

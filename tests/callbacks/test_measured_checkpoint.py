@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from networks_for_tests import same, tiny_body
 from test_epoch_measures import Stop
 from trainers import PLAIN, dataset, loader, quiet_trainer
@@ -147,6 +147,21 @@ def _then(first, stop):
         stop.on_train_epoch_end(trainer)
 
     return both
+
+
+@pytest.mark.parametrize("kind", [EMAWeightAveraging, WeightAveraging])
+def test_averages_are_kept_from_their_first_update_on(tmp_path, kind):
+    if kind is EMAWeightAveraging:
+        averaging = kind(decay=0.5, update_starting_at_step=1)
+    else:
+        averaging = kind(0.5, reference_steps=None)
+        averaging.should_update = lambda step_idx=None, epoch_idx=None: (step_idx or 0) > 0
+    # By its error alone the first epoch, of one step, would win.
+    measure = Scripted([0.1, 0.6, 0.5])
+    saved = fit(tmp_path, measure, epochs=3, others=[averaging])
+    assert set(saved) == {"best", "last", "epoch=1", "epoch=2"}
+    assert saved["best"]["epoch"] == 2
+    assert measure.best_epoch == 0
 
 
 class Breaks(AT):

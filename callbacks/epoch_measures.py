@@ -203,15 +203,12 @@ def epoch_measures(trainer: Trainer) -> list[EpochMeasure]:
 
 
 def _follow_averages(trainer: Trainer) -> None:
-    """Moves the callbacks that measure behind Lightning's averaging of weights.
+    """Moves the callbacks that measure behind those that average weights.
 
-    It may average at the end of an epoch, and the average before that is not what is saved.
+    These may average at the end of an epoch, and the average before that is not what is saved.
     """
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    averaging = [c for c in callbacks if isinstance(c, WeightAveraging)]
-    # This package's averages in steps alone, so that the order has no effect.
-    averaging = [c for c in averaging if not hasattr(c, "refresh_average")]
-    end = callbacks.index(averaging[-1]) + 1 if averaging else 0
+    end = max((i for i, c in enumerate(callbacks, 1) if isinstance(c, WeightAveraging)), default=0)
     first = [c for c in callbacks[:end] if not isinstance(c, EpochMeasure)]
     moved = [c for c in callbacks[:end] if isinstance(c, EpochMeasure)]
     trainer.callbacks = [*first, *moved, *callbacks[end:]]  # type: ignore[attr-defined]

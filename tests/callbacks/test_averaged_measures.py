@@ -30,6 +30,7 @@ from robust_flatness.callbacks import (
     MeasuredCheckpoint,
     RobustEarlyStopping,
     RobustEvaluation,
+    WeightAveraging,
 )
 from robust_flatness.callbacks.measuring import (
     averaged_weights,
@@ -129,21 +130,32 @@ def test_measures_before_and_after_the_callback_see_the_averages(kind):
     assert same(before.seen[3], changed)
 
 
-class AveragesEpochs(EMAWeightAveraging):
-    """Updates the average at the end of epochs, and says what it was then."""
+class Ends:
+    """Updates the average at the end of epochs alone, and says what it was then."""
 
-    def __init__(self, start):
-        super().__init__(decay=0.5, update_every_n_steps=0, update_starting_at_epoch=start)
-        self.ends = []
+    def should_update(self, step_idx=None, epoch_idx=None):
+        return epoch_idx is not None
 
     def on_train_epoch_end(self, trainer, pl_module):
         super().on_train_epoch_end(trainer, pl_module)
-        self.ends.append(average_of(self))
+        self.ends = [*getattr(self, "ends", []), average_of(self)]
 
 
-def test_averages_of_the_end_of_an_epoch_are_measured_whatever_the_order(tmp_path):
+class EndsOfLightning(Ends, EMAWeightAveraging):
+    pass
+
+
+class EndsOfOurs(Ends, WeightAveraging):
+    pass
+
+
+ENDS = [(EndsOfLightning, {}), (EndsOfOurs, {"reference_steps": None})]
+
+
+@pytest.mark.parametrize(("kind", "settings"), ENDS)
+def test_averages_of_the_end_of_an_epoch_are_measured_whatever_the_order(tmp_path, kind, settings):
     first, second, last = Spy(), RobustEarlyStopping(**LIGHT), Recorder()
-    callback = AveragesEpochs(0)
+    callback = kind(decay=0.5, **settings)
     best = MeasuredCheckpoint(tmp_path, "{epoch}", "val/robust_error", save_top_k=-1)
     trainer, _ = fit(first, second, callback, last, best, epochs=3, enable_checkpointing=True)
     assert len(first.seen) == 3

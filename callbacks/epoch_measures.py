@@ -13,7 +13,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 from robust_flatness import measures
-from robust_flatness.callbacks.measuring import HoldsMeasure, MeasuringCallback, averaged_weights
+from robust_flatness.callbacks.measuring import (
+    HoldsMeasure,
+    MeasuringCallback,
+    averaged_weights,
+    fingerprint,
+)
 from robust_flatness.functional.checks import check_count, errors_on_all_ranks
 
 
@@ -63,6 +68,8 @@ class EpochMeasure(MeasuringCallback, HoldsMeasure):
     def _begin(self) -> None:
         self.metrics: dict[str, float] = {}
         self.measured_step, self.measured_late = -1, False
+        # Of the last measurement, if a checkpoint is judged by it.
+        self.measured_weights: str | None = None
         self._unmeasured_epoch: int | None = None
         # The last value of each metric; one that is not defined keeps an earlier one.
         self._logged: dict[str, float] = {}
@@ -167,6 +174,9 @@ class EpochMeasure(MeasuringCallback, HoldsMeasure):
         with averaged_weights(trainer, pl_module):
             self.metrics = self.compute(trainer, pl_module)
             self._logged |= self.metrics
+            monitors = [getattr(c, "monitor", None) for c in trainer.checkpoint_callbacks]
+            watched = any(monitor in self.metrics for monitor in monitors)
+            self.measured_weights = fingerprint(pl_module) if watched else None
             self.on_measured(trainer, pl_module, epoch)
         self.measured_step = trainer.global_step
         return self.metrics

@@ -1,5 +1,6 @@
 """Measuring a network in the middle of training, so that training does not notice."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -226,6 +227,18 @@ def copy_weights(source: nn.Module, target: nn.Module) -> None:
     tensors = _tensors(source)
     for name, tensor in _tensors(target).items():
         tensor.copy_(tensors[name])
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Returns a digest of the parameters and buffers that a checkpoint holds, bit for bit."""
+    digest, own = hashlib.sha256(), _tensors(module)
+    for name, tensor in module.state_dict().items():
+        # Other layouts have no bytes of their own.
+        if name in own and tensor.layout == torch.strided:
+            digest.update(name.encode())
+            values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(values.numpy().data)
+    return digest.hexdigest()
 
 
 def is_finite(trainer: Trainer, module: LightningModule) -> bool:

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
@@ -13,6 +14,7 @@ from robust_flatness.callbacks.epoch_measures import EpochMeasure, RobustEvaluat
 from robust_flatness.callbacks.measuring import (
     average_begun,
     averaged_weights,
+    fingerprint,
     is_finite,
     warn_if_results_stay,
 )
@@ -146,8 +148,9 @@ class MeasuredCheckpoint(ModelCheckpoint):
     the score of another epoch for the weights of one that was not measured. This one saves by
     `monitor` only in epochs in which the callback that logs it has measured, with any `save_top_k`,
     and at the end of the epoch, whenever validation runs, unless `save_on_train_epoch_end` is set;
-    it skips networks with a weight, or a metric of that callback, that is not finite, and epochs
-    before the first update of averaged weights, which Lightning would save. If the last
+    it skips networks with a weight, or a metric of that callback, that is not finite, weights that
+    changed after they were measured, with a warning, and epochs before the first update of averaged
+    weights, which Lightning would save. If the last
     epoch is measured only when training has ended, it is considered too, and a checkpoint without
     `monitor` is written again, so that it holds what was measured.
 
@@ -192,7 +195,7 @@ class MeasuredCheckpoint(ModelCheckpoint):
             return False
         # A metric that somebody else logs is judged as Lightning does.
         logging = self._logging(trainer)
-        measured = (c for c in logging if c.measured_step == trainer.global_step)
+        measured = [c for c in logging if c.measured_step == trainer.global_step]
         if logging and not any(self.monitor in c.metrics for c in measured):
             return False
         # What was measured is trained, and the checkpoint would hold an average that is not.
@@ -202,6 +205,15 @@ class MeasuredCheckpoint(ModelCheckpoint):
             return False
         module = trainer.lightning_module
         with averaged_weights(trainer, module):
+            # Buffers of the processes differ, and processes must decide alike.
+            same = all(c.measured_weights in (None, fingerprint(module)) for c in measured)
+            if not trainer.strategy.reduce_boolean_decision(same):
+                rank_zero_warn(
+                    f"MeasuredCheckpoint does not save weights that changed after "
+                    f"{', '.join(c.state_key for c in measured)} had measured them, such as in "
+                    f"`on_train_epoch_end` of {type(module).__name__}; change them in a batch."
+                )
+                return False
             return is_finite(trainer, module) and super().check_monitor_top_k(trainer, current)
 
     @override

@@ -164,6 +164,30 @@ def test_averages_are_kept_from_their_first_update_on(tmp_path, kind):
     assert measure.best_epoch == 0
 
 
+class ChangesLater(AT):
+    """Has other weights, or other statistics, at the end of an epoch than were measured."""
+
+    part = "network.8.weight"
+
+    def on_train_epoch_end(self):
+        super().on_train_epoch_end()
+        if self.current_epoch == 1:
+            self.state_dict()[self.part].mul_(2)
+
+
+class ChangesStatisticsLater(ChangesLater):
+    part = "network.1.running_var"
+
+
+@pytest.mark.parametrize("module", [ChangesLater, ChangesStatisticsLater])
+def test_weights_that_changed_after_they_were_measured_are_not_kept(tmp_path, module):
+    message = r"changed after Scripted\[val\] had measured them, .* `on_train_epoch_end` of Changes"
+    with pytest.warns(UserWarning, match=message):
+        saved = fit(tmp_path, Scripted([0.9, 0.1, 0.3]), epochs=3, module=module)
+    assert set(saved) == {"best", "last", "epoch=0", "epoch=2"}
+    assert saved["best"]["epoch"] == 2
+
+
 class Breaks(AT):
     """One tensor is not finite at the end of some epochs."""
 

@@ -1,7 +1,8 @@
-"""What is shown of measuring: the line that says what it costs, and the progress bar."""
+"""What is shown of measuring, its cost and progress, and what is kept of measured weights."""
 
 import re
 import warnings
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import SaveConfigCallback
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanMetric
 from trainers import quiet_trainer
 
 from robust_flatness.callbacks import (
@@ -20,7 +22,7 @@ from robust_flatness.callbacks import (
     RobustEarlyStopping,
     RobustEvaluation,
 )
-from robust_flatness.callbacks.measuring import _progress_bar, data_eps
+from robust_flatness.callbacks.measuring import _progress_bar, data_eps, fingerprint
 from robust_flatness.command_line.run_start import RunStart
 from robust_flatness.measures.base import DEFAULT_EPS
 
@@ -177,3 +179,33 @@ def test_the_tasks_of_lightnings_bar_keep_their_places() -> None:
     for task in (first, second):
         assert bar.progress.tasks[task].id == task
     bar.progress.stop()
+
+
+class Odd(nn.Module):
+    """Tensors of many types, shapes and layouts, and a state that is neither weight nor buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.arange(6.0).view(2, 3).T)
+        self.metric = MeanMetric()
+        self.metric.persistent(True)
+        for i, kind in enumerate((torch.bfloat16, torch.bool, torch.complex64, torch.float8_e5m2)):
+            self.register_buffer(f"buffer{i}", torch.ones((), dtype=kind))
+        self.register_buffer("empty", torch.zeros(0, 2))
+        self.register_buffer("sparse", torch.eye(2).to_sparse())
+        self.register_buffer("passing", torch.zeros(1), persistent=False)
+
+
+def test_a_fingerprint_is_of_all_that_a_checkpoint_holds_of_the_weights() -> None:
+    module = Odd()
+    before = fingerprint(module)
+    module.metric.update(3.0)
+    module.passing += 1
+    assert fingerprint(module) == fingerprint(deepcopy(module)) == before
+    for name, tensor in module.state_dict().items():
+        if name.startswith(("weight", "buffer")):
+            kept = tensor.clone()
+            tensor.copy_(torch.zeros_like(tensor))
+            assert fingerprint(module) != before, name
+            tensor.copy_(kept)
+    assert fingerprint(module) == before

@@ -30,7 +30,8 @@ class EpochMeasure(MeasuringCallback, HoldsMeasure):
     eval mode, divided among the processes by global index. If training averages weights, the
     averaged ones are measured. The last epoch is measured however training ends: if it turns out
     to be the last only afterwards, its metrics are logged when training has ended. A metric that is
-    not finite is logged as it is.
+    not finite is logged as it is. `trainer.test` is measured too, unless a `FinalMeasure` beside it
+    logs these metrics there.
 
     Args:
         every_n_epochs: Epochs 0, n, 2n, … are measured, and the last one.
@@ -55,7 +56,7 @@ class EpochMeasure(MeasuringCallback, HoldsMeasure):
         ('flatness/average/val', 'flatness/average/val_sem')
     """
 
-    # Whether `trainer.test` is measured too.
+    # Whether `trainer.test` is measured at all.
     measures_in_test: ClassVar[bool] = True
 
     def __init__(self, *, every_n_epochs: int = 1, **kwargs: Any) -> None:
@@ -110,7 +111,7 @@ class EpochMeasure(MeasuringCallback, HoldsMeasure):
                 "of this package or of Lightning."
             )
         callbacks = epoch_measures(trainer) if stage in ("fit", "test") else []
-        logging = [c for c in callbacks if stage == "fit" or c.measures_in_test]
+        logging = [c for c in callbacks if stage == "fit" or c.is_tested(trainer)]
         for one, other in combinations(logging, 2):
             # Lightning would log one value for both.
             if shared := sorted({*one.metric_names} & {*other.metric_names}):
@@ -133,7 +134,7 @@ class EpochMeasure(MeasuringCallback, HoldsMeasure):
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.measures_in_test:
+        if self.is_tested(trainer):
             self.on_train_start(trainer, pl_module)
 
     @override
@@ -162,7 +163,7 @@ class EpochMeasure(MeasuringCallback, HoldsMeasure):
 
     @override
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.measures_in_test:
+        if self.is_tested(trainer):
             self._check_names(trainer, pl_module)
             pl_module.log_dict(self.compute(trainer, pl_module), sync_dist=True, reduce_fx="max")
 
@@ -196,6 +197,15 @@ class EpochMeasure(MeasuringCallback, HoldsMeasure):
                         f"{found:g} under this name; rename that metric, such as in `self.log` of "
                         f"{type(module).__name__}."
                     )
+
+    def is_tested(self, trainer: Trainer) -> bool:
+        """Returns whether `trainer.test` is measured; measures of the end come first."""
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        others = [c for c in callbacks if isinstance(c, MeasuringCallback)]
+        ends = [getattr(c, "measures", {}) for c in others if not isinstance(c, EpochMeasure)]
+        parts = [(split, measure) for end in ends for split in end for measure in end[split]]
+        names = {name for split, measure in parts for name in measure.metric_names(split)}
+        return self.measures_in_test and names.isdisjoint(self.metric_names)
 
     def is_due(self, trainer: Trainer) -> bool:
         """Returns whether the current epoch is measured: every n-th from 0 on, and the last."""

@@ -158,6 +158,21 @@ def test_metrics_of_one_name_are_refused_in_tests_if_both_are_measured_there():
     assert "test/error" in tested
 
 
+def test_in_tests_measures_of_the_end_come_first():
+    data = dataset(6)
+    # The larger radius would give the larger values.
+    light = {"dataset": data, "eps": 0.5, "steps": 1}
+    callbacks = [RobustEvaluation(**light), Flatness(**light), Curvature(dataset=data)]
+    final = FinalEvaluation(
+        splits=["test"], datasets={"test": data}, eps=0.01, steps=1, restarts=1, num_perturbations=2
+    )
+    trainer = quiet_trainer(callbacks=[*callbacks, final])
+    (tested,) = trainer.test(Foreign(), verbose=False)
+    assert tested.keys() - final.final_results["final"] == {*callbacks[2].metric_names}
+    for name, value in final.final_results["final"].items():
+        assert tested[name] == pytest.approx(value)
+
+
 class LogsItself(Foreign):
     """Logs the clean error under the name that a measure has."""
 

@@ -102,14 +102,7 @@ class EpochMeasure(MeasuringCallback, HoldsMeasure):
         super().setup(trainer, pl_module, stage)
         self._begin()
         if stage == "fit":
-            _follow_averages(trainer)
-        callbacks = trainer.callbacks if stage == "fit" else []  # type: ignore[attr-defined]
-        if any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks):
-            raise ValueError(
-                f"Expected {self.state_key} to measure the weights that training ends with but got "
-                "StochasticWeightAveraging, whose average is not measured; use `WeightAveraging` "
-                "of this package or of Lightning."
-            )
+            self._follow_averages(trainer)
         callbacks = epoch_measures(trainer) if stage in ("fit", "test") else []
         logging = [c for c in callbacks if stage == "fit" or c.is_tested(trainer)]
         for one, other in combinations(logging, 2):
@@ -185,6 +178,26 @@ class EpochMeasure(MeasuringCallback, HoldsMeasure):
     def on_measured(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> None:
         """Called when `metrics` are known, while the module holds the measured weights."""
 
+    def _follow_averages(self, trainer: Trainer) -> None:
+        """Moves the callbacks that measure behind those that average weights.
+
+        These may average at the end of an epoch, and the average before that is not what is saved.
+        """
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        if any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks):
+            raise ValueError(
+                f"Expected {self.state_key} to measure the weights that training ends with but got "
+                "StochasticWeightAveraging, whose average is not measured; use `WeightAveraging` "
+                "of this package or of Lightning."
+            )
+        ends = [i for i, c in enumerate(callbacks, 1) if isinstance(c, WeightAveraging)]
+        before = callbacks[: max(ends, default=0)]
+        if self in before:
+            moved = [c for c in before if isinstance(c, EpochMeasure)]
+            others = [c for c in before if not isinstance(c, EpochMeasure)]
+            callbacks = [*others, *moved, *callbacks[len(before) :]]
+            trainer.callbacks = callbacks  # type: ignore[attr-defined]
+
     def _check_names(self, trainer: Trainer, module: LightningModule) -> None:
         """Raises if anything else has logged a metric of this callback's, as one would be lost."""
         logged = trainer.callback_metrics
@@ -220,18 +233,6 @@ class EpochMeasure(MeasuringCallback, HoldsMeasure):
 def epoch_measures(trainer: Trainer) -> list[EpochMeasure]:
     """Returns the trainer's callbacks that measure at the end of epochs."""
     return [c for c in trainer.callbacks if isinstance(c, EpochMeasure)]  # type: ignore[attr-defined]
-
-
-def _follow_averages(trainer: Trainer) -> None:
-    """Moves the callbacks that measure behind those that average weights.
-
-    These may average at the end of an epoch, and the average before that is not what is saved.
-    """
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    end = max((i for i, c in enumerate(callbacks, 1) if isinstance(c, WeightAveraging)), default=0)
-    first = [c for c in callbacks[:end] if not isinstance(c, EpochMeasure)]
-    moved = [c for c in callbacks[:end] if isinstance(c, EpochMeasure)]
-    trainer.callbacks = [*first, *moved, *callbacks[end:]]  # type: ignore[attr-defined]
 
 
 class _HoldsRobustLoss(HoldsMeasure):

@@ -150,9 +150,9 @@ class MeasuredCheckpoint(ModelCheckpoint):
     and at the end of the epoch, whenever validation runs, unless `save_on_train_epoch_end` is set;
     it skips networks with a weight, or a metric of that callback, that is not finite, weights that
     changed after they were measured, with a warning, and epochs before the first update of averaged
-    weights, which Lightning would save. If the last
-    epoch is measured only when training has ended, it is considered too, and a checkpoint without
-    `monitor` is written again, so that it holds what was measured.
+    weights, which Lightning would save. If the last epoch is measured only when training has ended,
+    it is considered too, and a checkpoint without `monitor` is written again, so that it holds what
+    was measured.
 
     Args are those of Lightning's `ModelCheckpoint`.
 

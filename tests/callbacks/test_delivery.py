@@ -19,7 +19,7 @@ from torch.utils.data import (
 )
 from trainers import dataset, loader, quiet_trainer
 
-from robust_flatness.callbacks import RobustEarlyStopping, WeightAveraging
+from robust_flatness.callbacks import Flatness, WeightAveraging
 from robust_flatness.callbacks.delivery import in_fork
 
 
@@ -132,7 +132,7 @@ def test_reading_leaves_no_trace(workers):
 
     measures = [
         watch(num_examples=9),
-        RobustEarlyStopping(num_examples=9, steps=1, eps=0.1),
+        Flatness(split="val", num_perturbations=1, num_examples=9, steps=1, eps=0.1),
         WeightAveraging(0.9, batch_norm="reestimate", reference_steps=None, split="val"),
     ]
     alone, watched = run([]), run(measures[:2])

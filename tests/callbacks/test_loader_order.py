@@ -19,7 +19,7 @@ from torch.utils.data import (
 )
 from trainers import dataset, loader, quiet_trainer
 
-from robust_flatness.callbacks import RobustEarlyStopping
+from robust_flatness.callbacks import Flatness
 
 EVENS = list(range(0, 40, 2))
 PAIRS = [[7, 3], [5, 1], [2]]
@@ -127,7 +127,8 @@ class OwnRandom(Sampler):
     ],
 )
 def test_a_random_part_is_fixed_for_the_run_and_when_it_is_resumed(make, tmp_path):
-    module, measures = Foreign(), [watch(), RobustEarlyStopping(num_examples=100, steps=1, eps=0.1)]
+    light = {"num_examples": 100, "num_perturbations": 1, "steps": 1, "eps": 0.1}
+    module, measures = Foreign(), [watch(), Flatness(split="val", **light)]
     trainer = quiet_trainer(max_epochs=2, callbacks=measures)
     trainer.fit(module, loader(), DataLoader(dataset(40), **make()))
     images = measures[0].examples(trainer, module).images

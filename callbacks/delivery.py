@@ -346,8 +346,9 @@ def _read(
             break
     if not images:
         raise Refusal("Expected the loader to deliver images but got an empty one.")
-    check_no_indices(torch.cat(labels)[:count], third[:count])
-    return torch.cat(images)[:count], torch.cat(labels)[:count]
+    read = torch.cat(labels)[:count]
+    check_no_indices(read, third[:count])
+    return torch.cat(images)[:count], read
 
 
 def check_no_indices(labels: Tensor, third: Sequence[Any]) -> None:

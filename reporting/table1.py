@@ -388,7 +388,8 @@ def _match(models: Models, published: Models) -> dict[str, str]:
     matched: dict[str, str] = {}
     for method in models.methods:
         theirs = list(published.frame.index[published.frame["method"] == method])
-        matched |= {label: label for label in models.labels if label in theirs}
+        own = models.frame.index[models.frame["method"] == method]
+        matched |= {label: label for label in own if label in theirs}
         ours = _candidates(models, method)
         if len(theirs) == len(ours) == 1:
             matched[ours[0]] = theirs[0]

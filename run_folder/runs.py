@@ -26,7 +26,7 @@ _Checks = Mapping[str, list[dict[str, Any]]]
 
 _RESULTS, _CONFIG, _METRICS = "results.json", "config.yaml", "metrics.csv"
 # What `test` measured on the last checkpoint later, such as further extras.
-_TESTS = "results_test*.json"
+_TESTED = "results_test.json"
 # Settings that a test must share with its run, beside those of the final evaluation.
 _PROTOCOL = [
     f"{part}.{name}" for part in ("data.init_args", "autoattack") for name in ("eps", "norm")
@@ -137,7 +137,7 @@ def find_runs(root: str | Path) -> tuple[list[Run], list[LeftOut]]:
         # A link may lead back to a folder above it.
         if (real := os.path.realpath(name)) in seen:
             subfolders.clear()
-        elif not {_RESULTS, _CONFIG, _TESTS.replace("*", "")}.isdisjoint(files):
+        elif not {_RESULTS, _CONFIG, _TESTED}.isdisjoint(files):
             folders.append(Path(name))
         seen.add(real)
     runs: list[Run] = []
@@ -195,8 +195,9 @@ def _load_run(folder: Path) -> tuple[Run, list[LeftOut]]:
 
 def _tests(folder: Path) -> list[Path]:
     """Results of tests of `last.ckpt`, the latest first: without a number, then by number."""
-    numbers = {int(n[1]): p for p in folder.glob(_TESTS) if (n := re.search(r"-(\d+)$", p.stem))}
-    files = [folder / _TESTS.replace("*", ""), *(numbers[n] for n in sorted(numbers, reverse=True))]
+    earlier = folder.glob(_TESTED.replace(".", "-*."))
+    numbers = {int(n[1]): p for p in earlier if (n := re.search(r"-(\d+)$", p.stem))}
+    files = [folder / _TESTED, *(numbers[n] for n in sorted(numbers, reverse=True))]
     return [path for path in files if path.is_file()]
 
 
